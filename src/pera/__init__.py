@@ -1,0 +1,14 @@
+"""PERA: Polynomial Expansion Rank Adaptation as a PEFT method.
+
+``import pera`` registers the method with PEFT, so that ``get_peft_model``, ``PeftModel.from_pretrained``
+and ``AutoPeftModel…`` know it.
+"""
+
+from pera.errors import PeraError, UserError
+from pera.linear import pera_linear
+from pera.tuner import PeraConfig, PeraModel, register
+
+__version__ = "0.1.0"
+__all__ = ["PeraConfig", "PeraError", "PeraModel", "UserError", "pera_linear"]
+
+register()

@@ -1,0 +1,227 @@
+"""The configuration of a PERA adapter, written to ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from pera.errors import UserError, nearest
+from pera.polynomial import Coefficients, Normalization, Terms
+
+LAYOUT_VERSION = 1
+"""Version of the names, shapes and order of the saved parameters (docs/architecture.md)."""
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PeraConfig(PeftConfig):
+    """Configuration of Polynomial Expansion Rank Adaptation (arXiv 2604.11841).
+
+    The update of a weight is ΔW = s B̂ Â with s = α / r, where B̂ and Â are B and A with element-wise
+    products of their columns and rows appended (see :mod:`pera.polynomial`). The defaults are the
+    published method.
+
+    Args:
+        r: rank of the trained factors, at least 1. The merged update has rank up to
+            K = r + r(r+1)/2 for ``terms="all"``.
+        pera_alpha: scale numerator α; None means the layer's own r, so that s = 1. Raise it only if
+            you also lower the learning rate.
+        pera_dropout: probability in [0, 1) of dropping an entry of the adapter's input while training.
+        use_rslora: scale by α / sqrt(r) instead of α / r. Has no effect when ``pera_alpha`` is None
+            and r = 1; otherwise use it to keep one learning rate over several ranks.
+        target_modules: names (or endings of names) of the modules to adapt, a regular expression for
+            the full name, or "all-linear". None takes PEFT's choice for the architecture. Every name
+            of a list has to match a module.
+        exclude_modules: names, or a regular expression, of modules to leave out.
+        terms: products that take part: "all", "square" (K = 2r, cheapest), "cross" (needs r ≥ 2), or
+            "none", which is LoRA.
+        coefficients: "learned" trains one coefficient h for each product; "fixed" keeps 1 for squares
+            and 2 for crosses, so that ΔW = s (BA + (BA) ⊙ (BA)) for ``terms="all"`` without normalization.
+        init_coefficients: the value learned coefficients start at. ΔW is zero at the start either way.
+        normalization: "none" as published; the products are then orders of magnitude below the factors
+            and hardly take part. "rms" divides a product by the root mean square of its factor, which
+            wakes them; use it when the high-order terms are what you want to study or use.
+        bias: which biases to train: "none", "all", or "pera_only" (those of adapted modules).
+        modules_to_save: further modules to train in full and save, such as a classification head.
+        init_weights: True starts with ΔW = 0 (A Kaiming-uniform, B zero); False draws B and h at
+            random as well, for tests only.
+        layers_to_transform: index or indices of the layers to adapt; the others are left alone. Not
+            together with a regular expression.
+        layers_pattern: name of the list of layers, if it is not found by itself.
+        rank_pattern: rank by module name or regular expression, where it differs from ``r``.
+        alpha_pattern: α by module name or regular expression, where it differs from ``pera_alpha``.
+        pera_version: version of the saved layout; filled in.
+
+    Raises:
+        UserError: a value that cannot work, named with what would be right.
+    """
+
+    r: int = _option(8, "Rank of the trained factors. Raise it when the task is far from the base model's training.")
+    pera_alpha: float | None = _option(
+        None, "Scale numerator; None means the layer's own rank, so that the scale alpha / r is 1."
+    )
+    pera_dropout: float = _option(0.0, "Dropout on the adapter's input while training. Use it on small data sets.")
+    use_rslora: bool = _option(False, "Scale by alpha / sqrt(r). Use it to keep one learning rate over several ranks.")
+    target_modules: list[str] | str | None = _option(
+        None, "Module names, a regular expression, or 'all-linear'. None takes PEFT's choice for the architecture."
+    )
+    exclude_modules: list[str] | str | None = _option(None, "Module names or a regular expression to leave out.")
+    terms: Terms = _option(
+        "all", "Products that take part: 'all', 'square' (cheapest), 'cross' (needs r of 2 or more), 'none' (LoRA)."
+    )
+    coefficients: Coefficients = _option(
+        "learned", "'learned' trains one coefficient for each product; 'fixed' keeps 1 for squares and 2 for crosses."
+    )
+    init_coefficients: float = _option(0.0, "Value that learned coefficients start at; the update starts at zero anyway.")
+    normalization: Normalization = _option(
+        "none", "'none' as published; 'rms' gives a product the scale of one factor and so wakes the high-order terms."
+    )
+    bias: Literal["none", "all", "pera_only"] = _option(
+        "none", "Biases to train: 'none', 'all', 'pera_only'. With biases trained, disabling is not the base model."
+    )
+    modules_to_save: list[str] | None = _option(None, "Further modules to train in full and save, such as a new head.")
+    init_weights: bool = _option(True, "True starts with a zero update. False is for tests only: B and h are random.")
+    layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt. None adapts all.")
+    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers, with layers_to_transform only.")
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Rank by module name or regular expression, where it differs from r."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Alpha by module name or regular expression, where it differs."}
+    )
+    pera_version: int = _option(LAYOUT_VERSION, "Version of the saved layout; filled in, not to be set.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("PERA")
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check()
+
+    @classmethod
+    def published(cls, **options: Any) -> PeraConfig:
+        """The method of the paper, whatever the defaults become: all terms, learned coefficients started at 0,
+        no normalization, s = 1. ``options`` set the rest (r, target_modules, …)."""
+        method = {"terms": "all", "coefficients": "learned", "init_coefficients": 0.0, "normalization": "none"}
+        return cls(**{"pera_alpha": None, **options, **method})
+
+    @classmethod
+    def from_lora(cls, lora_config: LoraConfig, **options: Any) -> PeraConfig:
+        """Carry a LoRA configuration over to PERA; ``options`` are PERA's own (terms, normalization, …).
+
+        Raises:
+            UserError: the configuration uses an option of LoRA that PERA does not have (DoRA, LoftQ,
+                another initialisation, …).
+        """
+        renamed = {"pera_alpha": lora_config.lora_alpha, "pera_dropout": lora_config.lora_dropout}
+        own = {f.name for f in fields(cls)}
+        for f in fields(LoraConfig):
+            value = getattr(lora_config, f.name)
+            if f.name in own and f.name not in ("peft_type", "peft_version", "bias", "pera_version"):
+                renamed[f.name] = value
+            elif f.name == "bias":
+                renamed["bias"] = {"lora_only": "pera_only"}.get(value, value)
+            elif f.name == "init_lora_weights":
+                if not isinstance(value, bool):
+                    raise UserError(f"init_lora_weights={value!r} has no counterpart in PERA; use True or False.")
+                renamed["init_weights"] = value
+            elif f.name not in _LORA_WITHOUT_COUNTERPART and value != _default(f):
+                raise UserError(f"{f.name}={value!r} has no counterpart in PERA; leave it at {_default(f)!r}.")
+        return cls(**{**renamed, **options})
+
+    def scaling(self, r: int, alpha: float | None) -> float:
+        """s = α / r, or α / sqrt(r) with ``use_rslora``, for a layer of rank ``r``; α None means r."""
+        alpha = r if alpha is None else alpha
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def layer_settings(self, name: str) -> tuple[int, float | None]:
+        """Rank and α (or None) of the module ``name``, after ``rank_pattern`` and ``alpha_pattern``."""
+        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), name), self.pera_alpha)
+        return r, alpha
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain, ordered values, so that equal configurations are equal files."""
+        values: dict[str, Any] = super().to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def _check(self) -> None:
+        for key, choices in (
+            ("terms", get_args(Terms)),
+            ("coefficients", get_args(Coefficients)),
+            ("normalization", get_args(Normalization)),
+            ("bias", ("none", "all", "pera_only")),
+        ):
+            value = getattr(self, key)
+            if value not in choices:
+                raise UserError(f"{key}={value!r} is not known; {nearest(value, choices)}")
+        _check_rank("r", self.r, self.terms)
+        for pattern, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank, self.terms)
+        for key, alpha in [("pera_alpha", self.pera_alpha)] + [
+            (f"alpha_pattern[{pattern!r}]", alpha) for pattern, alpha in self.alpha_pattern.items()
+        ]:
+            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
+                raise UserError(f"{key}={alpha!r} should be a finite number, or None for the layer's own rank.")
+        if not (_is_number(self.pera_dropout) and 0 <= self.pera_dropout < 1):
+            raise UserError(f"pera_dropout={self.pera_dropout!r} should be at least 0 and below 1.")
+        if not (_is_number(self.init_coefficients) and math.isfinite(self.init_coefficients)):
+            raise UserError(f"init_coefficients={self.init_coefficients!r} should be a finite number.")
+        if self.init_coefficients and self.terms == "none":
+            raise UserError(f"init_coefficients={self.init_coefficients} has no effect with terms='none'; leave it at 0.")
+        if self.init_coefficients and self.coefficients == "fixed":
+            raise UserError(
+                f"init_coefficients={self.init_coefficients} has no effect with coefficients='fixed'; leave it at 0."
+            )
+        if not isinstance(self.init_weights, bool):
+            raise UserError(f"init_weights={self.init_weights!r} should be True or False.")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for key in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, key) is not None:
+                    raise UserError(f"{key} cannot be used when target_modules is a regular expression.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
+        if self.pera_version > LAYOUT_VERSION:
+            raise UserError(
+                f"pera_version={self.pera_version} is a newer adapter layout than this pera reads ({LAYOUT_VERSION}); "
+                "upgrade with: pip install -U pera"
+            )
+
+
+# Options of LoRA that need nothing in PERA: the layout of Conv1D weights is found by itself, and the rest
+# says how other methods are run, not what is trained.
+_LORA_WITHOUT_COUNTERPART = {
+    "peft_type",
+    "peft_version",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+}
+
+
+def _default(f: Any) -> Any:
+    return f.default if f.default is not MISSING else f.default_factory()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_rank(key: str, r: Any, terms: Terms) -> None:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise UserError(f"{key}={r!r} should be a whole number of at least 1.")
+    if terms == "cross" and r == 1:
+        raise UserError(f"{key}=1 with terms='cross' leaves no products; use r of at least 2, or terms='square'.")

@@ -1,0 +1,84 @@
+"""Puts PERA layers into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+)
+from torch import nn
+
+from pera.errors import UserError, nearest
+from pera.tuner.config import PeraConfig
+from pera.tuner.layers import PeraLayer, layer_class
+
+
+class PeraModel(BaseTuner):
+    """A model with PERA adapters (arXiv 2604.11841); made by ``peft.get_peft_model(model, PeraConfig(…))``.
+
+    Args:
+        model: the model to adapt, changed in place.
+        peft_config: a :class:`PeraConfig`, or several by adapter name.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter's weights on the meta device, to be loaded into.
+
+    Raises:
+        UserError: a name in ``target_modules`` matches no module, or a target is of a kind that PERA
+            does not support.
+    """
+
+    prefix: str = "pera_"
+    tuner_layer_cls = PeraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeraConfig, adapter_name: str) -> None:
+        names = config.target_modules
+        if names is None or isinstance(names, str):
+            return
+        modules = [name for name, _ in model.named_modules()]
+        endings = {name.rpartition(".")[2] for name in modules} - {""}
+        for target in sorted(names):
+            if target == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+                raise UserError(f"target_modules lists {target!r} among names; give it alone, as a string.")
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                raise UserError(
+                    f"target_modules: {target!r} not found in the base model; {nearest(target.rpartition('.')[2], endings)}"
+                )
+
+    def _create_and_replace(
+        self,
+        pera_config: PeraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        r, alpha = pera_config.layer_settings(current_key)
+        if isinstance(target, PeraLayer):
+            target.update_layer(adapter_name, r, alpha, config=pera_config)
+            return
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        cls = layer_class(base_layer)
+        if cls is None:
+            raise UserError(
+                f"target_modules: {current_key!r} is a {type(base_layer).__name__}, which PERA does not support; "
+                "supported are torch.nn.Linear, plain or quantised, and transformers' Conv1D."
+            )
+        layer = cls(target, adapter_name, config=pera_config, r=r, alpha=alpha, **get_quantization_kwargs(self))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UserError("adapter_names is not supported: a PERA batch runs with one set of adapters, see set_adapter.")
+        yield
