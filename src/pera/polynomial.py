@@ -215,8 +215,9 @@ def _blocks(r: int, terms: Terms) -> list[tuple[slice, slice]]:
 
 def _factor(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> Tensor | None:
     """What each product is multiplied by, h / ρ, as a column ``(num_coefficients, 1)``; None where that is 1."""
-    if normalization not in get_args(Normalization):
-        raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, get_args(Normalization))}")
+    known = get_args(Normalization)
+    if normalization not in known:
+        raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, known)}")
     if h is None and normalization == "none":
         return None
     count = num_coefficients(X.shape[0], terms)

@@ -80,7 +80,9 @@ class PeraConfig(PeftConfig):
     coefficients: Coefficients = _option(
         "learned", "'learned' trains one coefficient for each product; 'fixed' keeps 1 for squares and 2 for crosses."
     )
-    init_coefficients: float = _option(0.0, "Value that learned coefficients start at; the update starts at zero anyway.")
+    init_coefficients: float = _option(
+        0.0, "Value that learned coefficients start at; the update starts at zero anyway."
+    )
     normalization: Normalization = _option(
         "none", "'none' as published; 'rms' gives a product the scale of one factor and so wakes the high-order terms."
     )
@@ -146,8 +148,8 @@ class PeraConfig(PeftConfig):
 
     def layer_settings(self, name: str) -> tuple[int, float | None]:
         """Rank and α (or None) of the module ``name``, after ``rank_pattern`` and ``alpha_pattern``."""
-        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.r)
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), name), self.pera_alpha)
+        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.pera_alpha)
         return r, alpha
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,7 +180,7 @@ class PeraConfig(PeftConfig):
         if not (_is_number(self.init_coefficients) and math.isfinite(self.init_coefficients)):
             raise UserError(f"init_coefficients={self.init_coefficients!r} should be a finite number.")
         if self.init_coefficients and self.terms == "none":
-            raise UserError(f"init_coefficients={self.init_coefficients} has no effect with terms='none'; leave it at 0.")
+            raise UserError(f"init_coefficients={self.init_coefficients} needs terms other than 'none'; leave it at 0.")
         if self.init_coefficients and self.coefficients == "fixed":
             raise UserError(
                 f"init_coefficients={self.init_coefficients} has no effect with coefficients='fixed'; leave it at 0."

@@ -15,7 +15,6 @@ from peft.utils import (
 from torch import nn
 
 from pera.errors import UserError, nearest
-from pera.tuner.config import PeraConfig
 from pera.tuner.layers import PeraLayer, layer_class
 
 
@@ -35,9 +34,9 @@ class PeraModel(BaseTuner):
 
     prefix: str = "pera_"
     tuner_layer_cls = PeraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeraConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         names = config.target_modules
         if names is None or isinstance(names, str):
             return
@@ -47,19 +46,18 @@ class PeraModel(BaseTuner):
             if target == INCLUDE_LINEAR_LAYERS_SHORTHAND:
                 raise UserError(f"target_modules lists {target!r} among names; give it alone, as a string.")
             if not any(name == target or name.endswith(f".{target}") for name in modules):
-                raise UserError(
-                    f"target_modules: {target!r} not found in the base model; {nearest(target.rpartition('.')[2], endings)}"
-                )
+                close = nearest(target.rpartition(".")[2], endings)
+                raise UserError(f"target_modules: {target!r} not found in the base model; {close}")
 
     def _create_and_replace(
         self,
-        pera_config: PeraConfig,
+        pera_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         r, alpha = pera_config.layer_settings(current_key)
         if isinstance(target, PeraLayer):
@@ -80,5 +78,5 @@ class PeraModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise UserError("adapter_names is not supported: a PERA batch runs with one set of adapters, see set_adapter.")
+            raise UserError("adapter_names is not supported: a batch runs with one set of adapters, see set_adapter.")
         yield

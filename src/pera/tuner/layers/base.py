@@ -25,8 +25,8 @@ class Expansion(NamedTuple):
     normalization: Normalization
 
 
-class PeraLayer(BaseTunerLayer):
-    """Mixin of the adapted layers.
+class PeraLayer(nn.Module, BaseTunerLayer):
+    """Base class of the adapted layers.
 
     For each adapter: ``pera_A`` ``(r, in_features)``, ``pera_B`` ``(out_features, r)`` and, for learned
     coefficients, ``pera_h`` ``(num_coefficients,)``, squares first, then crosses lexicographically.
@@ -43,6 +43,7 @@ class PeraLayer(BaseTunerLayer):
     other_param_names = ("r", "pera_alpha", "scaling", "pera_dropout", "expansion")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
@@ -59,11 +60,11 @@ class PeraLayer(BaseTunerLayer):
         self._kept: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        sides: Any = _get_in_out_features(self.get_base_layer())
+        self.in_features: int = sides[0]
+        self.out_features: int = sides[1]
 
-    def update_layer(
-        self, adapter_name: str, r: int, alpha: float | None, config: PeraConfig, **_: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, alpha: float | None, config: PeraConfig, **_: Any) -> None:
         """Add the adapter ``adapter_name`` of rank ``r``, or replace it."""
         if r > min(self.in_features, self.out_features):
             warnings.warn(
@@ -103,8 +104,8 @@ class PeraLayer(BaseTunerLayer):
         if adapter_name in self.pera_h:
             h: Tensor = self.pera_h[adapter_name]
             return h
-        A = self.pera_A[adapter_name]
-        return fixed_coefficients(self.r[adapter_name], self.expansion[adapter_name].terms, dtype=A.dtype, device=A.device)
+        A, terms = self.pera_A[adapter_name], self.expansion[adapter_name].terms
+        return fixed_coefficients(self.r[adapter_name], terms, dtype=A.dtype, device=A.device)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """(A, B, h) of the adapter, ``(r, in_features)``, ``(out_features, r)``, ``(num_coefficients,)``.
@@ -129,15 +130,16 @@ class PeraLayer(BaseTunerLayer):
         """s · dropout(x) ΔWᵀ, ``(..., in_features)`` → ``(..., out_features)``, in the dtype of the computation."""
         A, B, h = self.factors(adapter_name)
         terms, normalization = self.expansion[adapter_name]
-        options = {"terms": terms, "normalization": normalization, "scaling": self.scaling[adapter_name]}
+        scaling = self.scaling[adapter_name]
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return pera_linear(self.pera_dropout[adapter_name](x), A, B, h, **options)
+            x = self.pera_dropout[adapter_name](x)
+            return pera_linear(x, A, B, h, terms=terms, normalization=normalization, scaling=scaling)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         state = _state(A, B, self.pera_h[adapter_name] if adapter_name in self.pera_h else None, x.dtype)
         key, kept = self._kept.get(adapter_name, (None, None))
         if kept is None or state is None or key != state:
-            kept = expansions(A, B, h, dtype=x.dtype, **options)
+            kept = expansions(A, B, h, terms=terms, normalization=normalization, scaling=scaling, dtype=x.dtype)
             self._kept[adapter_name] = (state, kept)
         with torch.autocast(x.device.type, enabled=False):
             return expanded_linear(x, *kept)
@@ -222,15 +224,15 @@ class PeraLayer(BaseTunerLayer):
 
     def train(self, mode: bool = True) -> Any:
         self.drop_expansions()
-        return super().train(mode)  # type: ignore[misc]
+        return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_expansions()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         self.drop_expansions()
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        return super()._apply(fn, recurse)
 
 
 def _state(A: Tensor, B: Tensor, h: Tensor | None, dtype: torch.dtype) -> tuple[Any, ...] | None:

@@ -10,14 +10,13 @@ from pera.tuner.config import PeraConfig
 from pera.tuner.layers.base import PeraLayer
 
 
-class PeraLinear(PeraLayer, nn.Module):
+class PeraLinear(PeraLayer):
     """An ``nn.Linear``, plain or quantised, with PERA adapters."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: PeraConfig, r: int, alpha: float | None, **kwargs: Any
     ) -> None:
-        nn.Module.__init__(self)
-        PeraLayer.__init__(self, base_layer, **kwargs)
+        super().__init__(base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, alpha, config=config)
 

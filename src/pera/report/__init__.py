@@ -1,0 +1,1 @@
+"""A run becomes something a person looks at."""

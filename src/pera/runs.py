@@ -1,0 +1,251 @@
+"""The run folder: what is in it, how it is read and written, and what a later command may take in its place."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pera import models
+from pera.errors import UserError
+from pera.files import cannot_write, read_json, require_free, write_atomic, write_json
+from pera.recipe import Recipe, difference, load_recipe
+
+COMPLETE = "complete"
+"""Empty file that marks a checkpoint whose saving has ended."""
+
+
+class Run:
+    """A run folder: ``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, ``adapter/``,
+    ``scores.json``. The adapter is there if and only if training has ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.scores_file = path / "scores.json"
+        self.predictions = path / "predictions"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+
+    @classmethod
+    def create(cls, recipe: Recipe, output: Path | None = None) -> Run:
+        """A new run folder with its recipe: ``output``, by default ``runs/<recipe>-<time>``.
+
+        Raises:
+            UserError: the folder exists and is not empty, or cannot be made.
+        """
+        path = output or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        require_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        run = cls(path)
+        write_atomic(run.recipe_file, recipe.to_yaml())
+        return run
+
+    @classmethod
+    def latest_unfinished(cls, recipe: Recipe) -> Run:
+        """The newest unfinished run of a recipe in ``runs/``.
+
+        Raises:
+            UserError: there is none.
+        """
+        candidates = [cls(p.parent) for p in Path("runs").glob(f"{recipe.name}-*/recipe.yaml")]
+        unfinished = [run for run in candidates if not run.adapter.is_dir()]
+        if not unfinished:
+            raise UserError(f"--resume: runs/ has no unfinished run of {recipe.name!r}; start one without --resume.")
+        return max(unfinished, key=lambda run: run.recipe_file.stat().st_mtime)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return load_recipe(str(self.recipe_file))
+
+    def last_checkpoint(self) -> Path | None:
+        """The last checkpoint that was saved completely; later, broken ones are removed."""
+        steps = {int(p.name.rpartition("-")[2]): p for p in self.checkpoints.glob("checkpoint-*")}
+        for step in sorted(steps, reverse=True):
+            if (steps[step] / COMPLETE).is_file():
+                return steps[step]
+            shutil.rmtree(steps[step])
+        return None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        lines = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        return lines
+
+    def scores(self) -> dict[str, Any]:
+        """The content of ``scores.json``: ``base`` and ``adapter``, as far as they were measured."""
+        return read_json(self.scores_file) if self.scores_file.is_file() else {}
+
+    def write_environment(self, model: torch.nn.Module, command: list[str]) -> None:
+        """Record versions, hardware, seed, dtype and the fingerprint of the base model."""
+        recipe = self.recipe
+        packages = ("pera", "torch", "transformers", "peft", "accelerate", "safetensors")
+        accelerator = models.device()
+        write_json(
+            self.environment_file,
+            {
+                "command": command,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+                "platform": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "accelerator": torch.cuda.get_device_name() if accelerator.type == "cuda" else accelerator.type,
+                "seed": recipe.training.seed,
+                "base_model": {
+                    "name": recipe.model.name,
+                    "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+                    "fingerprint": models.fingerprint(model),
+                },
+            },
+        )
+
+
+def resumable(source: str, overrides: list[str] | None, output: Path | None) -> Run:
+    """The unfinished run to go on with: ``source`` itself if it is a run folder, else ``output``, else the newest
+    unfinished run of the recipe ``source`` in ``runs/``.
+
+    Raises:
+        UserError: there is no such run, it is finished, or the recipe given now is not the one it was
+            started with.
+    """
+    if (Path(source) / "recipe.yaml").is_file():
+        run = Run(Path(source))
+        given = load_recipe(str(run.recipe_file), overrides)
+        if output is not None:
+            raise UserError(f"--output={str(output)!r} has no effect when a run folder is resumed.")
+    else:
+        given = load_recipe(source, overrides)
+        run = Run(output) if output is not None else Run.latest_unfinished(given)
+    if not run.recipe_file.is_file():
+        raise UserError(f"--resume: {str(run.path)!r} is not a run folder; start one without --resume.")
+    if run.adapter.is_dir():
+        raise UserError(f"--resume: {str(run.path)!r} is finished; look at it with: pera evaluate {run.path}")
+    if (changed := difference(run.recipe, given)) is not None:
+        raise UserError(f"--resume: {changed} differs from the recipe that {str(run.path)!r} was started with.")
+    return run
+
+
+class Location(NamedTuple):
+    """What a command was pointed at: the run, if it is one, the adapter folder, if there is one, the base model."""
+
+    run: Run | None
+    adapter: Path | None
+    base: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def locate(name: str) -> Location:
+    """Find out what ``name`` is: a run folder, an adapter folder, or a model (see :func:`pera.models.resolve`).
+
+    Raises:
+        UserError: nothing is there, the run is unfinished, or the adapter does not say what its base is.
+    """
+    path = Path(name).expanduser()
+    if (path / "recipe.yaml").is_file():
+        run = Run(path)
+        if not run.adapter.is_dir():
+            raise UserError(f"{name!r} is an unfinished run; go on with: pera train {name} --resume")
+        base = run.recipe.model
+        return Location(run, run.adapter, base.name, base.revision, base.trust_remote_code)
+    if (path / "adapter_config.json").is_file():
+        config = adapter_config(path)
+        if not config.base_model_name_or_path:
+            raise UserError(f"{name!r}: adapter_config.json names no base_model_name_or_path; add it.")
+        return Location(None, path, config.base_model_name_or_path, config.revision)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{name!r} is neither a run folder, nor an adapter folder, nor a model folder.")
+    return Location(None, None, name)
+
+
+def open_model(location: Location, dtype: str = "stored") -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model of a :class:`Location`, in a ``PeftModel`` with the adapter unmerged if it has one, in evaluation
+    mode, and its tokenizer."""
+    source: dict[str, Any] = {"revision": location.revision, "trust_remote_code": location.trust_remote_code}
+    base = models.load_model(location.base, dtype=dtype, **source)
+    model = base if location.adapter is None else load_adapter(base, location.adapter)
+    return model, models.load_tokenizer(location.base, **source)
+
+
+def adapter_config(folder: Path) -> PeftConfig:
+    """The configuration in an adapter folder.
+
+    Raises:
+        UserError: it is missing, not JSON, of an unknown method, or holds a value its method refuses.
+    """
+    content = read_json(folder / "adapter_config.json")
+    if not isinstance(content, dict) or "peft_type" not in content:
+        raise UserError(f"{str(folder)!r}: adapter_config.json names no peft_type.")
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    except KeyError as error:
+        raise UserError(f"{str(folder)!r}: peft_type={content['peft_type']!r} is not a method of this PEFT.") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{str(folder)!r}: adapter_config.json: {error}") from error
+    return config
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors in an adapter folder, on the CPU.
+
+    Raises:
+        UserError: the weights file is missing, or cut off.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise UserError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; the adapter's weights are missing.")
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(file)!r} is not a whole safetensors file: {error}.") from error
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter of any PEFT method on its base model, for inference.
+
+    Raises:
+        UserError: the folder is broken, or the adapter was trained on another base model.
+    """
+    config = adapter_config(folder)
+    weights = adapter_weights(folder)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), config=config)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{str(folder)!r} was trained on another base model: {reason}") from error
+    expected = get_peft_model_state_dict(model)
+    for key in sorted(expected.keys() ^ weights.keys()):
+        where = "the weights file lacks" if key in expected else "the base model has no place for"
+        raise UserError(f"{str(folder)!r} does not fit the base model: {where} {key!r}.")
+    return model.eval()
+
+
+def command_line() -> list[str]:
+    """The command that is running, for the record."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

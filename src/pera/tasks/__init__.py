@@ -1,0 +1,8 @@
+"""Tasks: examples with prompts and answers, and how an answer is scored. One file for one family."""
+
+from __future__ import annotations
+
+from pera.tasks.base import Example, Task
+from pera.tasks.reasoning import ReasoningTask
+
+__all__ = ["Example", "ReasoningTask", "Task"]
