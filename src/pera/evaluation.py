@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import missing_extra
-from pera.files import write_atomic, write_json
+from pera.files import disk_errors, write_atomic, write_json
 from pera.recipe import EvaluationSection
 from pera.runs import Location, Run, open_model
 from pera.tasks import Example, Task
@@ -53,7 +53,8 @@ def evaluate_run(run: Run, *, base: bool = False, console: Console | None = None
     model, tokenizer = open_model(location, recipe.model.dtype)
     which = "base" if base else "adapter"
     score, predictions = evaluate(model, tokenizer, recipe.build_task(), recipe.evaluation, which, console)
-    run.predictions.mkdir(exist_ok=True)
+    with disk_errors(run.predictions):
+        run.predictions.mkdir(exist_ok=True)
     lines = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
     write_atomic(run.predictions / f"{which}.jsonl", lines)
     write_json(run.scores_file, {**run.scores(), which: {"scorer": recipe.evaluation.scorer, **asdict(score)}})

@@ -63,15 +63,16 @@ def require_free(target: Path) -> None:
         raise UserError(f"output: {str(target)!r} is a file; give a folder.")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file in one step: readers see the old content or the new, never a part."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file in one step, text as UTF-8: readers see the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
         partial = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            dir=path.parent, prefix=f".{path.name}.", delete=False
         )
         try:
             with partial:
-                partial.write(text)
+                partial.write(data)
             os.replace(partial.name, path)
         except BaseException:
             os.unlink(partial.name)

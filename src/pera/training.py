@@ -72,13 +72,16 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
     checkpoint = run.last_checkpoint() if resume else None
     progress = _Progress(run, console, since=checkpoint)
-    trainer = Trainer(
-        model=adapted,
-        args=_arguments(recipe, run),
-        train_dataset=examples,
-        data_collator=AnswerCollator(tokenizer, model),
-        callbacks=[progress],
-    )
+    try:
+        trainer = Trainer(
+            model=adapted,
+            args=_arguments(recipe, run),
+            train_dataset=examples,
+            data_collator=AnswerCollator(tokenizer, model),
+            callbacks=[progress],
+        )
+    except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
+        raise UserError(f"training.report_to={spec.report_to}: {' '.join(str(error).split())}") from error
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     with progress, disk_errors(run.path):

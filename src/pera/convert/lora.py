@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -16,9 +15,10 @@ from pera import models
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
-from pera.polynomial import fixed_coefficients, lora_factors
+from pera.polynomial import lora_factors
 from pera.runs import adapter_config, adapter_weights, locate, open_model
 from pera.tuner import PeraConfig
+from pera.tuner.saved import saved_factors
 
 
 def export_lora(source: str, output: Path, *, dtype: str = "float32") -> Agreement:
@@ -69,26 +69,10 @@ def fold(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, Tensor]:
         expanded rank of all layers.
 
     Raises:
-        UserError: a tensor is missing or not finite.
+        UserError: as :func:`pera.tuner.saved.saved_factors`.
     """
     folded: dict[str, Tensor] = {key: w for key, w in weights.items() if ".pera_" not in key}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for key, A in weights.items():
-        layer, found, _ = key.partition(".pera_A")
-        if not found:
-            continue
-        r, alpha = config.layer_settings(layer)
-        h = weights.get(f"{layer}.pera_h")
-        if h is None and config.terms != "none" and config.coefficients == "learned":
-            raise UserError(f"the weights file lacks {layer}.pera_h.")
-        if h is None:
-            h = fixed_coefficients(r, config.terms)
-        B = weights[f"{layer}.pera_B"]
-        if not all(torch.isfinite(t).all() for t in (A, B, h)):
-            raise UserError(f"NaNs detected in the weights of {layer}. The adapter seems to be broken.")
-        factors[layer] = lora_factors(
-            A.double(), B.double(), h.double(), config.terms, config.normalization, config.scaling(r, alpha)
-        )
+    factors = {layer: lora_factors(*saved) for layer, saved in saved_factors(weights, config).items()}
     rank = max(A.shape[0] for A, _ in factors.values())
     for layer, (A, B) in factors.items():
         missing = rank - A.shape[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from pera.errors import UserError, missing_extra
-from pera.files import cannot_write
+from pera.files import write_atomic
 from pera.runs import Run
 
 
@@ -31,7 +32,6 @@ def loss_picture(run: Run, file: Path) -> None:
     rate.set(xlabel="step", ylabel="learning rate")
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
-    try:
-        figure.savefig(file)
-    except OSError as error:
-        raise cannot_write(file, error) from error
+    picture = io.BytesIO()
+    figure.savefig(picture, format=file.suffix.removeprefix("."))
+    write_atomic(file, picture.getvalue())

@@ -1,0 +1,108 @@
+"""What the high-order terms do: the change of the loss when they are zeroed in the trained adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pera.polynomial import coefficient_pairs
+from pera.tasks.prompts import IGNORED
+from pera.tuner import PeraLayer
+
+Part = Literal["square", "cross", "high_order"]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Mean loss of an adapter on some data, and how it changes without some of its terms.
+
+    A positive change means that the terms help on these data. All are zero for a LoRA.
+    """
+
+    tokens: int
+    loss: float
+    without: dict[Part, float]
+    """Change of the loss when the terms are zeroed in every layer."""
+    without_high_order: dict[str, float]
+    """Change of the loss when all high-order terms are zeroed in one group of layers, by group."""
+
+
+def effects(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    *,
+    adapter_name: str = "default",
+    group: Callable[[str], str] | None = None,
+) -> Effects:
+    """Zero the square, the cross and all high-order terms, everywhere and group by group, and take the loss.
+
+    Args:
+        model: a model with a PERA adapter, in evaluation mode; left as it was.
+        batches: keyword arguments of its forward, with ``labels``.
+        adapter_name: the adapter to look at.
+        group: the group of a layer, by its module name; by default the last part of the name, such as
+            "q_proj".
+    """
+    group = group or (lambda name: name.rpartition(".")[2])
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PeraLayer) and adapter_name in m.pera_A}
+    groups: dict[str, list[PeraLayer]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(group(name), []).append(layer)
+    loss, tokens = mean_loss(model, batches)
+
+    def change(chosen: Iterable[PeraLayer], part: Part) -> float:
+        with zeroed(chosen, part, adapter_name):
+            return mean_loss(model, batches)[0] - loss
+
+    parts: tuple[Part, ...] = ("square", "cross", "high_order")
+    return Effects(
+        tokens=tokens,
+        loss=loss,
+        without={part: change(layers.values(), part) for part in parts},
+        without_high_order={name: change(members, "high_order") for name, members in groups.items()},
+    )
+
+
+@contextmanager
+def zeroed(layers: Iterable[PeraLayer], part: Part, adapter_name: str = "default") -> Iterator[None]:
+    """Within the block, the coefficients of ``part``, learned or fixed, are zero in ``layers``."""
+    changed: list[PeraLayer] = []
+    try:
+        for layer in layers:
+            own = layer.coefficients
+            masked = own(adapter_name).detach() * _kept(layer, part, adapter_name)
+            vars(layer)["coefficients"] = lambda name, own=own, masked=masked: (
+                masked if name == adapter_name else own(name)
+            )
+            layer.drop_expansions()
+            changed.append(layer)
+        yield
+    finally:
+        for layer in changed:
+            del vars(layer)["coefficients"]
+            layer.drop_expansions()
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float, int]:
+    """Loss per label, over all batches, and the number of labels that count."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        labels: Any = batch["labels"]
+        count = int((labels[:, 1:] != IGNORED).sum())
+        total += model(**batch).loss.item() * count
+        tokens += count
+    return total / tokens, tokens
+
+
+def _kept(layer: PeraLayer, part: Part, adapter_name: str) -> Tensor:
+    """1 for each coefficient that stays, 0 for each that belongs to ``part``."""
+    h = layer.coefficients(adapter_name)
+    pairs = coefficient_pairs(layer.r[adapter_name], layer.expansion[adapter_name].terms)
+    zeroed = [part == "high_order" or (part == "square") == (i == j) for i, j in pairs]
+    return torch.tensor(zeroed, device=h.device).logical_not().to(h.dtype)

@@ -1,0 +1,57 @@
+"""The layers of a saved PERA adapter, read without the model they belong to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pera.errors import UserError
+from pera.polynomial import Normalization, Terms, fixed_coefficients, num_coefficients
+from pera.tuner.config import PeraConfig
+
+
+class Factors(NamedTuple):
+    """One layer: what :func:`pera.polynomial.lora_factors` and :func:`pera.diagnose.diagnose_layer` take."""
+
+    A: Tensor
+    B: Tensor
+    h: Tensor
+    terms: Terms
+    normalization: Normalization
+    scaling: float
+
+
+def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, Factors]:
+    """The factors of each layer in a PERA weights file, by the layer's name, in float64.
+
+    Args:
+        weights: ``<layer>.pera_A`` ``(r, in_features)``, ``<layer>.pera_B`` ``(out_features, r)``,
+            ``<layer>.pera_h`` unless fixed or absent; other tensors are passed over.
+        config: the adapter's configuration.
+
+    Raises:
+        UserError: there is no layer, or a tensor is missing, of the wrong shape or not finite.
+    """
+    layers: dict[str, Factors] = {}
+    for key, A in weights.items():
+        layer, found, _ = key.partition(".pera_A")
+        if not found:
+            continue
+        r, alpha = config.layer_settings(layer)
+        learned = config.coefficients == "learned" and config.terms != "none"
+        h = weights.get(f"{layer}.pera_h") if learned else fixed_coefficients(r, config.terms)
+        B = weights.get(f"{layer}.pera_B")
+        if B is None or h is None:
+            raise UserError(f"the weights file lacks {layer}.{'pera_B' if B is None else 'pera_h'}.")
+        shapes = (A.shape[0], B.shape[1], *h.shape)
+        if shapes != (r, r, num_coefficients(r, config.terms)):
+            raise UserError(f"the weights of {layer} do not have the rank of adapter_config.json, {r}.")
+        if not all(torch.isfinite(t).all() for t in (A, B, h)):
+            raise UserError(f"NaNs detected in the weights of {layer}; the adapter seems to be broken.")
+        scaling = config.scaling(r, alpha)
+        layers[layer] = Factors(A.double(), B.double(), h.double(), config.terms, config.normalization, scaling)
+    if not layers:
+        raise UserError("the weights file holds no PERA layer.")
+    return layers
