@@ -16,6 +16,7 @@ from pera.errors import CheckFailed, PeraError, UserError
 
 if TYPE_CHECKING:
     from pera.convert.verify import Agreement
+    from pera.diagnose import Effects, LayerDiagnosis
     from pera.evaluation import Score
     from pera.recipe import Recipe
     from pera.runs import Run
@@ -132,6 +133,71 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    source: Source,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="One row for each layer, not for each kind of layer.")
+    ] = False,
+    effect: Annotated[
+        bool, typer.Option("--effect", help="Also measure what the high-order terms do to the loss; loads the model.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what an adapter is, from its factors: norms of its parts, high-order ratio, effective rank."""
+    from dataclasses import asdict
+
+    from pera.diagnose import diagnose_adapter, run_effects
+    from pera.runs import locate
+
+    location = locate(source)
+    if location.adapter is None:
+        raise UserError(f"{source!r} has no adapter; give a run or an adapter folder.")
+    if effect and location.run is None:
+        raise UserError(f"--effect needs a run folder, which says on what data; {source!r} is an adapter folder.")
+    found = diagnose_adapter(location.adapter)
+    effects = run_effects(location.run) if effect and location.run else None
+    if json:
+        import json as writer
+
+        derived = ("high_order_ratio", "square_ratio", "cross_ratio", "stable_rank", "entropy_rank")
+        content = {
+            "layers": {n: {**asdict(d), **{key: getattr(d, key) for key in derived}} for n, d in found.items()},
+            **({"effect": asdict(effects)} if effects else {}),
+        }
+        print(writer.dumps(content, indent=2))  # noqa: T201
+        return
+    out.print(_diagnosis(found, layers))
+    if effects is not None:
+        out.print(_effects(effects))
+
+
+@app.command()
+def chat(
+    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Who answers.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Base and adapted model side by side.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a model in the terminal."""
+    from pera.chat import chat as talk
+    from pera.runs import locate
+
+    talk(locate(source), out, compare=compare, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command()
+def env() -> None:
+    """Versions and hardware, to paste into a bug report."""
+    from pera.runs import environment
+
+    found = environment()
+    for package, version in found.pop("versions").items():
+        print(f"{package}: {version or 'not installed'}")  # noqa: T201
+    for key, value in found.items():
+        print(f"{key}: {value}")  # noqa: T201
+
+
+@app.command()
 def merge(
     source: Source,
     output: Output,
@@ -165,6 +231,39 @@ def verify(
     from pera.convert.verify import verify as compare_models
 
     _report(compare_models(a, b, dtype=dtype), f"{b} against {a}")
+
+
+def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
+    from statistics import median
+
+    from pera.diagnose.factors import by_kind
+
+    groups = {name: [layer] for name, layer in found.items()} if by_layer else by_kind(found)
+    caption = None if by_layer else "Median over the layers of each kind; --layers shows every layer."
+    table = Table(box=None, pad_edge=False, header_style="dim", caption=caption, caption_justify="left")
+    columns = ("‖ΔW‖", "linear", "square", "cross", "ratio", "1·1ᵀ", "rank ≤", "stable", "entropy")
+    table.add_column("layer" if by_layer else "kind", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, layers in groups.items():
+        values = [
+            *(f"{median(getattr(d, key) for d in layers):.3g}" for key in ("norm", "linear", "square", "cross")),
+            f"{median(d.high_order_ratio for d in layers):.2g}",
+            f"{median(d.ones_weight for d in layers):.0%}",
+            str(len(layers[0].singular_values)),
+            *(f"{median(getattr(d, key) for d in layers):.1f}" for key in ("stable_rank", "entropy_rank")),
+        ]
+        table.add_row(name if by_layer else f"{name} ({len(layers)})", *values)
+    return table
+
+
+def _effects(effects: Effects) -> Table:
+    table = _table(f"Effect on the loss, {effects.loss:.4f} over {effects.tokens} held-out answer tokens")
+    for part, change in effects.without.items():
+        table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.4f}")
+    for group, change in effects.without_high_order.items():
+        table.add_row(f"without high-order terms in {group}", f"{change:+.4f}")
+    return table
 
 
 def _report(agreement: Agreement, done: str) -> None:

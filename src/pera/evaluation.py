@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from pera.card import write_card
 from pera.errors import missing_extra
 from pera.files import disk_errors, write_atomic, write_json
 from pera.recipe import EvaluationSection
@@ -58,6 +59,8 @@ def evaluate_run(run: Run, *, base: bool = False, console: Console | None = None
     lines = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
     write_atomic(run.predictions / f"{which}.jsonl", lines)
     write_json(run.scores_file, {**run.scores(), which: {"scorer": recipe.evaluation.scorer, **asdict(score)}})
+    if run.adapter.is_dir():
+        write_card(run.adapter, "adapter", location)
     return score
 
 

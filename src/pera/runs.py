@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,13 +22,19 @@ from pera.errors import UserError
 from pera.files import cannot_write, read_json, require_free, write_atomic, write_json
 from pera.recipe import Recipe, difference, load_recipe
 
+PACKAGES = (
+    *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
+    *("reasoning-gym", "scipy", "matplotlib", "jinja2", "gguf", "triton"),
+)
+"""What :func:`environment` reports on: the core, then what is optional."""
+
 COMPLETE = "complete"
 """Empty file that marks a checkpoint whose saving has ended."""
 
 
 class Run:
-    """A run folder: ``recipe.yaml``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``, ``adapter/``,
-    ``scores.json``. The adapter is there if and only if training has ended."""
+    """A run folder; docs/architecture.md lists what is in it. The adapter is there if and only if training has
+    ended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,6 +42,8 @@ class Run:
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
         self.scores_file = path / "scores.json"
+        self.cost_file = path / "cost.json"
+        self.effect_file = path / "effect.json"
         self.predictions = path / "predictions"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
@@ -103,18 +111,12 @@ class Run:
     def write_environment(self, model: torch.nn.Module, command: list[str]) -> None:
         """Record versions, hardware, seed, dtype and the fingerprint of the base model."""
         recipe = self.recipe
-        packages = ("pera", "torch", "transformers", "peft", "accelerate", "safetensors")
-        accelerator = models.device()
         write_json(
             self.environment_file,
             {
                 "command": command,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
-                "platform": platform.platform(),
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "accelerator": torch.cuda.get_device_name() if accelerator.type == "cuda" else accelerator.type,
+                **environment(),
                 "seed": recipe.training.seed,
                 "base_model": {
                     "name": recipe.model.name,
@@ -210,6 +212,11 @@ def adapter_config(folder: Path) -> PeftConfig:
     return config
 
 
+def method_name(config: PeftConfig) -> str:
+    """PEFT's name of an adapter's method, such as "LORA"."""
+    return PeftType(config.peft_type).value
+
+
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors in an adapter folder, on the CPU.
 
@@ -244,6 +251,26 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         where = "the weights file lacks" if key in expected else "the base model has no place for"
         raise UserError(f"{str(folder)!r} does not fit the base model: {where} {key!r}.")
     return model.eval()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this machine; None stands for an optional package that is not installed."""
+    accelerator = models.device()
+    return {
+        "versions": {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}},
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if accelerator.type == "cuda" else accelerator.type,
+        "fast_dtype": str(models.fast_dtype()).removeprefix("torch."),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def command_line() -> list[str]:

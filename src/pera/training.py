@@ -25,16 +25,18 @@ from transformers import (
 )
 
 from pera import models
+from pera.card import write_card
+from pera.diagnose import RatioCallback
 from pera.errors import UserError
-from pera.files import atomic_folder, disk_errors, write_atomic
+from pera.files import atomic_folder, disk_errors, write_atomic, write_json
 from pera.recipe import Recipe
-from pera.runs import COMPLETE, Run, command_line
+from pera.runs import COMPLETE, Location, Run, command_line
 from pera.tasks.base import Example
 from pera.tasks.prompts import AnswerCollator, encode_example
 
 
 class TrainingSummary(NamedTuple):
-    """What a training took: seconds, tokens (padding included) and peak memory in bytes, of this process alone."""
+    """What a training took, since it was last resumed: seconds, tokens (padding included), peak memory in bytes."""
 
     seconds: float
     tokens: int
@@ -78,7 +80,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
             args=_arguments(recipe, run),
             train_dataset=examples,
             data_collator=AnswerCollator(tokenizer, model),
-            callbacks=[progress],
+            callbacks=[RatioCallback(), progress],
         )
     except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
         raise UserError(f"training.report_to={spec.report_to}: {' '.join(str(error).split())}") from error
@@ -88,9 +90,12 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
+    summary = TrainingSummary(seconds, tokens, peak_memory(), result.training_loss, left_out)
+    write_json(run.cost_file, summary._asdict())
     with atomic_folder(run.adapter) as folder:
         adapted.save_pretrained(str(folder))
-    return TrainingSummary(seconds, tokens, peak_memory(), result.training_loss, left_out)
+        write_card(folder, "adapter", Location(run, folder, recipe.model.name))
+    return summary
 
 
 def peak_memory() -> int | None:
@@ -201,6 +206,8 @@ class _Progress(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": round(tokens / seconds, 1),
         }
+        if "high_order_ratio" in logs:
+            line["high_order_ratio"] = logs["high_order_ratio"]
         with self._run.metrics_file.open("a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
         memory = peak_memory()

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pera import models
+from pera.card import write_card
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
 from pera.polynomial import lora_factors
-from pera.runs import adapter_config, adapter_weights, locate, open_model
+from pera.runs import adapter_config, adapter_weights, locate, method_name, open_model
 from pera.tuner import PeraConfig
 from pera.tuner.saved import saved_factors
 
@@ -42,7 +43,7 @@ def export_lora(source: str, output: Path, *, dtype: str = "float32") -> Agreeme
         raise UserError(f"{source!r} has no adapter; give a run or an adapter folder.")
     config = adapter_config(location.adapter)
     if not isinstance(config, PeraConfig):
-        raise UserError(f"{source!r} is a {config.peft_type} adapter; only a PERA adapter is exported to LoRA.")
+        raise UserError(f"{source!r} is a {method_name(config)} adapter; only a PERA adapter is exported to LoRA.")
     weights = fold(adapter_weights(location.adapter), config)
     with atomic_folder(output) as folder:
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -53,6 +54,7 @@ def export_lora(source: str, output: Path, *, dtype: str = "float32") -> Agreeme
         after = logits(*open_model(location._replace(adapter=folder), dtype), prompts)
         agreement = compare(before, after, models.DTYPES[dtype])
         agreement.save(folder, of="LoRA export", against=source)
+        write_card(folder, "lora", location, agreement.sentence())
     return agreement
 
 

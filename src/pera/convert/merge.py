@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pera.card import write_card
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
@@ -49,6 +50,7 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
         after = logits(load_model(str(folder), dtype="stored"), tokenizer, prompts)
         agreement = compare(before, after, torch_dtype)
         agreement.save(folder, of="merged model", against=source)
+        write_card(folder, "merged", location, agreement.sentence())
     return agreement
 
 

@@ -1,15 +1,19 @@
 """What an adapter does: weight and effect of each kind of term, spectra, interaction strength."""
 
-from pera.diagnose.effect import Effects, effects, zeroed
+from pera.diagnose.callback import RatioCallback, high_order_ratios
+from pera.diagnose.effect import Effects, effects, run_effects, zeroed
 from pera.diagnose.factors import LayerDiagnosis, diagnose_adapter, diagnose_layer
 from pera.diagnose.interaction import interaction_strength
 
 __all__ = [
     "Effects",
     "LayerDiagnosis",
+    "RatioCallback",
     "diagnose_adapter",
     "diagnose_layer",
     "effects",
+    "high_order_ratios",
     "interaction_strength",
+    "run_effects",
     "zeroed",
 ]

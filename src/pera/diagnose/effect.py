@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pera.files import write_json
 from pera.polynomial import coefficient_pairs
-from pera.tasks.prompts import IGNORED
+from pera.runs import Location, Run, open_model
+from pera.tasks.prompts import IGNORED, AnswerCollator, encode_example
 from pera.tuner import PeraLayer
 
 Part = Literal["square", "cross", "high_order"]
@@ -66,6 +68,23 @@ def effects(
         without={part: change(layers.values(), part) for part in parts},
         without_high_order={name: change(members, "high_order") for name, members in groups.items()},
     )
+
+
+def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects:
+    """:func:`effects` of a run's adapter on the first held-out examples of its task; kept in ``effect.json``."""
+    recipe = run.recipe
+    location = Location(run, run.adapter, recipe.model.name, recipe.model.revision, recipe.model.trust_remote_code)
+    model, tokenizer = open_model(location, recipe.model.dtype)
+    encoded = [encode_example(tokenizer, example) for example in recipe.build_task().test[:examples]]
+    collate = AnswerCollator(tokenizer, model.get_base_model())
+    device = next(model.parameters()).device
+    batches = [
+        {key: value.to(device) for key, value in collate(encoded[i : i + batch_size]).items()}
+        for i in range(0, len(encoded), batch_size)
+    ]
+    result = effects(model, batches)
+    write_json(run.effect_file, asdict(result))
+    return result
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
-from pera.runs import adapter_config, adapter_weights
+from pera.runs import adapter_config, adapter_weights, method_name
 from pera.tuner import PeraConfig
 from pera.tuner.saved import saved_factors
 
@@ -123,9 +123,17 @@ def diagnose_adapter(folder: Path) -> dict[str, LayerDiagnosis]:
     """
     config = adapter_config(folder)
     if not isinstance(config, PeraConfig):
-        raise UserError(f"{str(folder)!r} is a {config.peft_type} adapter; only PERA adapters can be diagnosed.")
+        raise UserError(f"{str(folder)!r} is a {method_name(config)} adapter; only PERA adapters can be diagnosed.")
     layers = saved_factors(adapter_weights(folder), config)
     return {name.removeprefix("base_model.model."): diagnose_layer(*factors) for name, factors in layers.items()}
+
+
+def by_kind(layers: dict[str, LayerDiagnosis]) -> dict[str, list[LayerDiagnosis]]:
+    """The layers by the last part of their name, such as "q_proj"."""
+    kinds: dict[str, list[LayerDiagnosis]] = {}
+    for name, layer in layers.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(layer)
+    return kinds
 
 
 def _ratio(part: float, linear: float) -> float:

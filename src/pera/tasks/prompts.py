@@ -15,13 +15,17 @@ IGNORED = -100
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids up to where the model's answer begins, in the model's chat template if it has one."""
+    """Token ids of a user's message up to where the model's answer begins."""
+    return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation up to where the model's next answer begins, in the model's chat template; without
+    one, the messages line by line."""
     if tokenizer.chat_template is None:
-        ids: list[int] = tokenizer(f"{prompt}\n").input_ids
+        ids: list[int] = tokenizer("".join(f"{m['content']}\n" for m in messages)).input_ids
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

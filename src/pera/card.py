@@ -1,0 +1,91 @@
+"""The model card, README.md, of an adapter, a merged model or an export."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import ModelCardData
+
+from pera.files import write_atomic
+from pera.models import EMBEDDED
+from pera.runs import Location, adapter_config, method_name
+
+Form = Literal["adapter", "merged", "lora"]
+
+_TITLE = {
+    "adapter": "{method} adapter",
+    "merged": "Model with a merged {method} adapter",
+    "lora": "{method} adapter, exported as a LoRA",
+}
+
+_PERA = " Method: Polynomial Expansion Rank Adaptation ([arXiv 2604.11841](https://arxiv.org/abs/2604.11841))."
+
+_USE = {
+    "adapter": "{imports}from peft import AutoPeftModelForCausalLM\n\n"
+    'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+    "merged": "from transformers import AutoModelForCausalLM\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+    "lora": "from peft import AutoPeftModelForCausalLM\n\n"
+    'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+}
+
+
+def write_card(folder: Path, form: Form, location: Location, verification: str | None = None) -> None:
+    """Write ``README.md``: metadata for the Hub, how to load it, and what is known of the run it came from.
+
+    Args:
+        folder: the folder that is described.
+        form: what it holds.
+        location: where the adapter came from.
+        verification: the sentence of the comparison with the adapter, if one was made.
+    """
+    base = EMBEDDED[location.base].hub_id if location.base in EMBEDDED else location.base
+    assert location.adapter is not None
+    method = method_name(adapter_config(location.adapter))
+    imports = "import pera  # makes the method known to PEFT\n" if method == "PERA" else ""
+    data = ModelCardData(
+        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        library_name="transformers" if form == "merged" else "peft",
+        pipeline_tag="text-generation",
+        tags=["pera", "lora"] if form == "lora" else [method.lower()],
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_TITLE[form].format(method=method)}",
+        f"Base model: {_code(base)}.{_PERA if method == 'PERA' else ''}",
+        _fence(_USE[form].format(imports=imports), "python"),
+    ]
+    if verification:
+        sections += ["## Verification", f"Against the adapter it was made from: {verification}."]
+    if location.run is not None:
+        scores = location.run.scores()
+        if scores:
+            sections += ["## Scores", _scores(location.run.recipe.task.name, scores)]
+        sections += ["## Recipe", _fence(location.run.recipe.to_yaml(), "yaml")]
+    write_atomic(folder / "README.md", "\n\n".join(sections) + "\n")
+
+
+def _scores(task: str, scores: dict[str, Any]) -> str:
+    rows = [
+        f"| {which} | {s['n']} | {s['accuracy']:.1%} | {s['low']:.1%} to {s['high']:.1%} |"
+        for which, s in scores.items()
+    ]
+    head = f"Held-out problems of {_code(task)}, greedy decoding, the task's own scorer."
+    return "\n".join([head, "", "| | n | accuracy | 95 % interval |", "| --- | --- | --- | --- |", *rows])
+
+
+def _code(text: str) -> str:
+    """``text`` as inline code, whatever is in it."""
+    return f"{_ticks(text, 1)}{' '.join(text.split())}{_ticks(text, 1)}"
+
+
+def _fence(text: str, language: str) -> str:
+    """``text`` as a block of code, whatever is in it."""
+    return f"{_ticks(text, 3)}{language}\n{text.rstrip()}\n{_ticks(text, 3)}"
+
+
+def _ticks(text: str, least: int) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(least, longest + 1)

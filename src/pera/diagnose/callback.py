@@ -1,0 +1,50 @@
+"""The high-order ratio over the course of a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pera.polynomial import expand_A, expand_B
+from pera.tuner import PeraLayer
+
+
+class RatioCallback(TrainerCallback):
+    """Adds ``high_order_ratio``, by kind of module, to what transformers' Trainer logs.
+
+    Does nothing for a model without PERA layers. Trackers that come before it in the list of callbacks do
+    not see the entry; ``history`` keeps it for all steps.
+    """
+
+    def __init__(self) -> None:
+        self.history: list[tuple[int, dict[str, float]]] = []
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called by the Trainer after each logging step."""
+        ratios = high_order_ratios(kwargs["model"])
+        if ratios and "loss" in kwargs["logs"]:
+            kwargs["logs"]["high_order_ratio"] = ratios
+            self.history.append((state.global_step, ratios))
+
+
+@torch.no_grad()
+def high_order_ratios(model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """‖high-order parts‖_F / ‖linear parts‖_F over all layers of one kind ("q_proj", …), by kind.
+
+    From the K × K Gram matrices of the expansions, O((m + n) K²) for each layer; kinds whose linear part is
+    zero, as before the first step, are left out.
+    """
+    norms: dict[str, tuple[float, float]] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, PeraLayer) or adapter_name not in layer.pera_A:
+            continue
+        A, B, h = layer.factors(adapter_name)
+        r, s = A.shape[0], layer.scaling[adapter_name]
+        A_hat, B_hat = expand_A(A, h, *layer.expansion[adapter_name]), expand_B(B, *layer.expansion[adapter_name])
+        gram = s * s * (A_hat @ A_hat.T) * (B_hat.T @ B_hat)
+        linear, high_order = norms.get(kind := name.rpartition(".")[2], (0.0, 0.0))
+        norms[kind] = (linear + gram[:r, :r].sum().item(), high_order + gram[r:, r:].sum().item())
+    return {kind: (max(high, 0.0) / linear) ** 0.5 for kind, (linear, high) in norms.items() if linear > 0}
