@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -86,7 +87,7 @@ def quickstart(
     }
     loss_picture(run, run.path / "loss.svg")
     out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
-    out.print(_next_steps(run))
+    out.print(_next_steps(run), soft_wrap=True)
     if not all(check.agree for check in checks.values()):
         raise CheckFailed("the outputs of the merged model or of the LoRA export differ from the adapter's, see above.")
 
@@ -238,9 +239,10 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
 
     from pera.diagnose.factors import by_kind
 
-    groups = {name: [layer] for name, layer in found.items()} if by_layer else by_kind(found)
+    common = os.path.commonprefix(list(found)).rpartition(".")[0] + "."  # noqa: RUF071
+    groups = {name.removeprefix(common): [d] for name, d in found.items()} if by_layer else by_kind(found)
     caption = None if by_layer else "Median over the layers of each kind; --layers shows every layer."
-    table = Table(box=None, pad_edge=False, header_style="dim", caption=caption, caption_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption=caption, caption_justify="left")
     columns = ("‖ΔW‖", "linear", "square", "cross", "ratio", "1·1ᵀ", "rank ≤", "stable", "entropy")
     table.add_column("layer" if by_layer else "kind", overflow="fold")
     for column in columns:

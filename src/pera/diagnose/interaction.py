@@ -59,10 +59,13 @@ def interaction_strength(
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
             f = (output or _top_logit)(model(**batch, use_cache=False))
             assert shift is not None
-            (gradient,) = torch.autograd.grad(f.sum(), shift, create_graph=True)
-            if not gradient.requires_grad:  # f is linear in h
+            (gradient,) = torch.autograd.grad(f.sum(), shift, create_graph=True, materialize_grads=True)
+            if not gradient.requires_grad:  # f is constant or linear in h
                 return torch.zeros(gradient.shape[1], gradient.shape[1])
-            rows = [torch.autograd.grad(g.sum(), shift, retain_graph=True)[0] for g in gradient.unbind(1)]
+            rows = [
+                torch.autograd.grad(g.sum(), shift, retain_graph=True, materialize_grads=True)[0]
+                for g in gradient.unbind(1)
+            ]
     finally:
         handle.remove()
     return torch.stack(rows, 1).detach().abs().mean(0).cpu()

@@ -1,12 +1,15 @@
-"""The picture of a training: loss and learning rate over the steps."""
+"""The picture of a training as a file of its own."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
 
-from pera.errors import UserError, missing_extra
+from pera.errors import UserError
 from pera.files import write_atomic
+from pera.report.contents import Contents, Missing
+from pera.report.drawing import style
+from pera.report.plots import training_figure
 from pera.runs import Run
 
 
@@ -14,24 +17,17 @@ def loss_picture(run: Run, file: Path) -> None:
     """Draw the loss of a run, and its learning rate below; the ending of ``file`` sets the format (svg, png, pdf).
 
     Raises:
-        UserError: the run has no metrics, matplotlib is missing, or the file cannot be written.
+        UserError: the run has no metrics, matplotlib is missing, the format is not known, or the file cannot be
+            written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("matplotlib", "report") from error
-    metrics = run.metrics()
-    if not metrics:
+    metrics = Contents(run).metrics
+    if isinstance(metrics, Missing):
         raise UserError(f"{str(run.path)!r} has no metrics yet; train first.")
-    steps = [line["step"] for line in metrics]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    loss.plot(steps, [line["loss"] for line in metrics], marker=".")
-    loss.set(ylabel="loss per answer token", yscale="log", title=run.path.name)
-    rate.plot(steps, [line["learning_rate"] for line in metrics], color="tab:gray")
-    rate.set(xlabel="step", ylabel="learning rate")
-    for axes in (loss, rate):
-        axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=file.suffix.removeprefix("."))
+    picture, kind = io.BytesIO(), file.suffix.removeprefix(".")
+    figure = training_figure(metrics, run.path.name)
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise UserError(f"picture: {file.name!r} has no ending of a picture; one of: {', '.join(sorted(known))}.")
+    with style():
+        figure.savefig(picture, format=kind, facecolor="white")
     write_atomic(file, picture.getvalue())

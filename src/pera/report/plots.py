@@ -1,0 +1,250 @@
+"""The figures of a report, each with its text alternative and its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from pera.diagnose import Effects
+from pera.report.contents import Layer, Metrics, ScoreOf, by_kind
+from pera.report.drawing import COLORS, Picture, Table, draw_line, legend, new_figure, set_scale, short, style, tick
+from pera.report.words import number, percent, signed, visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROWS = 40
+"""About so many lines a table of numbers has at most."""
+
+
+def accuracy(scores: Mapping[str, ScoreOf]) -> Picture:
+    """Bars of the accuracy before and after, with intervals."""
+    names = {"base": "base model", "adapter": "with adapter"}
+    with style():
+        figure, axes = new_figure(0.75 + 0.3 * len(scores))
+        for i, (which, score) in enumerate(scores.items()):
+            axes.barh(i, 100 * score.accuracy, height=0.6, color=COLORS[7 if which == "base" else 0])
+            axes.plot([100 * score.low, 100 * score.high], [i, i], color="black", marker="|", markersize=8)
+        axes.set(xlim=(0, 100), xlabel="accuracy in %, with 95 % interval")
+        axes.set_yticks(range(len(scores)), [names[which] for which in scores])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+    said = [f"{names[k]} {percent(s.accuracy)} ({percent(s.low)} to {percent(s.high)})" for k, s in scores.items()]
+    finding = f"Accuracy with 95 % interval: {', '.join(said)}."
+    if len(scores) == 2:
+        a, b = scores.values()
+        apart = a.high < b.low or b.high < a.low
+        finding += f" The intervals {'do not overlap' if apart else 'overlap'}."
+    head = ["", "accuracy", "from", "to", "right", "of", "scorer"]
+    rows = [
+        [names[k], *map(percent, (s.accuracy, s.low, s.high)), str(s.correct), str(s.n), s.scorer]
+        for k, s in scores.items()
+    ]
+    return Picture(figure, "Bars: accuracy before and after training", finding, Table(head, rows))
+
+
+def training(metrics: Metrics) -> Picture:
+    """Loss over the steps, and the learning rate below it."""
+    label = "Lines: loss and learning rate over the training steps"
+    head = ["step", "epoch", "loss", "learning rate", "gradient norm", "tokens/s"]
+    keys = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
+    columns = [metrics.series(key) for key in keys]
+    rows = [[str(step), *map(number, values)] for step, *values in zip(metrics.steps, *columns, strict=True)]
+    return Picture(training_figure(metrics), label, _course(metrics), Table(head, _thinned(rows)))
+
+
+def training_figure(metrics: Metrics, title: str = "") -> Figure:
+    """The figure of :func:`training` alone."""
+    with style():
+        figure, (loss, rate) = new_figure(3.2, rows=2, sharex=True, height_ratios=[3, 1])
+        draw_line(loss, metrics.steps, metrics.series("loss"), 0)
+        draw_line(rate, metrics.steps, metrics.series("learning_rate"), 7, mark=False)
+        loss.set(ylabel="loss per answer token", title=visible(title))
+        rate.set(xlabel="step", ylabel="learning rate")
+        set_scale(loss, metrics.series("loss"))
+    return figure
+
+
+def losses(runs: Mapping[str, Metrics]) -> Picture:
+    """The loss of several runs over the steps."""
+    with style():
+        figure, axes = new_figure(3)
+        for i, (name, metrics) in enumerate(runs.items()):
+            draw_line(axes, metrics.steps, metrics.series("loss"), i, name)
+        axes.set(xlabel="step", ylabel="loss per answer token")
+        set_scale(axes, [x for metrics in runs.values() for x in metrics.series("loss")])
+        legend(figure)
+    found = {name: dict(zip(m.steps, m.series("loss"), strict=True)) for name, m in runs.items()}
+    steps = sorted({step for m in runs.values() for step in m.steps})
+    rows = [[str(step), *(number(loss.get(step)) for loss in found.values())] for step in steps]
+    finding = " ".join(f"{name}: {_course(metrics)}" for name, metrics in runs.items())
+    return Picture(figure, "Lines: loss of the runs over the steps", finding, Table(["step", *runs], _thinned(rows)))
+
+
+def ratio_map(layers: list[Layer]) -> Picture | None:
+    """High-order ratio by block and kind of module; None if no layer has high-order terms."""
+    ratios = {layer.name: layer.diagnosis.high_order_ratio for layer in layers}
+    finite = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+    positive = [ratio for ratio in finite.values() if ratio > 0]
+    if not positive:
+        return None
+    blocks = list(dict.fromkeys(layer.block for layer in layers))
+    kinds = by_kind(layers)
+    cells = [[_mean(finite.get(x.name) for x in members if x.block == b) for b in blocks] for members in kinds.values()]
+    with style():
+        from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgb
+
+        figure, axes = new_figure(1.1 + 0.27 * len(kinds))
+        color = to_rgb(COLORS[0])
+        shades = LinearSegmentedColormap.from_list("ratio", [(*color, 0.06), (*color, 1.0)], N=40)
+        wide = max(positive) > 10 * min(positive)
+        norm = LogNorm(min(positive), max(positive)) if wide else Normalize(0, max(positive))
+        shades.set_under((*color, 0.0))
+        mesh = axes.pcolormesh(cells, cmap=shades, norm=norm, rasterized=False)
+        axes.set_yticks([i + 0.5 for i in range(len(kinds))], [short(kind) for kind in kinds])
+        every = max(1, math.ceil(len(blocks) / 10))
+        shown = range(0, len(blocks), every)
+        axes.set_xticks([i + 0.5 for i in shown], ["–" if blocks[i] is None else str(blocks[i]) for i in shown])
+        axes.set(xlabel="block")
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        bar = figure.colorbar(mesh, ax=axes, location="bottom", aspect=40, label="high-order ratio")
+        set_scale(bar.ax, positive if wide else [], axis="x")
+        bar.outline.set_visible(False)
+    low, high = min(finite, key=finite.__getitem__), max(finite, key=finite.__getitem__)
+    finding = (
+        f"High-order ratio: median {number(median(finite.values()), 3)} over {len(finite)} layers; "
+        f"smallest {number(finite[low], 3)} ({low}), largest {number(finite[high], 3)} ({high})."
+    )
+    table = Table(
+        ["block", *kinds],
+        [
+            ["–" if b is None else str(b), *(number(row[i], 3) if row[i] == row[i] else "–" for row in cells)]
+            for i, b in enumerate(blocks)
+        ],
+    )
+    return Picture(figure, "Map: high-order ratio by block and kind of module", finding, table)
+
+
+def spectra(layers: list[Layer]) -> Picture | None:
+    """Singular values of ΔW beside the largest, the median over the layers of each kind; None if ΔW is zero."""
+    curves = {}
+    for kind, members in by_kind(layers).items():
+        values = [x.diagnosis.singular_values for x in members if x.diagnosis.singular_values[0] > 0]
+        if values:
+            longest = max(map(len, values))
+            curves[kind] = [median(v[i] / v[0] for v in values if len(v) > i) for i in range(longest)]
+    if not curves:
+        return None
+    ranks = sorted({layer.diagnosis.r for layer in layers})
+    expanded = max(layer.diagnosis.expanded_rank for layer in layers)
+    floor = 1e-8
+    with style():
+        figure, axes = new_figure(3.2)
+        for i, (kind, curve) in enumerate(curves.items()):
+            seen = [value if value > floor else math.nan for value in curve]
+            draw_line(axes, range(1, len(curve) + 1), seen, i, short(kind), mark=False)
+        if len(ranks) == 1:
+            axes.axvline(ranks[0], color="black", linewidth=0.8, alpha=0.6)
+            at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(f"r = {ranks[0]}", (ranks[0], 1), (3, -8), **at)
+        axes.set(xlabel="index i", ylabel="σᵢ / σ₁, median")
+        set_scale(axes, [v for curve in curves.values() for v in curve if v > floor])
+        legend(figure)
+    chosen = sorted({1, *(2**i for i in range(1, 10)), *ranks, *(r + 1 for r in ranks), expanded})
+    rows = [
+        [str(i), *(number(curve[i - 1], 3) if i <= len(curve) else "–" for curve in curves.values())]
+        for i in chosen
+        if i <= expanded
+    ]
+    stable = number(median(layer.diagnosis.stable_rank for layer in layers), 3)
+    entropy = number(median(layer.diagnosis.entropy_rank for layer in layers), 3)
+    finding = (
+        f"Median over {len(layers)} layers: stable rank {stable}, entropy rank {entropy}. "
+        f"Nominal rank r = {', '.join(map(str, ranks))}; expanded rank at most {expanded}."
+    )
+    return Picture(figure, "Lines: singular values of the weight updates", finding, Table(["i", *curves], rows))
+
+
+def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
+    """High-order ratio by kind of module over the steps."""
+    kinds = sorted({kind for _, ratios in recorded for kind in ratios})
+    steps = [step for step, _ in recorded]
+    series = {kind: [ratios.get(kind, math.nan) for _, ratios in recorded] for kind in kinds}
+    with style():
+        figure, axes = new_figure(3)
+        for i, (kind, values) in enumerate(series.items()):
+            draw_line(axes, steps, values, i, short(kind))
+        axes.set(xlabel="step", ylabel="high-order ratio")
+        set_scale(axes, [value for values in series.values() for value in values])
+        legend(figure)
+    changes = (f"{kind} {number(values[0], 3)} → {number(values[-1], 3)}" for kind, values in series.items())
+    finding = f"High-order ratio from step {steps[0]} to step {steps[-1]}: {', '.join(changes)}."
+    rows = [[str(s), *(number(values[i], 3) for values in series.values())] for i, s in enumerate(steps)]
+    return Picture(
+        figure, "Lines: high-order ratio over the training", finding, Table(["step", *kinds], _thinned(rows))
+    )
+
+
+def effect(effects: Effects) -> Picture:
+    """Change of the loss without each kind of term, and without those of each group of layers."""
+    terms = {"square": "squares", "cross": "crosses", "high_order": "all high-order"}
+    parts = {f"no {terms[part]}": change for part, change in effects.without.items()}
+    groups = {f"none in {group}": change for group, change in effects.without_high_order.items()}
+    bars = {**parts, **groups}
+    with style():
+        figure, axes = new_figure(0.8 + 0.25 * len(bars))
+        for i, change in enumerate(bars.values()):
+            value = change if math.isfinite(change) else 0.0
+            drawn = axes.barh(i, value, height=0.65, color=COLORS[0 if value >= 0 else 1])
+            axes.bar_label(drawn, [signed(change)], padding=3, fontsize=8)
+        axes.set_yticks(range(len(bars)), [short(name, 24) for name in bars])
+        axes.axvline(0, color="black", linewidth=0.8)
+        if parts and groups:
+            axes.axhline(len(parts) - 0.5, color="black", linewidth=0.5, alpha=0.5)
+        axes.margins(x=0.22)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set(xlabel="change of the loss")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_formatter(tick)
+    whole = effects.without.get("high_order", math.nan)
+    share = f" ({percent(whole / effects.loss)} of it)" if effects.loss and math.isfinite(whole / effects.loss) else ""
+    finding = (
+        f"Over {effects.tokens:,} tokens the loss is {number(effects.loss)}. Without the high-order terms it changes "
+        f"by {signed(whole)}{share}."
+    )
+    rows = [
+        [name, signed(change), percent(change / effects.loss if effects.loss else None)]
+        for name, change in bars.items()
+    ]
+    table = Table(["taken out", "change of the loss", "relative"], rows)
+    return Picture(figure, "Bars: change of the loss without the high-order terms", finding, table)
+
+
+def _course(metrics: Metrics) -> str:
+    """What a loss did, in words."""
+    pairs = list(zip(metrics.steps, metrics.series("loss"), strict=True))
+    finite = [(step, loss) for step, loss in pairs if math.isfinite(loss)]
+    lost = f" {len(pairs) - len(finite)} of {len(pairs)} logged losses are not finite." if finite != pairs else ""
+    if not finite:
+        return f"No loss was finite.{lost}"
+    (first, a), (last, b) = finite[0], finite[-1]
+    step, lowest = min(finite, key=lambda pair: pair[1])
+    return (
+        f"Loss {number(a)} at step {first}, {number(b)} at step {last}; lowest {number(lowest)} at step {step}.{lost}"
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    found = [value for value in values if value is not None]
+    return fmean(found) if found else math.nan
+
+
+def _thinned(rows: list[list[str]]) -> list[list[str]]:
+    """At most about :data:`ROWS` rows, evenly chosen, the last among them."""
+    every = math.ceil(len(rows) / ROWS)
+    return rows[(len(rows) - 1) % every :: every] if rows else rows

@@ -1,0 +1,121 @@
+"""The effect of the high-order terms: the change of the loss without them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import tiny
+from pera import PeraConfig
+from pera.diagnose import diagnose_adapter, effects, run_effects, zeroed
+from pera.recipe import load_recipe
+from pera.runs import Run
+from pera.training import train
+
+
+class Regression(nn.Module):
+    """A frozen zero matrix that an adapter fits to a target; the loss is the mean squared error."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.matrix = nn.Linear(size, size, bias=False)
+        nn.init.zeros_(self.matrix.weight)
+
+    def forward(self, x, labels):
+        return SimpleNamespace(loss=(self.matrix(x) - labels).square().mean())
+
+
+def fit(steps=1500, size=16, **options):
+    """An adapter fitted to S + S ⊙ S with S of rank 2, and the data it was fitted to."""
+    torch.manual_seed(0)
+    S = torch.randn(size, 2) @ torch.randn(2, size) / 2**0.5
+    config = PeraConfig(r=2, target_modules=["matrix"], **options)
+    model = get_peft_model(Regression(size), config)
+    x = torch.randn(256, size)
+    batch = {"x": x, "labels": x @ (S + S * S).T}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03, weight_decay=0)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), [batch]
+
+
+def test_an_adapter_without_high_order_terms_has_no_effect_and_one_that_needs_them_a_large_one():
+    lora, data = fit(terms="none")
+    without = effects(lora, data)
+    assert without.without == {"square": 0, "cross": 0, "high_order": 0}
+    assert without.without_high_order == {"matrix": 0}
+
+    pera, data = fit(normalization="rms")
+    needed = effects(pera, data)
+    assert needed.loss < 0.7 * without.loss
+    assert needed.without["high_order"] > 5 * needed.loss
+    assert needed.without_high_order["matrix"] == needed.without["high_order"]
+
+
+@pytest.mark.parametrize("options", [{}, {"coefficients": "fixed"}, {"terms": "square"}, {"normalization": "rms"}])
+def test_zeroing_equals_an_adapter_without_the_terms_and_is_undone(options):
+    model = tiny.adapt(tiny.llama(), target_modules=["q_proj", "down_proj"], **options)
+    layers = tiny.layers(model).values()
+    before = tiny.logits(model)
+    with zeroed(layers, "high_order"):
+        without = tiny.logits(model)
+    assert torch.equal(tiny.logits(model), before)
+    linear = tiny.adapt(tiny.llama(), target_modules=["q_proj", "down_proj"], terms="none")
+    for layer, plain in zip(layers, tiny.layers(linear).values(), strict=True):
+        plain.pera_A["default"].data.copy_(layer.pera_A["default"])
+        plain.pera_B["default"].data.copy_(layer.pera_B["default"])
+    linear.train().eval()  # the weights were written to behind PyTorch's back
+    assert torch.allclose(without, tiny.logits(linear), atol=1e-6)
+    assert not torch.allclose(without, before, atol=1e-4)
+
+
+def test_zeroing_is_undone_after_an_error():
+    model = tiny.adapt(tiny.llama(), target_modules=["q_proj"])
+    before = tiny.logits(model)
+    with pytest.raises(RuntimeError, match="inside"), zeroed(tiny.layers(model).values(), "square"):
+        raise RuntimeError("inside")
+    assert torch.equal(tiny.logits(model), before)
+
+
+def test_square_and_cross_are_zeroed_separately():
+    model = tiny.adapt(tiny.llama(), target_modules=["q_proj"], r=3)
+    (layer, *_) = tiny.layers(model).values()
+    h = layer.coefficients("default").detach().clone()
+    with zeroed([layer], "square"):
+        assert torch.equal(layer.coefficients("default"), torch.cat([torch.zeros(3), h[3:]]))
+    with zeroed([layer], "cross"):
+        assert torch.equal(layer.coefficients("default"), torch.cat([h[:3], torch.zeros(3)]))
+
+
+def test_the_effect_of_a_run_is_measured_on_its_held_out_problems_and_kept(run, pera):
+    outcome = pera("inspect", run.path, "--effect", "--json")
+    assert outcome.code == 0
+    kept = json.loads(run.effect_file.read_text())
+    assert json.loads(outcome.out)["effect"] == kept
+    assert kept["tokens"] > 8
+    assert set(kept["without_high_order"]) == {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert kept["without"]["high_order"] != 0
+    assert "needs a run folder" in pera("inspect", run.adapter, "--effect").err
+
+
+@pytest.mark.slow
+def test_the_published_method_on_the_demo_is_asleep_and_the_woken_one_is_not(tmp_path):
+    """On the demo, cut short: the published high-order terms do almost nothing, those under rms something."""
+    found = {}
+    for normalization in ("none", "rms"):
+        options = ["training.max_steps=30", "training.warmup_steps=3", f"method.normalization={normalization}"]
+        recipe = load_recipe("quickstart", options)
+        run = Run.create(recipe, tmp_path / normalization)
+        train(recipe, run)
+        ratios = [layer.high_order_ratio for layer in diagnose_adapter(run.adapter).values()]
+        found[normalization] = (run_effects(run), max(ratios))
+    (asleep, small), (awake, large) = found["none"], found["rms"]
+    assert small < 1e-3
+    assert abs(asleep.without["high_order"]) < 1e-3 * asleep.loss
+    assert large > 10 * small
+    assert abs(awake.without["high_order"]) > abs(asleep.without["high_order"])
