@@ -260,11 +260,12 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
 
 
 def _effects(effects: Effects) -> Table:
-    table = _table(f"Effect on the loss, {effects.loss:.4f} over {effects.tokens} held-out answer tokens")
+    table = _table()
+    table.add_row("loss of the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out answer tokens")
     for part, change in effects.without.items():
-        table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.4f}")
+        table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")
     for group, change in effects.without_high_order.items():
-        table.add_row(f"without high-order terms in {group}", f"{change:+.4f}")
+        table.add_row(f"without high-order terms in {group}", f"{change:+.5f}")
     return table
 
 

@@ -9,6 +9,7 @@ computed in float32 or better and rounded once to it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,10 +43,16 @@ def pera_linear(
     Returns:
         ``(..., out_features)`` in the dtype of x, under autocast in autocast's dtype.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    y: Tensor = _PeraLinear.apply(x, A, B, h, terms, normalization, scaling)
+    y: Tensor = _PeraLinear.apply(x.to(computation_dtype(x)), A, B, h, terms, normalization, scaling)
     return y
+
+
+def computation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which :func:`pera_linear` computes for ``x``: its own, or autocast's, which spares float64."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def expansions(
@@ -67,7 +74,13 @@ def expansions(
 
 def expanded_linear(x: Tensor, A_hat: Tensor, B_hat_T: Tensor) -> Tensor:
     """The same product from the kept :func:`expansions`: ``(..., in_features)`` → ``(..., out_features)``."""
-    return (x @ A_hat.T) @ B_hat_T
+    with _without_autocast(x):
+        return (x @ A_hat.T) @ B_hat_T
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class _PeraLinear(torch.autograd.Function):
@@ -82,7 +95,7 @@ class _PeraLinear(torch.autograd.Function):
         normalization: Normalization,
         scaling: float,
     ) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             A_hat, B_hat_T = expansions(
                 A, B, h, terms=terms, normalization=normalization, scaling=scaling, dtype=x.dtype
             )
@@ -98,7 +111,7 @@ class _PeraLinear(torch.autograd.Function):
         terms, normalization, scaling = ctx.terms, ctx.normalization, ctx.scaling
         need_x, need_A, need_B, need_h = ctx.needs_input_grad[:4]
         grad_x = grad_A = grad_B = grad_h = None
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             flat = x.reshape(-1, x.shape[-1])
             grad_y = grad_y.reshape(-1, B.shape[0])
             A_hat, B_hat_T = expansions(

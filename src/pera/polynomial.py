@@ -92,8 +92,12 @@ def expand(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalizati
 
     Returns:
         ``(K, d)``, float32 or better: the rows x_i, then h_ij (x_i ⊙ x_j) / ρ in the order of h.
+
+    Raises:
+        UserError: unknown ``terms`` or ``normalization``, or h of another length than the terms need.
     """
     X = _working(X)
+    _check(X.shape[0], h, terms, normalization)
     blocks = _blocks(X.shape[0], terms)
     if not blocks:
         return X
@@ -206,6 +210,15 @@ def _working(X: Tensor) -> Tensor:
     return X.to(torch.promote_types(X.dtype, torch.float32))
 
 
+def _check(r: int, h: Tensor | None, terms: Terms, normalization: Normalization) -> None:
+    known = get_args(Normalization)
+    if normalization not in known:
+        raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, known)}")
+    needed = num_coefficients(r, terms)
+    if h is not None and h.shape != (needed,):
+        raise UserError(f"h has shape {tuple(h.shape)}; r={r} and terms={terms!r} need ({needed},).")
+
+
 def _blocks(r: int, terms: Terms) -> list[tuple[slice, slice]]:
     """Row slices (left, right) whose products, broadcast and in this order, are the terms in the order of h:
     all squares at once, then for each i the crosses of row i with the rows behind it."""
@@ -215,9 +228,6 @@ def _blocks(r: int, terms: Terms) -> list[tuple[slice, slice]]:
 
 def _factor(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> Tensor | None:
     """What each product is multiplied by, h / ρ, as a column ``(num_coefficients, 1)``; None where that is 1."""
-    known = get_args(Normalization)
-    if normalization not in known:
-        raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, known)}")
     if h is None and normalization == "none":
         return None
     count = num_coefficients(X.shape[0], terms)

@@ -71,10 +71,13 @@ def effects(
 
 
 def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects:
-    """:func:`effects` of a run's adapter on the first held-out examples of its task; kept in ``effect.json``."""
+    """:func:`effects` of a run's adapter on the first held-out examples of its task, kept in ``effect.json``.
+
+    Computed in float32, because small effects drown in the rounding of bfloat16.
+    """
     recipe = run.recipe
     location = Location(run, run.adapter, recipe.model.name, recipe.model.revision, recipe.model.trust_remote_code)
-    model, tokenizer = open_model(location, recipe.model.dtype)
+    model, tokenizer = open_model(location, "float32")
     encoded = [encode_example(tokenizer, example) for example in recipe.build_task().test[:examples]]
     collate = AnswerCollator(tokenizer, model.get_base_model())
     device = next(model.parameters()).device

@@ -1,8 +1,8 @@
 """The PEFT plug-in: configuration, layers and model, and their registration with PEFT."""
 
 from pera.tuner.config import PeraConfig
-from pera.tuner.layers import PeraConv1D, PeraLayer, PeraLinear
+from pera.tuner.layers import PeraConv1DLinear, PeraLayer, PeraLinear
 from pera.tuner.model import PeraModel
 from pera.tuner.registration import register
 
-__all__ = ["PeraConfig", "PeraConv1D", "PeraLayer", "PeraLinear", "PeraModel", "register"]
+__all__ = ["PeraConfig", "PeraConv1DLinear", "PeraLayer", "PeraLinear", "PeraModel", "register"]

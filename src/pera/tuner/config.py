@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
-from peft.utils.other import get_pattern_key
 
 from pera.errors import UserError, nearest
 from pera.polynomial import Coefficients, Normalization, Terms
@@ -104,6 +104,8 @@ class PeraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("PERA")
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -113,9 +115,20 @@ class PeraConfig(PeftConfig):
     @classmethod
     def published(cls, **options: Any) -> PeraConfig:
         """The method of the paper, whatever the defaults become: all terms, learned coefficients started at 0,
-        no normalization, s = 1. ``options`` set the rest (r, target_modules, …)."""
-        method = {"terms": "all", "coefficients": "learned", "init_coefficients": 0.0, "normalization": "none"}
-        return cls(**{"pera_alpha": None, **options, **method})
+        no normalization. ``options`` set the rest (r, target_modules, …); s is 1 unless they set ``pera_alpha``.
+
+        Raises:
+            UserError: an option that the paper fixes.
+        """
+        method: dict[str, Any] = {
+            "terms": "all",
+            "coefficients": "learned",
+            "init_coefficients": 0.0,
+            "normalization": "none",
+        }
+        for key in method.keys() & options.keys():
+            raise UserError(f"{key}={options[key]!r} is not for published(), which sets it to {method[key]!r}.")
+        return cls(**options, **method)
 
     @classmethod
     def from_lora(cls, lora_config: LoraConfig, **options: Any) -> PeraConfig:
@@ -147,10 +160,13 @@ class PeraConfig(PeftConfig):
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def layer_settings(self, name: str) -> tuple[int, float | None]:
-        """Rank and α (or None) of the module ``name``, after ``rank_pattern`` and ``alpha_pattern``."""
-        r = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.pera_alpha)
-        return r, alpha
+        """Rank and α (or None) of the module ``name``, after ``rank_pattern`` and ``alpha_pattern``.
+
+        Raises:
+            UserError: two entries of a pattern match the module and disagree.
+        """
+        r: int = _lookup("rank_pattern", self.rank_pattern, name, self.r)
+        return r, _lookup("alpha_pattern", self.alpha_pattern, name, self.pera_alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain, ordered values, so that equal configurations are equal files."""
@@ -167,6 +183,12 @@ class PeraConfig(PeftConfig):
             value = getattr(self, key)
             if value not in choices:
                 raise UserError(f"{key}={value!r} is not known; {nearest(value, choices)}")
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, key), str):
+                _check_expression(key, getattr(self, key))
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, key):
+                _check_expression(key, pattern)
         _check_rank("r", self.r, self.terms)
         for pattern, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank, self.terms)
@@ -185,14 +207,17 @@ class PeraConfig(PeftConfig):
             raise UserError(
                 f"init_coefficients={self.init_coefficients} has no effect with coefficients='fixed'; leave it at 0."
             )
-        if not isinstance(self.init_weights, bool):
-            raise UserError(f"init_weights={self.init_weights!r} should be True or False.")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+        for key in ("init_weights", "use_rslora"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"{key}={getattr(self, key)!r} should be True or False.")
+        if isinstance(self.target_modules, str):
             for key in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, key) is not None:
-                    raise UserError(f"{key} cannot be used when target_modules is a regular expression.")
+                    raise UserError(f"{key} needs a list of names in target_modules, not {self.target_modules!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
+        if not isinstance(self.pera_version, int):
+            raise UserError(f"pera_version={self.pera_version!r} should be a whole number, now {LAYOUT_VERSION}.")
         if self.pera_version > LAYOUT_VERSION:
             raise UserError(
                 f"pera_version={self.pera_version} is a newer adapter layout than this pera reads ({LAYOUT_VERSION}); "
@@ -218,8 +243,30 @@ def _default(f: Any) -> Any:
     return f.default if f.default is not MISSING else f.default_factory()
 
 
+def _lookup(key: str, pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """The value for module ``name``: of the longest plain name that matches, else of the regular expression.
+
+    PEFT takes the first match, and the order of the entries is lost when a configuration is saved.
+    """
+    matching = [k for k in pattern if re.match(rf"(.*\.)?({k})$", name)]
+    plain = [k for k in matching if re.fullmatch(r"[\w.]+", k)]
+    if plain:
+        return pattern[max(plain, key=len)]
+    values = {pattern[k] for k in matching}
+    if len(values) > 1:
+        raise UserError(f"{key}: {' and '.join(map(repr, matching))} both match {name!r} and disagree; keep one.")
+    return values.pop() if values else default
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_expression(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
 
 
 def _check_rank(key: str, r: Any, terms: Terms) -> None:

@@ -12,7 +12,7 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from pera.errors import UserError, nearest
 from pera.tuner.layers import PeraLayer, layer_class
@@ -36,18 +36,19 @@ class PeraModel(BaseTuner):
     tuner_layer_cls = PeraLayer
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        names = config.target_modules
-        if names is None or isinstance(names, str):
-            return
-        modules = [name for name, _ in model.named_modules()]
-        endings = {name.rpartition(".")[2] for name in modules} - {""}
-        for target in sorted(names):
-            if target == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-                raise UserError(f"target_modules lists {target!r} among names; give it alone, as a string.")
-            if not any(name == target or name.endswith(f".{target}") for name in modules):
-                close = nearest(target.rpartition(".")[2], endings)
-                raise UserError(f"target_modules: {target!r} not found in the base model; {close}")
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        if state_dict is None:  # else its keys say what is adapted
+            config = self.peft_config[adapter_name]
+            for key, allowed in (("target_modules", ()), ("exclude_modules", ()), ("modules_to_save", _HEADS)):
+                _check_names(model, key, getattr(config, key), allowed)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _create_and_replace(
         self,
@@ -80,3 +81,21 @@ class PeraModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise UserError("adapter_names is not supported: a batch runs with one set of adapters, see set_adapter.")
         yield
+
+
+_HEADS = ("classifier", "score", "qa_outputs")
+"""Heads that PEFT names in ``modules_to_save`` by itself, whether or not the model has them."""
+
+
+def _check_names(model: nn.Module, key: str, names: Any, allowed: tuple[str, ...]) -> None:
+    """Raise :class:`UserError` if a list of module names has one that no module has."""
+    if names is None or isinstance(names, str):
+        return
+    modules = [name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name]
+    for wanted in sorted(set(names) - set(allowed)):
+        if wanted == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            raise UserError(f"{key} lists {wanted!r} among names; give it alone, as a string.")
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+            endings = {ending for name in modules if not (ending := name.rpartition(".")[2]).isdigit()}
+            close = nearest(wanted.rpartition(".")[2], endings - {""})
+            raise UserError(f"{key}: {wanted!r} not found in the base model; {close}")

@@ -39,7 +39,7 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         layer, found, _ = key.partition(".pera_A")
         if not found:
             continue
-        r, alpha = config.layer_settings(layer)
+        r, alpha = config.layer_settings(layer.removeprefix("base_model.model."))
         learned = config.coefficients == "learned" and config.terms != "none"
         h = weights.get(f"{layer}.pera_h") if learned else fixed_coefficients(r, config.terms)
         B = weights.get(f"{layer}.pera_B")

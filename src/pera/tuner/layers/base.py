@@ -13,7 +13,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from pera.errors import UserError
-from pera.linear import expanded_linear, expansions, pera_linear
+from pera.linear import computation_dtype, expanded_linear, expansions, pera_linear
 from pera.polynomial import Normalization, Terms, delta_weight, fixed_coefficients, num_coefficients
 from pera.tuner.config import PeraConfig
 
@@ -23,6 +23,14 @@ class Expansion(NamedTuple):
 
     terms: Terms
     normalization: Normalization
+
+
+class _Kept(NamedTuple):
+    """Expansions, and what they were computed from."""
+
+    factors: list[Tensor]
+    state: tuple[Any, ...]
+    expansions: tuple[Tensor, Tensor]
 
 
 class PeraLayer(nn.Module, BaseTunerLayer):
@@ -57,7 +65,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.pera_B = nn.ParameterDict()
         self.pera_h = nn.ParameterDict()
         self._initial_scaling: dict[str, float] = {}
-        self._kept: dict[str, tuple[Any, tuple[Tensor, Tensor]]] = {}
+        self._kept: dict[str, _Kept] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         sides: Any = _get_in_out_features(self.get_base_layer())
@@ -82,6 +90,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         count = num_coefficients(r, config.terms)
         if config.coefficients == "learned" and count:
             self.pera_h[adapter_name] = nn.Parameter(torch.empty(count))
+        elif adapter_name in self.pera_h:
+            del self.pera_h[adapter_name]
         self.reset_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -128,21 +138,34 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """s · dropout(x) ΔWᵀ, ``(..., in_features)`` → ``(..., out_features)``, in the dtype of the computation."""
-        A, B, h = self.factors(adapter_name)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            A, B, h = self.factors(adapter_name)
+            terms, normalization = self.expansion[adapter_name]
+            x = self.pera_dropout[adapter_name](x)
+            return pera_linear(x, A, B, h, terms=terms, normalization=normalization, scaling=self.scaling[adapter_name])
+        dtype = computation_dtype(x)
+        return expanded_linear(x.to(dtype), *self._kept_expansions(adapter_name, dtype))
+
+    def _kept_expansions(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The kept expansions in ``dtype``, computed if there are none or what they were computed from has changed."""
+        factors = [p[adapter_name] for p in (self.pera_A, self.pera_B, self.pera_h) if adapter_name in p]
         terms, normalization = self.expansion[adapter_name]
         scaling = self.scaling[adapter_name]
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            x = self.pera_dropout[adapter_name](x)
-            return pera_linear(x, A, B, h, terms=terms, normalization=normalization, scaling=scaling)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        state = _state(A, B, self.pera_h[adapter_name] if adapter_name in self.pera_h else None, x.dtype)
-        key, kept = self._kept.get(adapter_name, (None, None))
-        if kept is None or state is None or key != state:
-            kept = expansions(A, B, h, terms=terms, normalization=normalization, scaling=scaling, dtype=x.dtype)
-            self._kept[adapter_name] = (state, kept)
-        with torch.autocast(x.device.type, enabled=False):
-            return expanded_linear(x, *kept)
+        recorded = not any(factor.is_inference() for factor in factors)  # else in-place writes leave no trace
+        state = (dtype, scaling, terms, normalization, [f._version for f in factors] if recorded else None)
+        kept = self._kept.get(adapter_name)
+        if (
+            kept
+            and recorded
+            and kept.state == state
+            and all(a is b for a, b in zip(kept.factors, factors, strict=True))
+        ):
+            return kept.expansions
+        computed = expansions(
+            *self.factors(adapter_name), terms=terms, normalization=normalization, scaling=scaling, dtype=dtype
+        )
+        self._kept[adapter_name] = _Kept(factors, state, computed)
+        return computed
 
     def drop_expansions(self) -> None:
         """Forget the kept expansions; the next forward computes them anew."""
@@ -169,7 +192,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         merged = weight.to(torch.promote_types(dtype, torch.float32), copy=True)
         for name in names:
             merged += self.get_delta_weight(name).detach().to(merged)
-            if safe_merge and not torch.isfinite(merged).all():
+            if safe_merge and not torch.isfinite(merged.to(dtype)).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         self.set_base_weight(merged.to(dtype))
         self.merged_adapters.extend(names)
@@ -233,11 +256,3 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         self.drop_expansions()
         return super()._apply(fn, recurse)
-
-
-def _state(A: Tensor, B: Tensor, h: Tensor | None, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    """What a kept expansion depends on; None where in-place writes are not recorded (inference tensors)."""
-    factors = [A, B] if h is None else [A, B, h]
-    if any(t.is_inference() for t in factors):
-        return None
-    return (dtype, *((t.data_ptr(), t._version) for t in factors))

@@ -7,7 +7,7 @@ from torch import Tensor
 from pera.tuner.layers.linear import PeraLinear
 
 
-class PeraConv1D(PeraLinear):
+class PeraConv1DLinear(PeraLinear):
     """A ``Conv1D`` with PERA adapters; only the layout of the weight differs from a linear layer's."""
 
     def _to_base_layout(self, delta: Tensor) -> Tensor:

@@ -25,13 +25,13 @@ class PeraLinear(PeraLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return result
         dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
-            if name in self.pera_A:
+            if name in self.pera_A and name not in self.merged_adapters:
                 result = result + self.adapter_output(name, x).to(dtype)
         return result
 

@@ -1,0 +1,77 @@
+"""The equation of PERA, stated a second time, for the tests to compare with.
+
+It is written with loops over index pairs and calls nothing of the package. Everything is float64.
+"""
+
+import torch
+
+TERMS = ("all", "square", "cross", "none")
+COEFFICIENTS = ("learned", "fixed")
+NORMALIZATIONS = ("none", "rms")
+
+
+def pairs(r, terms):
+    """The index pairs (i, j) of the products, in the order of h: squares first, then crosses lexicographically."""
+    squares = [(i, i) for i in range(r)]
+    crosses = [(i, j) for i in range(r) for j in range(r) if i < j]
+    return {"all": squares + crosses, "square": squares, "cross": crosses, "none": []}[terms]
+
+
+def by_pair(h, r, terms):
+    """The flat vector h as {(i, j): h_ij}."""
+    return dict(zip(pairs(r, terms), h.double(), strict=True))
+
+
+def fixed_by_pair(r, terms):
+    """The constants of the published code: 1 for a square, 2 for a cross."""
+    return {(i, j): 1.0 if i == j else 2.0 for i, j in pairs(r, terms)}
+
+
+def rho(X, normalization):
+    """ρ: 1, or the root mean square of all entries."""
+    if normalization == "none":
+        return 1.0
+    return (sum(x * x for x in X.double().flatten().unbind()) / X.numel() + 1e-24).sqrt()
+
+
+def linear_part(A, B):
+    """Σ_i b_i a_iᵀ."""
+    A, B = A.double(), B.double()
+    delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
+    for i in range(A.shape[0]):
+        delta = delta + torch.outer(B[:, i], A[i])
+    return delta
+
+
+def high_order_part(A, B, h, normalization):
+    """Σ_ij h_ij (b_i ⊙ b_j / ρ_B) (a_i ⊙ a_j / ρ_A)ᵀ, for h as {(i, j): h_ij}."""
+    A, B = A.double(), B.double()
+    rho_A, rho_B = rho(A, normalization), rho(B, normalization)
+    delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
+    for (i, j), h_ij in h.items():
+        delta = delta + h_ij * torch.outer(B[:, i] * B[:, j] / rho_B, A[i] * A[j] / rho_A)
+    return delta
+
+
+def delta_weight(A, B, h, normalization, scaling=1.0):
+    """ΔW, for h as {(i, j): h_ij}."""
+    return scaling * (linear_part(A, B) + high_order_part(A, B, h, normalization))
+
+
+def draw(r, terms, coefficients="learned", m=7, n=9, dtype=torch.float64):
+    """Random factors A (r, n) and B (m, r), and h: random if learned, the published constants if fixed."""
+    A, B = torch.randn(r, n, dtype=dtype), torch.randn(m, r, dtype=dtype)
+    if coefficients == "learned":
+        return A, B, torch.randn(len(pairs(r, terms)), dtype=dtype)
+    return A, B, torch.tensor(list(fixed_by_pair(r, terms).values()), dtype=dtype)
+
+
+def magnitude(A, B, h, normalization, scaling=1.0):
+    """ΔW with every summand positive. Rounding errors of a product are a multiple of this, entry by entry."""
+    return delta_weight(A.abs(), B.abs(), {pair: abs(h_ij) for pair, h_ij in h.items()}, normalization, abs(scaling))
+
+
+def relative_error(actual, expected):
+    """Largest difference over the largest expected entry; 0 where there is no difference, or nothing to compare."""
+    difference = torch.zeros(1).double() if not expected.numel() else (actual.double() - expected.double()).abs().max()
+    return 0.0 if difference == 0 else (difference / expected.double().abs().max()).item()

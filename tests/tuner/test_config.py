@@ -1,0 +1,278 @@
+"""PeraConfig: its defaults, what it refuses, and how it is saved."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from peft import LoraConfig, PeftConfig, TaskType
+
+from pera import PeraConfig, UserError
+from pera.tuner.config import LAYOUT_VERSION
+
+PUBLISHED = {
+    "pera_alpha": None,
+    "use_rslora": False,
+    "terms": "all",
+    "coefficients": "learned",
+    "init_coefficients": 0.0,
+    "normalization": "none",
+}
+
+
+def method(config):
+    return {key: getattr(config, key) for key in PUBLISHED}
+
+
+# The method
+
+
+def test_the_defaults_are_the_published_method():
+    config = PeraConfig()
+    assert method(config) == PUBLISHED
+    assert (config.r, config.pera_dropout, config.bias, config.init_weights) == (8, 0.0, "none", True)
+    assert config.pera_version == LAYOUT_VERSION == 1
+    assert config.peft_type == "PERA"
+
+
+def test_published_is_the_method_of_the_paper():
+    config = PeraConfig.published(r=16, target_modules=["q_proj"], pera_dropout=0.05)
+    assert method(config) == PUBLISHED
+    assert (config.r, config.target_modules, config.pera_dropout) == (16, {"q_proj"}, 0.05)
+
+
+def test_published_refuses_another_method():
+    with pytest.raises((UserError, TypeError), match="terms"):
+        PeraConfig.published(terms="square")
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(TypeError, match="lora_alpha"):
+        PeraConfig(lora_alpha=8)
+
+
+@pytest.mark.parametrize("field", fields(PeraConfig), ids=lambda field: field.name)
+def test_every_option_has_a_help_text(field):
+    assert field.metadata["help"].strip()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "use_rslora", "scaling"), [(None, False, 1.0), (16, False, 4.0), (None, True, 2.0), (6, True, 3.0)]
+)
+def test_scaling(alpha, use_rslora, scaling):
+    assert PeraConfig(use_rslora=use_rslora).scaling(4, alpha) == scaling
+
+
+def test_patterns_set_the_rank_and_alpha_of_a_module():
+    config = PeraConfig(r=8, pera_alpha=2, rank_pattern={"q_proj": 4}, alpha_pattern={r"layers\.1\..*": 5})
+    assert config.layer_settings("model.layers.0.self_attn.q_proj") == (4, 2)
+    assert config.layer_settings("model.layers.1.self_attn.v_proj") == (8, 5)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"terms": "squares"}, r"terms='squares' is not known; did you mean 'square'\?"),
+        ({"coefficients": "fix"}, r"coefficients='fix' is not known; did you mean 'fixed'\?"),
+        ({"normalization": "rsm"}, r"normalization='rsm' is not known; did you mean 'rms'\?"),
+        ({"bias": "lora_only"}, r"bias='lora_only' is not known; did you mean 'pera_only'\?"),
+        ({"bias": 7}, r"bias=7 is not known; known: all, none, pera_only"),
+        ({"r": 0}, "r=0 should be a whole number of at least 1"),
+        ({"r": -1}, "r=-1 should be a whole number of at least 1"),
+        ({"r": 4.0}, r"r=4\.0 should be a whole number of at least 1"),
+        ({"r": True}, "r=True should be a whole number of at least 1"),
+        ({"r": "8"}, "r='8' should be a whole number of at least 1"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0 should be a whole number of at least 1"),
+        ({"terms": "cross", "r": 1}, "r=1 with terms='cross' leaves no products"),
+        ({"terms": "cross", "rank_pattern": {"q_proj": 1}}, r"rank_pattern\['q_proj'\]=1 with terms='cross'"),
+        ({"pera_alpha": "16"}, "pera_alpha='16' should be a finite number, or None"),
+        ({"pera_alpha": float("inf")}, "pera_alpha=inf should be a finite number, or None"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, r"alpha_pattern\['q_proj'\]=nan should be a finite number"),
+        ({"pera_dropout": 1.0}, r"pera_dropout=1\.0 should be at least 0 and below 1"),
+        ({"pera_dropout": -0.1}, r"pera_dropout=-0\.1 should be at least 0 and below 1"),
+        ({"pera_dropout": None}, "pera_dropout=None should be at least 0 and below 1"),
+        ({"init_coefficients": float("nan")}, "init_coefficients=nan should be a finite number"),
+        ({"init_coefficients": "0.3"}, r"init_coefficients='0\.3' should be a finite number"),
+        ({"init_coefficients": 0.3, "terms": "none"}, r"init_coefficients=0\.3 needs terms other than 'none'"),
+        ({"init_coefficients": 0.3, "coefficients": "fixed"}, r"init_coefficients=0\.3 has no effect with coeff"),
+        ({"init_weights": "gaussian"}, "init_weights='gaussian' should be True or False"),
+        ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform needs a list of names"),
+        (
+            {"target_modules": "q.*", "layers_to_transform": [0], "layers_pattern": "layers"},
+            "needs a list of names in target_modules, not 'q",
+        ),
+        ({"layers_pattern": "layers"}, "layers_pattern='layers' has no effect without layers_to_transform"),
+        ({"pera_version": LAYOUT_VERSION + 1}, "pera_version=2 is a newer adapter layout than this pera reads"),
+        ({"task_type": "CAUSAL"}, "CAUSAL"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        PeraConfig(**options)
+    assert isinstance(error.value, UserError) or "task_type" in options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"terms": "cross", "r": 2},
+        {"r": 1},
+        {"pera_alpha": None},
+        {"alpha_pattern": {"q_proj": None}},
+        {"pera_dropout": 0},
+        {"init_coefficients": -0.3},
+        {"rank_pattern": None, "alpha_pattern": None},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    ],
+)
+def test_a_value_at_the_edge_is_accepted(options):
+    PeraConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pera_version": "1"},
+        {"use_rslora": "no"},
+        {"target_modules": "["},
+        {"rank_pattern": {"(": 2}},
+        {"target_modules": "all-linear", "layers_to_transform": [0]},
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        PeraConfig(**options)
+
+
+# From LoRA
+
+
+def test_from_lora_carries_every_shared_option():
+    shared = {
+        "r": 4,
+        "use_rslora": True,
+        "target_modules": {"q_proj", "v_proj"},
+        "exclude_modules": {"k_proj"},
+        "modules_to_save": ["lm_head"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": "layers",
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+        "task_type": TaskType.CAUSAL_LM,
+        "base_model_name_or_path": "base",
+        "revision": "main",
+        "inference_mode": True,
+    }
+    lora = LoraConfig(lora_alpha=16, lora_dropout=0.1, bias="lora_only", init_lora_weights=False, **shared)
+    config = PeraConfig.from_lora(lora)
+    assert {key: getattr(config, key) for key in shared} == shared
+    assert (config.pera_alpha, config.pera_dropout) == (16, 0.1)
+    assert (config.bias, config.init_weights) == ("pera_only", False)
+    assert config.peft_type == "PERA"
+    assert config.pera_version == LAYOUT_VERSION
+
+
+@pytest.mark.parametrize(("lora_bias", "bias"), [("none", "none"), ("all", "all"), ("lora_only", "pera_only")])
+def test_from_lora_translates_bias(lora_bias, bias):
+    assert PeraConfig.from_lora(LoraConfig(bias=lora_bias)).bias == bias
+
+
+def test_from_lora_takes_options_of_pera():
+    config = PeraConfig.from_lora(LoraConfig(r=4, lora_alpha=8), terms="square", normalization="rms", pera_alpha=None)
+    assert (config.r, config.pera_alpha, config.terms, config.normalization) == (4, None, "square", "rms")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
+        ({"lora_bias": True, "bias": "none"}, "lora_bias=True"),
+        ({"target_parameters": ["experts.weight"]}, "target_parameters="),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
+        ({"layer_replication": [(0, 2)]}, "layer_replication="),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying=True"),
+        ({"use_qalora": True}, "use_qalora=True"),
+    ],
+)
+def test_from_lora_refuses_what_pera_does_not_have(options, name):
+    with pytest.raises(UserError, match=f"{name}.* has no counterpart in PERA"):
+        PeraConfig.from_lora(LoraConfig(**options))
+
+
+# Saving and loading
+
+
+def full_config(**changes):
+    options = {
+        "r": 4,
+        "pera_alpha": 6.0,
+        "pera_dropout": 0.1,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
+        "exclude_modules": ["layers.0.self_attn.q_proj", "layers.1.self_attn.k_proj"],
+        "terms": "square",
+        "init_coefficients": 0.3,
+        "normalization": "rms",
+        "bias": "pera_only",
+        "modules_to_save": ["lm_head"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": "layers",
+        "rank_pattern": {"q_proj": 2, "k_proj": 3},
+        "alpha_pattern": {"q_proj": 3.0, "k_proj": 1.0},
+        "task_type": "CAUSAL_LM",
+    }
+    return PeraConfig(**{**options, **changes})
+
+
+@pytest.mark.parametrize("config", [PeraConfig(), full_config()], ids=["defaults", "everything"])
+def test_saved_and_loaded_it_is_equal(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    for loaded in (PeraConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
+        assert isinstance(loaded, PeraConfig)
+        assert loaded == config
+
+
+def test_the_file_names_the_method_and_its_layout(tmp_path):
+    full_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "PERA"
+    assert saved["pera_version"] == LAYOUT_VERSION
+    assert saved["target_modules"] == ["down_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def test_equal_configurations_are_equal_files(tmp_path):
+    targets = ["v_proj", "down_proj", "up_proj", "q_proj", "k_proj"]
+    exclusions = ["layers.1.self_attn.k_proj", "layers.0.self_attn.q_proj"]
+    variants = [
+        full_config(),
+        full_config(target_modules=targets, exclude_modules=exclusions),
+        full_config(target_modules=set(targets), exclude_modules=tuple(exclusions)),
+        full_config(rank_pattern={"k_proj": 3, "q_proj": 2}, alpha_pattern={"k_proj": 1.0, "q_proj": 3.0}),
+    ]
+    files = []
+    for number, config in enumerate(variants):
+        config.save_pretrained(tmp_path / str(number))
+        files.append((tmp_path / str(number) / "adapter_config.json").read_bytes())
+        PeraConfig.from_pretrained(tmp_path / str(number)).save_pretrained(tmp_path / "again")
+        files.append((tmp_path / "again" / "adapter_config.json").read_bytes())
+    assert set(files) == {files[0]}
+
+
+def test_overlapping_patterns_mean_the_same_after_loading(tmp_path):
+    config = PeraConfig(alpha_pattern={"q_proj": 3.0, ".*_proj": 1.0})
+    config.save_pretrained(tmp_path)
+    loaded = PeraConfig.from_pretrained(tmp_path)
+    assert loaded.layer_settings("layers.0.q_proj") == config.layer_settings("layers.0.q_proj")
+
+
+def test_a_newer_layout_is_refused(tmp_path):
+    PeraConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pera_version": 2}))
+    with pytest.raises(UserError, match=r"pera_version=2 is a newer adapter layout.*upgrade"):
+        PeraConfig.from_pretrained(tmp_path)

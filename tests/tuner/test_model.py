@@ -1,0 +1,477 @@
+"""PERA in whole models: targets, several adapters, saving and loading, merging, training."""
+
+import json
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pera import PeraConfig, PeraModel, UserError
+from pera.polynomial import num_coefficients
+from reference import NORMALIZATIONS, TERMS, relative_error
+from tiny import adapt, gpt2, layers, linear, llama, logits, reference_delta, reference_output, tokens
+
+LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+GPT2_LINEAR = {"c_attn", "c_proj", "c_fc"}
+MODELS = {"llama": (llama, LLAMA_LINEAR), "gpt2": (gpt2, GPT2_LINEAR)}
+
+
+@pytest.fixture(params=MODELS)
+def base(request):
+    """A function that makes the base model, and the names of its linear layers."""
+    return MODELS[request.param]
+
+
+def short_names(model):
+    return {name.rpartition(".")[2] for name in layers(model)}
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+# The start
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"init_coefficients": 0.3},
+        {"normalization": "rms", "init_coefficients": 0.3},
+        {"coefficients": "fixed"},
+        {"terms": "square"},
+        {"terms": "none"},
+    ],
+)
+def test_the_start_is_the_base_model_exactly(base, options):
+    make, _ = base
+    model = get_peft_model(make(), PeraConfig(target_modules="all-linear", **options))
+    expected = logits(make())
+    assert torch.equal(logits(model.eval()), expected)
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+def test_it_is_a_pera_model_whose_adapter_alone_is_trained(base):
+    make, names = base
+    model = get_peft_model(make(), PeraConfig(r=3, target_modules=sorted(names)))
+    assert isinstance(model.base_model, PeraModel)
+    assert trainable(model) == {name for name, _ in model.named_parameters() if ".pera_" in name}
+    sides = sum(layer.in_features + layer.out_features for layer in layers(model).values())
+    assert model.get_nb_trainable_parameters()[0] == 3 * sides + len(layers(model)) * num_coefficients(3, "all")
+
+
+# Targets
+
+
+def test_all_linear_leaves_the_head_alone(base):
+    make, names = base
+    model = adapt(make(), target_modules="all-linear")
+    assert short_names(model) == names
+    assert len(layers(model)) == {"llama": 14, "gpt2": 8}[model.config.model_type]
+
+
+@pytest.mark.parametrize(("make", "names"), [(llama, {"q_proj", "v_proj"}), (gpt2, {"c_attn"})])
+def test_without_targets_it_takes_the_choice_of_peft(make, names):
+    assert short_names(adapt(make())) == names
+
+
+def test_a_regular_expression_matches_full_names():
+    model = adapt(llama(), target_modules=r".*layers\.1\..*(q|v)_proj")
+    assert set(layers(model)) == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
+
+
+@pytest.mark.parametrize("exclusions", [["layers.0.self_attn.q_proj"], r".*layers\.0\..*q_proj"])
+def test_excluded_modules_are_left_alone(exclusions):
+    model = adapt(llama(), target_modules=["q_proj"], exclude_modules=exclusions)
+    assert set(layers(model)) == {"model.layers.1.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize(("indices", "pattern"), [(1, None), ([1], None), ([1], "layers"), (1, ["layers"])])
+def test_layers_to_transform(indices, pattern):
+    targets = ["q_proj", "down_proj"]
+    model = adapt(llama(), target_modules=targets, layers_to_transform=indices, layers_pattern=pattern)
+    assert set(layers(model)) == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
+
+
+def test_rank_pattern_and_alpha_pattern():
+    model = adapt(
+        llama(),
+        r=4,
+        target_modules=["q_proj", "v_proj", "o_proj"],
+        rank_pattern={"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 6},
+        alpha_pattern={"o_proj": 2},
+    )
+    settings = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers(model).items()}
+    attention = "model.layers.{}.self_attn.{}".format
+    assert settings == {
+        attention(0, "q_proj"): (2, 1.0),
+        attention(1, "q_proj"): (2, 1.0),
+        attention(0, "v_proj"): (4, 1.0),
+        attention(1, "v_proj"): (6, 1.0),
+        attention(0, "o_proj"): (4, 0.5),
+        attention(1, "o_proj"): (4, 0.5),
+    }
+    for layer in layers(model).values():
+        assert layer.pera_h["default"].shape == (num_coefficients(layer.r["default"], "all"),)
+
+
+def test_one_alpha_for_all_ranks_scales_each_by_its_own():
+    model = adapt(llama(), r=4, pera_alpha=8, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2})
+    assert {layer.scaling["default"] for name, layer in layers(model).items() if "q_proj" in name} == {4.0}
+    assert {layer.scaling["default"] for name, layer in layers(model).items() if "v_proj" in name} == {2.0}
+
+
+# Targets that cannot be
+
+
+@pytest.mark.parametrize("targets", [["q_prj"], ["q_proj", "q_prj"], {"q_prj", "v_proj"}, ["self_attn.q_prj"]])
+def test_a_target_that_matches_nothing_is_named_with_the_nearest(targets):
+    with pytest.raises(UserError, match=r"target_modules: '(self_attn\.)?q_prj' not found.*did you mean 'q_proj'\?"):
+        adapt(llama(), target_modules=targets)
+
+
+def test_a_target_of_a_second_adapter_that_matches_nothing_is_named():
+    model = adapt(llama(), target_modules=["q_proj"])
+    with pytest.raises(UserError, match=r"target_modules: 'v_prj' not found.*did you mean 'v_proj'\?"):
+        model.add_adapter("second", PeraConfig(target_modules=["q_proj", "v_prj"]))
+
+
+def test_a_regular_expression_that_matches_nothing_is_named():
+    with pytest.raises(ValueError, match=r"q_proj, v_proj.* not found in the base model"):
+        adapt(llama(), target_modules="q_proj, v_proj")
+
+
+def test_all_linear_belongs_alone():
+    with pytest.raises(UserError, match="target_modules lists 'all-linear' among names; give it alone"):
+        adapt(llama(), target_modules=["all-linear", "q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [(nn.Embedding(8, 4), "Embedding"), (nn.Conv2d(3, 4, 1), "Conv2d"), (nn.LayerNorm(4), "LayerNorm")],
+)
+def test_an_unsupported_layer_is_refused_with_the_supported_kinds(module, kind):
+    with pytest.raises(UserError, match=rf"'1' is a {kind}, which PERA does not support; .*nn\.Linear.*Conv1D"):
+        adapt(nn.Sequential(nn.Linear(4, 4), module), target_modules=["0", "1"])
+
+
+def test_adapter_names_are_refused():
+    model = adapt(llama(), target_modules=["q_proj"])
+    with pytest.raises(UserError, match="adapter_names is not supported"):
+        model(tokens(), adapter_names=["default", "default"])
+
+
+# What else is trained
+
+
+@pytest.mark.parametrize(
+    ("bias", "trained"),
+    [
+        ("none", lambda name: False),
+        ("pera_only", lambda name: "c_attn" in name),
+        ("all", lambda name: True),
+    ],
+)
+def test_biases_are_trained_and_saved(bias, trained, tmp_path):
+    model = adapt(gpt2(), target_modules=["c_attn"], bias=bias)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith(".bias")}
+    assert {name for name in trainable(model) if ".pera_" not in name} == {name for name in biases if trained(name)}
+    with torch.no_grad():
+        for p in biases.values():
+            p.add_(0.1 * p.requires_grad)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(gpt2(), tmp_path)), logits(model))
+
+
+def test_modules_to_save_are_trained_and_saved(tmp_path):
+    model = adapt(llama(tie_word_embeddings=False), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    assert head.requires_grad
+    with torch.no_grad():
+        head.mul_(2)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=False), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+# Several adapters
+
+
+def test_adapters_are_added_set_and_deleted(base):
+    make, names = base
+    first, second = {"target_modules": sorted(names), "r": 3}, {"target_modules": sorted(names)[:1], "r": 2}
+    model = adapt(make(), **first)
+    alone = logits(model)
+    model.add_adapter("second", PeraConfig(**second, init_weights=False, normalization="rms"))
+    assert torch.equal(logits(model), alone), "an added adapter is not active"
+    model.set_adapter("second")
+    other = logits(model)
+    assert relative_error(other, alone) > 1e-3
+    assert all(".second" in name for name in trainable(model))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(make()))
+    assert torch.equal(logits(model), other)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), alone)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), alone)
+    assert not any("second" in name for name in model.state_dict())
+
+
+def test_both_adapters_active_are_the_sum():
+    model = adapt(llama(), target_modules=["q_proj"])
+    model.add_adapter("second", PeraConfig(r=2, target_modules=["q_proj"], init_weights=False, normalization="rms"))
+    model.base_model.set_adapter(["default", "second"])
+    x = torch.randn(2, 3, 32)
+    for layer in layers(model).values():
+        assert relative_error(layer(x), reference_output(layer, x, ("default", "second"))) <= 1e-6
+    expected = logits(model)
+    assert relative_error(logits(model.merge_and_unload()), expected) <= 1e-5
+
+
+def test_a_second_adapter_on_other_modules():
+    model = adapt(llama(), target_modules=["q_proj"])
+    alone = logits(model)
+    model.add_adapter("second", PeraConfig(target_modules=["v_proj"], init_weights=False))
+    assert torch.equal(logits(model), alone)
+    model.base_model.set_adapter(["default", "second"])
+    expected = logits(model)
+    assert relative_error(expected, alone) > 1e-3
+    assert relative_error(logits(model.merge_and_unload()), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        llama,
+        pytest.param(gpt2),
+    ],
+)
+def test_a_second_adapter_on_all_linear_layers(make):
+    model = adapt(make(), target_modules="all-linear")
+    model.add_adapter("second", PeraConfig(target_modules="all-linear"))
+    assert all(set(layer.pera_A) == {"default", "second"} for layer in layers(model).values())
+
+
+# Saving and loading
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of a base model and of an adapter trained on it, and the adapted model's logits."""
+    base_folder, adapter_folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+    llama().save_pretrained(base_folder)
+    model = adapt(
+        AutoModelForCausalLM.from_pretrained(base_folder),
+        target_modules="all-linear",
+        normalization="rms",
+        rank_pattern={"q_proj": 5},
+        task_type="CAUSAL_LM",
+    )
+    model.save_pretrained(adapter_folder)
+    return base_folder, adapter_folder, logits(model)
+
+
+def test_only_safetensors_is_written(folders):
+    _, folder, _ = folders
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_loaded_adapter_gives_equal_logits(folders, low_cpu_mem_usage):
+    _, folder, expected = folders
+    model = PeftModel.from_pretrained(llama(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(model), expected)
+    assert not any(p.is_meta for p in model.parameters())
+    assert not trainable(model)
+
+
+def test_a_loaded_adapter_can_be_trained_further(folders):
+    _, folder, _ = folders
+    model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
+    assert trainable(model) == {name for name, _ in model.named_parameters() if ".pera_" in name}
+
+
+def test_an_adapter_loads_under_another_name_beside_the_first(folders):
+    _, folder, expected = folders
+    model = adapt(llama(), target_modules=["q_proj"])
+    model.load_adapter(folder, adapter_name="loaded")
+    model.set_adapter("loaded")
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_auto_class_finds_the_base_model(folders):
+    _, folder, expected = folders
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), expected)
+
+
+def test_a_fresh_process_gives_equal_logits(folders, python, tmp_path):
+    _, folder, expected = folders
+    program = """
+import sys, torch, pera
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+_, adapter, tokens, logits = sys.argv
+model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+with torch.no_grad():
+    save_file({"logits": model(**load_file(tokens)).logits}, logits)
+"""
+    save_file({"input_ids": tokens()}, tmp_path / "tokens")
+    python(program, folder, tmp_path / "tokens", tmp_path / "logits")
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], expected)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("coefficients", ["learned", "fixed"])
+def test_saved_names_and_shapes_are_the_settled_ones(terms, coefficients, tmp_path):
+    model = adapt(gpt2(), r=4, target_modules=["h.1.mlp.c_fc"], terms=terms, coefficients=coefficients)
+    model.save_pretrained(tmp_path)
+    prefix = "base_model.model.transformer.h.1.mlp.c_fc"
+    expected = {f"{prefix}.pera_A": (4, 32), f"{prefix}.pera_B": (128, 4)}
+    if coefficients == "learned" and terms != "none":
+        expected[f"{prefix}.pera_h"] = ({"all": 10, "square": 4, "cross": 6}[terms],)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected
+    assert torch.equal(logits(PeftModel.from_pretrained(gpt2(), tmp_path)), logits(model))
+
+
+def test_the_configuration_saved_with_the_adapter(folders):
+    base_folder, folder, _ = folders
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(base_folder)
+    assert saved["inference_mode"] is True
+    assert saved["target_modules"] == sorted(saved["target_modules"])
+    assert (saved["peft_type"], saved["pera_version"], saved["normalization"]) == ("PERA", 1, "rms")
+
+
+# Merging
+
+
+def architecture(model):
+    kinds = [(name, type(module)) for name, module in model.named_modules()]
+    weights = [(name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()]
+    return type(model), kinds, weights
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_merged_model_is_a_base_model_with_equal_logits(base, normalization):
+    make, _ = base
+    model = adapt(make(), target_modules="all-linear", normalization=normalization)
+    expected = logits(model)
+    assert relative_error(logits(make()), expected) > 1e-3
+    merged = model.merge_and_unload(safe_merge=True)
+    assert architecture(merged) == architecture(make())
+    assert not hasattr(merged, "peft_config")
+    assert relative_error(logits(merged), expected) <= 1e-5
+
+
+def test_merge_and_unmerge_in_place(base):
+    make, _ = base
+    model = adapt(make(), target_modules="all-linear")
+    expected = logits(model)
+    model.merge_adapter()
+    assert relative_error(logits(model), expected) <= 1e-5
+    model.unmerge_adapter()
+    assert relative_error(logits(model), expected) <= 1e-5
+
+
+def test_unload_gives_the_base_model_back(base):
+    make, _ = base
+    model = adapt(make(), target_modules="all-linear").unload()
+    assert architecture(model) == architecture(make())
+    assert torch.equal(logits(model), logits(make()))
+
+
+def test_a_bfloat16_model_merges_in_bfloat16():
+    model = adapt(llama().to(torch.bfloat16), target_modules="all-linear", normalization="rms")
+    expected = {name: (layer.base_layer.weight, reference_delta(layer)) for name, layer in layers(model).items()}
+    expected = {name: (weight.double() + delta).detach() for name, (weight, delta) in expected.items()}
+    merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    for name, weight in expected.items():
+        # one rounding to bfloat16, and the float32 sums before it
+        bound = torch.finfo(torch.bfloat16).eps / 2 * weight.abs() + 1e-6
+        assert ((merged.get_parameter(f"{name}.weight").double() - weight).abs() <= bound).all()
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_peft_converts_to_lora_of_rank_K_without_loss(make):
+    model = adapt(make(), r=2, target_modules=["q_proj"] if make is llama else ["c_attn"], normalization="rms")
+    expected = logits(model)
+    config, weights = convert_to_lora(model, rank=5)
+    converted = get_peft_model(make(), config).eval()
+    set_peft_model_state_dict(converted, weights)
+    assert relative_error(logits(converted), expected) <= 1e-5
+
+
+def test_a_lora_configuration_carried_over_is_the_same_model():
+    options = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    lora_config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, init_lora_weights=False, **options)
+    lora = get_peft_model(llama(), lora_config).eval()
+    base = llama()
+    torch.manual_seed(1)
+    model = get_peft_model(base, PeraConfig.from_lora(lora_config, terms="none")).eval()
+    assert relative_error(logits(model), logits(lora)) > 1e-3
+    modules = dict(lora.named_modules())
+    for name, layer in layers(model).items():
+        same = modules[f"base_model.model.{name}"]
+        assert layer.scaling == same.scaling
+        layer.pera_A["default"].data.copy_(same.lora_A["default"].weight)
+        layer.pera_B["default"].data.copy_(same.lora_B["default"].weight)
+        layer.drop_expansions()
+    assert relative_error(logits(model), logits(lora)) <= 1e-6
+
+
+# Training
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_training_lowers_the_loss_and_moves_every_parameter(normalization, gradient_checkpointing):
+    model = get_peft_model(llama(), PeraConfig(r=4, target_modules="all-linear", normalization=normalization))
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    base_weights = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(tokens(), labels=tokens()).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        if len(losses) < 20:
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.3
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad.any(), name
+            assert not torch.equal(p, start[name]), name
+        else:
+            assert torch.equal(p, base_weights[name]), name
+
+
+def test_a_compiled_layer_gives_the_same():
+    layer = linear(normalization="rms")
+    x = torch.randn(4, 9)
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert relative_error(compiled(x), reference_output(layer, x)) <= 1e-6
+    with torch.no_grad():
+        assert relative_error(compiled(x), reference_output(layer, x)) <= 1e-6
+        layer.pera_A["default"].mul_(2)
+        assert relative_error(compiled(x), reference_output(layer, x)) <= 1e-6

@@ -1,0 +1,80 @@
+"""The layers of a saved adapter, read without the model they belong to."""
+
+import pytest
+import torch
+from peft.utils import get_peft_model_state_dict
+
+from pera import PeraConfig, UserError
+from pera.polynomial import delta_weight
+from pera.tuner.saved import saved_factors
+from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, relative_error
+from tiny import adapt, gpt2, layers, llama, reference_delta
+
+PREFIX = "base_model.model."
+
+
+def save(model):
+    """The weights as in the adapter's file, and its configuration."""
+    return get_peft_model_state_dict(model), model.peft_config["default"]
+
+
+def check(model):
+    """The saved factors are those of the model's layers."""
+    factors = saved_factors(*save(model))
+    assert set(factors) == {PREFIX + name for name in layers(model)}
+    for name, layer in layers(model).items():
+        saved = factors[PREFIX + name]
+        assert saved.A.dtype == saved.B.dtype == saved.h.dtype == torch.float64
+        assert relative_error(delta_weight(*saved), reference_delta(layer)) <= 1e-12
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("terms", TERMS)
+def test_saved_factors_give_the_update(terms, coefficients, normalization):
+    options = {"terms": terms, "coefficients": coefficients, "normalization": normalization}
+    check(adapt(llama(), target_modules=["q_proj", "down_proj"], pera_alpha=5, use_rslora=True, **options))
+
+
+def test_ranks_and_alphas_follow_the_patterns():
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 7}}
+    check(adapt(llama(), target_modules=["q_proj", "v_proj"], **patterns))
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_patterns_anchored_at_the_start_of_a_name(pattern):
+    check(adapt(llama(), target_modules=["q_proj"], **{pattern: {r"^model\.layers\.0\.self_attn\.q_proj": 7}}))
+
+
+def test_other_tensors_are_passed_over():
+    check(adapt(gpt2(), target_modules=["c_attn"], bias="all", modules_to_save=["ln_f"]))
+
+
+LAYER = f"{PREFIX}model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.clear(), "holds no PERA layer"),
+        (lambda weights: weights.pop(f"{LAYER}.pera_B"), f"lacks {LAYER}.pera_B"),
+        (lambda weights: weights.pop(f"{LAYER}.pera_h"), f"lacks {LAYER}.pera_h"),
+        (lambda weights: weights.update({f"{LAYER}.pera_A": torch.ones(4, 32)}), f"{LAYER} do not have the rank"),
+        (lambda weights: weights.update({f"{LAYER}.pera_B": torch.ones(32, 4)}), f"{LAYER} do not have the rank"),
+        (lambda weights: weights.update({f"{LAYER}.pera_h": torch.ones(5)}), f"{LAYER} do not have the rank"),
+        (lambda weights: weights[f"{LAYER}.pera_A"].fill_(float("nan")), f"NaNs detected in the weights of {LAYER}"),
+        (lambda weights: weights[f"{LAYER}.pera_h"].fill_(float("inf")), f"NaNs detected in the weights of {LAYER}"),
+    ],
+)
+def test_a_broken_file_is_refused_with_the_layer(change, message):
+    weights, config = save(adapt(llama(), target_modules=["q_proj"]))
+    weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    change(weights)
+    with pytest.raises(UserError, match=message):
+        saved_factors(weights, config)
+
+
+def test_another_rank_in_the_configuration_is_refused():
+    weights, _ = save(adapt(llama(), target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"do not have the rank of adapter_config\.json, 4"):
+        saved_factors(weights, PeraConfig(r=4))
