@@ -62,16 +62,24 @@ def load_model(
         auto_class: the transformers class to load with.
 
     Raises:
-        UserError: there is no such model, or it cannot be read.
+        UserError: there is no such model, it cannot be read, or it lacks weights that the class needs.
     """
     location = resolve(name)
     torch_dtype = {"auto": fast_dtype(), "stored": "auto", **DTYPES}[dtype]
     try:
-        model: Any = auto_class.from_pretrained(
-            location, dtype=torch_dtype, revision=revision, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, loading = auto_class.from_pretrained(
+            location,
+            dtype=torch_dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _unreadable(name, error) from error
+    if loading["missing_keys"]:
+        first = sorted(loading["missing_keys"])[0]
+        raise UserError(f"model: {name!r} has no weights for {first}; it cannot be loaded as {auto_class.__name__}.")
     loaded: PreTrainedModel = model.to(device()).eval()
     return loaded
 
