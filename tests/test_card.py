@@ -19,7 +19,7 @@ def test_an_adapter_says_how_it_was_made_and_how_to_load_it(run):
     assert card.data.library_name == "peft"
     assert card.data.tags == ["pera"]
     assert "import pera" in card.text
-    assert "| adapter | 8 | 50.0% | 20.0% to 80.0% |" in card.text
+    assert "| adapter | 8 | 50.0 % | 20.0 to 80.0 % |" in card.text
     recipe = card.text.split("```yaml\n")[1].split("\n```")[0]
     assert yaml.safe_load(recipe) == yaml.safe_load(run.recipe_file.read_text())
 

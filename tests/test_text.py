@@ -9,11 +9,11 @@ from pera.text import visible
     ("text", "shown"),
     [
         ("plain\n\ttext, ümläuts, 中文, 👩‍🚀", "plain\n\ttext, ümläuts, 中文, 👩‍🚀"),
-        ("\x1b[31mred\x1b[0m", "␛[31mred␛[0m"),
-        ("bell\a and \x00", "bell␇ and ␀"),
-        ("carriage\rreturn and windows\r\nline", "carriage␍return and windows\nline"),
-        ("\x9b31m", "‹U+009B›31m"),
-        ("abc\u202edef", "abc‹U+202E›def"),
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("bell\a and \x00", r"bell\x07 and \x00"),
+        ("carriage\rreturn and windows\r\nline", "carriage\\x0dreturn and windows\\x0d\nline"),
+        ("\x9b31m", r"\x9b31m"),
+        ("abc\u202edef", r"abc\u202edef"),
     ],
 )
 def test_control_characters_become_visible(text, shown):

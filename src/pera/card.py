@@ -69,7 +69,7 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
 
 def _scores(task: str, scores: dict[str, Any]) -> str:
     rows = [
-        f"| {which} | {s['n']} | {s['accuracy']:.1%} | {s['low']:.1%} to {s['high']:.1%} |"
+        f"| {which} | {s['n']} | {100 * s['accuracy']:.1f} % | {100 * s['low']:.1f} to {100 * s['high']:.1f} % |"
         for which, s in scores.items()
     ]
     head = f"Held-out problems of {_code(task)}, greedy decoding, the task's own scorer."

@@ -68,7 +68,8 @@ def quickstart(
     from pera.convert.merge import merge as merge_adapter
     from pera.evaluation import evaluate_run
     from pera.recipe import load_recipe
-    from pera.report.loss import loss_picture
+    from pera.report.page import write_report
+    from pera.report.pictures import loss_picture
     from pera.runs import Run
     from pera.training import train as train_recipe
 
@@ -86,6 +87,7 @@ def quickstart(
         "lora": export_lora(str(run.path), run.path / "lora"),
     }
     loss_picture(run, run.path / "loss.svg")
+    write_report([run], run.path / "report.html")
     out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
     out.print(_next_steps(run), soft_wrap=True)
     if not all(check.agree for check in checks.values()):
@@ -143,6 +145,9 @@ def inspect(
         bool, typer.Option("--effect", help="Also measure what the high-order terms do to the loss; loads the model.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture to write, the ratio by block and kind: .svg, .png.")
+    ] = None,
 ) -> None:
     """Show what an adapter is, from its factors: norms of its parts, high-order ratio, effective rank."""
     from dataclasses import asdict
@@ -157,6 +162,10 @@ def inspect(
         raise UserError(f"--effect needs a run folder, which says on what data; {source!r} is an adapter folder.")
     found = diagnose_adapter(location.adapter)
     effects = run_effects(location.run) if effect and location.run else None
+    if plot is not None:
+        from pera.report.pictures import ratio_picture
+
+        ratio_picture(location.adapter, plot)
     if json:
         import json as writer
 
@@ -170,6 +179,23 @@ def inspect(
     out.print(_diagnosis(found, layers))
     if effects is not None:
         out.print(_effects(effects))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="One run, or several to compare.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the first run.")] = None,
+) -> None:
+    """Write a page about a run, or about several side by side."""
+    from pera.report.page import write_report
+    from pera.runs import Run
+
+    for name in runs:
+        if not (Path(name) / "recipe.yaml").is_file():
+            raise UserError(f"{name!r} is not a run folder.")
+    file = output or Path(runs[0]) / "report.html"
+    write_report([Run(Path(name)) for name in runs], file)
+    out.print(f"report written to {file}", soft_wrap=True)
 
 
 @app.command()
@@ -295,13 +321,16 @@ def _summary(
         mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
         table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")
     table.add_row("loss picture", str(run.path / "loss.svg"))
+    table.add_row("report", str(run.path / "report.html"))
     return table
 
 
 def _next_steps(run: Run) -> str:
     return (
         "Next:\n"
-        f"  look at the answers       {run.predictions}/adapter.jsonl beside base.jsonl\n"
+        f"  look at what changed      open {run.path / 'report.html'} in a browser\n"
+        f"  what the terms do         pera inspect {run.path} --effect\n"
+        f"  talk to it                pera chat {run.path} --compare\n"
         f"  serve it without pera     any LoRA server, with {run.path / 'lora'}\n"
         "  another task, other rank  pera train quickstart task.name=leg_counting method.r=4\n"
         "  your own recipe           copy recipe.yaml from the run folder, change it, pera train FILE"
@@ -323,7 +352,8 @@ def _cost(run: Run, summary: TrainingSummary) -> str:
 
 
 def _accuracy(score: Score) -> str:
-    return f"{score.accuracy:.1%} ({score.correct} of {score.n}; 95 % interval {score.low:.1%} to {score.high:.1%})"
+    interval = f"95 % interval {100 * score.low:.1f} to {100 * score.high:.1f} %"
+    return f"{100 * score.accuracy:.1f} % ({score.correct} of {score.n}; {interval})"
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,14 +39,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     require_free(target)
     target = target.absolute()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+        partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
+        partial.mkdir(parents=True)
     except OSError as error:
         raise cannot_write(target, error) from error
     try:
         with disk_errors(target):
             yield partial
-            partial.chmod(0o755)
+            for file in partial.rglob("*"):  # safetensors makes its files private
+                file.chmod(file.stat().st_mode | partial.stat().st_mode & 0o444)
             if target.is_dir():
                 target.rmdir()
             os.replace(partial, target)
@@ -67,16 +68,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file in one step, text as UTF-8: readers see the old content or the new, never a part."""
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
-        partial = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        )
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
-            with partial:
-                partial.write(data)
-            os.replace(partial.name, path)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

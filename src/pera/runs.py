@@ -97,11 +97,13 @@ class Run:
         if not self.metrics_file.is_file():
             return []
         lines = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(line))
+                content = json.loads(line)
             except ValueError:
                 break
+            if isinstance(content, dict) and "step" in content:
+                lines.append(content)
         return lines
 
     def scores(self) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 
 def visible(text: str) -> str:
-    """``text`` with control and direction-changing characters, line breaks and tabs apart, replaced by visible
-    ones: an escape becomes ␛, others their code in angle brackets."""
-    return "".join(_shown(character) for character in text.replace("\r\n", "\n"))
+    r"""The text with every character that would act instead of show (control, direction, line separator) written as
+    its code: ESC becomes \x1b. Newlines, tabs and the joiners that scripts need stay."""
+    return re.sub(r"[^\n\t -~\u200c\u200d]", lambda match: _code(match[0]), text)
 
 
-def _shown(character: str) -> str:
-    if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co"):
-        return character
-    if character in "\u200c\u200d":  # joiners that ordinary words and emoji need
-        return character
+def _code(character: str) -> str:
+    acts = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
     code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else f"‹U+{code:04X}›"
+    return (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}") if acts else character

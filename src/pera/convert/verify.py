@@ -54,8 +54,8 @@ class Agreement:
         """The result in one line."""
         return (
             f"largest logit difference {self.max_difference:.1e} (tolerance {self.tolerance:g}, {self.dtype}), "
-            f"{self.same_top1:.1%} of top-1 tokens equal over {self.tokens} tokens"
-            + (f", {self.near_ties} near-ties apart" if self.near_ties else "")
+            f"{100 * self.same_top1:.1f} % of top-1 tokens equal over {self.tokens} tokens"
+            + (f", near-ties ({self.near_ties}) apart" if self.near_ties else "")
         )
 
     def save(self, folder: Path, of: str, against: str) -> None:

@@ -131,6 +131,7 @@ class Contents:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.recipe = run.recipe
+        self.name = run.path.resolve().name
 
     @cached_property
     def metrics(self) -> Metrics | Missing:
@@ -283,6 +284,8 @@ class Contents:
             return self._missing(f"{name} is not as pera writes it ({where}: {first['msg']}).", command)
 
     def _missing(self, reason: str, makes: str) -> Missing:
+        if makes and not self.trained:  # nothing can be made of a run before its training has ended
+            makes = "adapter"
         return Missing(reason, COMMANDS.get(makes, "").format(run=shlex.quote(str(self.run.path))))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from pera.errors import missing_extra
-from pera.report.words import visible
+from pera.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +39,7 @@ STYLE = {
     "axes.facecolor": "none",
     "legend.frameon": False,
 }
-WIDTH = 4.8
+WIDTH = 4.0
 """Inches; small, so that letters stay readable when a telephone shows the whole width."""
 
 
@@ -72,13 +74,16 @@ def short(name: str, length: int = 20) -> str:
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
-def style() -> Any:
+@contextmanager
+def style() -> Iterator[None]:
     """The context in which figures are made and written, whatever the user's own settings of matplotlib are."""
     try:
         from matplotlib.style import context
     except ImportError as error:
         raise missing_extra("matplotlib", "report") from error
-    return context(["default", STYLE])
+    with warnings.catch_warnings(), context(["default", STYLE]):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the page has other fonts
+        yield
 
 
 def new_figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
@@ -99,7 +104,7 @@ def draw_line(axes: Axes, x: Iterable[int], y: list[float], index: int, label: s
         values,
         label=label or None,
         color=COLORS[index % len(COLORS)],
-        linestyle=DASHES[index // 2 % len(DASHES)],
+        linestyle=DASHES[index % len(DASHES)],
         marker=MARKERS[index % len(MARKERS)] if mark and len(values) <= 60 else None,
         markersize=3,
     )
@@ -128,7 +133,7 @@ def tick(value: float, _position: float = 0) -> str:
 
 def legend(figure: Figure) -> None:
     """Name the lines, above the axes."""
-    figure.legend(loc="outside upper left", ncols=3, fontsize=8, handlelength=2.4, columnspacing=1.2)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8, handlelength=2.4, columnspacing=1.0)
 
 
 def _inline(figure: Figure, prefix: str, label: str) -> str:

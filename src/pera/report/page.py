@@ -15,14 +15,10 @@ from pera.report import plots, words
 from pera.report.contents import Change, Contents, Layer, Metrics, Missing, Verification, by_kind
 from pera.report.drawing import Picture, Table
 from pera.runs import Run
+from pera.text import visible
 
 EXAMPLES = {"newly right": 3, "newly wrong": 3, "still wrong": 2}
 """How many examples of each transition a page shows at most."""
-COMPARED = (
-    *("folder", "accuracy", "95 % interval", "base model", "loss", "time", "memory", "parameters"),
-    *("high-order ratio", "without high-order"),
-)
-"""The columns of the comparison."""
 TRANSITIONS = ("newly right", "newly wrong", "still right", "still wrong")
 
 
@@ -53,7 +49,7 @@ def render(runs: list[Run]) -> str:
     environment = Environment(
         loader=PackageLoader("pera.report"),
         autoescape=True,
-        finalize=lambda value: words.visible(value) if type(value) is str else value,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -62,7 +58,7 @@ def render(runs: list[Run]) -> str:
     environment.filters["shortened"] = words.shortened
     sections = [_section(Contents(run)) for run in runs]
     content = {
-        "title": sections[0]["name"] if len(runs) == 1 else f"{len(runs)} runs side by side",
+        "title": f"Run {sections[0]['name']}" if len(runs) == 1 else f"{len(runs)} runs side by side",
         "runs": sections,
         "comparison": _comparison(sections) if len(runs) > 1 else None,
         "version": __version__,
@@ -76,7 +72,7 @@ def _section(contents: Contents) -> dict[str, Any]:
     recipe, metrics, layers = contents.recipe, contents.metrics, contents.layers
     scores = {which: score for which in ("base", "adapter") if (score := contents.score(which))}
     return {
-        "name": contents.run.path.resolve().name,
+        "name": contents.name,
         "contents": contents,
         "method": _method(recipe.method),
         "scores": scores,
@@ -125,16 +121,7 @@ def _changes(changes: list[Change] | Missing) -> Any:
 def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
     """The layers as figures, in one table by kind and in one by layer."""
     parts = ("norm", "linear", "square", "cross", "high_order_ratio", "stable_rank", "entropy_rank", "ones_weight")
-    names = [
-        "‖ΔW‖",
-        "linear",
-        "squares",
-        "crosses",
-        "high-order ratio",
-        "stable rank",
-        "entropy rank",
-        "all-ones weight",
-    ]
+    names = ["‖ΔW‖", "linear", "squares", "crosses", "ratio", "stable rank", "entropy rank", "all-ones"]
 
     def cells(members: list[Layer]) -> list[str]:
         return [words.number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
@@ -191,33 +178,32 @@ def _comparison(sections: list[dict[str, Any]]) -> dict[str, Any]:
     trained = {name: c.metrics for name, c in zip(names, contents, strict=True) if isinstance(c.metrics, Metrics)}
     settings = [words.flat(c.recipe.model_dump(mode="json", exclude={"name"})) for c in contents]
     keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
-    judged = ("task", "evaluation.scorer", "model.name")
+    facts = [_facts(c) for c in contents]
     return {
-        "table": Table(
-            ["run", *COMPARED],
-            [[name, *_compared(s["name"], c)] for name, s, c in zip(names, sections, contents, strict=True)],
-        ),
+        "table": Table(["", *names], [[fact, *(f[fact] for f in facts)] for fact in facts[0]]),
         "losses": plots.losses(trained) if trained else None,
         "settings": Table(["key", *names], [[key, *(s.get(key, words.ABSENT) for s in settings)] for key in keys]),
-        "unlike": [key for key in keys if key.startswith(judged)],
+        "unlike": [key for key in keys if key.startswith(("task", "evaluation.scorer")) and key != "task.train_size"],
     }
 
 
-def _compared(name: str, contents: Contents) -> list[str]:
+def _facts(contents: Contents) -> dict[str, str]:
+    """One column of the comparison."""
     base, score = contents.score("base"), contents.score("adapter")
     cost = None if isinstance(contents.cost, Missing) else contents.cost
     layers, effects, metrics = contents.layers, contents.effects, contents.metrics
     ratio = None if isinstance(layers, Missing) else median(x.diagnosis.high_order_ratio for x in layers)
     change = None if isinstance(effects, Missing) else effects.without.get("high_order")
-    return [
-        name,
-        words.percent(score.accuracy if score else None),
-        f"{words.percent(score.low)} to {words.percent(score.high)}" if score else words.ABSENT,
-        words.percent(base.accuracy if base else None),
-        words.number(None if isinstance(metrics, Missing) else metrics.last_loss),
-        words.duration(cost.seconds if cost else None),
-        words.size(cost.peak_memory if cost else None),
-        words.count(contents.parameters),
-        words.number(ratio, 3),
-        words.ABSENT if change is None else words.signed(change),
-    ]
+    return {
+        "folder": contents.name,
+        "method": str(contents.recipe.method["name"]),
+        "accuracy": words.percent(score.accuracy if score else None),
+        "95 % interval": f"{words.percent(score.low)} to {words.percent(score.high)}" if score else words.ABSENT,
+        "base model": words.percent(base.accuracy if base else None),
+        "last loss": words.number(None if isinstance(metrics, Missing) else metrics.last_loss),
+        "training time": words.duration(cost.seconds if cost else None),
+        "peak memory": words.size(cost.peak_memory if cost else None),
+        "parameters": words.count(contents.parameters),
+        "high-order ratio": words.number(ratio, 3),
+        "effect": words.ABSENT if change is None else words.signed(change),
+    }

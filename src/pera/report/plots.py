@@ -8,9 +8,10 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from pera.diagnose import Effects
-from pera.report.contents import Layer, Metrics, ScoreOf, by_kind
+from pera.report.contents import Layer, Metrics, ScoreOf, by_kind, number_or_nan
 from pera.report.drawing import COLORS, Picture, Table, draw_line, legend, new_figure, set_scale, short, style, tick
-from pera.report.words import number, percent, signed, visible
+from pera.report.words import ABSENT, number, percent, signed
+from pera.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,9 +51,10 @@ def training(metrics: Metrics) -> Picture:
     label = "Lines: loss and learning rate over the training steps"
     head = ["step", "epoch", "loss", "learning rate", "gradient norm", "tokens/s"]
     keys = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
-    columns = [metrics.series(key) for key in keys]
-    rows = [[str(step), *map(number, values)] for step, *values in zip(metrics.steps, *columns, strict=True)]
-    return Picture(training_figure(metrics), label, _course(metrics), Table(head, _thinned(rows)))
+    values = [[line.get(key) for key in keys] for line in metrics.lines]
+    cells = [[ABSENT if x is None else number(number_or_nan(x)) for x in line] for line in values]
+    rows = [[str(step), *line] for step, line in zip(metrics.steps, cells, strict=True)]
+    return Picture(training_figure(metrics), label, _course(metrics).capitalize(), Table(head, _thinned(rows)))
 
 
 def training_figure(metrics: Metrics, title: str = "") -> Figure:
@@ -60,7 +62,7 @@ def training_figure(metrics: Metrics, title: str = "") -> Figure:
     with style():
         figure, (loss, rate) = new_figure(3.2, rows=2, sharex=True, height_ratios=[3, 1])
         draw_line(loss, metrics.steps, metrics.series("loss"), 0)
-        draw_line(rate, metrics.steps, metrics.series("learning_rate"), 7, mark=False)
+        draw_line(rate, metrics.steps, metrics.series("learning_rate"), 0, mark=False)
         loss.set(ylabel="loss per answer token", title=visible(title))
         rate.set(xlabel="step", ylabel="learning rate")
         set_scale(loss, metrics.series("loss"))
@@ -94,19 +96,19 @@ def ratio_map(layers: list[Layer]) -> Picture | None:
     kinds = by_kind(layers)
     cells = [[_mean(finite.get(x.name) for x in members if x.block == b) for b in blocks] for members in kinds.values()]
     with style():
-        from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_rgb
+        from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize, to_rgb
 
         figure, axes = new_figure(1.1 + 0.27 * len(kinds))
         color = to_rgb(COLORS[0])
-        shades = LinearSegmentedColormap.from_list("ratio", [(*color, 0.06), (*color, 1.0)], N=40)
+        shades: Colormap = LinearSegmentedColormap.from_list("ratio", [(*color, 0.06), (*color, 1.0)], N=40)
         wide = max(positive) > 10 * min(positive)
         norm = LogNorm(min(positive), max(positive)) if wide else Normalize(0, max(positive))
-        shades.set_under((*color, 0.0))
+        shades = shades.with_extremes(under=(*color, 0.0))
         mesh = axes.pcolormesh(cells, cmap=shades, norm=norm, rasterized=False)
         axes.set_yticks([i + 0.5 for i in range(len(kinds))], [short(kind) for kind in kinds])
         every = max(1, math.ceil(len(blocks) / 10))
         shown = range(0, len(blocks), every)
-        axes.set_xticks([i + 0.5 for i in shown], ["–" if blocks[i] is None else str(blocks[i]) for i in shown])
+        axes.set_xticks([i + 0.5 for i in shown], [ABSENT if blocks[i] is None else str(blocks[i]) for i in shown])
         axes.set(xlabel="block")
         axes.invert_yaxis()
         axes.grid(visible=False)
@@ -122,7 +124,7 @@ def ratio_map(layers: list[Layer]) -> Picture | None:
     table = Table(
         ["block", *kinds],
         [
-            ["–" if b is None else str(b), *(number(row[i], 3) if row[i] == row[i] else "–" for row in cells)]
+            [ABSENT if b is None else str(b), *(ABSENT if math.isnan(row[i]) else number(row[i], 3) for row in cells)]
             for i, b in enumerate(blocks)
         ],
     )
@@ -156,7 +158,7 @@ def spectra(layers: list[Layer]) -> Picture | None:
         legend(figure)
     chosen = sorted({1, *(2**i for i in range(1, 10)), *ranks, *(r + 1 for r in ranks), expanded})
     rows = [
-        [str(i), *(number(curve[i - 1], 3) if i <= len(curve) else "–" for curve in curves.values())]
+        [str(i), *(number(curve[i - 1], 3) if i <= len(curve) else ABSENT for curve in curves.values())]
         for i in chosen
         if i <= expanded
     ]
@@ -164,7 +166,7 @@ def spectra(layers: list[Layer]) -> Picture | None:
     entropy = number(median(layer.diagnosis.entropy_rank for layer in layers), 3)
     finding = (
         f"Median over {len(layers)} layers: stable rank {stable}, entropy rank {entropy}. "
-        f"Nominal rank r = {', '.join(map(str, ranks))}; expanded rank at most {expanded}."
+        f"Nominal rank {', '.join(map(str, ranks))}; expanded rank at most {expanded}."
     )
     return Picture(figure, "Lines: singular values of the weight updates", finding, Table(["i", *curves], rows))
 
@@ -191,23 +193,25 @@ def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
 
 def effect(effects: Effects) -> Picture:
     """Change of the loss without each kind of term, and without those of each group of layers."""
-    terms = {"square": "squares", "cross": "crosses", "high_order": "all high-order"}
-    parts = {f"no {terms[part]}": change for part, change in effects.without.items()}
-    groups = {f"none in {group}": change for group, change in effects.without_high_order.items()}
+    terms = {"square": "squares", "cross": "crosses", "high_order": "both"}
+    parts = {terms[part]: change for part, change in effects.without.items()}
+    groups = {f"both in {group}": change for group, change in effects.without_high_order.items()}
     bars = {**parts, **groups}
     with style():
         figure, axes = new_figure(0.8 + 0.25 * len(bars))
         for i, change in enumerate(bars.values()):
             value = change if math.isfinite(change) else 0.0
-            drawn = axes.barh(i, value, height=0.65, color=COLORS[0 if value >= 0 else 1])
-            axes.bar_label(drawn, [signed(change)], padding=3, fontsize=8)
+            axes.barh(i, value, height=0.65, color=COLORS[0 if value >= 0 else 1])
+            beside = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 8}
+            axes.annotate(signed(change), (max(value, 0.0), i), (3, 0), **beside)
         axes.set_yticks(range(len(bars)), [short(name, 24) for name in bars])
         axes.axvline(0, color="black", linewidth=0.8)
         if parts and groups:
             axes.axhline(len(parts) - 0.5, color="black", linewidth=0.5, alpha=0.5)
-        axes.margins(x=0.22)
+        low, high = (edge((0.0, *filter(math.isfinite, bars.values()))) for edge in (min, max))
+        axes.set_xlim(1.05 * low, high + (0.3 * (high - low) or 1.0))
         axes.locator_params(axis="x", nbins=5)
-        axes.set(xlabel="change of the loss")
+        axes.set(xlabel="change of the loss without them")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
@@ -231,11 +235,11 @@ def _course(metrics: Metrics) -> str:
     finite = [(step, loss) for step, loss in pairs if math.isfinite(loss)]
     lost = f" {len(pairs) - len(finite)} of {len(pairs)} logged losses are not finite." if finite != pairs else ""
     if not finite:
-        return f"No loss was finite.{lost}"
+        return f"no loss was finite.{lost}"
     (first, a), (last, b) = finite[0], finite[-1]
     step, lowest = min(finite, key=lambda pair: pair[1])
     return (
-        f"Loss {number(a)} at step {first}, {number(b)} at step {last}; lowest {number(lowest)} at step {step}.{lost}"
+        f"loss {number(a)} at step {first}, {number(b)} at step {last}; lowest {number(lowest)} at step {step}.{lost}"
     )
 
 

@@ -1,27 +1,11 @@
-"""Numbers and untrusted text in the form that a page shows."""
+"""Numbers and settings in the form that a page shows."""
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from typing import Any
 
 ABSENT = "–"
-
-
-def visible(text: str) -> str:
-    """The text with every character that would act instead of show (control, direction, line separator) replaced by
-    one that shows: ESC becomes ␛. Newlines, tabs and the joiners that scripts need stay."""
-    return re.sub(r"[^\n\t -~\u200c\u200d]", lambda match: _symbol(match[0]), text)
-
-
-def _symbol(character: str) -> str:
-    code = ord(character)
-    if code < 0x20 or code == 0x7F:
-        return chr(0x2400 + code) if code < 0x20 else "␡"
-    acts = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
-    return f"\\u{code:04x}" if acts else character
 
 
 def shortened(text: str, length: int = 2000) -> str:
@@ -46,7 +30,7 @@ def signed(value: float) -> str:
 
 def percent(value: float | None) -> str:
     """A share with one decimal: 79.5 %."""
-    return ABSENT if value is None else f"{100 * value:.1f} %".replace("-", "−")
+    return ABSENT if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%".replace("-", "−")
 
 
 def count(value: int | None) -> str:

@@ -1,0 +1,52 @@
+"""Adapters to convert."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import pera
+
+
+@pytest.fixture(scope="session")
+def biased_llama(save_llama, tmp_path_factory):
+    """Folder of a LLaMA whose attention has biases."""
+    return save_llama(tmp_path_factory.mktemp("models") / "biased", attention_bias=True, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tied_llama(save_llama, tmp_path_factory):
+    """Folder of a LLaMA whose head is its embeddings."""
+    return save_llama(tmp_path_factory.mktemp("models") / "tied", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def save_adapter():
+    """Saves a random adapter that changes the base's outputs far, and returns the model it is on."""
+
+    def save(folder, base, **options):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        chosen = {"task_type": "CAUSAL_LM", "r": 3, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
+        adapted = get_peft_model(model, pera.PeraConfig(**{**chosen, **options}))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad and "pera_h" not in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        adapted.save_pretrained(folder)
+        return adapted.eval()
+
+    return save
+
+
+@pytest.fixture
+def adapter(save_adapter, tiny_llama, tmp_path):
+    """Folder of an adapter with rms normalization on the tiny LLaMA, to be damaged."""
+    save_adapter(tmp_path / "adapter", tiny_llama, normalization="rms")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def unmerged():
+    """The base model with a saved adapter on it."""
+    return lambda base, adapter: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)

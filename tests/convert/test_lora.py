@@ -1,0 +1,181 @@
+"""A PERA adapter is exactly the LoRA that it is exported to."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pera.convert.lora import export_lora, fold
+from pera.errors import UserError
+from pera.runs import adapter_config, adapter_weights
+
+CONV1D = {"target_modules": ["c_attn", "c_fc", "c_proj"]}
+
+VARIANTS = {
+    # name: base, options of the adapter, K of the export
+    "published": ("tiny_llama", {}, 9),
+    "square": ("tiny_llama", {"terms": "square"}, 6),
+    "cross": ("tiny_llama", {"terms": "cross"}, 6),
+    "none": ("tiny_llama", {"terms": "none"}, 3),
+    "rms": ("tiny_llama", {"normalization": "rms"}, 9),
+    "rms square": ("tiny_llama", {"normalization": "rms", "terms": "square"}, 6),
+    "fixed": ("tiny_llama", {"coefficients": "fixed"}, 9),
+    "fixed cross rms": ("tiny_llama", {"coefficients": "fixed", "terms": "cross", "normalization": "rms"}, 6),
+    "rank 1": ("tiny_llama", {"r": 1}, 2),
+    "K above both sides": ("tiny_llama", {"r": 8, "normalization": "rms"}, 44),
+    "alpha": ("tiny_llama", {"pera_alpha": 5}, 9),
+    "rslora": ("tiny_llama", {"pera_alpha": 5, "use_rslora": True}, 9),
+    "alpha of each": ("tiny_llama", {"pera_alpha": 2, "alpha_pattern": {"v_proj": 7}}, 9),
+    "rank of each": ("tiny_llama", {"rank_pattern": {"v_proj": 2, "layers.1.self_attn.q_proj": 4}}, 14),
+    "rank of each, fixed, rslora": (
+        "tiny_llama",
+        {"rank_pattern": {"v_proj": 2}, "pera_alpha": 4, "use_rslora": True, "coefficients": "fixed"},
+        9,
+    ),
+    "alpha of one by its full name": ("tiny_llama", {"alpha_pattern": {"model.layers.0.self_attn.q_proj": 9}}, 9),
+    "alpha of one by an expression": ("tiny_llama", {"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 9}}, 9),
+    "rank of one by an expression": ("tiny_llama", {"rank_pattern": {r"^model\.layers\.1\..*v_proj": 4}}, 14),
+    "all linear": ("tiny_llama", {"target_modules": "all-linear", "exclude_modules": ["k_proj"]}, 9),
+    "expression": ("tiny_llama", {"target_modules": r".*layers\.1.*\.(q|up)_proj"}, 9),
+    "one layer": ("tiny_llama", {"layers_to_transform": [1], "layers_pattern": "layers"}, 9),
+    "head": ("tiny_llama", {"target_modules": ["lm_head", "q_proj"]}, 9),
+    "head of tied embeddings": ("tied_llama", {"target_modules": ["lm_head", "q_proj"]}, 9),
+    "head saved whole": ("tiny_llama", {"modules_to_save": ["lm_head"]}, 9),
+    "biases of adapted layers": ("biased_llama", {"bias": "pera_only"}, 9),
+    "all biases": ("biased_llama", {"bias": "all"}, 9),
+    "Conv1D": ("tiny_gpt2", {**CONV1D, "normalization": "rms"}, 9),
+    "Conv1D, rank of each": ("tiny_gpt2", {**CONV1D, "rank_pattern": {"c_fc": 2}, "bias": "pera_only"}, 9),
+}
+
+
+@pytest.fixture(scope="module")
+def exports(request, tmp_path_factory, save_adapter, logits, fresh_logits):
+    """Each variant exported: folder, logits of the PERA model, of its base, and of plain PEFT with the export;
+    for an export that was refused, the error."""
+    root = tmp_path_factory.mktemp("exports")
+    found, jobs = {}, {}
+    for name, (base, options, _) in VARIANTS.items():
+        base = request.getfixturevalue(base)
+        adapted = logits(save_adapter(root / name / "pera", base, **options))
+        try:
+            agreement = export_lora(str(root / name / "pera"), root / name / "lora")
+        except UserError as error:
+            found[name] = error
+            continue
+        found[name] = {"folder": root / name / "lora", "pera": adapted, "base": logits(base), "agreement": agreement}
+        jobs[name] = (base, root / name / "lora")
+    for name, plain in fresh_logits(jobs).items():
+        found[name]["plain"] = plain
+    return found
+
+
+@pytest.fixture(params=VARIANTS)
+def export(request, exports):
+    found = exports[request.param]
+    if isinstance(found, UserError):
+        pytest.fail(f"the export was refused: {found}")
+    return {**found, "rank": VARIANTS[request.param][2]}
+
+
+def test_plain_peft_without_pera_gives_the_logits_of_the_adapter(export):
+    effect = (export["pera"] - export["base"]).abs().max()
+    assert effect > 0.1
+    assert (export["plain"] - export["pera"]).abs().max() < 1e-5 * max(1, effect)
+
+
+def test_the_check_made_at_the_export_agrees(export):
+    agreement = export["agreement"]
+    assert agreement.agree
+    assert agreement.max_difference < 1e-4
+    assert json.loads((export["folder"] / "verification.json").read_text())["agree"] is True
+
+
+def test_every_server_reads_the_configuration_alike(export):
+    """r = lora_alpha = K for all layers, in whole numbers, and nothing that a server passes over."""
+    config = json.loads((export["folder"] / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == config["lora_alpha"] == export["rank"]
+    assert type(config["lora_alpha"]) is int
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert not config["use_rslora"]
+    weights = load_file(export["folder"] / "adapter_model.safetensors")
+    assert {w.shape[0] for key, w in weights.items() if key.endswith("lora_A.weight")} == {export["rank"]}
+    assert {w.shape[1] for key, w in weights.items() if key.endswith("lora_B.weight")} == {export["rank"]}
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert [key for key in weights if "pera" in key] == []
+
+
+def test_a_trained_run_is_exported_and_checked_on_its_own_task(finished_run, tiny_llama, tmp_path, unmerged, logits):
+    agreement = export_lora(str(finished_run.path), tmp_path / "lora")
+    assert agreement.agree
+    record = json.loads((tmp_path / "lora" / "verification.json").read_text())
+    assert record == {
+        "of": "LoRA export",
+        "against": str(finished_run.path),
+        "agree": True,
+        "prompts": 6,
+        "tokens": agreement.tokens,
+        "max_difference": agreement.max_difference,
+        "tolerance": 1e-3,
+        "dtype": "float32",
+        "near_ties": agreement.near_ties,
+        "same_top1": 1.0,
+    }
+    adapted, exported = (unmerged(tiny_llama, path) for path in (finished_run.adapter, tmp_path / "lora"))
+    assert (logits(adapted) - logits(tiny_llama)).abs().max() > 0.1
+    assert (logits(adapted) - logits(exported)).abs().max() < 1e-5
+
+
+def test_the_configuration_is_written_in_the_same_order_every_time(exports):
+    names = json.loads((exports["all linear"]["folder"] / "adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names)
+    assert len(names) == 12
+
+
+def test_an_export_that_differs_is_kept_and_says_so(adapter, tmp_path, monkeypatch):
+    def wrong(weights, config):
+        return {key: 2 * w for key, w in fold(weights, config).items()}
+
+    monkeypatch.setattr("pera.convert.lora.fold", wrong)
+    agreement = export_lora(str(adapter), tmp_path / "lora")
+    assert not agreement.agree
+    record = json.loads((tmp_path / "lora" / "verification.json").read_text())
+    assert record["agree"] is False
+    assert record["max_difference"] == agreement.max_difference > 0.01
+
+
+@pytest.mark.parametrize("key", ["pera_A", "pera_B", "pera_h", "lm_head"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(key, value, save_adapter, tiny_llama, tmp_path, change_weights):
+    save_adapter(tmp_path / "adapter", tiny_llama, modules_to_save=["lm_head"])
+
+    def spoil(weights):
+        next(w for name, w in weights.items() if key in name).view(-1)[0] = value
+        return weights
+
+    change_weights(tmp_path / "adapter" / "adapter_model.safetensors", spoil)
+    with pytest.raises(UserError, match=f"NaNs detected in the weights of .*{'q_proj' if 'pera' in key else key}"):
+        export_lora(str(tmp_path / "adapter"), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_weights_and_configuration_of_different_rank_are_refused(adapter):
+    config = adapter_config(adapter)
+    weights = adapter_weights(adapter)
+    config.r = 5
+    with pytest.raises(UserError, match=r"do not have the rank of adapter_config\.json, 5"):
+        fold(weights, config)
+    with pytest.raises(UserError, match="holds no PERA layer"):
+        fold({"base_model.model.lm_head.weight": torch.zeros(2)}, config)
+
+
+def test_a_lora_is_not_exported(tiny_llama, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora).save_pretrained(tmp_path / "lora")
+    with pytest.raises(UserError, match="is a LORA adapter; only a PERA adapter is exported"):
+        export_lora(str(tmp_path / "lora"), tmp_path / "again")
+    assert not (tmp_path / "again").exists()

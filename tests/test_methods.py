@@ -1,0 +1,126 @@
+"""Every method under the same words."""
+
+import math
+
+import pytest
+import torch
+from peft import DeloraConfig, HiraConfig, LoraConfig, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM
+
+from pera import PeraConfig
+from pera.errors import UserError
+from pera.methods import METHODS, peft_config
+
+
+@pytest.fixture
+def adapted(tiny_llama):
+    """The tiny LLaMA with the adapter of a method."""
+    return lambda name, **options: get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), peft_config(name, target_modules=["q_proj"], **options)
+    )
+
+
+def layer(model):
+    return next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_on_a_model(name, adapted, logits, tiny_llama):
+    model = adapted(name, r=4)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert 0 < sum(p.numel() for p in trainable) < 2000
+    assert torch.allclose(logits(model), logits(tiny_llama), atol=1e-5)
+    optimizer = torch.optim.SGD(trainable, lr=1.0)
+    for _ in range(2):
+        model(torch.arange(10)[None]).logits.square().mean().backward()
+        optimizer.step()
+    assert not torch.allclose(logits(model), logits(tiny_llama), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "options"),
+    [
+        ("pera", PeraConfig, {"peft_type": "PERA"}),
+        ("lora", LoraConfig, {"use_rslora": False, "use_dora": False}),
+        ("rslora", LoraConfig, {"use_rslora": True, "use_dora": False}),
+        ("dora", LoraConfig, {"use_rslora": False, "use_dora": True}),
+        ("hira", HiraConfig, {}),
+        ("delora", DeloraConfig, {}),
+    ],
+)
+def test_a_name_stands_for_a_configuration(name, config, options):
+    found = peft_config(name)
+    assert type(found) is config
+    assert {key: getattr(found, key) for key in options} == options
+    assert found.task_type == TaskType.CAUSAL_LM
+
+
+@pytest.mark.parametrize("r", [2, 8])
+@pytest.mark.parametrize(("name", "scale"), [("pera", 1), ("lora", 1), ("dora", 1), ("rslora", None)])
+def test_the_scale_is_1_unless_alpha_is_given(name, scale, r, adapted):
+    assert layer(adapted(name, r=r)).scaling["default"] == pytest.approx(scale or math.sqrt(r))
+    with_alpha = layer(adapted(name, r=r, alpha=3 * r)).scaling["default"]
+    assert with_alpha == pytest.approx(3 * (scale or math.sqrt(r)))
+
+
+def test_without_r_the_scale_is_1_too(adapted):
+    assert layer(adapted("lora")).scaling["default"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("pera", "pera_dropout"),
+        ("lora", "lora_dropout"),
+        ("rslora", "lora_dropout"),
+        ("dora", "lora_dropout"),
+        ("hira", "hira_dropout"),
+        ("delora", "module_dropout"),
+    ],
+)
+def test_dropout_is_one_word_for_all(name, word):
+    assert getattr(peft_config(name, dropout=0.25), word) == 0.25
+
+
+@pytest.mark.parametrize("word", ["alpha", "pera_alpha"])
+def test_the_own_words_of_a_method_are_known_too(word):
+    assert peft_config("pera", **{word: 6}).pera_alpha == 6
+
+
+def test_one_option_under_two_names_is_refused():
+    with pytest.raises(UserError, match=r"method\.(pera_)?alpha"):
+        peft_config("pera", alpha=4, pera_alpha=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "near"),
+    [
+        ("pera", "normalisation", "did you mean 'normalization'?"),
+        ("pera", "lora_alpha", "did you mean 'pera_alpha'?"),
+        ("lora", "target_module", "did you mean 'target_modules'?"),
+        ("hira", "alpha", "known: "),
+        ("rslora", "use_rslora", "did you mean 'use_"),
+        ("dora", "use_dora", "did you mean 'use_"),
+        ("pera", "peft_type", ""),
+        ("lora", "base_model_name_or_path", ""),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest_known(name, option, near):
+    with pytest.raises(UserError) as caught:
+        peft_config(name, **{option: "x"})
+    assert str(caught.value).startswith(f"method.{option} is not an option of {name}; ")
+    assert near in str(caught.value)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_known():
+    with pytest.raises(UserError, match=r"method\.name='peera' is not known; did you mean 'pera'\?"):
+        peft_config("peera")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"r": 0}, "r=0"), ({"terms": "cubes"}, "terms='cubes'"), ({"dropout": 1}, "dropout=1")]
+)
+def test_a_value_that_the_method_refuses_is_named(options, words):
+    with pytest.raises(UserError, match=f"^method: .*{words}"):
+        peft_config("pera", **options)

@@ -1,0 +1,212 @@
+"""A recipe is one YAML file in which nothing is ignored."""
+
+import pytest
+import yaml
+
+from pera import PeraConfig
+from pera.errors import UserError
+from pera.recipe import difference, load_recipe, parse_recipe, shipped_recipes
+
+SMALL = {
+    "name": "small",
+    "model": "smollm2-135m",
+    "method": {"name": "pera", "r": 4},
+    "task": {"name": "leg_counting"},
+    "training": {"max_steps": 5},
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Path of a recipe file with some content."""
+
+    def write(content, name="mine.yaml"):
+        path = tmp_path / name
+        text = content if isinstance(content, str | bytes) else yaml.safe_dump(content)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def test_a_recipe_is_read_and_defaults_are_filled_in(file):
+    recipe = load_recipe(file({key: value for key, value in SMALL.items() if key != "name"}))
+    assert recipe.name == "mine"
+    assert recipe.model.name == "smollm2-135m"
+    assert (recipe.model.dtype, recipe.model.trust_remote_code) == ("auto", False)
+    assert (recipe.training.max_steps, recipe.training.epochs, recipe.training.seed) == (5, None, 42)
+    assert recipe.evaluation.scorer == "exact_match"
+
+
+@pytest.mark.parametrize("model", ["a/b", {"name": "a/b"}])
+def test_a_model_is_a_name_or_a_section(model):
+    recipe = parse_recipe({**SMALL, "model": model})
+    assert recipe.model.name == "a/b"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.peft_config()
+
+
+def test_the_quickstart_is_the_demo_of_the_project():
+    recipe = load_recipe("quickstart")
+    assert recipe.model.name == "smollm2-135m"
+    assert recipe.task.test_size >= 200
+    config = recipe.peft_config()
+    assert isinstance(config, PeraConfig)
+    assert config.normalization == "rms"
+
+
+def test_a_recipe_can_be_written_and_read_again(file):
+    recipe = parse_recipe({**SMALL, "method": {"name": "pera", "target_modules": ["q_proj"], "alpha": 2.5}})
+    again = load_recipe(file(recipe.to_yaml()))
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+def test_the_method_is_built_from_its_section():
+    config = parse_recipe({**SMALL, "method": {"name": "pera", "r": 3, "terms": "square", "alpha": 6}}).peft_config()
+    assert (config.r, config.terms, config.pera_alpha) == (3, "square", 6)
+
+
+def test_the_task_is_built_from_its_section():
+    task = parse_recipe({**SMALL, "task": {"name": "leg_counting", "train_size": 5, "test_size": 3}}).build_task()
+    assert (task.name, len(task.train), len(task.test)) == ("leg_counting", 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "change"),
+    [
+        ("training.max_steps=7", {"training": {"max_steps": 7}}),
+        ("training.learning_rate=1e-3", {"training": {"max_steps": 5, "learning_rate": 0.001}}),
+        (
+            "training.report_to=[tensorboard, wandb]",
+            {"training": {"max_steps": 5, "report_to": ["tensorboard", "wandb"]}},
+        ),
+        ("training.gradient_checkpointing=true", {"training": {"max_steps": 5, "gradient_checkpointing": True}}),
+        (
+            "method.target_modules=[q_proj, v_proj]",
+            {"method": {**SMALL["method"], "target_modules": ["q_proj", "v_proj"]}},
+        ),
+        ("method.terms=none", {"method": {**SMALL["method"], "terms": "none"}}),
+        ("method={name: lora, r: 2}", {"method": {"name": "lora", "r": 2}}),
+        ("model=a/b", {"model": {"name": "a/b"}}),
+        ("model.dtype=float32", {"model": {"name": "smollm2-135m", "dtype": "float32"}}),
+        ("evaluation.batch_size=3", {"evaluation": {"batch_size": 3}}),
+        ("task.options.min_animals=2", {"task": {"name": "leg_counting", "options": {"min_animals": 2}}}),
+        ("name=other=name", {"name": "other=name"}),
+    ],
+)
+def test_an_override_sets_one_key_and_leaves_the_rest(override, change, file):
+    assert load_recipe(file(SMALL), [override]) == parse_recipe({**SMALL, **change})
+
+
+def test_later_overrides_win(file):
+    assert load_recipe(file(SMALL), ["method.r=2", "method.r=3"]).method["r"] == 3
+
+
+def test_either_length_can_replace_the_other(file):
+    recipe = load_recipe(file(SMALL), ["training.max_steps=null", "training.epochs=2"])
+    assert (recipe.training.max_steps, recipe.training.epochs) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("modle.name=x", "modle is not a key of a recipe; did you mean 'model'?"),
+        ("model.nme=x", "model.nme is not a key of a recipe; did you mean 'name'?"),
+        ("training.learning_rte=1", "training.learning_rte is not a key of a recipe; did you mean 'learning_rate'?"),
+        ("task.trainsize=1", "task.trainsize is not a key of a recipe; did you mean 'train_size'?"),
+        ("evaluation.x=1", "evaluation.x is not a key of a recipe; known: batch_size, max_new_tokens, scorer."),
+        ("method.rnk=1", "method.rnk is not an option of pera; "),
+        ("method.task_type=SEQ_CLS", "method.task_type is not an option of pera; "),
+        ("method.name=loar", "method.name='loar' is not known; did you mean 'lora'?"),
+        ("method={r: 4}", "method.name is missing; known: "),
+        ("method=pera", "method='pera': input should be a valid dictionary"),
+        ("method.r=0", "method: r=0 should be a whole number of at least 1."),
+        ("method.r=-1", "method: r=-1 should be a whole number of at least 1."),
+        ("method.r=two", "method: r='two' should be a whole number of at least 1."),
+        ("method.terms=cubes", "method: terms='cubes' is not known; "),
+        ("method={name: pera, r: 1, terms: cross}", "method: r=1 with terms='cross' leaves no products"),
+        ("training.epochs=1", "training: give exactly one of max_steps and epochs"),
+        ("training.max_steps=null", "training: give exactly one of max_steps and epochs"),
+        ("training.max_steps=0", "training.max_steps=0: input should be greater than or equal to 1"),
+        ("training.learning_rate=fast", "training.learning_rate='fast': input should be a valid number"),
+        ("training.learning_rate=.nan", "training.learning_rate=nan: "),
+        ("training.learning_rate=.inf", "training.learning_rate=inf: "),
+        ("training.lr_scheduler=cosin", "training.lr_scheduler='cosin': input should be 'linear', 'cosine'"),
+        ("model.dtype=int8", "model.dtype='int8': input should be 'auto', 'float32'"),
+        ("model=null", "model=None: input should be a valid dictionary"),
+        ("task.train_size=1.5", "task.train_size=1.5: input should be a valid integer"),
+        ("max_steps", "override 'max_steps' should have the form key.subkey=value."),
+        ("=5", "override '=5' should have the form key.subkey=value."),
+        ("task.name.x=1", "override 'task.name.x=1': name is a value, not a section."),
+        ("task.name=[", "override 'task.name=[': the value is not valid YAML."),
+    ],
+)
+def test_a_mistake_in_an_override_is_named_with_what_would_be_right(override, sentence, file):
+    with pytest.raises(UserError) as caught:
+        load_recipe(file(SMALL), [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_key_in_the_file_is_refused_like_one_in_an_override(file):
+    with pytest.raises(UserError, match=r"^trainin is not a key of a recipe; did you mean 'training'\?"):
+        load_recipe(file({**SMALL, "trainin": {"max_steps": 5}}))
+
+
+def test_several_mistakes_are_named_together():
+    with pytest.raises(UserError) as caught:
+        parse_recipe({**SMALL, "task": {}, "training": {"max_steps": 5, "batch_size": 0}})
+    assert str(caught.value).startswith("task.name is missing in the recipe; training.batch_size=0: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("model: [a", r"recipe: '.*mine\.yaml' is not valid YAML: "),
+        ("a: b: c", r"recipe: '.*mine\.yaml' is not valid YAML: "),
+        ("- model", r"recipe: '.*mine\.yaml' should hold keys and values"),
+        ("", r"recipe: '.*mine\.yaml' should hold keys and values"),
+        (b"\xff\xfe\x00", r"recipe: '.*mine\.yaml' is not "),
+        ("model: !!python/object/apply:os.getcwd []", r"recipe: '.*mine\.yaml' is not valid YAML: "),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(content, sentence, file):
+    with pytest.raises(UserError, match=f"^{sentence}") as caught:
+        load_recipe(file(content))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["missing.yaml", "missing.yml", "./missing", "a/b"])
+def test_a_missing_file_is_named(source):
+    with pytest.raises(UserError, match=f"^recipe: file {source!r} does not exist"):
+        load_recipe(source)
+
+
+def test_an_unknown_shipped_recipe_comes_with_the_nearest_known():
+    with pytest.raises(UserError, match=r"^recipe: 'quikstart' is no file .*; did you mean 'quickstart'\?"):
+        load_recipe("quikstart")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({}, None),
+        ({"name": "other"}, None),
+        ({"model": {"name": "smollm2-135m", "dtype": "auto"}}, None),
+        ({"model": "a/b"}, "model.name"),
+        ({"method": {"name": "pera", "r": 5}}, "method.r"),
+        ({"method": {"name": "pera", "r": 4, "terms": "square"}}, "method.terms"),
+        ({"method": {"name": "pera"}}, "method.r"),
+        ({"task": {"name": "leg_counting", "options": {"min_animals": 2}}}, "task.options.min_animals"),
+        ({"training": {"max_steps": 5, "seed": 1}}, "training.seed"),
+    ],
+)
+def test_the_first_difference_of_two_recipes_is_named(change, key):
+    assert difference(parse_recipe(SMALL), parse_recipe({**SMALL, **change})) == key
+    assert difference(parse_recipe({**SMALL, **change}), parse_recipe(SMALL)) == key

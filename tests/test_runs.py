@@ -1,0 +1,189 @@
+"""The run folder, and what may stand in its place."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from pera.errors import UserError
+from pera.models import fingerprint, load_model
+from pera.recipe import load_recipe
+from pera.runs import COMPLETE, Location, Run, adapter_config, load_adapter, locate, open_model, resumable
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    return load_recipe(str(recipe_file))
+
+
+@pytest.fixture
+def workplace(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def started(workplace):
+    """Makes a run folder in ``runs/`` whose recipe was written some seconds ago."""
+
+    def start(recipe, name, age=0, finished=False):
+        run = Run.create(recipe, Path("runs") / name)
+        time = run.recipe_file.stat().st_mtime - age
+        os.utime(run.recipe_file, (time, time))
+        if finished:
+            run.adapter.mkdir()
+        return run
+
+    return start
+
+
+def test_a_run_folder_is_named_after_recipe_and_time_and_holds_the_whole_recipe(recipe, workplace):
+    run = Run.create(recipe)
+    assert run.path.parent == Path("runs")
+    assert run.path.name.startswith("small-2")
+    assert run.recipe == recipe
+    assert "weight_decay: 0.0" in run.recipe_file.read_text()
+
+
+def test_two_runs_started_in_one_second_have_a_folder_each(recipe, workplace):
+    assert Run.create(recipe).path != Run.create(recipe).path
+
+
+def test_the_newest_unfinished_run_of_a_recipe_is_found(recipe, started):
+    started(recipe, "small-20260101-000001", age=30)
+    newest = started(recipe, "small-20260101-000002", age=20)
+    started(recipe, "small-20260101-000003", age=10, finished=True)
+    started(recipe.model_copy(update={"name": "other"}), "other-20260101-000004")
+    assert Run.latest_unfinished(recipe).path == newest.path
+
+
+def test_a_run_of_a_recipe_with_a_longer_name_is_not_taken_for_one_of_this(recipe, started):
+    mine = started(recipe, "small-20260101-000001", age=30)
+    started(recipe.model_copy(update={"name": "small-other"}), "small-other-20260101-000002")
+    assert Run.latest_unfinished(recipe).path == mine.path
+
+
+def test_a_run_is_resumed_by_its_folder_by_output_or_by_its_recipe(recipe_file, recipe, started):
+    run = started(recipe, "small-20260101-000001")
+    for source, output in [(str(run.path), None), (str(recipe_file), run.path), (str(recipe_file), None)]:
+        assert resumable(source, None, output).path == run.path
+
+
+def test_checkpoints_that_were_not_saved_completely_are_removed(recipe, workplace):
+    run = Run.create(recipe, workplace / "run")
+    assert run.last_checkpoint() is None
+    for step in (8, 12, 100):
+        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (run.checkpoints / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"cut")
+    (run.checkpoints / "checkpoint-8" / COMPLETE).touch()
+    (run.checkpoints / "checkpoint-12" / COMPLETE).touch()
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-12"
+    assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-8", "checkpoint-12"}
+
+
+def test_a_line_that_was_cut_off_is_left_out_of_the_metrics(recipe, workplace):
+    run = Run.create(recipe, workplace / "run")
+    assert run.metrics() == []
+    run.metrics_file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    assert run.metrics() == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+
+
+def test_the_environment_is_recorded(finished_run, tiny_llama):
+    record = json.loads(finished_run.environment_file.read_text())
+    assert record["seed"] == 42
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"python", "pera", "transformers", "peft"} <= set(record["versions"])
+    assert record["base_model"] == {
+        "name": str(tiny_llama),
+        "dtype": "float32",
+        "fingerprint": fingerprint(load_model(str(tiny_llama), dtype="float32")),
+    }
+    assert isinstance(record["command"], list)
+
+
+def test_a_run_says_what_its_adapter_and_base_are(finished_run, tiny_llama):
+    location = locate(str(finished_run.path))
+    assert location.run.path == finished_run.path
+    assert (location.adapter, location.base) == (finished_run.adapter, str(tiny_llama))
+
+
+def test_an_adapter_folder_says_what_its_base_is(finished_run, tiny_llama):
+    assert locate(str(finished_run.adapter)) == Location(None, finished_run.adapter, str(tiny_llama))
+
+
+def test_anything_else_is_a_model(tiny_llama):
+    for name in (str(tiny_llama), "smollm2-135m", "a/b"):
+        assert locate(name) == Location(None, None, name)
+
+
+def test_an_adapter_without_a_base_is_refused(run):
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    (run.adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="names no base_model_name_or_path"):
+        locate(str(run.adapter))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: [c], "adapter_config.json names no peft_type"),
+        (lambda c: {k: v for k, v in c.items() if k != "peft_type"}, "adapter_config.json names no peft_type"),
+        (lambda c: {**c, "peft_type": "NOTHING"}, "peft_type='NOTHING' is not a method"),
+        (lambda c: {**c, "r": 0}, "adapter_config.json: r=0 should be"),
+        (lambda c: {**c, "terms": "cubes"}, "adapter_config.json: terms='cubes' is not known"),
+        (lambda c: {**c, "pera_version": 99}, "adapter_config.json: pera_version=99 is a newer adapter layout"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(change, sentence, run):
+    file = run.adapter / "adapter_config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(UserError, match=f"^{str(run.adapter)!r}: {sentence}"):
+        adapter_config(run.adapter)
+
+
+def test_a_run_is_opened_with_its_adapter(finished_run, tiny_llama, logits):
+    model, tokenizer = open_model(locate(str(finished_run.path)), "float32")
+    assert isinstance(model, PeftModel)
+    assert not model.training
+    assert tokenizer.padding_side == "left"
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_llama))
+    assert (logits(model) - logits(tiny_llama)).abs().max() > 0.1
+
+
+def test_a_saved_adapter_gives_identical_logits_in_a_fresh_process(finished_run, tiny_llama, logits, fresh_logits):
+    model, _ = open_model(locate(str(finished_run.path)), "float32")
+    fresh = fresh_logits({"run": (tiny_llama, finished_run.adapter)}, import_pera=True)
+    assert torch.equal(fresh["run"], logits(model))
+
+
+def test_adapters_of_other_methods_are_loaded_too(tiny_llama, tmp_path, logits):
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
+    saved = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora)
+    saved.save_pretrained(tmp_path)
+    model, _ = open_model(locate(str(tmp_path)), "float32")
+    assert torch.equal(logits(model), logits(saved))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda w: dict(list(w.items())[1:]), "the weights file lacks 'base_model.*'"),
+        (lambda w: {**w, "base_model.model.new.pera_A": torch.zeros(1)}, "the base model has no place for '.*new"),
+    ],
+)
+def test_weights_that_do_not_match_the_base_by_name_are_refused(change, sentence, run, tiny_llama, change_weights):
+    change_weights(run.adapter / "adapter_model.safetensors", change)
+    with pytest.raises(UserError, match=f"^{str(run.adapter)!r} does not fit the base model: {sentence}"):
+        load_adapter(load_model(str(tiny_llama)), run.adapter)
+
+
+def test_a_run_can_be_moved(run, tmp_path, logits):
+    before = logits(open_model(locate(str(run.path)), "float32")[0])
+    moved = shutil.move(run.path, tmp_path / "elsewhere")
+    assert torch.equal(logits(open_model(locate(str(moved)), "float32")[0]), before)
