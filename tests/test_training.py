@@ -32,6 +32,11 @@ def measured(run):
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in run.metrics()]
 
 
+def tokens(run):
+    """Tokens that were trained on since the run was last resumed."""
+    return json.loads(run.cost_file.read_text())["tokens"]
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -79,6 +84,16 @@ def test_one_seed_gives_one_adapter_and_another_gives_another(finished_run, trai
     assert files[0].read_bytes() != files[1].read_bytes()
 
 
+def test_the_seed_decides_initialisation_and_order_of_the_data(train_run, tmp_path):
+    """After one step A is as it was drawn, and the loss is the base model's on the first batch."""
+    overrides = ["training.max_steps=1", "training.logging_steps=1"]
+    runs = [train_run(tmp_path / str(seed), *overrides, f"training.seed={seed}") for seed in (1, 2)]
+    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
+    assert [key for key in a if key.endswith("pera_A") and torch.allclose(a[key], b[key], atol=1e-3)] == []
+    losses = [run.metrics()[0]["loss"] for run in runs]
+    assert losses[0] != losses[1]
+
+
 def without_adapter(run):
     """Killed between the last checkpoint and the adapter."""
 
@@ -113,21 +128,22 @@ def without_checkpoints(run):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "left"),
     [
-        without_adapter,
-        without_last_checkpoint,
-        with_unmarked_checkpoint,
-        with_cut_checkpoint,
-        with_cut_metrics,
-        without_checkpoints,
+        (without_adapter, 0),
+        (without_last_checkpoint, 4 / 12),
+        (with_unmarked_checkpoint, 4 / 12),
+        (with_cut_checkpoint, 4 / 12),
+        (with_cut_metrics, 4 / 12),
+        (without_checkpoints, 1),
     ],
 )
-def test_resumed_is_uninterrupted(damage, run, finished_run):
+def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, finished_run):
     shutil.rmtree(run.adapter)
     damage(run)
     train(run.recipe, run, resume=True)
     assert same_adapter(run, finished_run)
+    assert tokens(run) / tokens(finished_run) == pytest.approx(left, abs=0.05)
     if damage is with_cut_metrics:
         assert [line["step"] for line in run.metrics() if line["step"] > 8] == [10, 12]
     else:
@@ -152,7 +168,18 @@ def test_resumed_is_uninterrupted_for_other_recipes(overrides, train_run, tmp_pa
     shutil.rmtree(halted.checkpoints / f"checkpoint-{max(steps)}")
     train(halted.recipe, halted, resume=True)
     assert same_adapter(halted, whole)
+    assert 0 < tokens(halted) < 0.6 * tokens(whole)
     assert [line["step"] for line in halted.metrics()] == [line["step"] for line in whole.metrics()]
+
+
+def test_a_run_that_lacks_only_its_adapter_is_not_trained_further(train_run, tmp_path):
+    """At a constant rate a further step would show; at the end of a linear schedule the rate is zero."""
+    whole = train_run(tmp_path / "whole", "training.lr_scheduler=constant")
+    halted = Run(Path(shutil.copytree(whole.path, tmp_path / "halted")))
+    shutil.rmtree(halted.adapter)
+    train(halted.recipe, halted, resume=True)
+    assert same_adapter(halted, whole)
+    assert measured(halted) == measured(whole)
 
 
 KILLED_WHILE_SAVING = """
@@ -191,6 +218,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(program, pera, python, re
     assert (run.checkpoints / "checkpoint-4" / COMPLETE).is_file()
     assert pera("train", run.path, "--resume").code == 0
     assert same_adapter(run, finished_run)
+    assert tokens(run) / tokens(finished_run) == pytest.approx(8 / 12, abs=0.05)
     assert measured(run) == measured(finished_run)
 
 
@@ -202,7 +230,7 @@ def test_the_summary_counts_what_was_done(recipe_file, tmp_path, tokenizer):
     assert summary.left_out == 0
     assert summary.seconds > 0
     assert summary.peak_memory > 100e6
-    assert 0 < summary.mean_loss < 10
+    assert 0 < summary.final_loss < 10
 
 
 def test_examples_that_are_too_long_are_left_out_and_counted(recipe_file, tmp_path, tokenizer):

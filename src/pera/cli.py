@@ -77,9 +77,10 @@ def quickstart(
     recipe = load_recipe("quickstart", overrides)
     run = Run.create(recipe, output)
     steps = recipe.training.max_steps or f"{recipe.training.epochs:g} epochs of"
-    progress.print(f"PERA on {recipe.model.name}, task {recipe.task.name}, {steps} steps; run folder {run.path}")
-    base = evaluate_run(run, base=True, console=progress)
-    summary = train_recipe(recipe, run, console=progress)
+    progress.print(f"PERA on {recipe.model.name}, task {recipe.task.name}, {steps} steps")
+    with run.discarded_on_error():
+        base = evaluate_run(run, base=True, console=progress)
+        summary = train_recipe(recipe, run, console=progress)
     adapter = evaluate_run(run, console=progress)
     progress.print("merging and exporting, each read back and compared with the adapter …")
     checks = {
@@ -107,8 +108,8 @@ def train(
     from pera.training import train as train_recipe
 
     run = resumable(recipe, overrides, output) if resume else Run.create(load_recipe(recipe, overrides), output)
-    progress.print(f"run folder {run.path}")
-    summary = train_recipe(run.recipe, run, resume=resume, console=progress)
+    with run.discarded_on_error():
+        summary = train_recipe(run.recipe, run, resume=resume, console=progress)
     table = _table()
     table.add_row("adapter", str(run.adapter))
     table.add_row("training", _cost(run, summary))
@@ -341,8 +342,8 @@ def _cost(run: Run, summary: TrainingSummary) -> str:
     losses = [line["loss"] for line in run.metrics()]
     parts = [
         _duration(summary.seconds),
-        f"{summary.tokens / summary.seconds:,.0f} tokens/s",
-        f"loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else f"mean loss {summary.mean_loss:.3f}",
+        f"{summary.tokens / summary.seconds:,.0f} tokens/s" if summary.tokens else "nothing left to train",
+        f"loss {losses[0]:.3f} → {summary.final_loss:.3f}",
     ]
     if summary.peak_memory:
         parts.append(f"peak memory {summary.peak_memory / 2**30:.1f} GB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,11 +57,10 @@ def evaluate_run(run: Run, *, base: bool = False, console: Console | None = None
     score, predictions = evaluate(model, tokenizer, recipe.build_task(), recipe.evaluation, which, console)
     with disk_errors(run.predictions):
         run.predictions.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
-    write_atomic(run.predictions / f"{which}.jsonl", lines)
+    write_atomic(run.predictions / f"{which}.jsonl", "".join(_line(p) for p in predictions))
     write_json(run.scores_file, {**run.scores(), which: {"scorer": recipe.evaluation.scorer, **asdict(score)}})
     if run.adapter.is_dir():
-        write_card(run.adapter, "adapter", location)
+        write_card(run.adapter, "adapter", location._replace(adapter=run.adapter))
     return score
 
 
@@ -92,6 +92,12 @@ def evaluate(
 
 def _judge(task: Task, example: Example, output: str) -> Prediction:
     return Prediction(example.prompt, example.answer, output, task.score(example, output) >= 1.0)
+
+
+def _line(prediction: Prediction) -> str:
+    """One line of JSON, also for readers that take other characters than a newline for the end of a line."""
+    text = json.dumps(asdict(prediction), ensure_ascii=False)
+    return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

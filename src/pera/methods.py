@@ -31,7 +31,7 @@ METHODS = {
 }
 
 
-def peft_config(name: str, task_type: str = "CAUSAL_LM", **options: Any) -> PeftConfig:
+def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> PeftConfig:
     """The PEFT configuration of a method.
 
     Args:
@@ -50,6 +50,9 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", **options: Any) -> Peft
     for key in options:
         if key not in known:
             raise UserError(f"method.{key} is not an option of {name}; {nearest(key, known)}")
+    for word, own in method.words.items():
+        if word in options and own in options:
+            raise UserError(f"method.{word} and method.{own} are one option of {name}; keep one.")
     renamed = {method.words.get(key, key): value for key, value in options.items()}
     if method.config is LoraConfig:
         renamed.setdefault("lora_alpha", renamed.get("r", LoraConfig().r))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pera.errors import UserError, missing_extra, nearest
-from pera.files import atomic_folder
+from pera.files import atomic_folder, disk_errors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -119,7 +119,8 @@ def resolve(name: str) -> str:
             raise UserError(f"model: {name!r} is a file; give a folder, or a file ending in .gguf.")
         return str(_converted(path, f"{path.stem}-{_digest(path)}"))
     for known, embedded in EMBEDDED.items():
-        if known in path.parts or embedded.module in path.parts:
+        converted = path.name == known and path.parent.name.startswith(embedded.package)
+        if path.is_absolute() and (converted or path.parts[-2:] == (embedded.module, embedded.path)):
             return resolve(known)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return name
@@ -181,11 +182,12 @@ def _converted(gguf: Path, key: str) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise missing_extra("gguf", "gguf")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{folder.name}.lock"):
-        if not folder.is_dir():
-            with atomic_folder(folder) as partial:
-                _convert(gguf, partial)
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            if not folder.is_dir():
+                with atomic_folder(folder) as partial:
+                    _convert(gguf, partial)
     return folder
 
 
@@ -194,7 +196,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # a broken file makes the parser raise anything
         raise _unreadable(str(gguf), error) from error
     # A model loaded from GGUF counts as quantised and refuses to be saved; its weights are plain float32.
     weights = model.state_dict()

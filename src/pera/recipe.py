@@ -16,7 +16,7 @@ from pera.tasks import ReasoningTask, Task
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -108,7 +108,9 @@ class Recipe(_Section):
 
     def peft_config(self) -> PeftConfig:
         """The configuration of the adapter."""
-        return methods.peft_config(**self.method)
+        return methods.peft_config(
+            self.method["name"], **{key: value for key, value in self.method.items() if key != "name"}
+        )
 
     def build_task(self) -> Task:
         """The examples and their scorer."""
@@ -134,7 +136,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(source)
     if path.is_file():
-        text, name = path.read_text(encoding="utf-8"), path.stem
+        text, name = _read(path), path.stem
     elif source in shipped_recipes():
         text, name = (resources.files("pera") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8"), source
     elif path.suffix in (".yaml", ".yml") or "/" in source:
@@ -150,6 +152,13 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _override(content, override)
     return parse_recipe({"name": name, **content})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe: {str(path)!r} is not a text file that can be read: {error}.") from error
 
 
 def parse_recipe(content: dict[str, Any]) -> Recipe:

@@ -7,7 +7,10 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pera import models
 from pera.errors import UserError
-from pera.files import cannot_write, read_json, require_free, write_atomic, write_json
+from pera.files import disk_errors, read_json, require_free, write_atomic, write_json
 from pera.recipe import Recipe, difference, load_recipe
 
 PACKAGES = (
@@ -38,6 +41,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._made: list[Path] = []
         self.recipe_file = path / "recipe.yaml"
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
@@ -55,15 +59,28 @@ class Run:
         Raises:
             UserError: the folder exists and is not empty, or cannot be made.
         """
-        path = output or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = output or _unused(Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         require_free(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(path, error) from error
         run = cls(path)
+        run._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
         write_atomic(run.recipe_file, recipe.to_yaml())
         return run
+
+    @contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """If the block fails before anything was trained or scored, take the new folder away again."""
+        try:
+            yield
+        except BaseException:
+            begun = self.checkpoints.is_dir() or self.scores_file.is_file() or self.metrics()
+            if not begun:
+                for file in (self.recipe_file, self.environment_file, self.metrics_file):
+                    file.unlink(missing_ok=True)
+                for folder in self._made:
+                    folder.rmdir()
+            raise
 
     @classmethod
     def latest_unfinished(cls, recipe: Recipe) -> Run:
@@ -73,7 +90,7 @@ class Run:
             UserError: there is none.
         """
         candidates = [cls(p.parent) for p in Path("runs").glob(f"{recipe.name}-*/recipe.yaml")]
-        unfinished = [run for run in candidates if not run.adapter.is_dir()]
+        unfinished = [run for run in candidates if not run.adapter.is_dir() and run.recipe.name == recipe.name]
         if not unfinished:
             raise UserError(f"--resume: runs/ has no unfinished run of {recipe.name!r}; start one without --resume.")
         return max(unfinished, key=lambda run: run.recipe_file.stat().st_mtime)
@@ -127,6 +144,12 @@ class Run:
                 },
             },
         )
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or with a number behind it if it is taken."""
+    numbered = (path.with_name(f"{path.name}-{i}") for i in count(2))
+    return next(p for p in chain([path], numbered) if not p.exists())
 
 
 def resumable(source: str, overrides: list[str] | None, output: Path | None) -> Run:
@@ -223,16 +246,20 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors in an adapter folder, on the CPU.
 
     Raises:
-        UserError: the weights file is missing, or cut off.
+        UserError: the weights file is missing, cut off, or holds NaN or infinity.
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         raise UserError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; the adapter's weights are missing.")
     try:
         with safe_open(file, framework="pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+            weights = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(file)!r} is not a whole safetensors file: {error}.") from error
+    for key, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{str(folder)!r}: NaNs detected in the weights of {key}. The adapter seems to be broken.")
+    return weights
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -23,6 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from pera import models
 from pera.card import write_card
@@ -33,6 +36,7 @@ from pera.recipe import Recipe
 from pera.runs import COMPLETE, Location, Run, command_line
 from pera.tasks.base import Example
 from pera.tasks.prompts import AnswerCollator, encode_example
+from pera.tuner import check_names
 
 
 class TrainingSummary(NamedTuple):
@@ -41,7 +45,7 @@ class TrainingSummary(NamedTuple):
     seconds: float
     tokens: int
     peak_memory: int | None
-    mean_loss: float
+    final_loss: float
     left_out: int
 
 
@@ -68,7 +72,9 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
     set_seed(spec.seed)
     try:
-        adapted = get_peft_model(model, recipe.peft_config())
+        config = recipe.peft_config()
+        check_names(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"method: {' '.join(str(error).split())}") from error
 
@@ -86,11 +92,16 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         raise UserError(f"training.report_to={spec.report_to}: {' '.join(str(error).split())}") from error
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
-    with progress, disk_errors(run.path):
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoint is not None and _ended(checkpoint):  # only the saving of the adapter was missed
+        set_peft_model_state_dict(adapted, load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME))
+    else:
+        if console is not None:
+            console.print(f"run folder {run.path}", soft_wrap=True)
+        with progress, disk_errors(run.path):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
-    summary = TrainingSummary(seconds, tokens, peak_memory(), result.training_loss, left_out)
+    summary = TrainingSummary(seconds, tokens, peak_memory(), run.metrics()[-1]["loss"], left_out)
     write_json(run.cost_file, summary._asdict())
     with atomic_folder(run.adapter) as folder:
         adapted.save_pretrained(str(folder))
@@ -152,6 +163,12 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
     )
 
 
+def _ended(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the last step."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return bool(state.global_step >= state.max_steps)
+
+
 def _checkpointing_option() -> str:
     """transformers renames ``gradient_checkpointing`` to ``activation_checkpointing`` on the way to version 6."""
     names = {f.name for f in fields(TrainingArguments)}
@@ -192,6 +209,8 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
+        if state.global_step == state.max_steps:  # whatever logging_steps is, the last loss is seen
+            control.should_log = True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]

@@ -133,7 +133,7 @@ def test_a_trained_run_is_exported_and_checked_on_its_own_task(finished_run, tin
 def test_the_configuration_is_written_in_the_same_order_every_time(exports):
     names = json.loads((exports["all linear"]["folder"] / "adapter_config.json").read_text())["target_modules"]
     assert names == sorted(names)
-    assert len(names) == 12
+    assert len(names) == 14
 
 
 def test_an_export_that_differs_is_kept_and_says_so(adapter, tmp_path, monkeypatch):

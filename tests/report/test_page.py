@@ -81,7 +81,7 @@ def full_run(path, adapters, adapter="pera", text="How is Ann related to Bob?", 
     parts = {"square": 0.1, "cross": -0.02, "high_order": 0.09}
     groups = {"q_proj": 0.05, "v_proj": -0.003}
     write(path / "effect.json", {"tokens": 512, "loss": 0.3, "without": parts, "without_high_order": groups})
-    cost = {"seconds": 125.0, "tokens": 5000, "peak_memory": 3 * 2**29, "mean_loss": 0.9, "left_out": 2}
+    cost = {"seconds": 125.0, "tokens": 5000, "peak_memory": 3 * 2**29, "final_loss": 0.9, "left_out": 2}
     write(path / "cost.json", cost)
     check = {"agree": True, "prompts": 4, "tokens": 80, "max_difference": 2e-5, "tolerance": 1e-3, "dtype": "float32"}
     for folder in ("merged", "lora"):

@@ -148,7 +148,7 @@ def test_a_target_of_a_second_adapter_that_matches_nothing_is_named():
 
 
 def test_a_regular_expression_that_matches_nothing_is_named():
-    with pytest.raises(ValueError, match=r"q_proj, v_proj.* not found in the base model"):
+    with pytest.raises(ValueError, match=r"q_proj, v_proj.*, as a regular expression, matches no module"):
         adapt(llama(), target_modules="q_proj, v_proj")
 
 

@@ -99,4 +99,8 @@ def lora_config(config: PeraConfig, rank: int) -> LoraConfig:
         )
     }
     bias = "lora_only" if config.bias == "pera_only" else config.bias
-    return LoraConfig(r=rank, lora_alpha=rank, bias=bias, inference_mode=True, **carried)
+    lora = LoraConfig(r=rank, lora_alpha=rank, bias=bias, inference_mode=True, **carried)
+    for key in ("target_modules", "exclude_modules"):  # PEFT makes them sets, which are written in any order
+        if isinstance(names := getattr(lora, key), set):
+            setattr(lora, key, sorted(names))
+    return lora

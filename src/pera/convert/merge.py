@@ -12,7 +12,7 @@ from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
 from pera.models import load_model
-from pera.runs import locate, open_model
+from pera.runs import adapter_config, locate, method_name, open_model
 
 
 def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
@@ -35,6 +35,9 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
     if location.adapter is None:
         raise UserError(f"{source!r} has no adapter; give a run or an adapter folder.")
     model, tokenizer = open_model(location, dtype)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        method = method_name(adapter_config(location.adapter))
+        raise UserError(f"{source!r} is a {method} adapter, which is no change of weights and cannot be merged.")
     _require_untied(model, source)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)

@@ -16,7 +16,7 @@ from pera.files import write_json
 from pera.runs import Location, locate, open_model
 from pera.tasks.prompts import encode_prompt
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
 """Largest logit difference that rounding explains in a model computed in this dtype (docs/architecture.md)."""
 
 PROMPTS = (
@@ -104,9 +104,11 @@ def compare(reference: list[Tensor], other: list[Tensor], dtype: torch.dtype) ->
     Raises:
         UserError: the shapes differ, as with different tokenizers or vocabularies.
     """
-    shapes = [tuple(t.shape) for t in reference], [tuple(t.shape) for t in other]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"the two models cannot be compared: logits of shapes {shapes[0][0]} and {shapes[1][0]}.")
+    for a, b in zip(reference, other, strict=True):
+        if a.shape != b.shape:
+            raise UserError(
+                f"the two models cannot be compared: logits of shapes {tuple(a.shape)} and {tuple(b.shape)}."
+            )
     tolerance = TOLERANCE[dtype]
     x, y = torch.cat(reference), torch.cat(other)
     best = x.topk(2, dim=-1).values

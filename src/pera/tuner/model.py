@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -45,9 +47,7 @@ class PeraModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         if state_dict is None:  # else its keys say what is adapted
-            config = self.peft_config[adapter_name]
-            for key, allowed in (("target_modules", ()), ("exclude_modules", ()), ("modules_to_save", _HEADS)):
-                _check_names(model, key, getattr(config, key), allowed)
+            check_names(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _create_and_replace(
@@ -87,15 +87,25 @@ _HEADS = ("classifier", "score", "qa_outputs")
 """Heads that PEFT names in ``modules_to_save`` by itself, whether or not the model has them."""
 
 
-def _check_names(model: nn.Module, key: str, names: Any, allowed: tuple[str, ...]) -> None:
-    """Raise :class:`UserError` if a list of module names has one that no module has."""
-    if names is None or isinstance(names, str):
-        return
+def check_names(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse a configuration, of any PEFT method, that names a module which the model does not have.
+
+    Raises:
+        UserError: a name in a list of ``target_modules``, ``exclude_modules`` or ``modules_to_save`` matches no
+            module; the nearest name is given.
+    """
     modules = [name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name]
-    for wanted in sorted(set(names) - set(allowed)):
-        if wanted == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            raise UserError(f"{key} lists {wanted!r} among names; give it alone, as a string.")
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
-            endings = {ending for name in modules if not (ending := name.rpartition(".")[2]).isdigit()}
-            close = nearest(wanted.rpartition(".")[2], endings - {""})
-            raise UserError(f"{key}: {wanted!r} not found in the base model; {close}")
+    for key, allowed in (("target_modules", ()), ("exclude_modules", ()), ("modules_to_save", _HEADS)):
+        names = getattr(config, key, None)
+        if isinstance(names, str):
+            unmatched = names != INCLUDE_LINEAR_LAYERS_SHORTHAND and not any(re.fullmatch(names, m) for m in modules)
+            if unmatched and key == "target_modules":
+                raise UserError(f"{key}: {names!r}, as a regular expression, matches no module; give a list of names.")
+            continue
+        for wanted in sorted(set(names or ()) - set(allowed)):
+            if wanted == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+                raise UserError(f"{key} lists {wanted!r} among names; give it alone, as a string.")
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
+                endings = {ending for name in modules if not (ending := name.rpartition(".")[2]).isdigit()}
+                close = nearest(wanted.rpartition(".")[2], endings - {""})
+                raise UserError(f"{key}: {wanted!r} not found in the base model; {close}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pera.errors import UserError
@@ -32,7 +31,7 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         config: the adapter's configuration.
 
     Raises:
-        UserError: there is no layer, or a tensor is missing, of the wrong shape or not finite.
+        UserError: there is no layer, or a tensor is missing or of the wrong shape.
     """
     layers: dict[str, Factors] = {}
     for key, A in weights.items():
@@ -48,8 +47,6 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         shapes = (A.shape[0], B.shape[1], *h.shape)
         if shapes != (r, r, num_coefficients(r, config.terms)):
             raise UserError(f"the weights of {layer} do not have the rank of adapter_config.json, {r}.")
-        if not all(torch.isfinite(t).all() for t in (A, B, h)):
-            raise UserError(f"NaNs detected in the weights of {layer}; the adapter seems to be broken.")
         scaling = config.scaling(r, alpha)
         layers[layer] = Factors(A.double(), B.double(), h.double(), config.terms, config.normalization, scaling)
     if not layers:
