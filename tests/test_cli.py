@@ -283,6 +283,24 @@ def test_what_cannot_be_resumed(refused, run, recipe_file, tmp_path):
     refused("train", recipe_file, "--output", "run", words=["'run' exists and is not empty"])
 
 
+def test_a_resume_that_fails_leaves_the_run_as_it_was(refused, run):
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints)
+    run.metrics_file.unlink()
+    base = run.recipe.model.name
+    run.recipe_file.write_text(run.recipe_file.read_text().replace(base, "/gone/model"))
+    refused("train", "run", "--resume", words=["model", "'/gone/model'"])
+
+
+def test_a_quickstart_with_a_mistake_leaves_nothing(pera, tiny_llama, tree):
+    overrides = [f"model.name={tiny_llama}", *SMALL_QUICKSTART, "method.target_modules=[nope]"]
+    before = tree()
+    outcome = pera("quickstart", *overrides, "--output", "run")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "target_modules: 'nope'" in outcome.err.splitlines()[-1]
+    assert tree() == before
+
+
 # The same in a process of its own
 
 

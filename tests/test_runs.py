@@ -54,6 +54,19 @@ def test_two_runs_started_in_one_second_have_a_folder_each(recipe, workplace):
     assert Run.create(recipe).path != Run.create(recipe).path
 
 
+def test_a_run_that_fails_at_once_takes_away_what_it_made_and_nothing_else(recipe, workplace):
+    for other in ([], ["runs/other"], ["runs/mine"]):
+        shutil.rmtree(workplace / "runs", ignore_errors=True)
+        run = Run.create(recipe, Path("runs/mine/run"))
+        for path in other:
+            (workplace / path / "file").mkdir(parents=True)
+        with pytest.raises(UserError, match="mistake"), run.discarded_on_error():
+            raise UserError("mistake")
+        assert not run.path.exists()
+        assert [path for path in other if not (workplace / path / "file").is_dir()] == []
+        assert (workplace / "runs").exists() == bool(other)
+
+
 def test_the_newest_unfinished_run_of_a_recipe_is_found(recipe, started):
     started(recipe, "small-20260101-000001", age=30)
     newest = started(recipe, "small-20260101-000002", age=20)
@@ -187,3 +200,13 @@ def test_a_run_can_be_moved(run, tmp_path, logits):
     before = logits(open_model(locate(str(run.path)), "float32")[0])
     moved = shutil.move(run.path, tmp_path / "elsewhere")
     assert torch.equal(logits(open_model(locate(str(moved)), "float32")[0]), before)
+
+
+def test_a_resumed_run_that_fails_to_start_is_not_discarded(pera, run, monkeypatch):
+    for folder in (run.adapter, run.checkpoints):
+        shutil.rmtree(folder)
+    run.metrics_file.unlink()
+    recipe = run.recipe_file.read_text()
+    monkeypatch.setattr("pera.models.load_model", lambda *_, **__: (_ for _ in ()).throw(UserError("no model")))
+    assert pera("train", run.path, "--resume").code == 2
+    assert run.recipe_file.read_text() == recipe

@@ -343,7 +343,7 @@ def _cost(run: Run, summary: TrainingSummary) -> str:
     parts = [
         _duration(summary.seconds),
         f"{summary.tokens / summary.seconds:,.0f} tokens/s" if summary.tokens else "nothing left to train",
-        f"loss {losses[0]:.3f} → {summary.final_loss:.3f}",
+        *([f"loss {losses[0]:.3f} → {losses[-1]:.3f}"] if losses else []),
     ]
     if summary.peak_memory:
         parts.append(f"peak memory {summary.peak_memory / 2**30:.1f} GB")

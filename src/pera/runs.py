@@ -41,7 +41,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._made: list[Path] = []
+        self._made: list[Path] | None = None  # the folders that create() made
         self.recipe_file = path / "recipe.yaml"
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
@@ -70,12 +70,12 @@ class Run:
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """If the block fails before anything was trained or scored, take the new folder away again."""
+        """If the block fails before anything was trained or scored, take away again what :meth:`create` made."""
         try:
             yield
         except BaseException:
             begun = self.checkpoints.is_dir() or self.scores_file.is_file() or self.metrics()
-            if not begun:
+            if self._made is not None and not begun:
                 for file in (self.recipe_file, self.environment_file, self.metrics_file):
                     file.unlink(missing_ok=True)
                 for folder in self._made:

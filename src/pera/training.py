@@ -45,7 +45,7 @@ class TrainingSummary(NamedTuple):
     seconds: float
     tokens: int
     peak_memory: int | None
-    final_loss: float
+    final_loss: float | None
     left_out: int
 
 
@@ -101,7 +101,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
     tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
-    summary = TrainingSummary(seconds, tokens, peak_memory(), run.metrics()[-1]["loss"], left_out)
+    losses = [line["loss"] for line in run.metrics()]
+    summary = TrainingSummary(seconds, tokens, peak_memory(), losses[-1] if losses else None, left_out)
     write_json(run.cost_file, summary._asdict())
     with atomic_folder(run.adapter) as folder:
         adapted.save_pretrained(str(folder))
