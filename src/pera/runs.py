@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
@@ -79,7 +79,8 @@ class Run:
                 for file in (self.recipe_file, self.environment_file, self.metrics_file):
                     file.unlink(missing_ok=True)
                 for folder in self._made:
-                    folder.rmdir()
+                    with suppress(OSError):  # another run may have come to lie in a parent
+                        folder.rmdir()
             raise
 
     @classmethod
