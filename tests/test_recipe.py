@@ -210,3 +210,14 @@ def test_an_unknown_shipped_recipe_comes_with_the_nearest_known():
 def test_the_first_difference_of_two_recipes_is_named(change, key):
     assert difference(parse_recipe(SMALL), parse_recipe({**SMALL, **change})) == key
     assert difference(parse_recipe({**SMALL, **change}), parse_recipe(SMALL)) == key
+
+
+def test_a_number_may_be_written_with_an_exponent_alone(recipe_file):
+    assert load_recipe(str(recipe_file), ["method.init_coefficients=1e-3"]).method["init_coefficients"] == 1e-3
+
+
+def test_a_key_given_twice_is_refused(recipe_file, tmp_path):
+    file = tmp_path / "twice.yaml"
+    file.write_text(recipe_file.read_text() + "\nmodel: other\n")
+    with pytest.raises(UserError, match="'model' is given twice"):
+        load_recipe(str(file))

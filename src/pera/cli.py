@@ -75,12 +75,16 @@ def quickstart(
 
     start = time.perf_counter()
     recipe = load_recipe("quickstart", overrides)
+    if recipe.method["name"] != "pera":
+        raise UserError(
+            f"method.name={recipe.method['name']!r} is not for quickstart, which shows PERA; use: pera train quickstart …"
+        )
     run = Run.create(recipe, output)
     steps = recipe.training.max_steps or f"{recipe.training.epochs:g} epochs of"
     progress.print(f"PERA on {recipe.model.name}, task {recipe.task.name}, {steps} steps")
     with run.discarded_on_error():
-        base = evaluate_run(run, base=True, console=progress)
         summary = train_recipe(recipe, run, console=progress)
+    base = evaluate_run(run, base=True, console=progress)
     adapter = evaluate_run(run, console=progress)
     progress.print("merging and exporting, each read back and compared with the adapter …")
     checks = {

@@ -122,7 +122,7 @@ def resolve(name: str) -> str:
         converted = path.name == known and path.parent.name.startswith(embedded.package)
         if path.is_absolute() and (converted or path.parts[-2:] == (embedded.module, embedded.path)):
             return resolve(known)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not path.parent.is_dir():
         return name
     if "/" in name or name.startswith((".", "~")):
         raise UserError(f"model: folder {name!r} does not exist; give a folder, a .gguf file or a hub id.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -139,12 +140,16 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         text, name = _read(path), path.stem
     elif source in shipped_recipes():
         text, name = (resources.files("pera") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8"), source
+    elif (path / "recipe.yaml").is_file():
+        raise UserError(
+            f"recipe: {source!r} is a run; go on with --resume, or give {source}/recipe.yaml to start anew."
+        )
     elif path.suffix in (".yaml", ".yml") or "/" in source:
         raise UserError(f"recipe: file {source!r} does not exist.")
     else:
         raise UserError(f"recipe: {source!r} is no file and no recipe of pera's; {nearest(source, shipped_recipes())}")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"recipe: {source!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -186,6 +191,22 @@ def shipped_recipes() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in (resources.files("pera") / "recipes").iterdir())
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, in which 1e-3 is a number, as in YAML 1.2, and a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -200,7 +221,7 @@ def _override(content: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} is a value, not a section.")
         section = below
     try:
-        section[last] = yaml.safe_load(value)
+        section[last] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML.") from error
 

@@ -103,7 +103,7 @@ class Run:
 
     def last_checkpoint(self) -> Path | None:
         """The last checkpoint that was saved completely; later, broken ones are removed."""
-        steps = {int(p.name.rpartition("-")[2]): p for p in self.checkpoints.glob("checkpoint-*")}
+        steps = {int(p.name.rpartition("-")[2]): p for p in self.checkpoints.glob("checkpoint-[0-9]*")}
         for step in sorted(steps, reverse=True):
             if (steps[step] / COMPLETE).is_file():
                 return steps[step]

@@ -130,3 +130,10 @@ def test_both_are_computed_in_the_dtype_asked_for(tiny_llama, save_llama, tmp_pa
     agreement = verify(str(tiny_llama), str(rounded), dtype="float32")
     assert agreement.dtype == "float32"
     assert agreement.max_difference > 1e-3
+
+
+def test_logits_that_are_no_numbers_never_agree():
+    nothing = [torch.full((3, 4), float("nan"))]
+    found = compare(nothing, nothing, torch.float32)
+    assert not found.agree
+    assert found.same_top1 == 0

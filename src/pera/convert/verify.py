@@ -115,10 +115,12 @@ def compare(reference: list[Tensor], other: list[Tensor], dtype: torch.dtype) ->
     clear = (best[:, 0] - best[:, 1]) > tolerance
     same = x.argmax(-1) == y.argmax(-1)
     difference = (x - y).abs().max().item()
+    if difference != difference:  # NaN, of which argmax says nothing
+        same, clear, difference = torch.zeros(1), torch.ones(1, dtype=torch.bool), float("inf")
     return Agreement(
         prompts=len(reference),
         tokens=len(x),
-        max_difference=difference if difference == difference else float("inf"),
+        max_difference=difference,
         tolerance=tolerance,
         dtype=str(dtype).removeprefix("torch."),
         near_ties=int((~clear).sum()),
