@@ -77,7 +77,7 @@ def quickstart(
     recipe = load_recipe("quickstart", overrides)
     if recipe.method["name"] != "pera":
         raise UserError(
-            f"method.name={recipe.method['name']!r} is not for quickstart, which shows PERA; use: pera train quickstart …"
+            f"method.name={recipe.method['name']!r} is not for quickstart, which shows PERA; use: pera train"
         )
     run = Run.create(recipe, output)
     steps = recipe.training.max_steps or f"{recipe.training.epochs:g} epochs of"
