@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -68,7 +69,6 @@ def quickstart(
     from pera.convert.merge import merge as merge_adapter
     from pera.evaluation import evaluate_run
     from pera.recipe import load_recipe
-    from pera.report.page import write_report
     from pera.report.pictures import loss_picture
     from pera.runs import Run
     from pera.training import train as train_recipe
@@ -92,7 +92,6 @@ def quickstart(
         "lora": export_lora(str(run.path), run.path / "lora"),
     }
     loss_picture(run, run.path / "loss.svg")
-    write_report([run], run.path / "report.html")
     out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
     out.print(_next_steps(run), soft_wrap=True)
     if not all(check.agree for check in checks.values()):
@@ -117,6 +116,7 @@ def train(
     table = _table()
     table.add_row("adapter", str(run.adapter))
     table.add_row("training", _cost(run, summary))
+    table.add_row("report", _refreshed_report(run))
     out.print(table)
     out.print(f"Next: pera evaluate {run.path}")
 
@@ -137,6 +137,7 @@ def evaluate(
     table = _table()
     table.add_row("base" if base else "adapter", _accuracy(score))
     table.add_row("scores", str(location.run.scores_file))
+    table.add_row("report", _refreshed_report(location.run))
     out.print(table)
 
 
@@ -300,6 +301,17 @@ def _effects(effects: Effects) -> Table:
     return table
 
 
+def _refreshed_report(run: Run) -> str:
+    """Write ``report.html`` anew, if what draws it is installed, and say where it is."""
+    if not all(find_spec(package) for package in ("jinja2", "matplotlib")):
+        return "not written; install it with: pip install 'pera[report]'"
+    from pera.report.page import write_report
+
+    file = run.path / "report.html"
+    write_report([run], file)
+    return str(file)
+
+
 def _report(agreement: Agreement, done: str) -> None:
     out.print(escape(done))
     out.print(agreement.sentence())
@@ -326,7 +338,7 @@ def _summary(
         mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
         table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")
     table.add_row("loss picture", str(run.path / "loss.svg"))
-    table.add_row("report", str(run.path / "report.html"))
+    table.add_row("report", _refreshed_report(run))
     return table
 
 
