@@ -159,19 +159,17 @@ def inspect(
     from dataclasses import asdict
 
     from pera.diagnose import diagnose_adapter, run_effects
-    from pera.runs import locate
+    from pera.runs import locate_adapter
 
-    location = locate(source)
-    if location.adapter is None:
-        raise UserError(f"{source!r} has no adapter; give a run or an adapter folder.")
+    location, adapter = locate_adapter(source)
     if effect and location.run is None:
         raise UserError(f"--effect needs a run folder, which says on what data; {source!r} is an adapter folder.")
-    found = diagnose_adapter(location.adapter)
+    found = diagnose_adapter(adapter)
     effects = run_effects(location.run) if effect and location.run else None
     if plot is not None:
         from pera.report.pictures import ratio_picture
 
-        ratio_picture(location.adapter, plot)
+        ratio_picture(adapter, plot)
     if json:
         import json as writer
 

@@ -17,7 +17,7 @@ from pera.card import write_card
 from pera.errors import missing_extra
 from pera.files import disk_errors, write_atomic, write_json
 from pera.recipe import EvaluationSection
-from pera.runs import Location, Run, open_model
+from pera.runs import Run, open_model
 from pera.tasks import Example, Task
 from pera.tasks.prompts import encode_prompt
 
@@ -50,8 +50,7 @@ def evaluate_run(run: Run, *, base: bool = False, console: Console | None = None
     The score goes to ``scores.json`` under "adapter" or "base", the answers to ``predictions/``.
     """
     recipe = run.recipe
-    adapter = None if base else run.adapter
-    location = Location(run, adapter, recipe.model.name, recipe.model.revision, recipe.model.trust_remote_code)
+    location = run.location._replace(adapter=None) if base else run.location
     model, tokenizer = open_model(location, recipe.model.dtype)
     which = "base" if base else "adapter"
     score, predictions = evaluate(model, tokenizer, recipe.build_task(), recipe.evaluation, which, console)
@@ -60,7 +59,7 @@ def evaluate_run(run: Run, *, base: bool = False, console: Console | None = None
     write_atomic(run.predictions / f"{which}.jsonl", "".join(_line(p) for p in predictions))
     write_json(run.scores_file, {**run.scores(), which: {"scorer": recipe.evaluation.scorer, **asdict(score)}})
     if run.adapter.is_dir():
-        write_card(run.adapter, "adapter", location._replace(adapter=run.adapter))
+        write_card(run.adapter, "adapter", run.location)
     return score
 
 

@@ -101,6 +101,12 @@ class Run:
         """The resolved recipe of the run."""
         return load_recipe(str(self.recipe_file))
 
+    @property
+    def location(self) -> Location:
+        """The run's adapter on its base model, for :func:`open_model`."""
+        base = self.recipe.model
+        return Location(self, self.adapter, base.name, base.revision, base.trust_remote_code)
+
     def last_checkpoint(self) -> Path | None:
         """The last checkpoint that was saved completely; later, broken ones are removed."""
         steps = {int(p.name.rpartition("-")[2]): p for p in self.checkpoints.glob("checkpoint-[0-9]*")}
@@ -199,8 +205,7 @@ def locate(name: str) -> Location:
         run = Run(path)
         if not run.adapter.is_dir():
             raise UserError(f"{name!r} is an unfinished run; go on with: pera train {name} --resume")
-        base = run.recipe.model
-        return Location(run, run.adapter, base.name, base.revision, base.trust_remote_code)
+        return run.location
     if (path / "adapter_config.json").is_file():
         config = adapter_config(path)
         if not config.base_model_name_or_path:
@@ -209,6 +214,18 @@ def locate(name: str) -> Location:
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name!r} is neither a run folder, nor an adapter folder, nor a model folder.")
     return Location(None, None, name)
+
+
+def locate_adapter(name: str) -> tuple[Location, Path]:
+    """:func:`locate` for what needs an adapter, and the folder of that adapter.
+
+    Raises:
+        UserError: as :func:`locate`, or ``name`` is a model.
+    """
+    location = locate(name)
+    if location.adapter is None:
+        raise UserError(f"{name!r} has no adapter; give a run or an adapter folder.")
+    return location, location.adapter
 
 
 def open_model(location: Location, dtype: str = "stored") -> tuple[Any, PreTrainedTokenizerBase]:

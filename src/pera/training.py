@@ -33,7 +33,7 @@ from pera.diagnose import RatioCallback
 from pera.errors import UserError
 from pera.files import atomic_folder, disk_errors, write_atomic, write_json
 from pera.recipe import Recipe
-from pera.runs import COMPLETE, Location, Run, command_line
+from pera.runs import COMPLETE, Run, command_line, open_model
 from pera.tasks.base import Example
 from pera.tasks.prompts import AnswerCollator, encode_example
 from pera.tuner import check_names
@@ -64,9 +64,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     """
     spec = recipe.training
     task = recipe.build_task()
-    source: dict[str, Any] = {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
-    model = models.load_model(recipe.model.name, dtype=recipe.model.dtype, **source)
-    tokenizer = models.load_tokenizer(recipe.model.name, **source)
+    model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype)
     examples, left_out = _encode(tokenizer, task.train, spec.max_length)
     run.write_environment(model, command_line())
 
@@ -106,7 +104,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     write_json(run.cost_file, summary._asdict())
     with atomic_folder(run.adapter) as folder:
         adapted.save_pretrained(str(folder))
-        write_card(folder, "adapter", Location(run, folder, recipe.model.name))
+        write_card(folder, "adapter", run.location._replace(adapter=folder))
     return summary
 
 

@@ -17,7 +17,7 @@ from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
 from pera.polynomial import lora_factors
-from pera.runs import adapter_config, adapter_weights, locate, method_name, open_model
+from pera.runs import adapter_config, adapter_weights, locate_adapter, method_name, open_model
 from pera.tuner import PeraConfig
 from pera.tuner.saved import saved_factors
 
@@ -38,13 +38,11 @@ def export_lora(source: str, output: Path, *, dtype: str = "float32") -> Agreeme
         UserError: there is no PERA adapter, it is broken or not finite; the output cannot be written.
     """
     require_free(output)
-    location = locate(source)
-    if location.adapter is None:
-        raise UserError(f"{source!r} has no adapter; give a run or an adapter folder.")
-    config = adapter_config(location.adapter)
+    location, adapter = locate_adapter(source)
+    config = adapter_config(adapter)
     if not isinstance(config, PeraConfig):
         raise UserError(f"{source!r} is a {method_name(config)} adapter; only a PERA adapter is exported to LoRA.")
-    weights = fold(adapter_weights(location.adapter), config)
+    weights = fold(adapter_weights(adapter), config)
     with atomic_folder(output) as folder:
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         rank = max(w.shape[0] for key, w in weights.items() if key.endswith(".lora_A.weight"))

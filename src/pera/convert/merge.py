@@ -12,7 +12,7 @@ from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
 from pera.models import load_model
-from pera.runs import adapter_config, locate, method_name, open_model
+from pera.runs import adapter_config, locate_adapter, method_name, open_model
 
 
 def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
@@ -31,12 +31,10 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
         UserError: the adapter is broken, holds NaN or sits on tied embeddings; the output cannot be written.
     """
     require_free(output)
-    location = locate(source)
-    if location.adapter is None:
-        raise UserError(f"{source!r} has no adapter; give a run or an adapter folder.")
+    location, adapter = locate_adapter(source)
     model, tokenizer = open_model(location, dtype)
     if not hasattr(model.base_model, "merge_and_unload"):
-        method = method_name(adapter_config(location.adapter))
+        method = method_name(adapter_config(adapter))
         raise UserError(f"{source!r} is a {method} adapter, which is no change of weights and cannot be merged.")
     _require_untied(model, source)
     prompts = prompts_of(location)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pera.files import write_json
 from pera.polynomial import coefficient_pairs
-from pera.runs import Location, Run, open_model
+from pera.runs import Run, open_model
 from pera.tasks.prompts import IGNORED, AnswerCollator, encode_example
 from pera.tuner import PeraLayer
 
@@ -76,8 +76,7 @@ def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects
     Computed in float32, because small effects drown in the rounding of bfloat16.
     """
     recipe = run.recipe
-    location = Location(run, run.adapter, recipe.model.name, recipe.model.revision, recipe.model.trust_remote_code)
-    model, tokenizer = open_model(location, "float32")
+    model, tokenizer = open_model(run.location, "float32")
     encoded = [encode_example(tokenizer, example) for example in recipe.build_task().test[:examples]]
     collate = AnswerCollator(tokenizer, model.get_base_model())
     device = next(model.parameters()).device

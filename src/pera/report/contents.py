@@ -215,7 +215,7 @@ class Contents:
     @cached_property
     def effects(self) -> Effects | Missing:
         """What the high-order terms do."""
-        file = self.run.path / "effect.json"
+        file = self.run.effect_file
         if not self.is_pera:
             return Missing("The adapter is not a PERA adapter; it has no high-order terms.")
         if not self.trained:
@@ -227,7 +227,7 @@ class Contents:
     @cached_property
     def cost(self) -> Cost | Missing:
         """What the training took."""
-        file = self.run.path / "cost.json"
+        file = self.run.cost_file
         if not self.trained:
             return self._missing("Training has not ended; its cost is recorded when it does.", "adapter")
         if not file.is_file():
