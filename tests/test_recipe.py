@@ -86,6 +86,10 @@ def test_the_task_is_built_from_its_section():
             "training.report_to=[tensorboard, wandb]",
             {"training": {"max_steps": 5, "report_to": ["tensorboard", "wandb"]}},
         ),
+        ("training.lr_ratio.B=16", {"training": {"max_steps": 5, "lr_ratio": {"B": 16.0}}}),
+        ("training.lr_ratio={B: 16, h: 2}", {"training": {"max_steps": 5, "lr_ratio": {"B": 16, "h": 2}}}),
+        ("training.weight_decay=0.1", {"training": {"max_steps": 5, "weight_decay": 0.1}}),
+        ("training.weight_decay={A: 0.1}", {"training": {"max_steps": 5, "weight_decay": {"A": 0.1}}}),
         ("training.gradient_checkpointing=true", {"training": {"max_steps": 5, "gradient_checkpointing": True}}),
         (
             "method.target_modules=[q_proj, v_proj]",
@@ -138,6 +142,11 @@ def test_either_length_can_replace_the_other(file):
         ("training.learning_rate=.nan", "training.learning_rate=nan: "),
         ("training.learning_rate=.inf", "training.learning_rate=inf: "),
         ("training.lr_scheduler=cosin", "training.lr_scheduler='cosin': input should be 'linear', 'cosine'"),
+        ("training.lr_ratio=16", "training: lr_ratio=16 should give ratios by group, such as {'B': 16}."),
+        ("training.lr_ratio.B=-1", "training: lr_ratio['B']=-1 should be a finite number of at least 0."),
+        ("training.lr_ratio.b=16", "training: lr_ratio['b'] cannot be set; known: B, h, other."),
+        ("training.weight_decay=-1", "training: weight_decay=-1 should be a finite number of at least 0."),
+        ("training.weight_decay.B=much", "training: weight_decay['B']='much' should be a finite number of at least 0."),
         ("model.dtype=int8", "model.dtype='int8': input should be 'auto', 'float32'"),
         ("model=null", "model=None: input should be a valid dictionary"),
         ("task.train_size=1.5", "task.train_size=1.5: input should be a valid integer"),
@@ -152,6 +161,15 @@ def test_a_mistake_in_an_override_is_named_with_what_would_be_right(override, se
         load_recipe(file(SMALL), [override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["lr_ratio", "weight_decay"])
+@pytest.mark.parametrize("method", [{"name": "lora"}, {"name": "pera", "coefficients": "fixed"}, {"terms": "none"}])
+def test_an_option_for_h_needs_a_method_that_learns_it(key, method):
+    training = {"max_steps": 5, key: {"B": 0.5, "h": 2.0}}
+    assert parse_recipe({**SMALL, "training": training}).training.model_dump()[key] == {"B": 0.5, "h": 2.0}
+    with pytest.raises(UserError, match=rf"^training\.{key}\.h=2\.0 has no h to act on, which only pera trains"):
+        parse_recipe({**SMALL, "method": {"name": "pera", **method}, "training": training})
 
 
 def test_a_misspelt_key_in_the_file_is_refused_like_one_in_an_override(file):

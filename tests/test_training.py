@@ -155,6 +155,8 @@ def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, fi
     [
         ["method.dropout=0"],
         ["method={name: lora, r: 2, target_modules: [q_proj]}"],
+        ["training.lr_ratio={B: 2, h: 0.5}", "training.weight_decay={A: 0.1}"],
+        ["method={name: lora, r: 2, target_modules: [q_proj]}", "training.lr_ratio.B=4", "training.weight_decay=0.1"],
         ["training.max_steps=null", "training.epochs=0.75", "training.gradient_accumulation_steps=2"],
         ["training.save_steps=3", "training.lr_scheduler=cosine", "training.warmup_steps=5"],
     ],
@@ -253,6 +255,38 @@ def test_the_adapter_of_a_bfloat16_base_is_float32(train_run, tmp_path):
     assert json.loads(run.environment_file.read_text())["base_model"]["dtype"] == "bfloat16"
     weights = load_file(run.adapter / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_the_groups_of_the_recipe_are_those_of_the_optimizer(train_run, finished_run, tmp_path):
+    run = train_run(tmp_path / "run", "training.lr_ratio={B: 2, h: 0.5}", "training.weight_decay={A: 0.1}")
+    saved = torch.load(run.checkpoints / "checkpoint-8" / "optimizer.pt")["param_groups"]
+    found = {g["name"]: (g["initial_lr"], g["lr"] / g["initial_lr"], g["weight_decay"]) for g in saved}
+    left = pytest.approx(4 / 12)
+    assert found == {"A": (0.03, left, 0.1), "B": (0.06, left, 0.0), "h": (0.015, left, 0.0)}
+    rates = [[line["learning_rate"] for line in r.metrics()] for r in (run, finished_run)]
+    assert rates[0] == rates[1]
+
+
+def test_after_one_step_each_group_has_moved_by_its_ratio(train_run, tmp_path):
+    """The first step of Adam has the length of the rate, whatever the gradient."""
+    once = ["training.max_steps=1", "training.logging_steps=1"]
+    plain, grouped = (
+        load_file(train_run(tmp_path / name, *once, *more).adapter / "adapter_model.safetensors")
+        for name, more in [("plain", []), ("grouped", ["training.lr_ratio={B: 4, h: 0.5}"])]
+    )
+    for key, weight in plain.items():
+        kind = key.rpartition("_")[2]
+        start, ratio = {"A": (weight, 1), "B": (0, 4), "h": (0.3, 0.5)}[kind]
+        torch.testing.assert_close(grouped[key] - start, ratio * (weight - start), rtol=1e-4, atol=1e-6)
+
+
+def test_ratios_of_one_are_no_ratios(train_run, finished_run, tmp_path):
+    assert same_adapter(train_run(tmp_path / "run", "training.lr_ratio={B: 1, h: 1}"), finished_run)
+
+
+def test_a_group_that_the_model_lacks_is_refused(train_run, tmp_path):
+    with pytest.raises(UserError, match=r"^training: lr_ratio\['other'\] applies to no trained parameter; groups of"):
+        train_run(tmp_path / "run", "training.lr_ratio.other=2")
 
 
 @pytest.mark.parametrize("logging_steps", [1, 50])

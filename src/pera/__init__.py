@@ -6,9 +6,10 @@ and ``AutoPeftModel…`` know it.
 
 from pera.errors import PeraError, UserError
 from pera.linear import pera_linear
+from pera.optim import parameter_groups
 from pera.tuner import PeraConfig, PeraModel, register
 
 __version__ = "0.1.0"
-__all__ = ["PeraConfig", "PeraError", "PeraModel", "UserError", "pera_linear"]
+__all__ = ["PeraConfig", "PeraError", "PeraModel", "UserError", "parameter_groups", "pera_linear"]
 
 register()

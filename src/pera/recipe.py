@@ -13,7 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from pera import methods
 from pera.errors import UserError, nearest
+from pera.optim import check_groups
 from pera.tasks import ReasoningTask, Task
+from pera.tuner import PeraConfig
 
 
 class _Section(BaseModel):
@@ -49,13 +51,16 @@ class TrainingSection(_Section):
     """How it is learned. Exactly one of ``max_steps`` and ``epochs``."""
 
     learning_rate: float = Field(1e-4, gt=0)
+    lr_ratio: dict[str, float] = {}
+    """Rates of "B", "h" and "other" over that of A, as in :func:`pera.optim.parameter_groups`."""
     max_steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
     batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     warmup_steps: int = Field(0, ge=0)
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float | dict[str, float] = 0.0
+    """For all parameters, or by group, as in :func:`pera.optim.parameter_groups`."""
     max_grad_norm: float = Field(1.0, ge=0)
     gradient_checkpointing: bool = False
     max_length: int = Field(1024, ge=1)
@@ -73,6 +78,13 @@ class TrainingSection(_Section):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of max_steps and epochs")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_groups(cls, section: Any) -> Any:
+        if isinstance(section, dict):
+            check_groups(section.get("lr_ratio", {}), section.get("weight_decay", 0.0))
+        return section
 
 
 class EvaluationSection(_Section):
@@ -104,7 +116,15 @@ class Recipe(_Section):
     def _check_method(self) -> Recipe:
         if not isinstance(self.method.get("name"), str):
             raise ValueError(f"method.name is missing; {nearest('', methods.METHODS)}")
-        self.peft_config()
+        config = self.peft_config()
+        if not (isinstance(config, PeraConfig) and config.learns_coefficients):
+            for key in ("lr_ratio", "weight_decay"):
+                value = getattr(self.training, key)
+                if isinstance(value, dict) and "h" in value:
+                    raise ValueError(
+                        f"training.{key}.h={value['h']} has no h to act on, which only pera trains, "
+                        "with coefficients='learned' and terms other than 'none'; leave it out."
+                    )
         return self
 
     def peft_config(self) -> PeftConfig:

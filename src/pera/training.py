@@ -32,7 +32,8 @@ from pera.card import write_card
 from pera.diagnose import RatioCallback
 from pera.errors import UserError
 from pera.files import atomic_folder, disk_errors, write_atomic, write_json
-from pera.recipe import Recipe
+from pera.optim import parameter_groups
+from pera.recipe import Recipe, TrainingSection
 from pera.runs import COMPLETE, Run, command_line, open_model
 from pera.tasks.base import Example
 from pera.tasks.prompts import AnswerCollator, encode_example
@@ -76,15 +77,18 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     except ValueError as error:
         raise UserError(f"method: {' '.join(str(error).split())}") from error
 
+    arguments = _arguments(recipe, run)
+    optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
     progress = _Progress(run, console, since=checkpoint)
     try:
         trainer = Trainer(
             model=adapted,
-            args=_arguments(recipe, run),
+            args=arguments,
             train_dataset=examples,
             data_collator=AnswerCollator(tokenizer, model),
             callbacks=[RatioCallback(), progress],
+            optimizer_cls_and_kwargs=optimizer,
         )
     except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
         raise UserError(f"training.report_to={spec.report_to}: {' '.join(str(error).split())}") from error
@@ -145,7 +149,7 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
         warmup_steps=spec.warmup_steps,
         lr_scheduler_type=spec.lr_scheduler,
-        weight_decay=spec.weight_decay,
+        weight_decay=0.0 if isinstance(spec.weight_decay, dict) else spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         seed=spec.seed,
         data_seed=spec.seed,
@@ -160,6 +164,21 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
+
+
+def _optimizer(
+    spec: TrainingSection, arguments: TrainingArguments, model: torch.nn.Module
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The Trainer's optimizer with the recipe's groups, the first of them A, whose rate is the one that is logged;
+    None, for a recipe without groups, leaves everything to the Trainer."""
+    if not spec.lr_ratio and not isinstance(spec.weight_decay, dict):
+        return None
+    try:
+        groups = parameter_groups(model, spec.learning_rate, lr_ratio=spec.lr_ratio, weight_decay=spec.weight_decay)
+    except UserError as error:
+        raise UserError(f"training: {error}") from error
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return optimizer, {**options, "params": groups}
 
 
 def _ended(checkpoint: Path) -> bool:

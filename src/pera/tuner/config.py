@@ -154,6 +154,11 @@ class PeraConfig(PeftConfig):
                 raise UserError(f"{f.name}={value!r} has no counterpart in PERA; leave it at {_default(f)!r}.")
         return cls(**{**renamed, **options})
 
+    @property
+    def learns_coefficients(self) -> bool:
+        """Whether the adapter has an h to train."""
+        return self.coefficients == "learned" and self.terms != "none"
+
     def scaling(self, r: int, alpha: float | None) -> float:
         """s = α / r, or α / sqrt(r) with ``use_rslora``, for a layer of rank ``r``; α None means r."""
         alpha = r if alpha is None else alpha

@@ -39,8 +39,7 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         if not found:
             continue
         r, alpha = config.layer_settings(layer.removeprefix("base_model.model."))
-        learned = config.coefficients == "learned" and config.terms != "none"
-        h = weights.get(f"{layer}.pera_h") if learned else fixed_coefficients(r, config.terms)
+        h = weights.get(f"{layer}.pera_h") if config.learns_coefficients else fixed_coefficients(r, config.terms)
         B = weights.get(f"{layer}.pera_B")
         if B is None or h is None:
             raise UserError(f"the weights file lacks {layer}.{'pera_B' if B is None else 'pera_h'}.")
