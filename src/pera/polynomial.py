@@ -17,7 +17,8 @@ of rank K whose factors are polynomials of B and A.
 ``normalization`` is "none" (ρ = 1, as published) or "rms" (ρ = root mean square of the factor),
 which gives a product the scale of one factor, so that ΔW scales with A and with B as LoRA's does.
 
-All functions are pure. They compute in float32 or better, whatever the dtype of the factors.
+All functions are pure. They compute in float32 or better, whatever the dtype of the factors. But for
+:func:`expand_vjp`, factors may have leading dimensions, such as one for experts: each matrix by itself.
 """
 
 from __future__ import annotations
@@ -76,19 +77,22 @@ def fixed_coefficients(
 
 
 def rms(X: Tensor) -> Tensor:
-    """ρ(X) = sqrt(mean(X²) + ε²) over all entries, ε = 1e-12. A scalar, float32 or better."""
+    """ρ(X) = sqrt(mean(X²) + ε²) over all entries of a matrix, ε = 1e-12. A scalar, float32 or better."""
     X = _working(X)
-    return (X.square().mean() + EPSILON**2).sqrt()
+    return (X.square().mean((-2, -1)) + EPSILON**2).sqrt()
 
 
-def expand(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> Tensor:
+def expand(
+    X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, rho: Tensor | None = None
+) -> Tensor:
     """Append the products of the rows of ``X`` to its rows.
 
     Args:
         X: factor with one row for each rank, ``(r, d)``: A itself, or B transposed.
         h: coefficients, ``(num_coefficients(r, terms),)``; None leaves the products as they are.
         terms: which products to append.
-        normalization: "rms" divides each product by :func:`rms` of ``X``.
+        normalization: "rms" divides each product by ρ, :func:`rms` of ``X``.
+        rho: ρ where it is not that of ``X``: of the whole factor, when ``X`` is some of its columns.
 
     Returns:
         ``(K, d)``, float32 or better: the rows x_i, then h_ij (x_i ⊙ x_j) / ρ in the order of h.
@@ -97,13 +101,13 @@ def expand(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalizati
         UserError: unknown ``terms`` or ``normalization``, or h of another length than the terms need.
     """
     X = _working(X)
-    _check(X.shape[0], h, terms, normalization)
-    blocks = _blocks(X.shape[0], terms)
+    _check(X, h, terms, normalization)
+    blocks = _blocks(X.shape[-2], terms)
     if not blocks:
         return X
-    products = torch.cat([X[left] * X[right] for left, right in blocks])
-    factor = _factor(X, h, terms, normalization)
-    return torch.cat([X, products if factor is None else products * factor])
+    products = torch.cat([X[..., left, :] * X[..., right, :] for left, right in blocks], -2)
+    factor = _factor(X, h, terms, normalization, rho)
+    return torch.cat([X, products if factor is None else products * factor], -2)
 
 
 def expand_vjp(
@@ -166,7 +170,7 @@ def expand_A(A: Tensor, h: Tensor | None, terms: Terms = "all", normalization: N
 
 def expand_B(B: Tensor, terms: Terms = "all", normalization: Normalization = "none") -> Tensor:
     """B̂ = Poly2(B), eq. 6: ``(out_features, r)`` → ``(out_features, K)``."""
-    return expand(B.T, None, terms, normalization).T
+    return expand(B.mT, None, terms, normalization).mT
 
 
 def lora_factors(
@@ -210,12 +214,13 @@ def _working(X: Tensor) -> Tensor:
     return X.to(torch.promote_types(X.dtype, torch.float32))
 
 
-def _check(r: int, h: Tensor | None, terms: Terms, normalization: Normalization) -> None:
+def _check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> None:
     known = get_args(Normalization)
     if normalization not in known:
         raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, known)}")
+    *leading, r, _ = X.shape
     needed = num_coefficients(r, terms)
-    if h is not None and h.shape != (needed,):
+    if h is not None and tuple(h.shape) not in ((needed,), (*leading, needed)):
         raise UserError(f"h has shape {tuple(h.shape)}; r={r} and terms={terms!r} need ({needed},).")
 
 
@@ -226,12 +231,13 @@ def _blocks(r: int, terms: Terms) -> list[tuple[slice, slice]]:
     return [(slice(0, r), slice(0, r))] * squares + [(slice(i, i + 1), slice(i + 1, r)) for i in range(r - 1)] * crosses
 
 
-def _factor(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> Tensor | None:
+def _factor(
+    X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, rho: Tensor | None = None
+) -> Tensor | None:
     """What each product is multiplied by, h / ρ, as a column ``(num_coefficients, 1)``; None where that is 1."""
     if h is None and normalization == "none":
         return None
-    count = num_coefficients(X.shape[0], terms)
-    factor = X.new_ones(count) if h is None else _working(h)
+    factor = X.new_ones(num_coefficients(X.shape[-2], terms)) if h is None else _working(h)
     if normalization == "rms":
-        factor = factor / rms(X)
-    return factor.unsqueeze(1)
+        factor = factor / (rms(X) if rho is None else rho).unsqueeze(-1)
+    return factor.unsqueeze(-1)

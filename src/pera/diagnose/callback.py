@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pera.polynomial import expand_A, expand_B
-from pera.tuner import PeraLayer
+from pera.tuner import adapted_layers
 
 
 class RatioCallback(TrainerCallback):
@@ -38,13 +38,11 @@ def high_order_ratios(model: nn.Module, adapter_name: str = "default") -> dict[s
     zero, as before the first step, are left out.
     """
     norms: dict[str, tuple[float, float]] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, PeraLayer) or adapter_name not in layer.pera_A:
-            continue
+    for name, layer in adapted_layers(model, adapter_name).items():
         A, B, h = layer.factors(adapter_name)
-        r, s = A.shape[0], layer.scaling[adapter_name]
+        r, s = A.shape[-2], layer.scaling[adapter_name]
         A_hat, B_hat = expand_A(A, h, *layer.expansion[adapter_name]), expand_B(B, *layer.expansion[adapter_name])
-        gram = s * s * (A_hat @ A_hat.T) * (B_hat.T @ B_hat)
+        gram = s * s * (A_hat @ A_hat.mT) * (B_hat.mT @ B_hat)
         linear, high_order = norms.get(kind := name.rpartition(".")[2], (0.0, 0.0))
-        norms[kind] = (linear + gram[:r, :r].sum().item(), high_order + gram[r:, r:].sum().item())
+        norms[kind] = linear + gram[..., :r, :r].sum().item(), high_order + gram[..., r:, r:].sum().item()
     return {kind: (max(high, 0.0) / linear) ** 0.5 for kind, (linear, high) in norms.items() if linear > 0}

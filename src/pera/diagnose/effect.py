@@ -14,7 +14,7 @@ from pera.files import write_json
 from pera.polynomial import coefficient_pairs
 from pera.runs import Run, open_model
 from pera.tasks.prompts import IGNORED, AnswerCollator, encode_example
-from pera.tuner import PeraLayer
+from pera.tuner import PeraLayer, adapted_layers
 
 Part = Literal["square", "cross", "high_order"]
 
@@ -51,7 +51,7 @@ def effects(
             "q_proj".
     """
     group = group or (lambda name: name.rpartition(".")[2])
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PeraLayer) and adapter_name in m.pera_A}
+    layers = adapted_layers(model, adapter_name)
     groups: dict[str, list[PeraLayer]] = {}
     for name, layer in layers.items():
         groups.setdefault(group(name), []).append(layer)
@@ -100,13 +100,11 @@ def zeroed(layers: Iterable[PeraLayer], part: Part, adapter_name: str = "default
             vars(layer)["coefficients"] = lambda name, own=own, masked=masked: (
                 masked if name == adapter_name else own(name)
             )
-            layer.drop_expansions()
             changed.append(layer)
         yield
     finally:
         for layer in changed:
             del vars(layer)["coefficients"]
-            layer.drop_expansions()
 
 
 @torch.no_grad()

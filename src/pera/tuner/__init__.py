@@ -1,8 +1,30 @@
 """The PEFT plug-in: configuration, layers and model, and their registration with PEFT."""
 
 from pera.tuner.config import PeraConfig
-from pera.tuner.layers import PeraConv1DLinear, PeraLayer, PeraLinear
+from pera.tuner.hotswap import hotswap_adapter
+from pera.tuner.layers import (
+    ParamWrapper,
+    PeraConv1DLinear,
+    PeraConvolution,
+    PeraEmbedding,
+    PeraLayer,
+    PeraLinear,
+    adapted_layers,
+)
 from pera.tuner.model import PeraModel, check_names
 from pera.tuner.registration import register
 
-__all__ = ["PeraConfig", "PeraConv1DLinear", "PeraLayer", "PeraLinear", "PeraModel", "check_names", "register"]
+__all__ = [
+    "ParamWrapper",
+    "PeraConfig",
+    "PeraConv1DLinear",
+    "PeraConvolution",
+    "PeraEmbedding",
+    "PeraLayer",
+    "PeraLinear",
+    "PeraModel",
+    "adapted_layers",
+    "check_names",
+    "hotswap_adapter",
+    "register",
+]

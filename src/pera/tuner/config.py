@@ -41,6 +41,9 @@ class PeraConfig(PeftConfig):
             the full name, or "all-linear". None takes PEFT's choice for the architecture. Every name
             of a list has to match a module.
         exclude_modules: names, or a regular expression, of modules to leave out.
+        target_parameters: names (or endings of names) of single parameters to adapt, such as the fused experts
+            "mlp.experts.gate_up_proj". Each forward builds their whole update, so use it where there is no layer
+            to name in ``target_modules``. They take ``r`` and ``pera_alpha``, and no dropout.
         terms: products that take part: "all", "square" (K = 2r, cheapest), "cross" (needs r ≥ 2), or
             "none", which is LoRA.
         coefficients: "learned" trains one coefficient h for each product; "fixed" keeps 1 for squares
@@ -51,6 +54,10 @@ class PeraConfig(PeftConfig):
             wakes them; use it when the high-order terms are what you want to study or use.
         bias: which biases to train: "none", "all", or "pera_only" (those of adapted modules).
         modules_to_save: further modules to train in full and save, such as a classification head.
+        trainable_token_indices: rows of the input embedding to train in full, as token ids, or by the name of an
+            embedding; use it for a few new tokens.
+        ensure_weight_tying: one adapter for the input embedding and the layers that share its weight. Use it when
+            you target either in a model with tied embeddings; otherwise a merge separates them.
         init_weights: True starts with ΔW = 0 (A Kaiming-uniform, B zero); False draws B and h at
             random as well, for tests only.
         layers_to_transform: index or indices of the layers to adapt; the others are left alone. Not
@@ -74,6 +81,9 @@ class PeraConfig(PeftConfig):
         None, "Module names, a regular expression, or 'all-linear'. None takes PEFT's choice for the architecture."
     )
     exclude_modules: list[str] | str | None = _option(None, "Module names or a regular expression to leave out.")
+    target_parameters: list[str] | None = _option(
+        None, "Names of single parameters to adapt, such as fused experts. Only where there is no layer to name."
+    )
     terms: Terms = _option(
         "all", "Products that take part: 'all', 'square' (cheapest), 'cross' (needs r of 2 or more), 'none' (LoRA)."
     )
@@ -90,6 +100,12 @@ class PeraConfig(PeftConfig):
         "none", "Biases to train: 'none', 'all', 'pera_only'. With biases trained, disabling is not the base model."
     )
     modules_to_save: list[str] | None = _option(None, "Further modules to train in full and save, such as a new head.")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
+        None, "Token ids whose embeddings are trained in full, or such by name of the embedding. For a few new tokens."
+    )
+    ensure_weight_tying: bool = _option(
+        False, "One adapter for tied input and output embeddings. Without it a merge separates them."
+    )
     init_weights: bool = _option(True, "True starts with a zero update. False is for tests only: B and h are random.")
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt. None adapts all.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers, with layers_to_transform only.")
@@ -212,7 +228,7 @@ class PeraConfig(PeftConfig):
             raise UserError(
                 f"init_coefficients={self.init_coefficients} has no effect with coefficients='fixed'; leave it at 0."
             )
-        for key in ("init_weights", "use_rslora"):
+        for key in ("init_weights", "use_rslora", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{key}={getattr(self, key)!r} should be True or False.")
         if isinstance(self.target_modules, str):

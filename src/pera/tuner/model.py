@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
 )
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pera.errors import UserError, nearest
-from pera.tuner.layers import PeraLayer, layer_class
+from pera.tuner.call import one_call
+from pera.tuner.layers import BASE, ParamWrapper, PeraLayer, layer_class
+from pera.tuner.tying import separate_shared_weights, with_name, without
 
 
 class PeraModel(BaseTuner):
@@ -50,6 +56,12 @@ class PeraModel(BaseTuner):
             check_names(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        known = model_config["model_type"] in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config  # parameters alone
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _create_and_replace(
         self,
         pera_config: Any,
@@ -60,27 +72,162 @@ class PeraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            self._wrap_parameter(pera_config, adapter_name, target, target_name, parent, current_key, parameter_name)
+            return
+        source = None
+        if current_key in (getattr(pera_config, "target_modules_to_tie", None) or ()):
+            source = self.model.get_input_embeddings()
+            current_key = _name_of(self.model, source)
         r, alpha = pera_config.layer_settings(current_key)
         if isinstance(target, PeraLayer):
-            target.update_layer(adapter_name, r, alpha, config=pera_config)
+            target.update_layer(adapter_name, r, alpha, config=pera_config, tied_to=source)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        cls = layer_class(base_layer)
-        if cls is None:
-            raise UserError(
-                f"target_modules: {current_key!r} is a {type(base_layer).__name__}, which PERA does not support; "
-                "supported are torch.nn.Linear, plain or quantised, and transformers' Conv1D."
-            )
-        layer = cls(target, adapter_name, config=pera_config, r=r, alpha=alpha, **get_quantization_kwargs(self))
+        quantization = get_quantization_kwargs(self)
+        cls = layer_class(base_layer, current_key, quantization)
+        layer = cls(target, adapter_name, config=pera_config, r=r, alpha=alpha, tied_to=source, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _wrap_parameter(
+        self,
+        config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str,
+    ) -> None:
+        if isinstance(target, NonDynamicallyQuantizableLinear) or isinstance(parent, nn.TransformerEncoderLayer):
+            raise UserError(
+                f"target_parameters: {current_key!r} is read by a module around it without calling its own, so that an "
+                "adapter would be ignored; leave it out."
+            )
+        if config.pera_dropout:
+            raise UserError(
+                f"pera_dropout={config.pera_dropout} cannot act on {current_key!r}, a parameter, which has no input of "
+                "its own; set it to 0."
+            )
+        for key in ("rank_pattern", "alpha_pattern"):
+            if matching := [p for p in getattr(config, key) if re.match(rf"(.*\.)?({p})$", current_key)]:
+                raise UserError(
+                    f"{key}: {matching[0]!r} matches {current_key!r}, a parameter, which takes r and alpha."
+                )
+        if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+            target.update_layer(adapter_name, config.r, config.pera_alpha, config=config)
+            return
+        layer = ParamWrapper(
+            target,
+            adapter_name,
+            parameter_name=parameter_name,
+            config=config,
+            r=config.r,
+            alpha=config.pera_alpha,
+        )
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            mine, theirs = (sorted(getattr(c, "target_parameters", None) or ()) for c in (config, other))
+            if mine and theirs and mine != theirs:
+                raise UserError(
+                    f"target_parameters={mine} differs from {theirs} of adapter {name!r}; adapters of one model "
+                    "that have any should have the same."
+                )
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        try:
+            _check_lora_target_modules_mamba(LoraConfig(), model, target_name)
+        except ValueError as error:
+            kind = model.config.model_type  # type: ignore[union-attr]
+            raise UserError(
+                f"target_modules: {target_name!r} of a {kind} model is read by a kernel without being called, so that "
+                "an adapter would be ignored; leave it out."
+            ) from error
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Adapt the input embedding; PEFT then comes back with the layers tied to it, in ``target_modules_to_tie``."""
+        peft_config.target_modules_to_tie = tied = set(tied_weight_keys)
+        embedding = _name_of(self.model, self.model.get_input_embeddings())
+        if isinstance(peft_config.target_modules, str):
+            peft_config.target_modules = with_name(peft_config.target_modules, embedding)
+        else:
+            peft_config.target_modules = without(peft_config.target_modules, tied) | {embedding}
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Save the input embedding; PEFT ties the others, in ``modules_to_tie``, to it."""
+        peft_config.modules_to_tie = tied = set(tied_weight_keys)
+        embedding = _name_of(self.model, self.model.get_input_embeddings())
+        peft_config.modules_to_save = sorted(without(peft_config.modules_to_save, tied) | {embedding})
+
+    def _check_merge_allowed(self) -> None:
+        separate_shared_weights(self.model)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, PeraLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloading: what was wrapped is as it should be
+            setattr(parent, child_name, new_module)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise UserError("adapter_names is not supported: a batch runs with one set of adapters, see set_adapter.")
-        yield
+        """What PEFT enters around every call of the model, ``forward`` or ``generate``."""
+        names = kwargs.get("adapter_names")
+        with ExitStack() as stack:
+            if names is not None:
+                self._route_samples(list(names), kwargs, stack)
+            if not torch.compiler.is_compiling():
+                stack.enter_context(one_call())
+            yield
+
+    def _route_samples(self, names: list[str], arguments: dict[str, Any], stack: ExitStack) -> None:
+        """Give every adapted layer the name of an adapter for each sample, until ``stack`` is closed.
+
+        Raises:
+            UserError: in training, with merged adapters, or with a name that no layer has.
+        """
+        layers = [module for module in self.modules() if isinstance(module, PeraLayer)]
+        if self.training:
+            raise UserError("Cannot pass `adapter_names` when the model is in training mode.")
+        if any(layer.merged for layer in layers):
+            raise UserError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if unknown := sorted(set(names) - {BASE} - self.peft_config.keys()):
+            raise UserError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        repeats = _repeats(arguments)
+        encoder = self.model.get_encoder() if repeats > 1 and _is_encoder_decoder(self.model) else None
+        before = set() if encoder is None else set(encoder.modules())  # an encoder runs before samples are repeated
+        for module in self.modules():
+            if isinstance(module, (PeraLayer, AuxiliaryTrainingWrapper)):
+                repeated = names if module in before else [name for name in names for _ in range(repeats)]
+                hook = partial(_add_adapter_names, names=repeated)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _add_adapter_names(_: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _repeats(arguments: dict[str, Any]) -> int:
+    """How often ``generate`` was told to repeat each sample: once for each beam or returned sequence."""
+    config = arguments.get("generation_config")
+    counts = [arguments.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
+    return max(count or 1 for count in counts)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -88,14 +235,20 @@ _HEADS = ("classifier", "score", "qa_outputs")
 
 
 def check_names(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse a configuration, of any PEFT method, that names a module which the model does not have.
+    """Refuse a configuration, of any PEFT method, that names a module or parameter which the model does not have.
 
     Raises:
-        UserError: a name in a list of ``target_modules``, ``exclude_modules`` or ``modules_to_save`` matches no
-            module; the nearest name is given.
+        UserError: a name in a list of ``target_modules``, ``exclude_modules``, ``modules_to_save`` or
+            ``target_parameters`` matches nothing; the nearest name is given.
     """
-    modules = [name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name]
-    for key, allowed in (("target_modules", ()), ("exclude_modules", ()), ("modules_to_save", _HEADS)):
+    parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
+    modules = {name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name}
+    for key, known, allowed in (
+        ("target_modules", modules, ()),
+        ("exclude_modules", modules, ()),
+        ("modules_to_save", modules, _HEADS),
+        ("target_parameters", parameters, ()),
+    ):
         names = getattr(config, key, None)
         if isinstance(names, str):
             unmatched = names != INCLUDE_LINEAR_LAYERS_SHORTHAND and not any(re.fullmatch(names, m) for m in modules)
@@ -105,7 +258,7 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
         for wanted in sorted(set(names or ()) - set(allowed)):
             if wanted == INCLUDE_LINEAR_LAYERS_SHORTHAND:
                 raise UserError(f"{key} lists {wanted!r} among names; give it alone, as a string.")
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in modules):
-                endings = {ending for name in modules if not (ending := name.rpartition(".")[2]).isdigit()}
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+                endings = {ending for name in known if not (ending := name.rpartition(".")[2]).isdigit()}
                 close = nearest(wanted.rpartition(".")[2], endings - {""})
                 raise UserError(f"{key}: {wanted!r} not found in the base model; {close}")

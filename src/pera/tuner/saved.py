@@ -23,11 +23,13 @@ class Factors(NamedTuple):
 
 
 def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, Factors]:
-    """The factors of each layer in a PERA weights file, by the layer's name, in float64.
+    """The factors of each layer in a PERA weights file, by the layer's name, in float64; those of fused experts by
+    the name and the number of the expert.
 
     Args:
         weights: ``<layer>.pera_A`` ``(r, in_features)``, ``<layer>.pera_B`` ``(out_features, r)``,
-            ``<layer>.pera_h`` unless fixed or absent; other tensors are passed over.
+            ``<layer>.pera_h`` unless fixed or absent, each with a leading dimension for fused experts; other
+            tensors are passed over.
         config: the adapter's configuration.
 
     Raises:
@@ -43,11 +45,15 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         B = weights.get(f"{layer}.pera_B")
         if B is None or h is None:
             raise UserError(f"the weights file lacks {layer}.{'pera_B' if B is None else 'pera_h'}.")
-        shapes = (A.shape[0], B.shape[1], *h.shape)
-        if shapes != (r, r, num_coefficients(r, config.terms)):
+        if (A.shape[-2], B.shape[-1], h.shape[-1]) != (r, r, num_coefficients(r, config.terms)):
             raise UserError(f"the weights of {layer} do not have the rank of adapter_config.json, {r}.")
-        scaling = config.scaling(r, alpha)
-        layers[layer] = Factors(A.double(), B.double(), h.double(), config.terms, config.normalization, scaling)
+        shared = config.terms, config.normalization, config.scaling(r, alpha)
+        A, B, h = A.double(), B.double(), h.double()
+        if A.ndim == 2:
+            layers[layer] = Factors(A, B, h, *shared)
+            continue
+        for i, (A_i, B_i, h_i) in enumerate(zip(A, B, h.expand(len(A), -1), strict=True)):
+            layers[f"{layer}.{i}"] = Factors(A_i, B_i, h_i, *shared)
     if not layers:
         raise UserError("the weights file holds no PERA layer.")
     return layers

@@ -7,21 +7,70 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from pera.tuner.layers.base import PeraLayer
+from pera.errors import UserError
+from pera.tuner.layers.base import BASE, PeraLayer
 from pera.tuner.layers.conv1d import PeraConv1DLinear
+from pera.tuner.layers.convolution import PeraConvolution
+from pera.tuner.layers.embedding import PeraEmbedding
 from pera.tuner.layers.linear import PeraLinear
+from pera.tuner.layers.parameter import ParamWrapper
 
-__all__ = ["PeraConv1DLinear", "PeraLayer", "PeraLinear", "layer_class"]
+__all__ = [
+    "BASE",
+    "ParamWrapper",
+    "PeraConv1DLinear",
+    "PeraConvolution",
+    "PeraEmbedding",
+    "PeraLayer",
+    "PeraLinear",
+    "adapted_layers",
+    "layer_class",
+]
 
 
-def layer_class(base_layer: nn.Module) -> type[PeraLinear] | None:
-    """The adapted layer for a base layer; None where there is none. Quantised linear layers, of any of the
-    libraries PEFT knows, take the plain linear one."""
-    if isinstance(base_layer, NonDynamicallyQuantizableLinear):  # of MultiheadAttention, which never calls it
-        return None
-    if isinstance(base_layer, nn.Linear):
-        return PeraLinear
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, PeraLayer]:
+    """The layers that an adapter changes, by their name in ``model``."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PeraLayer) and module.has(adapter_name)
+    }
+
+
+def layer_class(base_layer: nn.Module, name: str, quantization: dict[str, object]) -> type[PeraLayer]:
+    """The adapted layer for a base layer. Quantised linear layers, of any of the libraries PEFT knows, take the
+    plain linear one.
+
+    Args:
+        base_layer: the layer to adapt.
+        name: what to call it in an error.
+        quantization: what PEFT needs to know of a quantised model, its ``get_quantization_kwargs``.
+
+    Raises:
+        UserError: there is no adapted layer for this kind, or it would be ignored or wrong.
+    """
+    if isinstance(base_layer, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)):
+        raise UserError(
+            f"target_modules: {name!r} belongs to torch.nn.MultiheadAttention, which reads weights without calling "
+            "layers, so that an adapter would be ignored; name its in_proj_weight in target_parameters instead."
+        )
+    if isinstance(base_layer, nn.Embedding):
+        if base_layer.max_norm is not None:
+            raise UserError(
+                f"target_modules: {name!r} has max_norm={base_layer.max_norm}, which changes its weight in every "
+                "forward, so that a merged adapter would not be the same; leave it out."
+            )
+        return PeraEmbedding
+    if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return PeraConvolution
     if isinstance(base_layer, Conv1D):
         return PeraConv1DLinear
-    backend = resolve_quantization_backend(base_layer)
-    return PeraLinear if backend is not None and backend.layer_type == "linear" else None
+    if isinstance(base_layer, nn.Linear):
+        return PeraLinear
+    backend = resolve_quantization_backend(base_layer, **quantization)
+    if backend is not None and backend.layer_type == "linear":
+        return PeraLinear
+    raise UserError(
+        f"target_modules: {name!r} is a {type(base_layer).__name__}, which PERA does not support; supported are "
+        "torch.nn.Linear, plain or quantised, Embedding, Conv1d, Conv2d, Conv3d, and transformers' Conv1D."
+    )

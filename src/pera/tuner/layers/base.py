@@ -1,10 +1,9 @@
-"""What all adapted layers have in common: parameters, several adapters, merging, the kept expansion."""
+"""What all adapted layers have in common: parameters, several adapters, forward, merging."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,13 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from pera.errors import UserError
-from pera.linear import computation_dtype, expanded_linear, expansions, pera_linear
+from pera.linear import expansions
 from pera.polynomial import Normalization, Terms, delta_weight, fixed_coefficients, num_coefficients
+from pera.tuner.call import keep
 from pera.tuner.config import PeraConfig
+
+BASE = "__base__"
+"""The name that stands for no adapter in ``adapter_names``, as in PEFT."""
 
 
 class Expansion(NamedTuple):
@@ -25,32 +28,28 @@ class Expansion(NamedTuple):
     normalization: Normalization
 
 
-class _Kept(NamedTuple):
-    """Expansions, and what they were computed from."""
-
-    factors: list[Tensor]
-    state: tuple[Any, ...]
-    expansions: tuple[Tensor, Tensor]
-
-
 class PeraLayer(nn.Module, BaseTunerLayer):
-    """Base class of the adapted layers.
+    """Base class of the adapted layers: y = base(x) + Σ s · x ΔWᵀ over the active adapters.
 
-    For each adapter: ``pera_A`` ``(r, in_features)``, ``pera_B`` ``(out_features, r)`` and, for learned
-    coefficients, ``pera_h`` ``(num_coefficients,)``, squares first, then crosses lexicographically.
-
-    **The kept expansion.** In evaluation mode, without gradients, the expansion of an adapter is computed
-    once and kept in the dtype of the computation. It is dropped by ``train()`` and ``eval()``, loading a
-    state dict, moving or casting the module, merging and unmerging, setting, adding or deleting an adapter
-    and changing its scale; and it is not used when a factor is another tensor, or has been written to in
-    place, since. Only one thing escapes this: a write through ``.data`` while the model stays in
-    evaluation mode, which PyTorch does not record. Call :meth:`drop_expansions` after one.
+    For each adapter: ``pera_A`` ``(r, columns)``, ``pera_B`` ``(rows, r)`` and, for learned coefficients,
+    ``pera_h`` ``(num_coefficients,)``, squares first, then crosses lexicographically; rows and columns are
+    :attr:`delta_shape`. An adapter in ``tied`` has no parameters here: its update is the transpose of that of
+    another layer.
     """
 
     adapter_layer_names = ("pera_A", "pera_B", "pera_h")
-    other_param_names = ("r", "pera_alpha", "scaling", "pera_dropout", "expansion")
+    other_param_names = ("r", "pera_alpha", "scaling", "pera_dropout", "expansion", "tied")
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: PeraConfig,
+        r: int,
+        alpha: float | None,
+        tied_to: PeraLayer | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
@@ -60,23 +59,46 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.pera_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.expansion: dict[str, Expansion] = {}
+        self.tied: dict[str, PeraLayer] = {}
         self.pera_dropout = nn.ModuleDict()
         self.pera_A = nn.ParameterDict()
         self.pera_B = nn.ParameterDict()
         self.pera_h = nn.ParameterDict()
         self._initial_scaling: dict[str, float] = {}
-        self._kept: dict[str, _Kept] = {}
         self._disable_adapters = False
+        self._active_adapter = adapter_name
         self.merged_adapters = []
-        sides: Any = _get_in_out_features(self.get_base_layer())
-        self.in_features: int = sides[0]
-        self.out_features: int = sides[1]
+        self.in_features, self.out_features = self._features()
+        self.update_layer(adapter_name, r, alpha, config=config, tied_to=tied_to)
 
-    def update_layer(self, adapter_name: str, r: int, alpha: float | None, config: PeraConfig, **_: Any) -> None:
+    def _features(self) -> tuple[int, int]:
+        features: Any = _get_in_out_features(self.get_base_layer())
+        return features[0], features[1]
+
+    @property
+    def delta_shape(self) -> tuple[int, int]:
+        """Rows and columns of the product B̂ Â."""
+        return self.out_features, self.in_features
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Leading dimensions of the factors: how many such products there are; none for a layer with one."""
+        return ()
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        alpha: float | None,
+        config: PeraConfig,
+        tied_to: PeraLayer | None = None,
+        **_: Any,
+    ) -> None:
         """Add the adapter ``adapter_name`` of rank ``r``, or replace it."""
-        if r > min(self.in_features, self.out_features):
+        rows, columns = self.delta_shape
+        if r > min(rows, columns):
             warnings.warn(
-                f"r={r} is above a side of a ({self.out_features}, {self.in_features}) weight: "
+                f"r={r} is above a side of a ({rows}, {columns}) weight: "
                 "the factors have more parameters than the weight itself.",
                 stacklevel=2,
             )
@@ -85,32 +107,45 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = self._initial_scaling[adapter_name] = config.scaling(r, alpha)
         self.expansion[adapter_name] = Expansion(config.terms, config.normalization)
         self.pera_dropout[adapter_name] = nn.Dropout(config.pera_dropout) if config.pera_dropout else nn.Identity()
-        self.pera_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
-        self.pera_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
-        count = num_coefficients(r, config.terms)
-        if config.coefficients == "learned" and count:
-            self.pera_h[adapter_name] = nn.Parameter(torch.empty(count))
-        elif adapter_name in self.pera_h:
-            del self.pera_h[adapter_name]
-        self.reset_parameters(adapter_name, config)
+        for parameters in (self.pera_A, self.pera_B, self.pera_h, self.tied):
+            if adapter_name in parameters:
+                del parameters[adapter_name]
+        if tied_to is not None:
+            self.tied[adapter_name] = tied_to
+        else:
+            self.pera_A[adapter_name] = nn.Parameter(torch.empty(*self.experts, r, columns))
+            self.pera_B[adapter_name] = nn.Parameter(torch.empty(*self.experts, rows, r))
+            if config.learns_coefficients:
+                self.pera_h[adapter_name] = nn.Parameter(torch.empty(*self.experts, num_coefficients(r, config.terms)))
+            self.reset_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, config: PeraConfig) -> None:
-        """A Kaiming-uniform (a = √5, as LoRA), B zero, h constant; without ``init_weights`` all three random."""
-        nn.init.kaiming_uniform_(self.pera_A[adapter_name], a=math.sqrt(5))
-        if config.init_weights:
-            nn.init.zeros_(self.pera_B[adapter_name])
-        else:
-            nn.init.kaiming_uniform_(self.pera_B[adapter_name], a=math.sqrt(5))
+        """ΔW = 0 and h constant; without ``init_weights`` a random update."""
+        self._reset_factors(self.pera_A[adapter_name], self.pera_B[adapter_name], config.init_weights)
         if adapter_name in self.pera_h:
             if config.init_weights:
                 nn.init.constant_(self.pera_h[adapter_name], config.init_coefficients)
             else:
                 nn.init.normal_(self.pera_h[adapter_name])
 
+    def _reset_factors(self, A: Tensor, B: Tensor, zero: bool) -> None:
+        """A as LoRA's, Kaiming-uniform with a = √5, which is ±1/√columns; B zero or, without ``zero``, likewise."""
+        nn.init.uniform_(A, -1 / math.sqrt(A.shape[-1]), 1 / math.sqrt(A.shape[-1]))
+        if zero:
+            nn.init.zeros_(B)
+        else:
+            nn.init.uniform_(B, -1 / math.sqrt(B.shape[-1]), 1 / math.sqrt(B.shape[-1]))
+
+    def has(self, adapter_name: str) -> bool:
+        """Whether the adapter changes this layer."""
+        return adapter_name in self.pera_A or adapter_name in self.tied
+
     def coefficients(self, adapter_name: str) -> Tensor:
         """h of the adapter, learned or fixed, ``(num_coefficients,)``."""
+        if adapter_name in self.tied:
+            return self.tied[adapter_name].coefficients(adapter_name)
         if adapter_name in self.pera_h:
             h: Tensor = self.pera_h[adapter_name]
             return h
@@ -118,14 +153,35 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         return fixed_coefficients(self.r[adapter_name], terms, dtype=A.dtype, device=A.device)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, B, h) of the adapter, ``(r, in_features)``, ``(out_features, r)``, ``(num_coefficients,)``.
+        """(A, B, h) of the adapter, ``(r, columns)``, ``(rows, r)``, ``(num_coefficients,)``.
 
         Raises:
             UserError: this layer has no adapter of that name.
         """
+        if adapter_name in self.tied:
+            A, B, _ = self.tied[adapter_name].factors(adapter_name)
+            return B.T, A.T, self.coefficients(adapter_name)
         if adapter_name not in self.pera_A:
             raise UserError(f"adapter {adapter_name!r} is not on this layer; it has: {', '.join(self.pera_A)}.")
         return self.pera_A[adapter_name], self.pera_B[adapter_name], self.coefficients(adapter_name)
+
+    def expansions(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """s Â ``(K, columns)`` and B̂ᵀ ``(K, rows)`` in ``dtype``; without gradients, kept while a call lasts."""
+        terms, normalization = self.expansion[adapter_name]
+        scaling = self.scaling[adapter_name]
+
+        def compute() -> tuple[Tensor, Tensor]:
+            return expansions(
+                *self.factors(adapter_name), terms=terms, normalization=normalization, scaling=scaling, dtype=dtype
+            )
+
+        if not self._unchanging():
+            return compute()
+        return keep((id(self), adapter_name, dtype, terms, normalization, scaling), compute)
+
+    def _unchanging(self) -> bool:
+        """Whether the adapter's weights stay as they are for the length of a call."""
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW of the adapter in the layout of the base weight, float32 or better."""
@@ -133,43 +189,56 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         return self._to_base_layout(delta)
 
     def _to_base_layout(self, delta: Tensor) -> Tensor:
-        """``(out_features, in_features)`` in the layout in which the base layer stores its weight."""
+        """:attr:`delta_shape` in the layout in which the base layer stores its weight."""
         return delta
 
+    def check_lora(self, name: str) -> None:
+        """Raise UserError, with the layer's ``name``, if PEFT's LoRA would compute something else for this layer."""
+
+    def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        """The factors ``(K, columns)`` and ``(rows, K)`` of ΔW = B A as PEFT's LoRA names and shapes them."""
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
-        """s · dropout(x) ΔWᵀ, ``(..., in_features)`` → ``(..., out_features)``, in the dtype of the computation."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            A, B, h = self.factors(adapter_name)
-            terms, normalization = self.expansion[adapter_name]
-            x = self.pera_dropout[adapter_name](x)
-            return pera_linear(x, A, B, h, terms=terms, normalization=normalization, scaling=self.scaling[adapter_name])
-        dtype = computation_dtype(x)
-        return expanded_linear(x.to(dtype), *self._kept_expansions(adapter_name, dtype))
+        """What the adapter adds to the output of the base layer for the input ``x``."""
+        raise NotImplementedError
 
-    def _kept_expansions(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The kept expansions in ``dtype``, computed if there are none or what they were computed from has changed."""
-        factors = [p[adapter_name] for p in (self.pera_A, self.pera_B, self.pera_h) if adapter_name in p]
-        terms, normalization = self.expansion[adapter_name]
-        scaling = self.scaling[adapter_name]
-        recorded = not any(factor.is_inference() for factor in factors)  # else in-place writes leave no trace
-        state = (dtype, scaling, terms, normalization, [f._version for f in factors] if recorded else None)
-        kept = self._kept.get(adapter_name)
-        if (
-            kept
-            and recorded
-            and kept.state == state
-            and all(a is b for a, b in zip(kept.factors, factors, strict=True))
-        ):
-            return kept.expansions
-        computed = expansions(
-            *self.factors(adapter_name), terms=terms, normalization=normalization, scaling=scaling, dtype=dtype
-        )
-        self._kept[adapter_name] = _Kept(factors, state, computed)
-        return computed
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The output of the base layer, in its dtype, plus that of the active adapters that are not merged.
 
-    def drop_expansions(self) -> None:
-        """Forget the kept expansions; the next forward computes them anew."""
-        self._kept.clear()
+        Args:
+            x: the input of the base layer, the batch first.
+            adapter_names: instead of the active adapters, one adapter for each sample; "__base__" for none.
+
+        Raises:
+            UserError: there is not one name for each sample.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            return self._add_by_sample(result, x, adapter_names)
+        for name in self.active_adapters:
+            if self.has(name) and name not in self.merged_adapters:
+                result = result + self.adapter_output(name, x).to(dtype)
+        return result
+
+    def _add_by_sample(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise UserError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(adapter_names)} and {len(x)} respectively."
+            )
+        for name in dict.fromkeys(adapter_names):
+            if self.has(name):
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                result = result.index_add(0, rows, self.adapter_output(name, x[rows]).to(result.dtype))
+        return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW of the given, or else of the active, adapters to the base weight.
@@ -183,18 +252,16 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: ``safe_merge`` and a merged weight would not be finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.pera_A]
-        self.drop_expansions()
-        if not names:
-            return
-        weight = self.get_base_weight()
-        dtype = weight.dtype
-        merged = weight.to(torch.promote_types(dtype, torch.float32), copy=True)
-        for name in names:
-            merged += self.get_delta_weight(name).detach().to(merged)
-            if safe_merge and not torch.isfinite(merged.to(dtype)).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self.set_base_weight(merged.to(dtype))
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
+        if own := [name for name in names if not self._merged_with_another(name)]:
+            weight = self.get_base_weight()
+            dtype = weight.dtype
+            merged = weight.to(torch.promote_types(dtype, torch.float32), copy=True)
+            for name in own:
+                merged += self.get_delta_weight(name).detach().to(merged)
+                if safe_merge and not torch.isfinite(merged.to(dtype)).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self.set_base_weight(merged.to(dtype))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -202,57 +269,58 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.drop_expansions()
+        names = [name for name in self.merged_adapters if self.has(name) and not self._merged_with_another(name)]
+        self.merged_adapters.clear()
+        if not names:
+            return
         weight = self.get_base_weight()
         dtype = weight.dtype
         base = weight.to(torch.promote_types(dtype, torch.float32), copy=True)
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if name in self.pera_A:
-                base -= self.get_delta_weight(name).detach().to(base)
+        for name in names:
+            base -= self.get_delta_weight(name).detach().to(base)
         self.set_base_weight(base.to(dtype))
+
+    def _merged_with_another(self, adapter_name: str) -> bool:
+        """Whether the layer that the adapter is tied to has the same weight, so that merging there is enough."""
+        other = self.tied.get(adapter_name)
+        return other is not None and other.get_base_layer().weight is self.get_base_layer().weight
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW is additive, so PEFT's ``convert_to_lora`` applies; the exact factors need no conversion at all."""
         return True
 
+    def rescale(self, adapter_name: str, alpha: float, scaling: float) -> None:
+        """Give the adapter another α, and the scale s that follows from it."""
+        self.pera_alpha[adapter_name] = alpha
+        self._initial_scaling[adapter_name] = scaling
+        self._change_scaling(adapter_name, scaling)
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale the adapter by ``scale`` times its own s."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._initial_scaling[adapter]
-            self.drop_expansions()
+            self._change_scaling(adapter, scale * self._initial_scaling[adapter])
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of the active adapters."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] *= scale
-        self.drop_expansions()
+                self._change_scaling(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scale of the active adapters by ``scale``, or set it back to α / r."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = self._initial_scaling[name] if scale is None else self.scaling[name] / scale
-        self.drop_expansions()
+                before = self._initial_scaling[name] if scale is None else self.scaling[name] / scale
+                self._change_scaling(name, before)
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        self.drop_expansions()
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+    def _change_scaling(self, adapter_name: str, scaling: float) -> None:
+        if adapter_name in self.merged_adapters:  # else unmerge would subtract another update than was added
+            raise UserError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before you change its scale.")
+        self.scaling[adapter_name] = scaling
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.drop_expansions()
         self._initial_scaling.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def train(self, mode: bool = True) -> Any:
-        self.drop_expansions()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.drop_expansions()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self.drop_expansions()
-        return super()._apply(fn, recurse)
+    def __repr__(self) -> str:
+        return "pera." + super().__repr__()

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from pera.tuner.config import PeraConfig
+from pera.linear import computation_dtype, expanded_linear, pera_linear
 from pera.tuner.layers.base import PeraLayer
 
 
 class PeraLinear(PeraLayer):
     """An ``nn.Linear``, plain or quantised, with PERA adapters."""
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: PeraConfig, r: int, alpha: float | None, **kwargs: Any
-    ) -> None:
-        super().__init__(base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, alpha, config=config)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``(..., in_features)`` → ``(..., out_features)`` in the dtype of the base layer's output."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
-        dtype = result.dtype
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self.active_adapters:
-            if name in self.pera_A and name not in self.merged_adapters:
-                result = result + self.adapter_output(name, x).to(dtype)
-        return result
-
-    def __repr__(self) -> str:
-        return "pera." + super().__repr__()
+    def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
+        """s · dropout(x) ΔWᵀ, ``(..., in_features)`` → ``(..., out_features)``, in the dtype of the computation."""
+        if self._unchanging():
+            dtype = computation_dtype(x)
+            return expanded_linear(x.to(dtype), *self.expansions(adapter_name, dtype))
+        terms, normalization = self.expansion[adapter_name]
+        return pera_linear(
+            self.pera_dropout[adapter_name](x),
+            *self.factors(adapter_name),
+            terms=terms,
+            normalization=normalization,
+            scaling=self.scaling[adapter_name],
+        )

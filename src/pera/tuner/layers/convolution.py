@@ -1,0 +1,63 @@
+"""PERA on a convolution: a kernel is a row of a matrix, and ΔW is added to that matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pera.errors import UserError
+from pera.linear import computation_dtype
+from pera.tuner.layers.base import PeraLayer
+
+
+class PeraConvolution(PeraLayer):
+    """An ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` with PERA adapters.
+
+    With the kernels flattened the weight is a matrix ``(out_channels, in_channels / groups · kernel size)``,
+    ``pera_A`` is ``(r, in_channels / groups · kernel size)`` and ``pera_B`` ``(out_channels, r)``. The update is a
+    convolution with the K kernels of Â, which takes stride, padding, dilation and groups from the base, and one
+    with B̂ at each position; with groups, every group of channels has all K kernels.
+    """
+
+    @property
+    def delta_shape(self) -> tuple[int, int]:
+        weight = self._weight()
+        return weight.shape[0], weight[0].numel()
+
+    def _to_base_layout(self, delta: Tensor) -> Tensor:
+        return delta.reshape(self._weight().shape)
+
+    def _weight(self) -> Tensor:
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight
+        return weight
+
+    def check_lora(self, name: str) -> None:
+        base: Any = self.get_base_layer()
+        for key, plain in (("groups", 1), ("dilation", (1,) * len(base.dilation)), ("padding_mode", "zeros")):
+            if getattr(base, key) != plain:
+                raise UserError(
+                    f"{name!r} is a convolution with {key}={getattr(base, key)!r}, which PEFT's LoRA does not follow; "
+                    "merge the adapter instead."
+                )
+
+    def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        kernel = self._weight().shape[1:]
+        mixing = B.reshape(*B.shape, *[1] * (len(kernel) - 1))
+        return {"lora_A.weight": A.reshape(-1, *kernel), "lora_B.weight": mixing}
+
+    def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
+        """``(batch, in_channels, ...)`` → ``(batch, out_channels, ...)``, in the dtype of the computation."""
+        base: Any = self.get_base_layer()
+        dtype = computation_dtype(x)
+        A_hat, B_hat_T = self.expansions(adapter_name, dtype)
+        kernels = A_hat.reshape(-1, *base.weight.shape[1:])
+        kernels = kernels.repeat(base.groups, *[1] * (kernels.ndim - 1))
+        z = base._conv_forward(self.pera_dropout[adapter_name](x).to(dtype), kernels, None)
+        mixing = B_hat_T.T.reshape(self.out_features, -1, *[1] * (kernels.ndim - 2))
+        y: Tensor = _CONVOLUTIONS[kernels.ndim](z, mixing, groups=base.groups)
+        return y
+
+
+_CONVOLUTIONS = {3: nn.functional.conv1d, 4: nn.functional.conv2d, 5: nn.functional.conv3d}

@@ -1,0 +1,49 @@
+"""PERA on an embedding: row t of the table becomes E_t + s · (B̂ Â)ᵀ_t."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from pera.polynomial import expand, expand_B, rms
+from pera.tuner.layers.base import PeraLayer
+
+
+class PeraEmbedding(PeraLayer):
+    """An ``nn.Embedding`` with PERA adapters.
+
+    ``pera_A`` is ``(r, num_embeddings)`` and ``pera_B`` ``(embedding_dim, r)``; ΔW is transposed to the table,
+    ``(num_embeddings, embedding_dim)``. Products of A are computed for the rows looked up alone; with
+    normalization "rms", ρ is still that of the whole A. Dropout drops the whole update of a position.
+    """
+
+    def _reset_factors(self, A: Tensor, B: Tensor, zero: bool) -> None:
+        """A zero, or, without ``zero``, normal; B normal, as LoRA's for embeddings: a row that was never looked up
+        keeps its value."""
+        nn.init.normal_(B)
+        if zero:
+            nn.init.zeros_(A)
+        else:
+            nn.init.normal_(A)
+
+    def _to_base_layout(self, delta: Tensor) -> Tensor:
+        return delta.T
+
+    def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        return {"lora_embedding_A": A, "lora_embedding_B": B}
+
+    def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
+        """Indices ``(...)`` → ``(..., embedding_dim)``, in the dtype of the factors or better."""
+        base: Any = self.get_base_layer()
+        A, B, h = self.factors(adapter_name)
+        terms, normalization = self.expansion[adapter_name]
+        rows = embedding(x.flatten(), A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        rows_hat = expand(rows.T, h, terms, normalization, rho=rms(A)).T
+        update = self.scaling[adapter_name] * rows_hat @ expand_B(B, terms, normalization).T
+        update = update * self.pera_dropout[adapter_name](update.new_ones(len(update), 1))
+        embed_scale = self._get_embed_scale()
+        if embed_scale is not None:
+            update = update * embed_scale
+        return update.reshape(*x.shape, self.out_features)

@@ -1,0 +1,106 @@
+"""PERA on a parameter of a module that is no layer of its own, such as the weights of fused experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pera.errors import UserError
+from pera.tuner.layers.base import PeraLayer
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class ParamWrapper(PeraLayer):
+    """A module with PERA adapters on one of its parameters (``target_parameters``).
+
+    The parameter is a matrix ``(out, in)`` or a stack of them, one for each expert: ``(experts, out, in)``, or
+    ``(experts, in, out)`` where the module says ``is_transposed``. ``pera_A`` ``(experts, r, in)``, ``pera_B``
+    ``(experts, out, r)`` and ``pera_h`` ``(experts, num_coefficients)`` then hold factors for each.
+
+    How a module uses a parameter is not known, so every forward builds the update and calls the module with
+    the sum in the place of the parameter; that takes the memory of the parameter once more, as in PEFT's LoRA.
+    Several parameters of one module are wrappers in one another. PEFT knows the class by its name.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, parameter_name: str, **options: Any) -> None:
+        self.parameter_name = parameter_name
+        super().__init__(base_layer, adapter_name, **options)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The adapted parameter of the base module."""
+        parameter: nn.Parameter = getattr(self.get_base_layer(), self.parameter_name)
+        return parameter
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        return tuple(self.parameter.shape[:-2])
+
+    def _features(self) -> tuple[int, int]:
+        if self.parameter.ndim not in (2, 3) or self.parameter.dtype not in _FLOATING:
+            raise UserError(
+                f"target_parameters: {self.parameter_name!r} of shape {tuple(self.parameter.shape)} and dtype "
+                f"{self.parameter.dtype} cannot be adapted; it should have two or three dimensions and be plain."
+            )
+        rows, columns = self.parameter.shape[-2:]
+        return (rows, columns) if self._transposed else (columns, rows)
+
+    @property
+    def _transposed(self) -> bool:
+        return bool(self.experts and getattr(self.get_base_layer(), "is_transposed", False))
+
+    def _to_base_layout(self, delta: Tensor) -> Tensor:
+        return delta.mT if self._transposed else delta
+
+    def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        if not self.experts:
+            return super().as_lora(A, B)
+        return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
+
+    def get_base_weight(self) -> Tensor:
+        return self.parameter.data
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        self.parameter.data = weight_data
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return self.parameter.device, self.parameter.dtype
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """What the base module gives with W + Σ ΔW of the active adapters in the place of its parameter.
+
+        Raises:
+            UserError: ``adapter_names`` are given; a parameter is the same for all samples.
+        """
+        if adapter_names is not None:
+            raise UserError("Cannot pass `adapter_names` with adapters on target_parameters; run one at a time.")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters else self.active_adapters
+        deltas = [self.get_delta_weight(n) for n in names if self.has(n) and n not in self.merged_adapters]
+        if not deltas:
+            return self.base_layer(*args, **kwargs)
+        weight = self.parameter + torch.stack(deltas).sum(0).to(self.parameter.dtype)
+        return functional_call(self.base_layer, {self._path(): weight}, args, kwargs)
+
+    def _path(self) -> str:
+        """The name of the parameter below ``base_layer``, which may be a wrapper itself."""
+        depth, inner = 0, self.base_layer
+        while isinstance(inner, ParamWrapper):
+            depth, inner = depth + 1, inner.base_layer
+        return "base_layer." * depth + self.parameter_name
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module without this wrapper and those in it; PEFT calls it to unload."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        inner: nn.Module = self.base_layer
+        if isinstance(inner, ParamWrapper):
+            return inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        return inner

@@ -1,0 +1,74 @@
+"""Layers that share a weight, as input and output embeddings do: one adapter for both, or weights of their own."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from typing import Any
+
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from pera.tuner.layers import PeraLayer
+
+
+def without(names: set[str] | list[str], keys: set[str]) -> set[str]:
+    """``names`` without those that are, or are the ending of, one of the full names ``keys``."""
+    return {name for name in names if not any(key == name or key.endswith(f".{name}") for key in keys)}
+
+
+def with_name(pattern: str, name: str) -> str:
+    """A regular expression that matches what ``pattern`` does, and the full name ``name``."""
+    return rf"(?:{pattern})|{re.escape(name)}"
+
+
+def separate_shared_weights(model: nn.Module) -> list[str]:
+    """Give every adapted layer, of any PEFT method, whose weight another module shares a weight of its own, unless one
+    PERA adapter was made for all of them (``ensure_weight_tying``); otherwise a merge would change the others
+    without a word.
+
+    Returns:
+        The names of these layers.
+    """
+    sharing: dict[int, dict[str, nn.Module]] = defaultdict(dict)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            sharing[id(weight)][name] = module
+    adapted = {
+        id(module.get_base_layer()): (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)  # PEFT ties these
+    }
+    separated = []
+    for modules in sharing.values():
+        layers = [adapted[id(module)] for module in modules.values() if id(module) in adapted]
+        if len(modules) > 1 and layers and not _tied_together([layer for _, layer in layers], len(modules)):
+            for name, layer in layers:
+                base: Any = layer.get_base_layer()
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+                separated.append(name)
+    if separated:
+        warnings.warn(
+            f"{', '.join(separated)}: the base weight was shared with another layer, which a merge would change too, "
+            "and has been separated from it. To keep them one, train with ensure_weight_tying=True.",
+            stacklevel=3,
+        )
+    return separated
+
+
+def _tied_together(adapted: list[BaseTunerLayer], count: int) -> bool:
+    """Whether all ``count`` modules are adapted, one of them by itself and the others tied to it."""
+    layers = [layer for layer in adapted if isinstance(layer, PeraLayer)]
+    sources = [layer for layer in layers if not layer.tied]
+    return (
+        len(layers) == count
+        and len(sources) == 1
+        and all(
+            not layer.pera_A and layer.tied == dict.fromkeys(sources[0].pera_A, sources[0])
+            for layer in layers
+            if layer is not sources[0]
+        )
+    )
