@@ -4,12 +4,23 @@
 and ``AutoPeftModel…`` know it.
 """
 
+from pera.convert.fold import combine, to_lora
 from pera.errors import PeraError, UserError
 from pera.linear import pera_linear
 from pera.optim import parameter_groups
-from pera.tuner import PeraConfig, PeraModel, register
+from pera.tuner import PeraConfig, PeraModel, hotswap_adapter, register
 
 __version__ = "0.1.0"
-__all__ = ["PeraConfig", "PeraError", "PeraModel", "UserError", "parameter_groups", "pera_linear"]
+__all__ = [
+    "PeraConfig",
+    "PeraError",
+    "PeraModel",
+    "UserError",
+    "combine",
+    "hotswap_adapter",
+    "parameter_groups",
+    "pera_linear",
+    "to_lora",
+]
 
 register()

@@ -8,8 +8,10 @@ from peft import DeloraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pera import PeraConfig
 from pera.convert.merge import merge
 from pera.errors import UserError
+from reference import relative_error
 
 
 def test_a_trained_run_is_merged_and_checked_on_its_own_task(finished_run, tiny_llama, tmp_path, unmerged, logits):
@@ -117,20 +119,34 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(tiny_llama, tmp_path
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_on_a_shared_weight_is_refused(target, tied_llama, tmp_path):
-    lora = LoraConfig(r=2, target_modules=["q_proj", target], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tied_llama), lora).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"'lm_head' and 'model\.embed_tokens' share one weight"):
-        merge(str(tmp_path / "adapter"), tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+@pytest.mark.parametrize(
+    "config",
+    [
+        PeraConfig(r=2, target_modules=["q_proj", "lm_head"], init_weights=False),
+        PeraConfig(r=2, target_modules=["embed_tokens"], init_weights=False),
+        PeraConfig(r=2, target_modules=["embed_tokens", "lm_head"], init_weights=False),
+        LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+        LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False),
+    ],
+    ids=lambda config: f"{config.peft_type.value} {sorted(config.target_modules)}",
+)
+def test_a_shared_weight_is_separated_where_the_adapter_is_on_one_side(config, tied_llama, tmp_path, logits):
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_llama), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="the base weight was shared with another layer"):
+        assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    assert relative_error(logits(tmp_path / "merged"), logits(adapted)) <= 1e-5
+    assert not json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
 
 
-def test_a_pera_adapter_on_the_head_of_tied_embeddings_is_refused(save_adapter, tied_llama, tmp_path):
-    save_adapter(tmp_path / "adapter", tied_llama, target_modules=["lm_head"])
-    with pytest.raises(UserError, match=r"'lm_head' and 'model\.embed_tokens' share one weight"):
-        merge(str(tmp_path / "adapter"), tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+def test_a_shared_weight_stays_one_where_the_adapter_is_one(tied_llama, tmp_path, logits):
+    targets = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    config = PeraConfig(r=2, init_weights=False, **targets)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tied_llama), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    assert relative_error(logits(tmp_path / "merged"), logits(adapted)) <= 1e-5
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize("key", ["pera_A", "pera_B", "pera_h", "lm_head"])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from pera.card import write_card
 from pera.convert.verify import Agreement, compare, logits, prompts_of
@@ -13,11 +10,13 @@ from pera.errors import UserError
 from pera.files import atomic_folder, require_free
 from pera.models import load_model
 from pera.runs import adapter_config, locate_adapter, method_name, open_model
+from pera.tuner.tying import separate_shared_weights
 
 
 def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
     """Merge the adapter of a run or an adapter folder into its base model and check that the outputs agree.
 
+    A layer that shares its weight, as tied embeddings do, gets one of its own if the adapter is on it alone.
     The additions are made in float32 or better; the merged model, of the same architecture as the base,
     is written in the base's dtype unless told otherwise. It is read back from the disk for the check.
     The folder is kept when the check fails, so that it can be looked at.
@@ -28,7 +27,7 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
         dtype: dtype of the merged model, a key of :data:`pera.models.DTYPES`, or "stored".
 
     Raises:
-        UserError: the adapter is broken, holds NaN or sits on tied embeddings; the output cannot be written.
+        UserError: the adapter is broken or holds NaN; the output cannot be written.
     """
     require_free(output)
     location, adapter = locate_adapter(source)
@@ -36,7 +35,7 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
     if not hasattr(model.base_model, "merge_and_unload"):
         method = method_name(adapter_config(adapter))
         raise UserError(f"{source!r} is a {method} adapter, which is no change of weights and cannot be merged.")
-    _require_untied(model, source)
+    separate_shared_weights(model.base_model.model)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)
     try:
@@ -53,18 +52,3 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
         agreement.save(folder, of="merged model", against=source)
         write_card(folder, "merged", location, agreement.sentence())
     return agreement
-
-
-def _require_untied(model: Any, source: str) -> None:
-    """Refuse an adapter on a weight that two modules share: merging would change both."""
-    owners: dict[int, str] = {}
-    for name, module in model.base_model.model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.nn.Parameter) or name.endswith(".base_layer"):
-            continue
-        other = owners.setdefault(id(weight), name)
-        if other != name and any(f".{n}" in f".{t}" for n in (name, other) for t in model.targeted_module_names):
-            raise UserError(
-                f"{source!r} cannot be merged: {name!r} and {other!r} share one weight, and the adapter is on one of "
-                "them; load the base model with tie_word_embeddings=False and train on that."
-            )

@@ -1,0 +1,177 @@
+"""PERA adapters of a model in memory as the LoRA they equal; needs torch and PEFT alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pera.errors import UserError, nearest
+from pera.polynomial import lora_factors
+from pera.tuner import PeraConfig, PeraLayer, PeraModel, adapted_layers
+
+
+def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftModel:
+    """The model with each PERA adapter replaced by the LoRA of rank K that it equals.
+
+    Exact: h, normalization and scale are folded into the factors, in float64, and r = lora_alpha = K. The base model
+    goes over to the result, as with ``unload``: use only what is returned. Saving it gives an adapter that loads
+    without pera.
+
+    Args:
+        model: a model with PERA adapters, none of them merged.
+        adapter_names: the adapters to convert; None means all. The others are gone from the result.
+
+    Returns:
+        The LoRA model, with the same adapter active if it was converted.
+
+    Raises:
+        UserError: it is no PERA model, an adapter is unknown or merged, or LoRA lacks a kind of layer.
+    """
+    _check(model, adapter_names)
+    names = list(model.peft_config) if adapter_names is None else adapter_names
+    return _replaced(model, {name: fold(model, name) for name in names})
+
+
+def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "combined") -> PeftModel:
+    """The model with its PERA adapters replaced by one LoRA, their weighted sum: Σ w ΔW.
+
+    Exact: the folded factors of all adapters, put side by side, so that the rank is the sum of theirs. The base model
+    goes over to the result, as with ``unload``: use only what is returned.
+
+    Args:
+        model: a model with PERA adapters, none of them merged.
+        weights: a finite weight for each adapter to take part.
+        adapter_name: name of the LoRA.
+
+    Raises:
+        UserError: as :func:`to_lora`; a weight is no finite number; an adapter trains more than its factors
+            (``modules_to_save``, ``bias``, ``trainable_token_indices``), which has no weighted sum.
+    """
+    if not weights:
+        raise UserError("weights={} names no adapter; give one or more as {name: weight}.")
+    _check(model, list(weights))
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise UserError(f"weights[{name!r}]={weight!r} should be a finite number.")
+        config: Any = model.peft_config[name]
+        for key in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, key):
+                raise UserError(f"{key}={getattr(config, key)!r} of adapter {name!r} has no weighted sum.")
+        if config.bias != "none":
+            raise UserError(f"bias={config.bias!r} of adapter {name!r} has no weighted sum.")
+    folded = _folded(model, weights)
+    first: Any = model.peft_config[next(iter(weights))]
+    config = lora_config(first, _rank(folded), target_modules=list(folded), exclude_modules=None)
+    return _replaced(model, {adapter_name: (config, _state(folded))})
+
+
+def fold(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and weights, as PEFT saves them, of the LoRA that equals a PERA adapter.
+
+    Args:
+        model: a model with the adapter.
+        adapter_name: name of the adapter.
+
+    Returns:
+        The configuration, with r = lora_alpha = K, the largest expanded rank of all layers, and float32 weights:
+        ``<layer>.lora_A.weight`` ``(K, in)``, ``<layer>.lora_B.weight`` ``(out, K)`` or what LoRA calls and shapes them
+        for other kinds of layer, and whatever else the adapter trains, as it is.
+
+    Raises:
+        UserError: LoRA computes something else for a layer of this kind.
+    """
+    config: Any = model.peft_config[adapter_name]
+    folded = _folded(model, {adapter_name: 1.0})
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    others = {key: weight for key, weight in saved.items() if ".pera_" not in key}
+    return lora_config(config, _rank(folded)), _state(folded) | others
+
+
+def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
+    """The configuration of the LoRA of rank K that equals a PERA adapter: same modules, r = lora_alpha = K."""
+    carried: dict[str, Any] = {
+        key: getattr(config, key)
+        for key in (
+            "task_type",
+            "base_model_name_or_path",
+            "revision",
+            "target_modules",
+            "target_parameters",
+            "exclude_modules",
+            "modules_to_save",
+            "layers_to_transform",
+            "layers_pattern",
+            "trainable_token_indices",
+            "ensure_weight_tying",
+        )
+    }
+    bias = "lora_only" if config.bias == "pera_only" else config.bias
+    return LoraConfig(r=rank, lora_alpha=rank, bias=bias, **{**carried, **changed})
+
+
+def _check(model: PeftModel, adapter_names: list[str] | None) -> None:
+    if not isinstance(getattr(model, "base_model", None), PeraModel):
+        raise UserError(f"model is a {type(model).__name__}; give a PeftModel with PERA adapters.")
+    for name in adapter_names or ():
+        if name not in model.peft_config:
+            raise UserError(f"adapter {name!r} is not in the model; {nearest(name, model.peft_config)}")
+    for name in model.peft_config:
+        if any(name in layer.merged_adapters for layer in adapted_layers(model, name).values()):
+            raise UserError(f"adapter {name!r} is merged; call unmerge_adapter first.")
+
+
+class Folded(NamedTuple):
+    """A layer and the LoRA on it: A ``(K, columns)`` and B ``(rows, K)`` in float64."""
+
+    layer: PeraLayer
+    A: Tensor
+    B: Tensor
+
+
+def _folded(model: PeftModel, weights: dict[str, float]) -> dict[str, Folded]:
+    """The weighted sum of adapters, by the name of the layer in the base model."""
+    sums: dict[str, Folded] = {}
+    for adapter, weight in weights.items():
+        for name, layer in adapted_layers(model.get_base_model(), adapter).items():
+            if adapter in layer.tied:  # follows the layer that it is tied to, in LoRA as here
+                continue
+            layer.check_lora(name)
+            A, B, h = (factor.detach().double() for factor in layer.factors(adapter))
+            A, B = lora_factors(A, B, h, *layer.expansion[adapter], weight * layer.scaling[adapter])
+            if name in sums:
+                A, B = torch.cat([sums[name].A, A], -2), torch.cat([sums[name].B, B], -1)
+            sums[name] = Folded(layer, A, B)
+    return sums
+
+
+def _rank(folded: dict[str, Folded]) -> int:
+    return max(A.shape[-2] for _, A, _ in folded.values())
+
+
+def _state(folded: dict[str, Folded]) -> dict[str, Tensor]:
+    """The weights as PEFT saves them, those of smaller rank padded with zeros."""
+    state = {}
+    for name, (layer, A, B) in folded.items():
+        missing = _rank(folded) - A.shape[-2]
+        for key, weight in layer.as_lora(pad(A, (0, 0, 0, missing)), pad(B, (0, missing))).items():
+            state[f"base_model.model.{name}.{key}"] = weight.float().contiguous()
+    return state
+
+
+def _replaced(model: PeftModel, adapters: dict[str, tuple[LoraConfig, dict[str, Tensor]]]) -> PeftModel:
+    first, *others = adapters
+    active = [name for name in model.active_adapters if name in adapters] or [first]
+    training = model.training
+    lora: Any = get_peft_model(model.unload(), adapters[first][0], adapter_name=first)
+    for name in others:
+        lora.add_adapter(name, adapters[name][0])
+    for name, (_, state) in adapters.items():
+        set_peft_model_state_dict(lora, state, adapter_name=name)
+    lora.base_model.set_adapter(active)
+    lora.train(training)
+    return lora  # type: ignore[no-any-return]
