@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-peft test-slow lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)  ## fine-tune, score, merge and export the embedded model
@@ -14,6 +14,9 @@ demo: $(INSTALLED)  ## fine-tune, score, merge and export the embedded model
 
 test: $(INSTALLED)  ## the fast tests
 	$(BIN)/python -m pytest
+
+test-peft: $(INSTALLED)  ## PEFT's own tests, with PERA in place of LoRA
+	$(BIN)/python tests/peft_suite/run.py -n auto
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
