@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from pera.errors import UserError, missing_extra, nearest
 from pera.files import atomic_folder, disk_errors
+from pera.tuner.layers import keep_unpacked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,6 +81,7 @@ def load_model(
     if loading["missing_keys"]:
         first = sorted(loading["missing_keys"])[0]
         raise UserError(f"model: {name!r} has no weights for {first}; it cannot be loaded as {auto_class.__name__}.")
+    keep_unpacked(model)
     loaded: PreTrainedModel = model.to(device()).eval()
     return loaded
 
@@ -148,6 +150,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     """A short hash of names, shapes and the first entries of each of a model's weights, to tell bases apart."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
+        if hasattr(weight, "__tensor_flatten__"):  # a quantised weight of torchao
+            weight = weight.dequantize()
         first = weight.flatten()[:16].float().tolist()
         digest.update(repr((name, tuple(weight.shape), first)).encode())
     return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
         dtype: dtype of the merged model, a key of :data:`pera.models.DTYPES`, or "stored".
 
     Raises:
-        UserError: the adapter is broken or holds NaN; the output cannot be written.
+        UserError: the adapter is broken or holds NaN, or the base is quantised; the output cannot be written.
     """
     require_free(output)
     location, adapter = locate_adapter(source)
@@ -35,6 +35,11 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
     if not hasattr(model.base_model, "merge_and_unload"):
         method = method_name(adapter_config(adapter))
         raise UserError(f"{source!r} is a {method} adapter, which is no change of weights and cannot be merged.")
+    if getattr(model.get_base_model(), "hf_quantizer", None) is not None:
+        raise UserError(
+            f"{source!r} sits on a quantised base, {location.base!r}, which would lose most of what was learned to "
+            "rounding and cannot be saved; merge it into the base model before quantisation."
+        )
     separate_shared_weights(model.base_model.model)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)

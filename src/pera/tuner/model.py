@@ -22,7 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pera.errors import UserError, nearest
 from pera.tuner.call import one_call
-from pera.tuner.layers import BASE, ParamWrapper, PeraLayer, layer_class
+from pera.tuner.layers import BASE, ParamWrapper, PeraLayer, keep_unpacked, layer_class
 from pera.tuner.tying import separate_shared_weights, with_name, without
 
 
@@ -54,6 +54,7 @@ class PeraModel(BaseTuner):
     ) -> None:
         if state_dict is None:  # else its keys say what is adapted
             check_names(model, self.peft_config[adapter_name])
+        keep_unpacked(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -167,6 +168,13 @@ class PeraModel(BaseTuner):
         peft_config.modules_to_save = sorted(without(peft_config.modules_to_save, tied) | {embedding})
 
     def _check_merge_allowed(self) -> None:
+        for name, layer in self.model.named_modules():
+            backend = layer.quantization_backend if isinstance(layer, PeraLayer) else None
+            if backend is not None and not backend.supports_merge:
+                raise UserError(
+                    f"{name!r} is a {backend.backend_name} layer, which PEFT cannot merge into; load the adapter on "
+                    "the base model before quantisation, and merge it there."
+                )
         separate_shared_weights(self.model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

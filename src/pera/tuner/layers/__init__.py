@@ -14,6 +14,7 @@ from pera.tuner.layers.convolution import PeraConvolution
 from pera.tuner.layers.embedding import PeraEmbedding
 from pera.tuner.layers.linear import PeraLinear
 from pera.tuner.layers.parameter import ParamWrapper
+from pera.tuner.layers.quantised import keep_unpacked
 
 __all__ = [
     "BASE",
@@ -24,6 +25,7 @@ __all__ = [
     "PeraLayer",
     "PeraLinear",
     "adapted_layers",
+    "keep_unpacked",
     "layer_class",
 ]
 

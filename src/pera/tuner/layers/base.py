@@ -285,6 +285,12 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         other = self.tied.get(adapter_name)
         return other is not None and other.get_base_layer().weight is self.get_base_layer().weight
 
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        bias = getattr(self.get_base_layer(), "bias", None)
+        super().set_base_weight(weight_data)
+        if bias is not None:
+            self.get_base_layer().bias = bias  # PEFT makes a new layer for HQQ, and forgets its bias
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """ΔW is additive, so PEFT's ``convert_to_lora`` applies; the exact factors need no conversion at all."""
         return True
