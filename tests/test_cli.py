@@ -123,7 +123,7 @@ def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
         ("method.target_modules=[nope]", ["target_modules", "'nope'"]),
         ("method.target_modules=[q_proj, v_prj]", ["target_modules", "'v_prj'", "'v_proj'"]),
         ("method.target_modules='q_proj, v_proj'", ["target_modules", "q_proj, v_proj"]),
-        ("method.target_modules=[embed_tokens]", ["target_modules", "embed_tokens", "Embedding"]),
+        ("method.target_modules=[input_layernorm]", ["target_modules", "input_layernorm", "LlamaRMSNorm"]),
         ("method={name: lora, target_modules: [nope]}", ["target_modules", "'nope'"]),
         ("method={name: lora, target_modules: [q_proj, nope]}", ["target_modules", "'nope'"]),
         ("model.name=./missing", ["model", "'./missing'"]),
@@ -310,9 +310,10 @@ def test_the_installed_command_prints_one_line_and_no_traceback(command, recipe_
     result = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("pera: ")
-    assert result.stderr.count("\n") == 1
-    assert "'nope'" in result.stderr
+    said = [line for line in result.stderr.splitlines() if not line.startswith(("Failed to load", "W1", "W0"))]
+    assert len(said) == 1, "beside what torchao and bitsandbytes say of themselves when they are imported"
+    assert said[0].startswith("pera: ")
+    assert "'nope'" in said[0]
     assert not (tmp_path / "run").exists()
 
 

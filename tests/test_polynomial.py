@@ -390,6 +390,26 @@ def test_expand_vjp_is_adjoint_to_the_derivative(r, m, n, terms, coefficients, n
     torch.testing.assert_close((G * Jv).sum(), (grad_A * v[0]).sum() + (grad_h * v[1]).sum(), rtol=1e-9, atol=1e-9)
 
 
+@given(**any_case, with_h=st.booleans(), data=st.data())
+def test_some_columns_expand_as_in_the_whole(r, m, n, terms, coefficients, normalization, dtype, with_h, data):
+    """With ρ of the whole: the same values, and the same gradients, through ρ as well."""
+    columns = data.draw(st.lists(st.integers(0, n - 1), max_size=n + 2))
+    A, _, h = draw(r, terms, coefficients, m, n, dtype)
+    h = h if with_h else None
+    part = expand(A[:, columns], h, terms, normalization, rho=rms(A))
+    assert torch.equal(part, expand(A, h, terms, normalization)[:, columns])
+    A, h = A.double().requires_grad_(), h if h is None else h.double().requires_grad_()
+    part = expand(A[:, columns], h, terms, normalization, rho=rms(A))
+    whole = expand(A, h, terms, normalization)[:, columns]
+    inputs, cotangent = [A] if h is None else [A, h], torch.randn_like(part)
+    for gradient, expected in zip(
+        torch.autograd.grad(part, inputs, cotangent, allow_unused=True, materialize_grads=True),
+        torch.autograd.grad(whole, inputs, cotangent, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+
+
 @given(r=st.integers(1, 12), terms=st.sampled_from(TERMS))
 def test_order_of_h_agrees_with_the_reference(r, terms):
     assert coefficient_pairs(r, terms) == pairs(r, terms)

@@ -1,15 +1,21 @@
-"""Tiny random models and adapters on them, the same on every call."""
+"""Tiny random models and adapters on them, the same on every call, and what they should give."""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import reference
 from pera import PeraConfig
 from pera.tuner import PeraLayer
 
 VOCABULARY = 64
+RMS = {"normalization": "rms"}
 
 
 def llama(**options):
@@ -41,10 +47,50 @@ def adapt(model, **options):
     return get_peft_model(model, PeraConfig(**{"r": 3, "init_weights": False, **options})).eval()
 
 
+def adapted(base, **options):
+    """One adapted layer on the layer ``base``."""
+    return adapt(nn.Sequential(base), target_modules=["0"], **options).base_model.model[0]
+
+
 def linear(in_features=9, out_features=7, dtype=torch.float32, **options):
     """One adapted ``nn.Linear`` with a bias."""
-    model = nn.Sequential(nn.Linear(in_features, out_features, dtype=dtype))
-    return adapt(model, target_modules=["0"], **options).base_model.model[0]
+    return adapted(nn.Linear(in_features, out_features, dtype=dtype), **options)
+
+
+class Kind(NamedTuple):
+    """A kind of layer: what makes a base layer, what draws an input of some samples, rows and columns of ΔW."""
+
+    base: Callable[[], nn.Module]
+    draw: Callable[[int], torch.Tensor]
+    shape: tuple[int, int] = (7, 9)
+
+    def layer(self, dtype=torch.float32, **options):
+        """An adapted layer of this kind."""
+        return adapted(self.base().to(dtype), **options)
+
+    def input(self, samples=4, dtype=torch.float32):
+        """An input; indices have no ``dtype``."""
+        x = self.draw(samples)
+        return x.to(dtype) if x.is_floating_point() else x
+
+
+def conv1d():
+    """A ``Conv1D`` of 9 inputs and 7 outputs, with a bias that is not zero."""
+    base = Conv1D(7, 9)
+    nn.init.normal_(base.bias)
+    return base
+
+
+GEOMETRY = {"groups": 2, "stride": 2, "dilation": 2, "padding": 3, "padding_mode": "circular"}
+KINDS = {
+    "linear": Kind(lambda: nn.Linear(9, 7), lambda n: torch.randn(n, 3, 9)),
+    "conv1d": Kind(conv1d, lambda n: torch.randn(n, 3, 9)),
+    "embedding": Kind(lambda: nn.Embedding(9, 7), lambda n: torch.randint(9, (n, 3))),
+    "convolution": Kind(lambda: nn.Conv1d(3, 7, 3), lambda n: torch.randn(n, 3, 5)),
+    "grouped": Kind(lambda: nn.Conv1d(6, 8, 3, **GEOMETRY), lambda n: torch.randn(n, 6, 9), (8, 9)),
+    "convolution2d": Kind(lambda: nn.Conv2d(2, 7, (2, 3)), lambda n: torch.randn(n, 2, 4, 5), (7, 12)),
+    "convolution3d": Kind(lambda: nn.Conv3d(2, 7, (1, 3, 2)), lambda n: torch.randn(n, 2, 2, 4, 3), (7, 12)),
+}
 
 
 def layers(model):
@@ -56,8 +102,13 @@ def layers(model):
     }
 
 
+def evaluate(module, x):
+    with torch.no_grad():
+        return module(x)
+
+
 def reference_delta(layer, adapter_name="default"):
-    """ΔW of one adapter of a layer, ``(out_features, in_features)`` in float64, from the reference."""
+    """ΔW of one adapter of a layer, ``(rows, columns)`` in float64, from the reference."""
     A, B = layer.pera_A[adapter_name], layer.pera_B[adapter_name]
     terms, normalization = layer.expansion[adapter_name]
     if adapter_name in layer.pera_h:
@@ -67,7 +118,25 @@ def reference_delta(layer, adapter_name="default"):
     return reference.delta_weight(A, B, h, normalization, layer.scaling[adapter_name]).detach()
 
 
+def reference_base(layer, adapter_names=("default",)):
+    """The base layer of an adapted layer in float64, with explicit updates added to its weight."""
+    base = copy.deepcopy(layer.base_layer).double()
+    for name in adapter_names:
+        delta = reference_delta(layer, name)
+        delta = delta.T if isinstance(base, (nn.Embedding, Conv1D)) else delta
+        base.weight.data += delta.reshape(base.weight.shape)
+    return base
+
+
 def reference_output(layer, x, adapter_names=("default",)):
     """Output of the adapted layer with explicit updates, in float64."""
-    base = layer.base_layer(x.to(layer.base_layer.weight.dtype)).double()
-    return (base + sum(x.double() @ reference_delta(layer, name).T for name in adapter_names)).detach()
+    return evaluate(reference_base(layer, adapter_names), x.double() if x.is_floating_point() else x)
+
+
+def reference_model(model):
+    """The base model in float64, with explicit updates of the active adapters that are not merged."""
+    base = copy.deepcopy(model.get_base_model()).double()
+    for name, layer in layers(model).items():
+        names = [adapter for adapter in layer.active_adapters if layer.has(adapter) and not layer.merged]
+        base.set_submodule(name, reference_base(layer, names))
+    return base

@@ -74,11 +74,12 @@ def expansions(
 
 def expanded_linear(x: Tensor, A_hat: Tensor, B_hat_T: Tensor) -> Tensor:
     """The same product from the kept :func:`expansions`: ``(..., in_features)`` → ``(..., out_features)``."""
-    with _without_autocast(x):
+    with without_autocast(x):
         return (x @ A_hat.T) @ B_hat_T
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Computation in the dtypes of the operands, where the device of ``x`` knows autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
@@ -95,7 +96,7 @@ class _PeraLinear(torch.autograd.Function):
         normalization: Normalization,
         scaling: float,
     ) -> Tensor:
-        with _without_autocast(x):
+        with without_autocast(x):
             A_hat, B_hat_T = expansions(
                 A, B, h, terms=terms, normalization=normalization, scaling=scaling, dtype=x.dtype
             )
@@ -111,7 +112,7 @@ class _PeraLinear(torch.autograd.Function):
         terms, normalization, scaling = ctx.terms, ctx.normalization, ctx.scaling
         need_x, need_A, need_B, need_h = ctx.needs_input_grad[:4]
         grad_x = grad_A = grad_B = grad_h = None
-        with _without_autocast(x):
+        with without_autocast(x):
             flat = x.reshape(-1, x.shape[-1])
             grad_y = grad_y.reshape(-1, B.shape[0])
             A_hat, B_hat_T = expansions(

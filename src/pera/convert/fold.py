@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -34,6 +36,8 @@ def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftMod
     """
     _check(model, adapter_names)
     names = list(model.peft_config) if adapter_names is None else adapter_names
+    if not names:
+        raise UserError("adapter_names=[] names no adapter; leave it out for all.")
     return _replaced(model, {name: fold(model, name) for name in names})
 
 
@@ -52,8 +56,8 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
         UserError: as :func:`to_lora`; a weight is no finite number; an adapter trains more than its factors
             (``modules_to_save``, ``bias``, ``trainable_token_indices``), which has no weighted sum.
     """
-    if not weights:
-        raise UserError("weights={} names no adapter; give one or more as {name: weight}.")
+    if not isinstance(weights, dict) or not weights:
+        raise UserError(f"weights={weights!r} names no adapter; give one or more as {{name: weight}}.")
     _check(model, list(weights))
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
@@ -93,23 +97,30 @@ def fold(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, d
 
 
 def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
-    """The configuration of the LoRA of rank K that equals a PERA adapter: same modules, r = lora_alpha = K."""
+    """The configuration of the LoRA of rank K that equals a PERA adapter: same modules, r = lora_alpha = K.
+
+    Tied layers have weights of their own in it: LoRA's tie is not kept by a merge, nor read by servers.
+    """
     carried: dict[str, Any] = {
         key: getattr(config, key)
         for key in (
             "task_type",
             "base_model_name_or_path",
             "revision",
-            "target_modules",
             "target_parameters",
             "exclude_modules",
-            "modules_to_save",
             "layers_to_transform",
             "layers_pattern",
             "trainable_token_indices",
-            "ensure_weight_tying",
         )
     }
+    targets, tied = config.target_modules, sorted(getattr(config, "target_modules_to_tie", None) or ())
+    if isinstance(targets, str):
+        carried["target_modules"] = "|".join([f"(?:{targets})", *map(re.escape, tied)])
+    else:
+        carried["target_modules"] = sorted({*(targets or ()), *tied})
+    saved = {*(config.modules_to_save or ()), *(getattr(config, "modules_to_tie", None) or ())}
+    carried["modules_to_save"] = sorted(saved) or None
     bias = "lora_only" if config.bias == "pera_only" else config.bias
     return LoraConfig(r=rank, lora_alpha=rank, bias=bias, **{**carried, **changed})
 
@@ -117,6 +128,8 @@ def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
 def _check(model: PeftModel, adapter_names: list[str] | None) -> None:
     if not isinstance(getattr(model, "base_model", None), PeraModel):
         raise UserError(f"model is a {type(model).__name__}; give a PeftModel with PERA adapters.")
+    if isinstance(adapter_names, str):
+        raise UserError(f"adapter_names={adapter_names!r} should be a list of names.")
     for name in adapter_names or ():
         if name not in model.peft_config:
             raise UserError(f"adapter {name!r} is not in the model; {nearest(name, model.peft_config)}")
@@ -138,8 +151,6 @@ def _folded(model: PeftModel, weights: dict[str, float]) -> dict[str, Folded]:
     sums: dict[str, Folded] = {}
     for adapter, weight in weights.items():
         for name, layer in adapted_layers(model.get_base_model(), adapter).items():
-            if adapter in layer.tied:  # follows the layer that it is tied to, in LoRA as here
-                continue
             layer.check_lora(name)
             A, B, h = (factor.detach().double() for factor in layer.factors(adapter))
             A, B = lora_factors(A, B, h, *layer.expansion[adapter], weight * layer.scaling[adapter])
@@ -167,11 +178,15 @@ def _replaced(model: PeftModel, adapters: dict[str, tuple[LoraConfig, dict[str, 
     first, *others = adapters
     active = [name for name in model.active_adapters if name in adapters] or [first]
     training = model.training
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):  # else unloading would leave its module in the base model
+            module.set_adapter([])
     lora: Any = get_peft_model(model.unload(), adapters[first][0], adapter_name=first)
     for name in others:
         lora.add_adapter(name, adapters[name][0])
     for name, (_, state) in adapters.items():
         set_peft_model_state_dict(lora, state, adapter_name=name)
     lora.base_model.set_adapter(active)
+    lora.active_adapter = active[0]
     lora.train(training)
     return lora  # type: ignore[no-any-return]

@@ -207,6 +207,8 @@ class PeraConfig(PeftConfig):
         for key in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, key), str):
                 _check_expression(key, getattr(self, key))
+        if isinstance(self.target_parameters, str):
+            raise UserError(f"target_parameters={self.target_parameters!r} should be a list of names.")
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, key):
                 _check_expression(key, pattern)

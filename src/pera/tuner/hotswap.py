@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
 
 from pera.errors import UserError
 from pera.tuner.config import PeraConfig
@@ -33,14 +34,14 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     try:
         config = PeftConfig.from_pretrained(path, **kwargs)
         weights = load_peft_weights(path, device="cpu", **kwargs)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path!r} is no adapter that can be read: {error}") from error
     before = model.peft_config[adapter_name]
     for name, other in ((repr(path), config), (f"adapter {adapter_name!r}", before)):
         if not isinstance(other, PeraConfig):
             raise UserError(f"{name} is a {type(other).__name__}, not a PERA adapter; load it instead of swapping.")
     assert isinstance(config, PeraConfig)
-    for key in ("terms", "coefficients", "normalization"):
+    for key in ("terms", "coefficients", "normalization", "trainable_token_indices", "ensure_weight_tying"):
         here, there = getattr(before, key), getattr(config, key)
         if here != there:
             raise UserError(f"{path!r} has {key}={there!r}, the loaded adapter {here!r}; load it instead of swapping.")
@@ -52,13 +53,16 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     shapes = {key: shape for key, shape in shapes.items() if ".base_layer." not in key}  # a saved embedding
     if shapes:
         raise UserError(f"{path!r} has {min(shapes)}, which the loaded adapter lacks; load it instead of swapping.")
+    if broken := [key for key in current if not torch.isfinite(weights[key]).all()]:
+        raise UserError(f"{path!r}: NaNs detected in the weights of {broken[0]}. The adapter seems to be broken.")
     layers = adapted_layers(model.get_base_model(), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise UserError(f"adapter {adapter_name!r} is merged; call unmerge_adapter first.")
     config.inference_mode = before.inference_mode
     with torch.no_grad():
         set_peft_model_state_dict(model, {key: weights[key] for key in current}, adapter_name=adapter_name)
-    for name, layer in layers.items():
-        r, alpha = config.layer_settings(name)
+    for layer in layers.values():
+        source = layer.tied.get(adapter_name, layer)
+        r, alpha = config.layer_settings(next(name for name, other in layers.items() if other is source))
         layer.rescale(adapter_name, r if alpha is None else alpha, config.scaling(r, alpha))
     model.peft_config[adapter_name] = config

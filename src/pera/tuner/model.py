@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    check_target_module_exists,
+)
 from peft.utils import (
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -23,7 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pera.errors import UserError, nearest
 from pera.tuner.call import one_call
 from pera.tuner.layers import BASE, ParamWrapper, PeraLayer, keep_unpacked, layer_class
-from pera.tuner.tying import separate_shared_weights, with_name, without
+from pera.tuner.tying import separate_shared_weights, sharing_the_embedding, with_name, without
 
 
 class PeraModel(BaseTuner):
@@ -76,10 +81,16 @@ class PeraModel(BaseTuner):
         if parameter_name is not None:
             self._wrap_parameter(pera_config, adapter_name, target, target_name, parent, current_key, parameter_name)
             return
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise UserError(
+                f"target_modules: {current_key!r} belongs to torch.nn.TransformerEncoderLayer, which in evaluation "
+                "reads weights without calling layers, so that an adapter would be ignored; call "
+                "torch.backends.mha.set_fastpath_enabled(False) first."
+            )
         source = None
         if current_key in (getattr(pera_config, "target_modules_to_tie", None) or ()):
             source = self.model.get_input_embeddings()
-            current_key = _name_of(self.model, source)
+            current_key = sharing_the_embedding(self.model)[0]
         r, alpha = pera_config.layer_settings(current_key)
         if isinstance(target, PeraLayer):
             target.update_layer(adapter_name, r, alpha, config=pera_config, tied_to=source)
@@ -152,10 +163,26 @@ class PeraModel(BaseTuner):
                 "an adapter would be ignored; leave it out."
             ) from error
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """As PEFT's, which knows embeddings by two names; here an embedding is what the model says it is."""
+        known = peft_config.ensure_weight_tying and hasattr(model, "get_input_embeddings")
+        embedding, *tied = sharing_the_embedding(model) if known else [""]
+        saved = set(peft_config.modules_to_save or ())
+        if tied and without(saved, {embedding, *tied}) != saved:
+            self._add_modules_to_save_to_tie(peft_config, tied)
+        elif (
+            tied
+            and peft_config.target_modules
+            and any(check_target_module_exists(peft_config, name) for name in (embedding, *tied))
+        ):
+            self._add_targets_to_tie(peft_config, tied)
+        else:
+            super()._check_tied_modules(model, peft_config)
+
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Adapt the input embedding; PEFT then comes back with the layers tied to it, in ``target_modules_to_tie``."""
         peft_config.target_modules_to_tie = tied = set(tied_weight_keys)
-        embedding = _name_of(self.model, self.model.get_input_embeddings())
+        embedding = sharing_the_embedding(self.model)[0]
         if isinstance(peft_config.target_modules, str):
             peft_config.target_modules = with_name(peft_config.target_modules, embedding)
         else:
@@ -164,7 +191,12 @@ class PeraModel(BaseTuner):
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Save the input embedding; PEFT ties the others, in ``modules_to_tie``, to it."""
         peft_config.modules_to_tie = tied = set(tied_weight_keys)
-        embedding = _name_of(self.model, self.model.get_input_embeddings())
+        if embeddings := [name for name in sorted(tied) if isinstance(self.model.get_submodule(name), nn.Embedding)]:
+            raise UserError(
+                f"modules_to_save: {embeddings[0]!r} is an embedding, which PEFT ties to another as if it were linear; "
+                "use ensure_weight_tying with target_modules, or leave it out."
+            )
+        embedding = sharing_the_embedding(self.model)[0]
         peft_config.modules_to_save = sorted(without(peft_config.modules_to_save, tied) | {embedding})
 
     def _check_merge_allowed(self) -> None:
@@ -189,12 +221,12 @@ class PeraModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with ExitStack() as stack:
             if names is not None:
-                self._route_samples(list(names), kwargs, stack)
+                self._route_samples(names, kwargs, stack)
             if not torch.compiler.is_compiling():
                 stack.enter_context(one_call())
             yield
 
-    def _route_samples(self, names: list[str], arguments: dict[str, Any], stack: ExitStack) -> None:
+    def _route_samples(self, names: Any, arguments: dict[str, Any], stack: ExitStack) -> None:
         """Give every adapted layer the name of an adapter for each sample, until ``stack`` is closed.
 
         Raises:
@@ -207,35 +239,31 @@ class PeraModel(BaseTuner):
             raise UserError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"adapter_names={names!r} should be a list with the name of an adapter for each sample.")
         if unknown := sorted(set(names) - {BASE} - self.peft_config.keys()):
             raise UserError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        repeats = _repeats(arguments)
-        encoder = self.model.get_encoder() if repeats > 1 and _is_encoder_decoder(self.model) else None
-        before = set() if encoder is None else set(encoder.modules())  # an encoder runs before samples are repeated
+        repeats = _repeats(arguments, getattr(self.model, "generation_config", None))
         for module in self.modules():
             if isinstance(module, (PeraLayer, AuxiliaryTrainingWrapper)):
-                repeated = names if module in before else [name for name in names for _ in range(repeats)]
-                hook = partial(_add_adapter_names, names=repeated)
+                hook = partial(_add_adapter_names, names=names, repeats=repeats)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def _add_adapter_names(_: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
-    return args, {**kwargs, "adapter_names": names}
+def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: Sequence[str], repeats: int) -> Any:
+    if args and len(args[0]) == repeats * len(names):  # else it runs before samples are repeated, as an encoder does
+        names = [name for name in names for _ in range(repeats)]
+    if isinstance(module, AuxiliaryTrainingWrapper):  # which knows only adapters of its own
+        own = module._get_available_adapters()
+        names = [name if name in own else BASE for name in names]
+    return args, {**kwargs, "adapter_names": list(names)}
 
 
-def _repeats(arguments: dict[str, Any]) -> int:
-    """How often ``generate`` was told to repeat each sample: once for each beam or returned sequence."""
-    config = arguments.get("generation_config")
+def _repeats(arguments: dict[str, Any], default: Any) -> int:
+    """How often ``generate`` repeats each sample: once for each beam or returned sequence."""
+    config = arguments.get("generation_config") or default
     counts = [arguments.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
     return max(count or 1 for count in counts)
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, other in model.named_modules() if other is module)
 
 
 _HEADS = ("classifier", "score", "qa_outputs")

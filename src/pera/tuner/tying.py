@@ -24,6 +24,17 @@ def with_name(pattern: str, name: str) -> str:
     return rf"(?:{pattern})|{re.escape(name)}"
 
 
+def sharing_the_embedding(model: Any) -> list[str]:
+    """The names in the base model of the input embedding and of the modules that have its weight, itself first."""
+    names = {
+        re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): id(module._parameters.get("weight"))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if "weight" in module._parameters and ".modules_to_save." not in name
+    }
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    return [embedding, *(name for name, weight in names.items() if weight == names[embedding] and name != embedding)]
+
+
 def separate_shared_weights(model: nn.Module) -> list[str]:
     """Give every adapted layer, of any PEFT method, whose weight another module shares a weight of its own, unless one
     PERA adapter was made for all of them (``ensure_weight_tying``); otherwise a merge would change the others

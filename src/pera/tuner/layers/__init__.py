@@ -56,6 +56,18 @@ def layer_class(base_layer: nn.Module, name: str, quantization: dict[str, object
             f"target_modules: {name!r} belongs to torch.nn.MultiheadAttention, which reads weights without calling "
             "layers, so that an adapter would be ignored; name its in_proj_weight in target_parameters instead."
         )
+    if hasattr(base_layer, "weight") and "weight" not in base_layer._parameters:
+        raise UserError(
+            f"target_modules: {name!r} computes its weight in every forward, as weight_norm does, so that an adapter "
+            "could not be merged into it; leave it out."
+        )
+    for cls in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        own_forward = isinstance(base_layer, cls) and type(base_layer).forward is not cls.forward
+        if own_forward and not hasattr(base_layer, "embed_scale"):
+            raise UserError(
+                f"target_modules: {name!r} is a {type(base_layer).__name__}, which does something else with its input "
+                f"or weight than torch.nn.{cls.__name__}, so that an adapter would be wrong; leave it out."
+            )
     if isinstance(base_layer, nn.Embedding):
         if base_layer.max_norm is not None:
             raise UserError(

@@ -12,7 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from pera.errors import UserError
-from pera.linear import expansions
+from pera.linear import expansions, without_autocast
 from pera.polynomial import Normalization, Terms, delta_weight, fixed_coefficients, num_coefficients
 from pera.tuner.call import keep
 from pera.tuner.config import PeraConfig
@@ -159,8 +159,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             UserError: this layer has no adapter of that name.
         """
         if adapter_name in self.tied:
-            A, B, _ = self.tied[adapter_name].factors(adapter_name)
-            return B.T, A.T, self.coefficients(adapter_name)
+            source = self.tied[adapter_name]
+            A, B, h = source.factors(adapter_name)
+            return (A, B, h) if type(source) is type(self) else (B.T, A.T, h)
         if adapter_name not in self.pera_A:
             raise UserError(f"adapter {adapter_name!r} is not on this layer; it has: {', '.join(self.pera_A)}.")
         return self.pera_A[adapter_name], self.pera_B[adapter_name], self.coefficients(adapter_name)
@@ -177,7 +178,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
         if not self._unchanging():
             return compute()
-        return keep((id(self), adapter_name, dtype, terms, normalization, scaling), compute)
+        return keep((self, adapter_name, dtype, terms, normalization, scaling), compute)
 
     def _unchanging(self) -> bool:
         """Whether the adapter's weights stay as they are for the length of a call."""
@@ -185,7 +186,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW of the adapter in the layout of the base weight, float32 or better."""
-        delta = delta_weight(*self.factors(adapter_name), *self.expansion[adapter_name], self.scaling[adapter_name])
+        factors = self.factors(adapter_name)
+        with without_autocast(factors[0]):
+            delta = delta_weight(*factors, *self.expansion[adapter_name], self.scaling[adapter_name])
         return self._to_base_layout(delta)
 
     def _to_base_layout(self, delta: Tensor) -> Tensor:
@@ -292,37 +295,34 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             self.get_base_layer().bias = bias  # PEFT makes a new layer for HQQ, and forgets its bias
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """ΔW is additive, so PEFT's ``convert_to_lora`` applies; the exact factors need no conversion at all."""
-        return True
+        """Whether PEFT's ``convert_to_lora`` applies, which knows linear layers alone; ``pera.to_lora`` is exact."""
+        return False
 
     def rescale(self, adapter_name: str, alpha: float, scaling: float) -> None:
         """Give the adapter another α, and the scale s that follows from it."""
+        self._change_scaling({adapter_name: scaling})
         self.pera_alpha[adapter_name] = alpha
         self._initial_scaling[adapter_name] = scaling
-        self._change_scaling(adapter_name, scaling)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scale the adapter by ``scale`` times its own s."""
         if adapter in self.scaling:
-            self._change_scaling(adapter, scale * self._initial_scaling[adapter])
+            self._change_scaling({adapter: scale * self._initial_scaling[adapter]})
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scale of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self._change_scaling(name, self.scaling[name] * scale)
+        active = [name for name in self.active_adapters if name in self.scaling]
+        self._change_scaling({name: self.scaling[name] * scale for name in active})
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scale of the active adapters by ``scale``, or set it back to α / r."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                before = self._initial_scaling[name] if scale is None else self.scaling[name] / scale
-                self._change_scaling(name, before)
+        before = self._initial_scaling if scale is None else {n: s / scale for n, s in self.scaling.items()}
+        self._change_scaling({name: before[name] for name in self.active_adapters if name in self.scaling})
 
-    def _change_scaling(self, adapter_name: str, scaling: float) -> None:
-        if adapter_name in self.merged_adapters:  # else unmerge would subtract another update than was added
-            raise UserError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before you change its scale.")
-        self.scaling[adapter_name] = scaling
+    def _change_scaling(self, scaling: dict[str, float]) -> None:
+        for name in scaling.keys() & set(self.merged_adapters):  # else unmerge would subtract another update
+            raise UserError(f"adapter {name!r} is merged; call unmerge_adapter before you change its scale.")
+        self.scaling.update(scaling)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._initial_scaling.pop(adapter_name, None)

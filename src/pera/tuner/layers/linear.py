@@ -24,3 +24,6 @@ class PeraLinear(PeraLayer):
             normalization=normalization,
             scaling=self.scaling[adapter_name],
         )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
