@@ -156,6 +156,8 @@ def as_pera(value: Any) -> Any:
         carried = PeraConfig.from_lora(LoraConfig(**value))
         renamed = {key.replace("init_lora", "init").replace("lora_", "pera_") for key in value}
         return {key: getattr(carried, key) for key in sorted(renamed)}
+    if value == "lora":  # where PEFT goes on to test what LoRA alone has, add_weighted_adapter
+        return "pera"
     return value.replace("LoRA", "PERA") if isinstance(value, str) else value
 
 
