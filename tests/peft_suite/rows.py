@@ -90,7 +90,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     common = importlib.import_module("tests.testing_common")
-    common.RoadConfig = PeraConfig  # PEFT runs the tests of mixed batches for LoRA and RoAd, by name
+    # PEFT skips some tests but for the methods that it names; PERA takes the place of one of them.
+    common.RoadConfig = common.LoKrConfig = PeraConfig  # mixed batches; GPT-2's Conv1D
     models = tiny_models(Path(config.getoption("models")))
     for file in config.args:
         module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
@@ -98,6 +99,8 @@ def pytest_configure(config: pytest.Config) -> None:
             vars(module)[name][:] = models
         for rows in parameter_lists(module):
             rows[:] = [carried for row in rows if (carried := carried_over(row)) is not None]
+        if module.__name__.endswith("test_decoder_models"):
+            module.LoraConfig = PeraConfig  # mixed batches
         for name in ADDED.keys() & vars(module).keys():
             vars(module)[name].extend(ADDED[name])
 
