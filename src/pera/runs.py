@@ -295,6 +295,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise UserError(f"{str(folder)!r} was trained on another base model: {reason}") from error
     expected = get_peft_model_state_dict(model)
     for key in sorted(expected.keys() ^ weights.keys()):
+        if ".base_layer." in key:  # PEFT saves the base weights of some embeddings with the adapter, by their names
+            continue
         where = "the weights file lacks" if key in expected else "the base model has no place for"
         raise UserError(f"{str(folder)!r} does not fit the base model: {where} {key!r}.")
     return model.eval()

@@ -92,7 +92,7 @@ def fold(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, d
     config: Any = model.peft_config[adapter_name]
     folded = _folded(model, {adapter_name: 1.0})
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    others = {key: weight for key, weight in saved.items() if ".pera_" not in key}
+    others = {key: weight.clone() for key, weight in saved.items() if ".pera_" not in key}  # tied ones share memory
     return lora_config(config, _rank(folded)), _state(folded) | others
 
 
