@@ -1,6 +1,7 @@
 """What is kept while a model is called: enough for generation, nothing beyond the call."""
 
 import copy
+import gc
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -191,6 +192,21 @@ def test_calls_in_several_threads_at_once_keep_for_themselves(computed):
     assert all(relative_error(output, expected(model)) <= 1e-6 for output in outputs)
     assert len(computed) == 8 * 6
     assert kept(computed) == 0
+
+
+def test_a_layer_made_within_a_call_has_nothing_of_one_that_is_gone():
+    """Whose address it may have."""
+    x = torch.randn(4, 9)
+    with one_call():
+        for seed in range(30):
+            layer = linear(**RMS)
+            torch.manual_seed(seed)
+            for p in layer.parameters():
+                nn.init.normal_(p)
+            for _ in range(3):
+                assert relative_error(evaluate(layer, x), reference_output(layer, x)) <= 1e-6
+            del layer
+            gc.collect()
 
 
 # Changes within a call

@@ -6,7 +6,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+from transformers.models.efficientnet.modeling_efficientnet import EfficientNetDepthwiseConv2d
+from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderCTCHead
 
+from pera import UserError
+from pera.tuner import PeraConvolution
 from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, relative_error
 from tiny import adapted, evaluate, reference_output
 
@@ -56,6 +61,19 @@ def test_any_geometry(geometry, r, terms, coefficients, normalization):
         assert relative_error(y, expected) <= 1e-12
     layer.merge()
     assert relative_error(evaluate(layer, x), expected) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("base", "plain"), [(ParakeetEncoderCTCHead(3, 7, 1), "Conv1d"), (WeightStandardizedConv2d(3, 7, 3), "Conv2d")]
+)
+def test_a_convolution_with_rules_of_its_own_is_refused(base, plain):
+    refusal = rf"^target_modules: '0' is a {type(base).__name__}, .* than torch\.nn\.{plain}, .*; leave it out\.$"
+    with pytest.raises(UserError, match=refusal):
+        adapted(base)
+
+
+def test_a_subclass_that_only_chooses_a_geometry_is_a_convolution():
+    assert type(adapted(EfficientNetDepthwiseConv2d(4))) is PeraConvolution
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

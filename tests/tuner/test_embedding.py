@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from pera import UserError
@@ -220,6 +220,15 @@ def test_a_table_that_changes_in_every_forward_is_refused():
     refusal = r"^target_modules: '0' has max_norm=2\.0, which changes its weight in every forward, .*; leave it out\.$"
     with pytest.raises(UserError, match=refusal):
         adapted(nn.Embedding(9, 7, max_norm=2.0))
+
+
+def test_a_table_with_rules_of_its_own_is_refused():
+    """Positions, here: the base counts them and adds an offset, whatever the tokens are."""
+    refusal = (
+        r"^target_modules: '0' is a BartLearnedPositionalEmbedding, .* than torch\.nn\.Embedding, .*; leave it out\.$"
+    )
+    with pytest.raises(UserError, match=refusal):
+        adapted(BartLearnedPositionalEmbedding(9, 7))
 
 
 # Dropout

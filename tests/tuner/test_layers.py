@@ -73,6 +73,35 @@ def test_a_projection_that_is_never_called_is_refused_with_what_to_do(target):
     assert ". " not in str(refused.value), "one sentence"
 
 
+@pytest.mark.parametrize("target", ["linear1", "linear2"])
+def test_a_layer_that_evaluation_does_not_call_is_refused_with_what_to_do(target):
+    """nn.TransformerEncoderLayer would train the adapter and ignore it in evaluation."""
+
+    def adapted_encoder():
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+        return adapt(encoder, target_modules=[target])
+
+    with pytest.raises(
+        UserError, match=rf"^target_modules: '{target}' belongs to .*fastpath_enabled\(False\) first\.$"
+    ):
+        adapted_encoder()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        encoder, x = adapted_encoder(), torch.randn(2, 3, 8)
+        torch.testing.assert_close(evaluate(encoder, x), evaluate(encoder.train(), x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("compute", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_weight_that_is_computed_is_refused(kind, compute):
+    with pytest.raises(
+        UserError, match=r"^target_modules: '0' computes its weight in every forward, .*; leave it out\.$"
+    ):
+        adapted(compute(kind.base()))
+
+
 def test_a_rank_above_a_side_is_a_warning(kind, recwarn):
     rows, columns = kind.shape
     side = min(kind.shape)
@@ -187,6 +216,15 @@ def test_gradients_reach_the_adapter_alone(kind):
 
 
 # Merging
+
+
+def test_the_update_and_a_merge_are_the_same_under_autocast(kind):
+    layer = kind.layer(**RMS)
+    update, merged = layer.get_delta_weight("default"), reference_base(layer).weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.get_delta_weight("default"), update)
+        layer.merge()
+    assert relative_error(layer.base_layer.weight, merged) <= 1e-6
 
 
 def test_merge_adds_the_update_and_unmerge_removes_it(kind):
@@ -477,12 +515,17 @@ RESCALINGS = {
 
 @pytest.mark.parametrize("change", RESCALINGS)
 def test_the_scale_of_a_merged_adapter_stays(change):
-    layer = linear(pera_alpha=6)
+    layer = add(linear(pera_alpha=6), "second")
+    layer.set_adapter(["second", "default"])
+    layer.scale_layer(2.0)
+    before = {**layer.scaling}, {**layer.pera_alpha}
     weight = layer.base_layer.weight.detach().clone()
-    layer.merge()
+    layer.merge(adapter_names=["default"])
     refusal = r"^adapter 'default' is merged; call unmerge_adapter before you change its scale\.$"
     with pytest.raises(UserError, match=refusal):
         RESCALINGS[change](layer)
-    assert layer.scaling["default"] == 2.0
+    assert (layer.scaling, layer.pera_alpha) == before
     layer.unmerge()
     assert relative_error(layer.base_layer.weight, weight) <= 1e-6
+    layer.unscale_layer()
+    assert layer.scaling == {"default": 2.0, "second": 1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from pera.errors import UserError
 from pera.tuner.config import PeraConfig
 from pera.tuner.layers import adapted_layers
 
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
+"""What PEFT lets through of a folder that is missing, cut off or of an unknown method."""
+
 
 def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", **kwargs: Any) -> None:
-    """Replace the weights and the scale of a loaded PERA adapter by those of a saved one, in place.
+    """Replace the weights and the scale of a loaded PERA adapter by those of a saved one, in place. Its dropout stays.
 
     No module and no parameter is replaced, so that a compiled model stays compiled and an optimizer keeps its
     parameters. Everything is checked first: on an error nothing has changed.
@@ -34,13 +38,14 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     try:
         config = PeftConfig.from_pretrained(path, **kwargs)
         weights = load_peft_weights(path, device="cpu", **kwargs)
-    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path!r} is no adapter that can be read: {error}") from error
     before = model.peft_config[adapter_name]
     for name, other in ((repr(path), config), (f"adapter {adapter_name!r}", before)):
         if not isinstance(other, PeraConfig):
             raise UserError(f"{name} is a {type(other).__name__}, not a PERA adapter; load it instead of swapping.")
     assert isinstance(config, PeraConfig)
+    assert isinstance(before, PeraConfig)
     for key in ("terms", "coefficients", "normalization", "trainable_token_indices", "ensure_weight_tying"):
         here, there = getattr(before, key), getattr(config, key)
         if here != there:
@@ -50,15 +55,17 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     for key, shape in {key: tuple(weight.shape) for key, weight in current.items()}.items():
         if shapes.pop(key, None) != shape:
             raise UserError(f"{path!r} does not have {key} of shape {shape}; load it instead of swapping.")
-    shapes = {key: shape for key, shape in shapes.items() if ".base_layer." not in key}  # a saved embedding
-    if shapes:
-        raise UserError(f"{path!r} has {min(shapes)}, which the loaded adapter lacks; load it instead of swapping.")
+    base = dict(model.named_parameters(remove_duplicate=False))
+    for key in sorted(shapes):  # PEFT saves embeddings of the base with some adapters
+        there = base.get(key)
+        if there is None or there.shape != shapes[key] or not torch.equal(there.cpu(), weights[key].to(there.dtype)):
+            raise UserError(f"{path!r} has {key}, which the loaded adapter lacks; load it instead of swapping.")
     if broken := [key for key in current if not torch.isfinite(weights[key]).all()]:
         raise UserError(f"{path!r}: NaNs detected in the weights of {broken[0]}. The adapter seems to be broken.")
     layers = adapted_layers(model.get_base_model(), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise UserError(f"adapter {adapter_name!r} is merged; call unmerge_adapter first.")
-    config.inference_mode = before.inference_mode
+    config.inference_mode, config.pera_dropout = before.inference_mode, before.pera_dropout
     with torch.no_grad():
         set_peft_model_state_dict(model, {key: weights[key] for key in current}, adapter_name=adapter_name)
     for layer in layers.values():

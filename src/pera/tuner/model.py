@@ -24,10 +24,11 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import GenerationConfig
 
 from pera.errors import UserError, nearest
 from pera.tuner.call import one_call
-from pera.tuner.layers import BASE, ParamWrapper, PeraLayer, keep_unpacked, layer_class
+from pera.tuner.layers import BASE, ParamWrapper, PeraLayer, keep_unpacked, layer_class, require_one_name_each
 from pera.tuner.tying import separate_shared_weights, sharing_the_embedding, with_name, without
 
 
@@ -123,8 +124,9 @@ class PeraModel(BaseTuner):
                 f"pera_dropout={config.pera_dropout} cannot act on {current_key!r}, a parameter, which has no input of "
                 "its own; set it to 0."
             )
+        names = current_key, current_key.rpartition(".")[0]
         for key in ("rank_pattern", "alpha_pattern"):
-            if matching := [p for p in getattr(config, key) if re.match(rf"(.*\.)?({p})$", current_key)]:
+            if matching := [p for p in getattr(config, key) for n in names if re.match(rf"(.*\.)?({p})$", n)]:
                 raise UserError(
                     f"{key}: {matching[0]!r} matches {current_key!r}, a parameter, which takes r and alpha."
                 )
@@ -221,16 +223,17 @@ class PeraModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with ExitStack() as stack:
             if names is not None:
-                self._route_samples(names, kwargs, stack)
+                self._route_samples(names, args, kwargs, stack)
             if not torch.compiler.is_compiling():
                 stack.enter_context(one_call())
             yield
 
-    def _route_samples(self, names: Any, arguments: dict[str, Any], stack: ExitStack) -> None:
+    def _route_samples(self, names: Any, args: tuple[Any, ...], kwargs: dict[str, Any], stack: ExitStack) -> None:
         """Give every adapted layer the name of an adapter for each sample, until ``stack`` is closed.
 
         Raises:
-            UserError: in training, with merged adapters, or with a name that no layer has.
+            UserError: in training, with merged adapters, with a name that is no adapter's, or without one name for each
+                sample, where the samples are seen here; else the layers see them.
         """
         layers = [module for module in self.modules() if isinstance(module, PeraLayer)]
         if self.training:
@@ -243,7 +246,11 @@ class PeraModel(BaseTuner):
             raise UserError(f"adapter_names={names!r} should be a list with the name of an adapter for each sample.")
         if unknown := sorted(set(names) - {BASE} - self.peft_config.keys()):
             raise UserError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        repeats = _repeats(arguments, getattr(self.model, "generation_config", None))
+        inputs = (*args[:1], kwargs.get("inputs"), kwargs.get(getattr(self.model, "main_input_name", "input_ids")))
+        for samples in inputs:
+            if isinstance(samples, Tensor):
+                require_one_name_each(names, len(samples))
+        repeats = _repeats(args, kwargs, getattr(self.model, "generation_config", None))
         for module in self.modules():
             if isinstance(module, (PeraLayer, AuxiliaryTrainingWrapper)):
                 hook = partial(_add_adapter_names, names=names, repeats=repeats)
@@ -259,11 +266,14 @@ def _add_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], nam
     return args, {**kwargs, "adapter_names": list(names)}
 
 
-def _repeats(arguments: dict[str, Any], default: Any) -> int:
+def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], default: Any) -> int:
     """How often ``generate`` repeats each sample: once for each beam or returned sequence."""
-    config = arguments.get("generation_config") or default
-    counts = [arguments.get(key, getattr(config, key, None)) for key in ("num_beams", "num_return_sequences")]
-    return max(count or 1 for count in counts)
+    configs = [*(arg for arg in args if isinstance(arg, GenerationConfig)), kwargs.get("generation_config"), default]
+
+    def count(key: str) -> int:
+        return next(filter(None, [kwargs.get(key), *(getattr(config, key, None) for config in configs)]), 1)
+
+    return max(count("num_beams"), count("num_return_sequences"))
 
 
 _HEADS = ("classifier", "score", "qa_outputs")

@@ -8,7 +8,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from pera.errors import UserError
-from pera.tuner.layers.base import BASE, PeraLayer
+from pera.tuner.layers.base import BASE, PeraLayer, require_one_name_each
 from pera.tuner.layers.conv1d import PeraConv1DLinear
 from pera.tuner.layers.convolution import PeraConvolution
 from pera.tuner.layers.embedding import PeraEmbedding
@@ -27,6 +27,7 @@ __all__ = [
     "adapted_layers",
     "keep_unpacked",
     "layer_class",
+    "require_one_name_each",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,15 @@ from pera.tuner.config import PeraConfig
 
 BASE = "__base__"
 """The name that stands for no adapter in ``adapter_names``, as in PEFT."""
+
+
+def require_one_name_each(adapter_names: Sequence[str], samples: int) -> None:
+    """Raise UserError unless there are as many names as samples."""
+    if len(adapter_names) != samples:
+        raise UserError(
+            "Length of `adapter_names` should be the same as the number of inputs, "
+            f"but got {len(adapter_names)} and {samples} respectively."
+        )
 
 
 class Expansion(NamedTuple):
@@ -232,11 +242,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _add_by_sample(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        if len(x) != len(adapter_names):
-            raise UserError(
-                "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(adapter_names)} and {len(x)} respectively."
-            )
+        require_one_name_each(adapter_names, len(x))
         for name in dict.fromkeys(adapter_names):
             if self.has(name):
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
