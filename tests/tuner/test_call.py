@@ -206,7 +206,7 @@ def test_a_layer_made_within_a_call_has_nothing_of_one_that_is_gone():
             for _ in range(3):
                 assert relative_error(evaluate(layer, x), reference_output(layer, x)) <= 1e-6
             del layer
-            gc.collect()
+            gc.collect(1)  # the young, among which it is
 
 
 # Changes within a call

@@ -36,24 +36,22 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     if adapter_name not in getattr(model, "peft_config", {}):
         raise UserError(f"adapter {adapter_name!r} is not in the model; load one before swapping.")
     try:
-        config = PeftConfig.from_pretrained(path, **kwargs)
+        config: Any = PeftConfig.from_pretrained(path, **kwargs)
         weights = load_peft_weights(path, device="cpu", **kwargs)
     except _UNREADABLE as error:
         raise UserError(f"{path!r} is no adapter that can be read: {error}") from error
-    before = model.peft_config[adapter_name]
+    before: Any = model.peft_config[adapter_name]
     for name, other in ((repr(path), config), (f"adapter {adapter_name!r}", before)):
         if not isinstance(other, PeraConfig):
             raise UserError(f"{name} is a {type(other).__name__}, not a PERA adapter; load it instead of swapping.")
-    assert isinstance(config, PeraConfig)
-    assert isinstance(before, PeraConfig)
     for key in ("terms", "coefficients", "normalization", "trainable_token_indices", "ensure_weight_tying"):
         here, there = getattr(before, key), getattr(config, key)
         if here != there:
             raise UserError(f"{path!r} has {key}={there!r}, the loaded adapter {here!r}; load it instead of swapping.")
     shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    for key, shape in {key: tuple(weight.shape) for key, weight in current.items()}.items():
-        if shapes.pop(key, None) != shape:
+    for key, weight in current.items():
+        if shapes.pop(key, None) != (shape := tuple(weight.shape)):
             raise UserError(f"{path!r} does not have {key} of shape {shape}; load it instead of swapping.")
     base = dict(model.named_parameters(remove_duplicate=False))
     for key in sorted(shapes):  # PEFT saves embeddings of the base with some adapters
