@@ -35,7 +35,7 @@ class PeraEmbedding(PeraLayer):
         return {"lora_embedding_A": A, "lora_embedding_B": B}
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Indices ``(...)`` → ``(..., embedding_dim)``, in the dtype of the factors or better."""
+        """Indices ``(...)`` → ``(..., embedding_dim)``, in the dtype of the factors, or autocast's."""
         base: Any = self.get_base_layer()
         A, B, h = self.factors(adapter_name)
         terms, normalization = self.expansion[adapter_name]
