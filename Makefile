@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# One thread for each process, or they wait for one another.
+ALONE := OMP_NUM_THREADS=1
+PARALLEL := -n auto --maxprocesses 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-peft test-slow lint format clean
@@ -13,10 +16,10 @@ demo: $(INSTALLED)  ## fine-tune, score, merge and export the embedded model
 	$(BIN)/pera quickstart
 
 test: $(INSTALLED)  ## the fast tests
-	$(BIN)/python -m pytest
+	$(ALONE) $(BIN)/python -m pytest $(PARALLEL)
 
 test-peft: $(INSTALLED)  ## PEFT's own tests, with PERA in place of LoRA
-	$(BIN)/python tests/peft_suite/run.py -n auto
+	$(ALONE) $(BIN)/python tests/peft_suite/run.py $(PARALLEL)
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

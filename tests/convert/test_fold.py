@@ -368,6 +368,14 @@ def test_weights_that_cannot_be_are_refused(case):
     assert torch.equal(logits(model), before)
 
 
+def test_a_name_that_cannot_be_is_refused():
+    model = three_adapters()
+    before = logits(model)
+    with pytest.raises(UserError, match=r"adapter_name='first\.second' is the name of a module .* leave out the dot"):
+        combine(model, {"default": 1}, adapter_name="first.second")
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -14,12 +14,12 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from pera import PeraConfig, PeraModel, UserError
 from pera.polynomial import num_coefficients
 from reference import NORMALIZATIONS, TERMS, relative_error
-from tiny import adapt, gpt2, layers, linear, llama, logits, reference_delta, reference_output, tokens
+from tiny import VOCABULARY, adapt, gpt2, layers, linear, llama, logits, reference_delta, reference_output, tokens
 
 LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 GPT2_LINEAR = {"c_attn", "c_proj", "c_fc"}
@@ -166,6 +166,14 @@ def test_an_unsupported_layer_is_refused_with_the_supported_kinds(module, kind):
         adapt(nn.Sequential(nn.Linear(4, 4), module), target_modules=["0", "1"])
 
 
+@pytest.mark.parametrize("target", ["out_proj", "conv1d", "dt_proj"])
+@pytest.mark.parametrize("targets", [lambda name: [name], lambda name: ["in_proj", name], lambda name: rf".*\.{name}"])
+def test_layers_that_mamba_reads_without_a_call_are_refused(target, targets):
+    base = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1))
+    with pytest.raises(UserError, match=rf"'{target}' of a mamba model .* an adapter would be ignored; leave it out"):
+        adapt(base, target_modules=targets(target))
+
+
 # What else is trained
 
 
@@ -197,6 +205,37 @@ def test_modules_to_save_are_trained_and_saved(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=False), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("indices", [[5, 11], {"embed_tokens": [5, 11]}])
+def test_rows_of_tokens_are_trained_saved_and_merged(indices, tmp_path):
+    def base():
+        return llama(tie_word_embeddings=False)
+
+    model = adapt(base(), target_modules=["q_proj"], trainable_token_indices=indices)
+    others = {name for name in trainable(model) if ".pera_" not in name}
+    assert others == {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"}
+    ids = torch.arange(VOCABULARY)[None]
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    rows = model.get_input_embeddings().weight.detach()
+    before = base().get_input_embeddings().weight.detach()
+    assert (rows != before).any(1).nonzero().flatten().tolist() == [5, 11]
+
+    def outputs(model):
+        with torch.no_grad():
+            return model(ids).logits
+
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    saved = [name for name in load_file(tmp_path / "adapter_model.safetensors") if ".pera_" not in name]
+    assert saved == ["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    assert torch.equal(outputs(PeftModel.from_pretrained(base(), tmp_path)), expected)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), outputs(base()))
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.get_input_embeddings().weight, rows)
+    assert relative_error(outputs(merged), expected) <= 1e-5
 
 
 # Several adapters
@@ -256,6 +295,29 @@ def test_a_second_adapter_on_all_linear_layers(make):
     model = adapt(make(), target_modules="all-linear")
     model.add_adapter("second", PeraConfig(target_modules="all-linear"))
     assert all(set(layer.pera_A) == {"default", "second"} for layer in layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["c_attn"], "bias": "pera_only"}, "supports only 1 adapter with bias"),
+        ({"target_modules": ["c_atn"]}, "'c_atn' not found in the base model"),
+        ({"target_modules": ["ln_f"]}, "'transformer.ln_f' is a LayerNorm, which PERA does not support"),
+    ],
+)
+def test_a_second_adapter_that_is_refused_leaves_the_first(options, message, tmp_path):
+    model = adapt(gpt2(), target_modules=["c_attn"], bias="all")
+    expected, names = logits(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("second", PeraConfig(**options))
+    assert list(model.peft_config) == model.active_adapters == ["default"]
+    assert list(model.state_dict()) == names
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(gpt2(), tmp_path)), expected)
+    model.add_adapter("second", PeraConfig(target_modules=["c_fc"]))
+    model.delete_adapter("second")
+    assert relative_error(logits(model.merge_and_unload()), expected) <= 1e-5
 
 
 # Saving and loading

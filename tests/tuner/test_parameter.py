@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import reference
-from pera import PeraConfig, UserError, to_lora
+from pera import PeraConfig, UserError, combine, to_lora
 from pera.tuner.layers import ParamWrapper
 from pera.tuner.saved import saved_factors
 from reference import relative_error
@@ -165,6 +165,22 @@ def test_it_equals_a_lora(make):
     adapted = adapt(make(), normalization="rms")
     expected = logits(adapted)
     assert relative_error(logits(to_lora(adapted)), expected) <= 1e-5
+
+
+def test_two_combined_are_their_weighted_sum(make):
+    adapted = adapt(make())
+    adapted.add_adapter("second", PeraConfig(r=3, init_weights=False, target_modules=[], target_parameters=EXPERTS))
+    adapted.base_model.set_adapter(["default", "second"])
+    weights = {"default": 0.5, "second": -2.0}
+    for layer in layers(adapted).values():
+        for name, weight in weights.items():
+            layer.set_scale(name, weight)
+    expected = logits(adapted)
+    for layer in layers(adapted).values():
+        for name in weights:
+            layer.set_scale(name, 1.0)
+    assert relative_error(logits(adapted), expected) > 1e-3
+    assert relative_error(logits(combine(adapted, weights)), expected) <= 1e-5
 
 
 def test_compiled_it_gives_the_same(make):

@@ -9,10 +9,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 import reference
-from pera import PeraConfig
+from pera import PeraConfig, UserError
 from reference import relative_error
 from tiny import adapt, evaluate, gpt2, layers, llama, logits, reference_base, tokens
 
@@ -221,6 +221,39 @@ def test_rank_and_scale_are_those_of_the_embedding(tied):
     both = [layers(model)[name] for name in (tied.embedding, "lm_head")]
     assert [(layer.r["default"], layer.scaling["default"]) for layer in both] == [(2, 2.5)] * 2
     assert relative_error(logits(model), logits(explicit(tied, model))) <= 1e-5
+
+
+def t5():
+    """Four uses of one weight: the shared embedding, which is not called, those of encoder and decoder, the head."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+def t5_logits(model):
+    with torch.no_grad():
+        return model(input_ids=tokens(), decoder_input_ids=tokens()[:, :4]).logits
+
+
+@pytest.mark.parametrize("target", ["shared", "embed_tokens", "lm_head"])
+def test_four_uses_of_one_weight(target, tmp_path):
+    model = adapt(t5(), target_modules=[target], ensure_weight_tying=True)
+    assert trained(model) == factors_of("shared")
+    assert set(layers(model)) == {"shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}
+    expected = t5().double()
+    expected.shared.weight.data.copy_(reference_base(layers(model)["shared"]).weight)
+    assert relative_error(t5_logits(t5()), t5_logits(expected)) > 0.5, "the adapter is visible"
+    assert relative_error(t5_logits(model), t5_logits(expected)) <= 1e-5
+    model.save_pretrained(tmp_path)
+    assert torch.equal(t5_logits(PeftModel.from_pretrained(t5(), tmp_path)), t5_logits(model))
+    merged = model.merge_and_unload()
+    assert len({merged.get_parameter(f"{name}.weight") for name in ("shared", "decoder.embed_tokens", "lm_head")}) == 1
+    assert relative_error(t5_logits(merged), t5_logits(expected)) <= 1e-5
+
+
+def test_saved_modules_that_peft_would_tie_wrongly_are_refused():
+    with pytest.raises(UserError, match=r"modules_to_save: 'decoder\.embed_tokens' is an embedding, which PEFT ties"):
+        adapt(t5(), target_modules=["q"], modules_to_save=["lm_head"], ensure_weight_tying=True)
 
 
 def test_without_a_shared_weight_the_option_does_nothing():

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from pera.errors import UserError, nearest
 from pera.polynomial import lora_factors
-from pera.tuner import PeraConfig, PeraLayer, PeraModel, adapted_layers
+from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, PeraModel, adapted_layers
 
 
 def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftModel:
@@ -59,6 +59,8 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"weights={weights!r} names no adapter; give one or more as {{name: weight}}.")
     _check(model, list(weights))
+    if "." in adapter_name:
+        raise UserError(f"adapter_name={adapter_name!r} is the name of a module in the result; leave out the dot.")
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UserError(f"weights[{name!r}]={weight!r} should be a finite number.")
@@ -69,8 +71,13 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
         if config.bias != "none":
             raise UserError(f"bias={config.bias!r} of adapter {name!r} has no weighted sum.")
     folded = _folded(model, weights)
-    first: Any = model.peft_config[next(iter(weights))]
-    config = lora_config(first, _rank(folded), target_modules=list(folded), exclude_modules=None)
+    configs: list[Any] = [model.peft_config[name] for name in weights]
+    targets = {
+        "target_modules": [name for name, (layer, *_) in folded.items() if not isinstance(layer, ParamWrapper)],
+        "target_parameters": sorted({name for c in configs for name in c.target_parameters or ()}),
+        "exclude_modules": None,
+    }
+    config = lora_config(configs[0], _rank(folded), **targets)
     return _replaced(model, {adapter_name: (config, _state(folded))})
 
 

@@ -156,14 +156,17 @@ class PeraModel(BaseTuner):
                 )
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        ignored = kind in ("mamba", "falcon_mamba") and target_name == "dt_proj"
         try:
             _check_lora_target_modules_mamba(LoraConfig(), model, target_name)
-        except ValueError as error:
-            kind = model.config.model_type  # type: ignore[union-attr]
+        except ValueError:
+            ignored = True
+        if ignored:
             raise UserError(
                 f"target_modules: {target_name!r} of a {kind} model is read by a kernel without being called, so that "
                 "an adapter would be ignored; leave it out."
-            ) from error
+            )
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """As PEFT's, which knows embeddings by two names; here an embedding is what the model says it is."""
