@@ -9,7 +9,7 @@ ALONE := OMP_NUM_THREADS=1
 PARALLEL := -n auto --maxprocesses 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-peft test-slow lint format clean
+.PHONY: demo test test-peft test-slow bench lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)  ## fine-tune, score, merge and export the embedded model
@@ -23,6 +23,9 @@ test-peft: $(INSTALLED)  ## PEFT's own tests, with PERA in place of LoRA
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+bench: $(INSTALLED)  ## time and memory beside LoRA, DoRA and HiRA; alone on the machine, about an hour
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/adapters.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

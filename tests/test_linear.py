@@ -4,6 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import reference
@@ -255,13 +257,92 @@ def test_compiled_without_a_graph_break_gives_the_same(normalization, backend):
 # What is kept for backward
 
 
-@pytest.mark.parametrize("terms", TERMS)
-def test_backward_keeps_x_the_factors_and_the_thin_product(terms):
-    x, A, B, h = inputs = leaves(torch.randn(2, 5, N), *draw(3, terms, dtype=torch.float32))
+def saved_by(call):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        pera_linear(*inputs, terms=terms, normalization="rms")
-    thin = 2 * 5 * expanded_rank(3, terms)
-    assert sum(t.numel() for t in saved) == x.numel() + A.numel() + B.numel() + h.numel() + thin
+        call()
+    return saved
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("terms", TERMS)
+def test_backward_keeps_x_the_factors_and_the_thin_product_unless_computed_again(terms, recompute):
+    x, A, B, h = inputs = leaves(torch.randn(2, 5, N), *draw(3, terms, dtype=torch.float32))
+    options = {"terms": terms, "normalization": "rms", "recompute": recompute}
+    saved = saved_by(lambda: pera_linear(*inputs, base=torch.randn(2, 5, M, requires_grad=True), **options))
+    thin = [] if recompute else [2 * 5 * expanded_rank(3, terms)]
+    assert sum(t.numel() for t in saved) == x.numel() + A.numel() + B.numel() + h.numel() + sum(thin)
     own = {t.data_ptr() for t in inputs}
-    assert [t.numel() for t in saved if t.data_ptr() not in own] == [thin], "x and the factors are not copied"
+    assert [t.numel() for t in saved if t.data_ptr() not in own] == thin, "x and the factors are not copied"
+
+
+@pytest.mark.parametrize(("r", "kept"), [(3, True), (4, False)])  # K = 9 and 14 for inputs of 9
+def test_a_thin_product_larger_than_the_input_is_computed_again(r, kept):
+    inputs = leaves(torch.randn(5, N), *draw(r, "all", dtype=torch.float32))
+    assert len(saved_by(lambda: pera_linear(*inputs))) == 4 + kept
+
+
+def test_computing_the_thin_product_again_changes_nothing():
+    inputs = leaves(torch.randn(5, N), *draw(3, "all", dtype=torch.float32))
+    results = []
+    for recompute in (True, False, None):
+        y = pera_linear(*inputs, normalization="rms", recompute=recompute)
+        results.append([y, *gradients(y, inputs, torch.ones_like(y))])
+    for again, kept, default in zip(*results, strict=True):
+        assert torch.equal(again, kept)
+        assert torch.equal(default, kept)
+
+
+class Shapes(TorchDispatchMode):
+    """Shapes and dtypes of everything that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen += [(tuple(t.shape), t.dtype) for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_bfloat16_activations_are_never_copied_to_float32(normalization):
+    tokens = 101  # a length that nothing else has
+    A, B, h = leaves(*draw(3, "all", dtype=torch.float32))
+    x, base = leaves(torch.randn(tokens, N).bfloat16(), torch.randn(tokens, M).bfloat16())
+    with Shapes() as shapes:
+        y = pera_linear(x, A, B, h, normalization=normalization, base=base)
+        y.backward(torch.ones_like(y))
+    dtypes = {dtype for shape, dtype in shapes.seen if tokens in shape}
+    assert dtypes == {torch.bfloat16}
+
+
+# What it is added to
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("base_dtype", [torch.float64, torch.float32])
+def test_base_is_added_in_its_dtype(base_dtype, shape):
+    x, A, B, h = leaves(torch.randn(*shape, N, dtype=torch.float64), *draw(3, "all"))
+    (base,) = leaves(torch.randn(*shape, M, dtype=base_dtype))
+    y = pera_linear(x, A, B, h, base=base)
+    expected = base + pera_linear(x, A, B, h).to(base_dtype)
+    assert y.dtype == base_dtype
+    tolerance = 1e-14 if base_dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    cotangent = torch.randn_like(y)
+    for ours, theirs in zip(
+        gradients(y, (base, x, A, B, h), cotangent), gradients(expected, (base, x, A, B, h), cotangent), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3)])
+def test_output_and_gradient_of_x_are_no_views(shape):
+    """Else autograd cannot sum the gradients of x in place, and users cannot write into an output."""
+    inputs = leaves(torch.randn(*shape, N), *draw(3, "all", dtype=torch.float32))
+    y = pera_linear(*inputs)
+    y += 1
+    assert not y._is_view()
+    assert not gradients(y, inputs, torch.ones_like(y))[0]._is_view()

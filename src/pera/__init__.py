@@ -6,6 +6,7 @@ and ``AutoPeftModel…`` know it.
 
 from pera.convert.fold import combine, to_lora
 from pera.errors import PeraError, UserError
+from pera.expansion import use_kernels
 from pera.linear import pera_linear
 from pera.optim import parameter_groups
 from pera.tuner import PeraConfig, PeraModel, hotswap_adapter, register
@@ -21,6 +22,7 @@ __all__ = [
     "parameter_groups",
     "pera_linear",
     "to_lora",
+    "use_kernels",
 ]
 
 register()

@@ -78,7 +78,7 @@ def fixed_coefficients(
 
 def rms(X: Tensor) -> Tensor:
     """ρ(X) = sqrt(mean(X²) + ε²) over all entries of a matrix, ε = 1e-12. A scalar, float32 or better."""
-    X = _working(X)
+    X = working(X)
     return (X.square().mean((-2, -1)) + EPSILON**2).sqrt()
 
 
@@ -100,8 +100,8 @@ def expand(
     Raises:
         UserError: unknown ``terms`` or ``normalization``, or h of another length than the terms need.
     """
-    X = _working(X)
-    _check(X, h, terms, normalization)
+    X = working(X)
+    check(X, h, terms, normalization)
     blocks = _blocks(X.shape[-2], terms)
     if not blocks:
         return X
@@ -133,7 +133,7 @@ def expand_vjp(
     Returns:
         Gradient of X, ``(r, d)``, and of h (``None`` when h is), both float32 or better.
     """
-    X, grad = _working(X), _working(grad)
+    X, grad = working(X), working(grad)
     r = X.shape[0]
     grad_X = grad[:r].clone()
     if grad.shape[0] == r:
@@ -209,12 +209,13 @@ def delta_weight(
     return lora_B @ lora_A
 
 
-def _working(X: Tensor) -> Tensor:
+def working(X: Tensor) -> Tensor:
     """``X`` in the dtype the algebra is computed in: float64 stays, anything smaller becomes float32."""
     return X.to(torch.promote_types(X.dtype, torch.float32))
 
 
-def _check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> None:
+def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> None:
+    """Raise UserError as :func:`expand` does."""
     known = get_args(Normalization)
     if normalization not in known:
         raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, known)}")
@@ -237,7 +238,7 @@ def _factor(
     """What each product is multiplied by, h / ρ, as a column ``(num_coefficients, 1)``; None where that is 1."""
     if h is None and normalization == "none":
         return None
-    factor = X.new_ones(num_coefficients(X.shape[-2], terms)) if h is None else _working(h)
+    factor = X.new_ones(num_coefficients(X.shape[-2], terms)) if h is None else working(h)
     if normalization == "rms":
         factor = factor / (rms(X) if rho is None else rho).unsqueeze(-1)
     return factor.unsqueeze(-1)

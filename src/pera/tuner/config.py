@@ -52,6 +52,8 @@ class PeraConfig(PeftConfig):
         normalization: "none" as published; the products are then orders of magnitude below the factors
             and hardly take part. "rms" divides a product by the root mean square of its factor, which
             wakes them; use it when the high-order terms are what you want to study or use.
+        recompute: whether linear layers compute the thin product x Âᵀ, tokens × K, again in backward instead of keeping
+            it. None does so where it is larger than the input of the layer; True saves memory for a little time.
         bias: which biases to train: "none", "all", or "pera_only" (those of adapted modules).
         modules_to_save: further modules to train in full and save, such as a classification head.
         trainable_token_indices: rows of the input embedding to train in full, as token ids, or by the name of an
@@ -95,6 +97,9 @@ class PeraConfig(PeftConfig):
     )
     normalization: Normalization = _option(
         "none", "'none' as published; 'rms' gives a product the scale of one factor and so wakes the high-order terms."
+    )
+    recompute: bool | None = _option(
+        None, "Compute the tokens x K product again in backward. None does so where it is larger than the input."
     )
     bias: Literal["none", "all", "pera_only"] = _option(
         "none", "Biases to train: 'none', 'all', 'pera_only'. With biases trained, disabling is not the base model."
@@ -233,6 +238,8 @@ class PeraConfig(PeftConfig):
         for key in ("init_weights", "use_rslora", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{key}={getattr(self, key)!r} should be True or False.")
+        if self.recompute not in (None, True, False):
+            raise UserError(f"recompute={self.recompute!r} should be True, False or None.")
         if isinstance(self.target_modules, str):
             for key in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, key) is not None:

@@ -48,7 +48,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("pera_A", "pera_B", "pera_h")
-    other_param_names = ("r", "pera_alpha", "scaling", "pera_dropout", "expansion", "tied")
+    other_param_names = ("r", "pera_alpha", "scaling", "pera_dropout", "expansion", "recompute", "tied")
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.pera_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.expansion: dict[str, Expansion] = {}
+        self.recompute: dict[str, bool | None] = {}
         self.tied: dict[str, PeraLayer] = {}
         self.pera_dropout = nn.ModuleDict()
         self.pera_A = nn.ParameterDict()
@@ -116,6 +117,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.pera_alpha[adapter_name] = r if alpha is None else alpha
         self.scaling[adapter_name] = self._initial_scaling[adapter_name] = config.scaling(r, alpha)
         self.expansion[adapter_name] = Expansion(config.terms, config.normalization)
+        self.recompute[adapter_name] = config.recompute
         self.pera_dropout[adapter_name] = nn.Dropout(config.pera_dropout) if config.pera_dropout else nn.Identity()
         for parameters in (self.pera_A, self.pera_B, self.pera_h, self.tied):
             if adapter_name in parameters:
@@ -216,6 +218,10 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """What the adapter adds to the output of the base layer for the input ``x``."""
         raise NotImplementedError
 
+    def add_adapter_output(self, result: Tensor, adapter_name: str, x: Tensor) -> Tensor:
+        """``result`` plus :meth:`adapter_output`, in the dtype of ``result``."""
+        return result + self.adapter_output(adapter_name, x).to(result.dtype)
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The output of the base layer, in its dtype, plus that of the active adapters that are not merged.
 
@@ -231,14 +237,13 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return self._add_by_sample(result, x, adapter_names)
         for name in self.active_adapters:
             if self.has(name) and name not in self.merged_adapters:
-                result = result + self.adapter_output(name, x).to(dtype)
+                result = self.add_adapter_output(result, name, x)
         return result
 
     def _add_by_sample(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:

@@ -13,9 +13,15 @@ class PeraLinear(PeraLayer):
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """s · dropout(x) ΔWᵀ, ``(..., in_features)`` → ``(..., out_features)``, in the dtype of the computation."""
-        if self._unchanging():
-            dtype = computation_dtype(x)
-            return expanded_linear(x.to(dtype), *self.expansions(adapter_name, dtype))
+        return self._applied(adapter_name, x, None)
+
+    def add_adapter_output(self, result: Tensor, adapter_name: str, x: Tensor) -> Tensor:
+        return self._applied(adapter_name, x, result)
+
+    def _applied(self, adapter_name: str, x: Tensor, base: Tensor | None) -> Tensor:
+        dtype = computation_dtype(x)
+        if self._unchanging() and (base is None or base.dtype == dtype):
+            return expanded_linear(x.to(dtype), *self.expansions(adapter_name, dtype), base)
         terms, normalization = self.expansion[adapter_name]
         return pera_linear(
             self.pera_dropout[adapter_name](x),
@@ -23,6 +29,8 @@ class PeraLinear(PeraLayer):
             terms=terms,
             normalization=normalization,
             scaling=self.scaling[adapter_name],
+            base=base,
+            recompute=self.recompute[adapter_name],
         )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
