@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from peft import PeftConfig
@@ -14,15 +14,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pera import methods
 from pera.errors import UserError, nearest
 from pera.optim import check_groups
-from pera.tasks import ReasoningTask, Task
+from pera.tasks import ReasoningTask, Task, divided
 from pera.tuner import PeraConfig
 
+M = TypeVar("M", bound=BaseModel)
 
-class _Section(BaseModel):
+
+class Section(BaseModel):
+    """Keys and values of a file; an unknown key is a mistake."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The base model. A recipe may give its name alone."""
 
     name: str
@@ -34,7 +38,7 @@ class ModelSection(_Section):
     trust_remote_code: bool = False
 
 
-class TaskSection(_Section):
+class TaskSection(Section):
     """What is learned and what is asked."""
 
     name: str
@@ -45,9 +49,13 @@ class TaskSection(_Section):
     """Draws other problems; the same for every seed of training, so that runs are comparable."""
     options: dict[str, Any] = {}
     """Further options of the data set."""
+    train_share: float = Field(1.0, gt=0, le=1)
+    """Share of the training rows that is used."""
+    held_out: int = Field(0, ge=0)
+    """Training rows that are scored in the place of the test rows, and not trained on; to choose settings by."""
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How it is learned. Exactly one of ``max_steps`` and ``epochs``."""
 
     learning_rate: float = Field(1e-4, gt=0)
@@ -87,7 +95,7 @@ class TrainingSection(_Section):
         return section
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """How answers are scored."""
 
     scorer: Literal["exact_match"] = "exact_match"
@@ -100,7 +108,7 @@ def _name_alone(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A run, completely described. :func:`load_recipe` reads one."""
 
     name: str
@@ -136,7 +144,8 @@ class Recipe(_Section):
     def build_task(self) -> Task:
         """The examples and their scorer."""
         t = self.task
-        return ReasoningTask(t.name, train_size=t.train_size, test_size=t.test_size, seed=t.seed, options=t.options)
+        task = ReasoningTask(t.name, train_size=t.train_size, test_size=t.test_size, seed=t.seed, options=t.options)
+        return divided(task, share=t.train_share, held_out=t.held_out)
 
     def to_yaml(self) -> str:
         """The recipe with every default filled in."""
@@ -155,43 +164,61 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         UserError: no such recipe, not YAML, an unknown key (the nearest known one is named), a value
             that does not fit.
     """
-    path = Path(source)
-    if path.is_file():
-        text, name = _read(path), path.stem
-    elif source in shipped_recipes():
-        text, name = (resources.files("pera") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8"), source
-    elif (path / "recipe.yaml").is_file():
+    if (Path(source) / "recipe.yaml").is_file():
         raise UserError(
             f"recipe: {source!r} is a run; go on with --resume, or give {source}/recipe.yaml to start anew."
         )
-    elif path.suffix in (".yaml", ".yml") or "/" in source:
-        raise UserError(f"recipe: file {source!r} does not exist.")
-    else:
-        raise UserError(f"recipe: {source!r} is no file and no recipe of pera's; {nearest(source, shipped_recipes())}")
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe: {source!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"recipe: {source!r} should hold keys and values, such as model: smollm2-135m.")
+    content = read_yaml(source, "recipe", "recipes")
     for override in overrides or []:
-        _override(content, override)
-    return parse_recipe({"name": name, **content})
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe: {str(path)!r} is not a text file that can be read: {error}.") from error
+        apply_override(content, override)
+    return parse_recipe(content)
 
 
 def parse_recipe(content: dict[str, Any]) -> Recipe:
     """A recipe from its content; raises :class:`UserError` as :func:`load_recipe` does."""
+    return parse(Recipe, content, "recipe")
+
+
+def read_yaml(source: str, kind: str, shipped: str) -> dict[str, Any]:
+    """Keys and values of the YAML file ``source``, or of the one of that name in pera's folder ``shipped``, with the
+    file's name as ``name``; ``kind`` names what it is in the messages.
+
+    Raises:
+        UserError: no such file, not YAML, no keys and values.
+    """
+    path = Path(source)
+    known = shipped_files(shipped)
+    if path.is_file():
+        text, name = _read(path, kind), path.stem
+    elif source in known:
+        text, name = (resources.files("pera") / shipped / f"{source}.yaml").read_text(encoding="utf-8"), source
+    elif path.suffix in (".yaml", ".yml") or "/" in source:
+        raise UserError(f"{kind}: file {source!r} does not exist.")
+    else:
+        raise UserError(f"{kind}: {source!r} is no file and no {kind} of pera's; {nearest(source, known)}")
     try:
-        return Recipe.model_validate(content)
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{kind}: {source!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        example = "model: smollm2-135m" if kind == "recipe" else "base: quickstart"
+        raise UserError(f"{kind}: {source!r} should hold keys and values, such as {example}.")
+    return {"name": name, **content}
+
+
+def _read(path: Path, kind: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind}: {str(path)!r} is not a text file that can be read: {error}.") from error
+
+
+def parse(model: type[M], content: dict[str, Any], kind: str) -> M:
+    """``content`` as a ``model``; every mistake in it is named in one sentence of a :class:`UserError`."""
+    try:
+        return model.model_validate(content)
     except ValidationError as error:
-        raise UserError("; ".join(_sentence(e) for e in error.errors())) from error
+        raise UserError("; ".join(_sentence(e, model, kind) for e in error.errors())) from error
 
 
 def difference(a: Recipe, b: Recipe) -> str | None:
@@ -208,7 +235,12 @@ def difference(a: Recipe, b: Recipe) -> str | None:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that ship with pera."""
-    return sorted(f.name.removesuffix(".yaml") for f in (resources.files("pera") / "recipes").iterdir())
+    return shipped_files("recipes")
+
+
+def shipped_files(folder: str) -> list[str]:
+    """Names of the YAML files in a folder of pera's."""
+    return sorted(f.name.removesuffix(".yaml") for f in (resources.files("pera") / folder).iterdir())
 
 
 class _Loader(yaml.SafeLoader):
@@ -227,7 +259,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one key of a recipe's content, given as ``key.subkey=value``."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} should have the form key.subkey=value.")
@@ -246,21 +279,23 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: the value is not valid YAML.") from error
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: Any, model: type[BaseModel], kind: str) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{where} is not a key of a recipe; {nearest(str(error['loc'][-1]), _known_keys(error['loc'][:-1]))}"
+        known = _known_keys(model, error["loc"][:-1])
+        return f"{where} is not a key of a {kind}; {nearest(str(error['loc'][-1]), known)}"
     if error["type"] == "missing":
-        return f"{where} is missing in the recipe"
+        return f"{where} is missing in the {kind}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where}={error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Recipe
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    section: Any = model
     for part in location:
-        annotation = section.model_fields[part].annotation
-        section = annotation
+        if not isinstance(part, int):  # the place in a list
+            section = section.model_fields[part].annotation
+        section = next(iter(get_args(section)), section)
     return list(section.model_fields)

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from pera import models
+from pera import methods, models
 from pera.card import write_card
 from pera.diagnose import RatioCallback
 from pera.errors import UserError
@@ -37,7 +37,6 @@ from pera.recipe import Recipe, TrainingSection
 from pera.runs import COMPLETE, Run, command_line, open_model
 from pera.tasks.base import Example
 from pera.tasks.prompts import AnswerCollator, encode_example
-from pera.tuner import check_names
 
 
 class TrainingSummary(NamedTuple):
@@ -71,8 +70,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
     set_seed(spec.seed)
     try:
-        config = recipe.peft_config()
-        check_names(model, config)
+        config = methods.fit_to(model, recipe.peft_config())
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"method: {' '.join(str(error).split())}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pera.tasks.base import Example, Task
+from pera.tasks.base import Example, Task, divided
 from pera.tasks.reasoning import ReasoningTask
 
-__all__ = ["Example", "ReasoningTask", "Task"]
+__all__ = ["Example", "ReasoningTask", "Task", "divided"]
