@@ -39,6 +39,10 @@ from pera.tasks.base import Example
 from pera.tasks.prompts import AnswerCollator, encode_example
 
 
+class LossNotFinite(UserError):
+    """The training has diverged."""
+
+
 class TrainingSummary(NamedTuple):
     """What a training took, since it was last resumed: seconds, tokens (padding included), peak memory in bytes."""
 
@@ -47,6 +51,7 @@ class TrainingSummary(NamedTuple):
     peak_memory: int | None
     final_loss: float | None
     left_out: int
+    steps: int
 
 
 def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | None = None) -> TrainingSummary:
@@ -59,8 +64,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         console: where progress is shown; None shows nothing.
 
     Raises:
-        UserError: the model, a target module or the task cannot be had; the loss is not finite; the disk
-            refuses.
+        LossNotFinite: the loss is not finite.
+        UserError: the model, a target module or the task cannot be had; the disk refuses.
     """
     spec = recipe.training
     task = recipe.build_task()
@@ -102,7 +107,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     seconds = time.perf_counter() - start
     tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
     losses = [line["loss"] for line in run.metrics()]
-    summary = TrainingSummary(seconds, tokens, peak_memory(), losses[-1] if losses else None, left_out)
+    steps = trainer.state.global_step - progress.steps_before
+    summary = TrainingSummary(seconds, tokens, peak_memory(), losses[-1] if losses else None, left_out, steps)
     write_json(run.cost_file, summary._asdict())
     with atomic_folder(run.adapter) as folder:
         adapted.save_pretrained(str(folder))
@@ -210,7 +216,7 @@ class _Progress(TrainerCallback):
         lines = [line for line in run.metrics() if line["step"] <= kept]
         write_atomic(run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
         self._start = 0.0
-        self.tokens_before = 0
+        self.tokens_before = self.steps_before = 0
 
     def __enter__(self) -> _Progress:
         self._bar.start()
@@ -221,6 +227,7 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        self.steps_before = state.global_step
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -249,7 +256,7 @@ class _Progress(TrainerCallback):
         note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
         self._bar.update(self._task, note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise UserError(
+            raise LossNotFinite(
                 f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
                 "lower the rate."
             )

@@ -34,14 +34,14 @@ def test_a_smaller_share_is_part_of_a_larger_one_in_the_order_of_the_data():
     task = Counting()
     shares = [divided(task, share=share).train for share in (0.1, 0.5, 1.0)]
     assert [len(s) for s in shares] == [10, 50, 100]
-    assert set(s.answer for s in shares[0]) < set(s.answer for s in shares[1])
+    assert {s.answer for s in shares[0]} < {s.answer for s in shares[1]}
     assert shares[2] == task.train
     assert [int(e.answer) for e in shares[1]] == sorted(int(e.answer) for e in shares[1])
     assert divided(task, share=0.5).test == task.test
 
 
 def test_nothing_left_to_train_on_is_refused():
-    with pytest.raises(UserError, match="task.held_out=100 leaves nothing of the 100 training rows of counting"):
+    with pytest.raises(UserError, match=r"task\.held_out=100 leaves nothing of the 100 training rows of counting"):
         divided(Counting(), held_out=100)
 
 
