@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pera.files import write_json
 from pera.polynomial import coefficient_pairs
 from pera.runs import Run, open_model
-from pera.tasks.prompts import IGNORED, AnswerCollator, encode_example
+from pera.tasks.prompts import IGNORED, encode_task, task_collator
 from pera.tuner import PeraLayer, adapted_layers
 
 Part = Literal["square", "cross", "high_order"]
@@ -77,8 +77,9 @@ def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects
     """
     recipe = run.recipe
     model, tokenizer = open_model(run.location, "float32")
-    encoded = [encode_example(tokenizer, example) for example in recipe.build_task().test[:examples]]
-    collate = AnswerCollator(tokenizer, model.get_base_model())
+    task = recipe.build_task()
+    encoded = encode_task(task, tokenizer, task.test[:examples], model.config.max_position_embeddings).rows
+    collate = task_collator(task, tokenizer, model.get_base_model())
     device = next(model.parameters()).device
     batches = [
         {key: value.to(device) for key, value in collate(encoded[i : i + batch_size]).items()}
@@ -113,7 +114,7 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float
     total, tokens = 0.0, 0
     for batch in batches:
         labels: Any = batch["labels"]
-        count = int((labels[:, 1:] != IGNORED).sum())
+        count = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
         total += model(**batch).loss.item() * count
         tokens += count
     return total / tokens, tokens
