@@ -141,6 +141,8 @@ class TrainingSection(_Section):
     """For all parameters, or by group, as in :func:`pera.optim.parameter_groups`."""
     max_grad_norm: float = Field(1.0, ge=0)
     gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    """Batches of examples of about one length, drawn at random: less padding, another order."""
     max_length: int = Field(1024, ge=1)
     """Longer training examples, in tokens, are left out and counted; texts to classify are cut and counted."""
     seed: int = Field(42, ge=0)

@@ -70,9 +70,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     set_seed(spec.seed)  # a classification head is drawn when the model is loaded
     model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype, task.labels)
     encoded = _encode(task, tokenizer, spec.max_length)
-    choosing = (
-        encode_task(task, tokenizer, task.validation, _limit(tokenizer, spec.max_length)) if task.validation else None
-    )
+    choosing = encode_task(task, tokenizer, task.validation, _limit(tokenizer, spec.max_length))
     _check_validation(spec, task, choosing)
     run.write_environment(model, command_line())
     write_json(run.data_file, {**task.manifest, "notes": list(task.notes)})
@@ -97,7 +95,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
             model=adapted,
             args=arguments,
             train_dataset=encoded.rows,
-            eval_dataset=choosing.rows if choosing and spec.eval_steps else None,
+            eval_dataset=choosing.rows if spec.eval_steps else None,
             compute_metrics=_metrics(task),
             data_collator=task_collator(task, tokenizer, model),
             callbacks=[RatioCallback(), progress],
@@ -152,10 +150,10 @@ def _limit(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
     return min(max_length, tokenizer.model_max_length)
 
 
-def _check_validation(spec: TrainingSection, task: Task, choosing: Encoded | None) -> None:
-    if spec.eval_steps is None or (choosing and choosing.rows):
+def _check_validation(spec: TrainingSection, task: Task, choosing: Encoded) -> None:
+    if spec.eval_steps is None or choosing.rows:
         return
-    reason = "they are all longer than training.max_length" if choosing else "the task has none"
+    reason = "they are all longer than training.max_length" if task.validation else "the task has none"
     raise UserError(f"training.eval_steps={spec.eval_steps!r} needs validation rows, and {reason}.")
 
 
@@ -177,10 +175,8 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
     options: dict[str, Any] = {_checkpointing_option(): spec.gradient_checkpointing}
     if spec.eval_steps is not None:
         by_epoch = spec.eval_steps == "epoch"
-        options |= {
-            "eval_strategy": "epoch" if by_epoch else "steps",
-            "eval_steps": None if by_epoch else spec.eval_steps,
-        }
+        options |= {"eval_strategy": "epoch" if by_epoch else "steps"}
+        options |= {"eval_steps": None if by_epoch else spec.eval_steps}
         options |= {"per_device_eval_batch_size": recipe.evaluation.batch_size}
         options |= {"prediction_loss_only": task.labels is None}
     if spec.keep == "best":
@@ -199,6 +195,7 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
         warmup_steps=spec.warmup_steps or spec.warmup_ratio,  # below 1 it is a share
+        train_sampling_strategy="group_by_length" if spec.group_by_length else "random",
         lr_scheduler_type=spec.lr_scheduler,
         weight_decay=0.0 if isinstance(spec.weight_decay, dict) else spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,

@@ -78,7 +78,7 @@ def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects
     recipe = run.recipe
     model, tokenizer = open_model(run.location, "float32")
     task = recipe.build_task()
-    encoded = encode_task(task, tokenizer, task.test[:examples], model.config.max_position_embeddings).rows
+    encoded = encode_task(task, tokenizer, task.test[:examples], recipe.training.max_length).rows
     collate = task_collator(task, tokenizer, model.get_base_model())
     device = next(model.parameters()).device
     batches = [

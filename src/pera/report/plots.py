@@ -29,9 +29,8 @@ def accuracy(scores: Mapping[str, ScoreOf]) -> Picture:
         for i, (which, score) in enumerate(scores.items()):
             axes.barh(i, 100 * score.value, height=0.6, color=COLORS[7 if which == "base" else 0])
             axes.plot([100 * score.low, 100 * score.high], [i, i], color="black", marker="|", markersize=8)
-        axes.set(
-            xlim=(min(0, *(100 * s.low for s in scores.values())), 100), xlabel=f"{metric} in %, with 95 % interval"
-        )
+        lowest = min(0, *(100 * score.low for score in scores.values()))
+        axes.set(xlim=(lowest, 100), xlabel=f"{metric} in %, with 95 % interval")
         axes.set_yticks(range(len(scores)), [names[which] for which in scores])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -145,9 +145,8 @@ def read_hub(repository: str, configuration: str | None, split: str, revision: s
         found = datasets.load_dataset(repository, configuration, split=split, revision=revision)
     except Exception as error:  # the library raises anything, from no network to an unknown split
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(
-            f"task.data: split {split!r} of {name} cannot be had: {reason}; without a network give a folder, data=FOLDER."
-        ) from error
+        sentence = f"split {split!r} of {name} cannot be had: {reason}; without a network give a folder"
+        raise UserError(f"task.data: {sentence}, data=FOLDER.") from error
     return Rows(f"{name}, split {split}", list(found))
 
 
