@@ -48,7 +48,7 @@ def test_right_answers_are_counted_exactly(task, tokenizer, batch_size):
     answers.update(dict.fromkeys(wrong, "neighbour"))
     spec = EvaluationSection(batch_size=batch_size, max_new_tokens=16)
     score, predictions = evaluate(Oracle(tokenizer, answers), tokenizer, task, spec)
-    assert (score.n, score.correct, score.accuracy) == (10, 7, 0.7)
+    assert (score.n, score.correct, score.value) == (10, 7, 0.7)
     assert (score.low, score.high) == wilson_interval(7, 10)
     assert [p.prompt for p in predictions] == [example.prompt for example in task.test]
     assert [p.expected for p in predictions] == [example.answer for example in task.test]
@@ -100,14 +100,23 @@ def test_scores_and_predictions_of_base_and_adapter_are_kept_side_by_side(run):
         assert [line["prompt"] for line in lines] == [example.prompt for example in run.recipe.build_task().test]
         assert sum(line["correct"] for line in lines) == score.correct == content[which]["correct"]
         assert content[which]["scorer"] == "exact_match"
-        assert (content[which]["n"], content[which]["accuracy"]) == (8, score.accuracy)
+        assert (content[which]["n"], content[which]["value"]) == (8, score.value)
         assert (content[which]["low"], content[which]["high"]) == (score.low, score.high)
     answers = [(run.predictions / f"{which}.jsonl").read_text() for which in scores]
     assert answers[0] != answers[1]
 
 
 def test_scoring_again_replaces_a_score_and_keeps_the_other(run):
-    old = {"scorer": "exact_match", "n": 1, "correct": 1, "accuracy": 1.0, "low": 0.2, "high": 1.0, "seconds": 0.1}
+    old = {
+        "scorer": "exact_match",
+        "n": 1,
+        "correct": 1,
+        "metric": "accuracy",
+        "value": 1.0,
+        "low": 0.2,
+        "high": 1.0,
+        "seconds": 0.1,
+    }
     run.scores_file.write_text(json.dumps({"base": old, "adapter": old}))
     evaluate_run(run)
     content = json.loads(run.scores_file.read_text())

@@ -68,12 +68,27 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
 
 
 def _scores(task: str, scores: dict[str, Any]) -> str:
-    rows = [
-        f"| {which} | {s['n']} | {100 * s['accuracy']:.1f} % | {100 * s['low']:.1f} to {100 * s['high']:.1f} % |"
-        for which, s in scores.items()
-    ]
-    head = f"Held-out problems of {_code(task)}, greedy decoding, the task's own scorer."
-    return "\n".join([head, "", "| | n | accuracy | 95 % interval |", "| --- | --- | --- | --- |", *rows])
+    """One table for each scorer: figures of two scorers do not belong in one column."""
+    blocks = []
+    for scorer in dict.fromkeys(s["scorer"] for s in scores.values()):
+        rows = [
+            f"| {which.removesuffix(f'-{scorer}')} | {s['n']} | {100 * s['value']:.1f} % | "
+            f"{100 * s['low']:.1f} to {100 * s['high']:.1f} % |"
+            for which, s in scores.items()
+            if s["scorer"] == scorer
+        ]
+        metric = next(s["metric"] for s in scores.values() if s["scorer"] == scorer)
+        head = f"Held-out rows of {_code(task)}, {_SCORERS.get(scorer, scorer)}."
+        blocks.append("\n".join([head, "", f"| | n | {metric} | 95 % interval |", "| --- | --- | --- | --- |", *rows]))
+    return "\n\n".join(blocks)
+
+
+_SCORERS = {
+    "exact_match": "answers judged by the task's own scorer",
+    "generation": "the first answer found in what the model writes",
+    "likelihood": "options ranked by log-probability",
+    "classification": "the class or number of the head",
+}
 
 
 def _code(text: str) -> str:

@@ -363,12 +363,15 @@ def _cost(run: Run, summary: TrainingSummary) -> str:
         parts.append(f"peak memory {summary.peak_memory / 2**30:.1f} GB")
     if summary.left_out:
         parts.append(f"{summary.left_out} examples above max_length left out")
+    if summary.shortened:
+        parts.append(f"{summary.shortened} texts cut to max_length")
     return ", ".join(parts)
 
 
 def _accuracy(score: Score) -> str:
     interval = f"95 % interval {100 * score.low:.1f} to {100 * score.high:.1f} %"
-    return f"{100 * score.accuracy:.1f} % ({score.correct} of {score.n}; {interval})"
+    of = f"{score.correct} of {score.n}" if score.metric == "accuracy" else f"{score.metric}, {score.n} rows"
+    return f"{100 * score.value:.1f} % ({of}; {interval})"
 
 
 def _duration(seconds: float) -> str:

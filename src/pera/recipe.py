@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from importlib import resources
 from pathlib import Path
@@ -9,24 +10,32 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from peft import PeftConfig
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from pera import methods
 from pera.errors import UserError, nearest
 from pera.optim import check_groups
-from pera.tasks import ReasoningTask, Task, divided
+from pera.tasks import GlueTask, ReasoningTask, Task, divided
+from pera.tasks.glue import GLUE
+from pera.tasks.sources import HUB
 from pera.tuner import PeraConfig
 
-M = TypeVar("M", bound=BaseModel)
 
-
-class Section(BaseModel):
-    """Keys and values of a file; an unknown key is a mistake."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelSection(Section):
+class ModelSection(_Section):
     """The base model. A recipe may give its name alone."""
 
     name: str
@@ -38,8 +47,17 @@ class ModelSection(Section):
     trust_remote_code: bool = False
 
 
-class TaskSection(Section):
-    """What is learned and what is asked."""
+def _absolute(data: str) -> str:
+    """A path of this machine as one that holds from every working folder."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if data != HUB and path.exists() else data
+
+
+Data = Annotated[str, AfterValidator(_absolute)]
+
+
+class ReasoningSection(_Section):
+    """Problems of a reasoning-gym data set."""
 
     name: str
     """Name of a reasoning-gym data set."""
@@ -49,13 +67,63 @@ class TaskSection(Section):
     """Draws other problems; the same for every seed of training, so that runs are comparable."""
     options: dict[str, Any] = {}
     """Further options of the data set."""
-    train_share: float = Field(1.0, gt=0, le=1)
-    """Share of the training rows that is used."""
-    held_out: int = Field(0, ge=0)
-    """Training rows that are scored in the place of the test rows, and not trained on; to choose settings by."""
+
+    def build(self) -> Task:
+        options = self.model_dump()
+        return ReasoningTask(options.pop("name"), **options)
 
 
-class TrainingSection(Section):
+class GlueSection(_Section):
+    """A task of GLUE; :class:`pera.tasks.GlueTask` explains the keys."""
+
+    name: str
+    data: Data = HUB
+    """A folder, or "hub"."""
+    train_size: int | None = Field(None, ge=1)
+    test_size: int | None = Field(None, ge=1)
+    choose_size: int | None = Field(None, ge=0)
+    """Validation rows that choose the checkpoint; by default 1,000 of more than 2,000, else half."""
+    seed: int = Field(42, ge=0)
+    """Divides the validation set, and draws rows where sizes are given."""
+
+    def build(self) -> Task:
+        options = self.model_dump()
+        return GlueTask(options.pop("name"), **options)
+
+
+SECTIONS: dict[str, type[_Section]] = {"reasoning": ReasoningSection, "glue": GlueSection}
+"""The kinds of task. A recipe tells them apart by the task's name."""
+
+_KINDS = {**dict.fromkeys(GLUE, "glue")}
+
+
+def _kind(task: Any) -> str:
+    """The kind of a task section; any other name is taken for one of reasoning-gym."""
+    return _KINDS.get(task.get("name") if isinstance(task, dict) else getattr(task, "name", ""), "reasoning")
+
+
+def _known_task(value: Any) -> Any:
+    value = _name_alone(value)
+    if isinstance(value, dict) and "data" in value and value.get("name") not in _KINDS:
+        raise ValueError(
+            f"name={value.get('name')!r} is not a task that has data; {nearest(value.get('name'), _KINDS)}"
+        )
+    return value
+
+
+def _name_alone(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+TaskSection = Annotated[
+    Annotated[ReasoningSection, Tag("reasoning")] | Annotated[GlueSection, Tag("glue")],
+    Discriminator(_kind),
+    BeforeValidator(_known_task),
+]
+"""What is learned and what is asked. A recipe may give the task's name alone."""
+
+
+class TrainingSection(_Section):
     """How it is learned. Exactly one of ``max_steps`` and ``epochs``."""
 
     learning_rate: float = Field(1e-4, gt=0)
@@ -66,18 +134,31 @@ class TrainingSection(Section):
     batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Warm-up as a share of all steps, in the place of ``warmup_steps``."""
     lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     weight_decay: float | dict[str, float] = 0.0
     """For all parameters, or by group, as in :func:`pera.optim.parameter_groups`."""
     max_grad_norm: float = Field(1.0, ge=0)
     gradient_checkpointing: bool = False
+    train_share: float = Field(1.0, gt=0, le=1)
+    """Share of the training rows that is used."""
+    held_out: int = Field(0, ge=0)
+    """Training rows that are scored in the place of the test rows, and not trained on; to choose settings by."""
+    group_by_length: bool = False
+    """Batches of examples of about one length, drawn at random: less padding, another order."""
     max_length: int = Field(1024, ge=1)
-    """Longer training examples, in tokens, are left out and counted."""
+    """Longer training examples, in tokens, are left out and counted; texts to classify are cut and counted."""
     seed: int = Field(42, ge=0)
     """Covers initialisation, data order and dropout."""
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints."""
+    eval_steps: int | Literal["epoch"] | None = Field(None)
+    """Steps between measurements on the task's validation rows, or "epoch"; by default there are none."""
+    keep: Literal["last", "best"] = "last"
+    """The adapter after the last step, or the best one measured on the validation rows: by loss, for classification by
+    the task's metric. Checkpoints are then saved with each measurement."""
     report_to: list[str] = []
     """Trackers passed on to transformers: tensorboard, trackio, wandb."""
 
@@ -85,6 +166,12 @@ class TrainingSection(Section):
     def _one_length(self) -> TrainingSection:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of max_steps and epochs")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give one of warmup_steps and warmup_ratio")
+        if isinstance(self.eval_steps, int) and self.eval_steps < 1:
+            raise ValueError(f"eval_steps={self.eval_steps} should be at least 1, or 'epoch'")
+        if self.keep == "best" and self.eval_steps is None:
+            raise ValueError("keep='best' needs eval_steps, the steps between measurements, or 'epoch'")
         return self
 
     @model_validator(mode="before")
@@ -95,20 +182,27 @@ class TrainingSection(Section):
         return section
 
 
-class EvaluationSection(Section):
+class EvaluationSection(_Section):
     """How answers are scored."""
 
-    scorer: Literal["exact_match"] = "exact_match"
-    """An answer, decoded greedily, counts as right if the task's own scorer gives it full marks."""
+    scorer: Literal["exact_match", "classification"] = "exact_match"
+    """"exact_match": an answer counts as right if the task's own scorer gives it full marks. "classification": the
+    class, or the number, of the head."""
     batch_size: int = Field(32, ge=1)
-    max_new_tokens: int = Field(16, ge=1)
+    max_new_tokens: int | None = Field(16, ge=1)
+    """Longest answer; nothing for classification."""
+    num_beams: int | None = Field(1, ge=1)
+    """Beams of the search for an answer; 1 is greedy. Nothing for classification."""
 
 
-def _name_alone(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+_EVALUATION: dict[str, dict[str, Any]] = {
+    "reasoning": {"scorer": "exact_match"},
+    "glue": {"scorer": "classification", "max_new_tokens": None, "num_beams": None},
+}
+"""The scorer of each kind of task, and what goes with it."""
 
 
-class Recipe(Section):
+class Recipe(_Section):
     """A run, completely described. :func:`load_recipe` reads one."""
 
     name: str
@@ -119,6 +213,28 @@ class Recipe(Section):
     task: TaskSection
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scorer_of_the_task(cls, content: Any) -> Any:
+        """Fill in the scorer that the kind of task has by default."""
+        if not isinstance(content, dict) or not isinstance(content.get("evaluation", {}), dict):
+            return content
+        defaults = _EVALUATION[_kind(_name_alone(content.get("task")))]
+        return {**content, "evaluation": {**defaults, **content.get("evaluation", {})}}
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> Recipe:
+        kind, spec = _kind(self.task), self.evaluation
+        if (spec.scorer == "classification") != (kind == "glue"):
+            right = _EVALUATION[kind]["scorer"]
+            raise ValueError(f"evaluation.scorer={spec.scorer!r} does not fit task {self.task.name!r}; give {right!r}")
+        for key in ("max_new_tokens", "num_beams"):
+            if kind == "glue" and getattr(spec, key) is not None:
+                raise ValueError(f"evaluation.{key}={getattr(spec, key)}: a classifier writes nothing; leave it out")
+            if kind != "glue" and getattr(spec, key) is None:
+                raise ValueError(f"evaluation.{key}=None should be a number")
+        return self
 
     @model_validator(mode="after")
     def _check_method(self) -> Recipe:
@@ -137,15 +253,25 @@ class Recipe(Section):
 
     def peft_config(self) -> PeftConfig:
         """The configuration of the adapter."""
+        task_type = "SEQ_CLS" if _kind(self.task) == "glue" else "CAUSAL_LM"
         return methods.peft_config(
-            self.method["name"], **{key: value for key, value in self.method.items() if key != "name"}
+            self.method["name"], task_type, **{key: value for key, value in self.method.items() if key != "name"}
         )
 
     def build_task(self) -> Task:
         """The examples and their scorer."""
-        t = self.task
-        task = ReasoningTask(t.name, train_size=t.train_size, test_size=t.test_size, seed=t.seed, options=t.options)
-        return divided(task, share=t.train_share, held_out=t.held_out)
+        return divided(self.task.build(), share=self.training.train_share, held_out=self.training.held_out)
+
+    def with_scorer(self, scorer: str | None) -> Recipe:
+        """The recipe with another scorer.
+
+        Raises:
+            UserError: it does not fit the task.
+        """
+        if scorer is None:
+            return self
+        content = self.model_dump(mode="json")
+        return parse_recipe({**content, "evaluation": {**content["evaluation"], "scorer": scorer}})
 
     def to_yaml(self) -> str:
         """The recipe with every default filled in."""
@@ -158,7 +284,9 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
 
     Args:
         source: path of a YAML file, or the name of a recipe that ships with pera.
-        overrides: ``key.subkey=value`` each; the value is read as YAML.
+        overrides: ``key.subkey=value`` each; the value is read as YAML. ``data=`` stands for ``task.data=``, and
+            ``task=NAME`` for ``task.name=NAME``. What the file says under ``by_task`` of the task that is then asked
+            for goes before the rest of the file, and after the overrides.
 
     Raises:
         UserError: no such recipe, not YAML, an unknown key (the nearest known one is named), a value
@@ -168,20 +296,34 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         raise UserError(
             f"recipe: {source!r} is a run; go on with --resume, or give {source}/recipe.yaml to start anew."
         )
-    content = read_yaml(source, "recipe", "recipes")
+    name, content = read_yaml(source, "recipe", "recipes")
+    by_task = content.pop("by_task", {})
+    if not isinstance(by_task, dict) or not all(isinstance(section, dict) for section in by_task.values()):
+        raise UserError(f"recipe: by_task in {source!r} should hold sections of the recipe by name of the task.")
+    task = _name_alone(_overridden(content, overrides).get("task"))
+    if isinstance(task, dict) and task.get("name") in by_task:
+        content = _merged(content, by_task[task["name"]])
+    return parse_recipe({"name": name, **_overridden(content, overrides)})
+
+
+def _overridden(content: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:
+    content = copy.deepcopy(content)
     for override in overrides or []:
         apply_override(content, override)
-    return parse_recipe(content)
+    return content
 
 
-def parse_recipe(content: dict[str, Any]) -> Recipe:
-    """A recipe from its content; raises :class:`UserError` as :func:`load_recipe` does."""
-    return parse(Recipe, content, "recipe")
+def _merged(content: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """``content`` with the keys of ``other``, section by section."""
+    return content | {
+        key: _merged(content[key], value) if isinstance(value, dict) and isinstance(content.get(key), dict) else value
+        for key, value in other.items()
+    }
 
 
-def read_yaml(source: str, kind: str, shipped: str) -> dict[str, Any]:
-    """Keys and values of the YAML file ``source``, or of the one of that name in pera's folder ``shipped``, with the
-    file's name as ``name``; ``kind`` names what it is in the messages.
+def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]]:
+    """Name and content of the YAML file ``source``, or of the one of that name in pera's folder ``shipped``; ``kind``
+    says in messages what it is.
 
     Raises:
         UserError: no such file, not YAML, no keys and values.
@@ -203,7 +345,7 @@ def read_yaml(source: str, kind: str, shipped: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         example = "model: smollm2-135m" if kind == "recipe" else "base: quickstart"
         raise UserError(f"{kind}: {source!r} should hold keys and values, such as {example}.")
-    return {"name": name, **content}
+    return name, content
 
 
 def _read(path: Path, kind: str) -> str:
@@ -211,6 +353,14 @@ def _read(path: Path, kind: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{kind}: {str(path)!r} is not a text file that can be read: {error}.") from error
+
+
+def parse_recipe(content: dict[str, Any]) -> Recipe:
+    """A recipe from its content; raises :class:`UserError` as :func:`load_recipe` does."""
+    return parse(Recipe, content, "recipe")
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def parse(model: type[M], content: dict[str, Any], kind: str) -> M:
@@ -264,28 +414,34 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} should have the form key.subkey=value.")
-    *parents, last = key.split(".")
+    *parents, last = ["task", "data"] if key == "data" else key.split(".")
     section = content
     for parent in parents:
         below = section.setdefault(parent, {})
-        if isinstance(below, str) and parent == "model":  # the short form, a name alone
+        if isinstance(below, str) and parent in ("model", "task"):  # the short form, a name alone
             below = section[parent] = {"name": below}
         if not isinstance(below, dict):
             raise UserError(f"override {override!r}: {parent} is a value, not a section.")
         section = below
     try:
-        section[last] = yaml.load(value, _Loader)
+        new = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML.") from error
+    if key == "task" and isinstance(new, str) and isinstance(section.get("task"), dict):
+        section["task"]["name"] = new  # another task of the same recipe
+    else:
+        section[last] = new
 
 
-def _sentence(error: Any, model: type[BaseModel], kind: str) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _sentence(error: Any, model: type[BaseModel], what: str) -> str:
+    location = error["loc"]
+    kind = location[1] if location[0:1] == ("task",) and location[1:2] and location[1] in SECTIONS else None
+    where = ".".join(str(part) for part in location if part != kind)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(model, error["loc"][:-1])
-        return f"{where} is not a key of a {kind}; {nearest(str(error['loc'][-1]), known)}"
+        known = SECTIONS[kind].model_fields if kind else _known_keys(model, location[:-1])
+        return f"{where} is not a key of a {what}; {nearest(str(location[-1]), known)}"
     if error["type"] == "missing":
-        return f"{where} is missing in the {kind}"
+        return f"{where} is missing in the {what}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message

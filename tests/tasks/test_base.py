@@ -41,12 +41,12 @@ def test_a_smaller_share_is_part_of_a_larger_one_in_the_order_of_the_data():
 
 
 def test_nothing_left_to_train_on_is_refused():
-    with pytest.raises(UserError, match=r"task\.held_out=100 leaves nothing of the 100 training rows of counting"):
+    with pytest.raises(UserError, match=r"training\.held_out=100 leaves nothing of the 100 rows of counting"):
         divided(Counting(), held_out=100)
 
 
 def test_a_recipe_holds_out_rows(recipe_file):
     whole = load_recipe(str(recipe_file)).build_task()
-    found = load_recipe(str(recipe_file), ["task.held_out=16", "task.train_share=0.5"]).build_task()
+    found = load_recipe(str(recipe_file), ["training.held_out=16", "training.train_share=0.5"]).build_task()
     assert (len(whole.train), len(found.train), len(found.test)) == (64, 24, 16)
     assert not {e.prompt for e in found.train} & {e.prompt for e in found.test}

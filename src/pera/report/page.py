@@ -197,9 +197,9 @@ def _facts(contents: Contents) -> dict[str, str]:
     return {
         "folder": contents.name,
         "method": str(contents.recipe.method["name"]),
-        "accuracy": words.percent(score.accuracy if score else None),
+        "accuracy": words.percent(score.value if score else None),
         "95 % interval": f"{words.percent(score.low)} to {words.percent(score.high)}" if score else words.ABSENT,
-        "base model": words.percent(base.accuracy if base else None),
+        "base model": words.percent(base.value if base else None),
         "last loss": words.number(None if isinstance(metrics, Missing) else metrics.last_loss),
         "training time": words.duration(cost.seconds if cost else None),
         "peak memory": words.size(cost.peak_memory if cost else None),

@@ -9,18 +9,22 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pera import methods
 from pera.errors import UserError, nearest
-from pera.recipe import Recipe, Section, apply_override, load_recipe, parse, read_yaml
+from pera.recipe import Recipe, apply_override, load_recipe, parse, read_yaml
 
 Phase = Literal["choose", "report"]
 
 _TRAINING = ("lr_ratio", "weight_decay")  # what a method of a study may set beside its own options
 
 
-class _Named(Section):
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Named(_Section):
     """A value of the grid. Its name alone stands for it, where nothing else is said."""
 
     model_config = ConfigDict(extra="allow")
@@ -69,7 +73,7 @@ def _named_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict)) else value
 
 
-class Grid(Section):
+class Grid(_Section):
     """What is compared; all combinations."""
 
     method: Annotated[list[StudyMethod], BeforeValidator(_named_list), Field(min_length=1)]
@@ -89,7 +93,7 @@ class Grid(Section):
         return self
 
 
-class Choose(Section):
+class Choose(_Section):
     """How the learning rate of each method is chosen: by the loss on training rows that are held out."""
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
@@ -100,7 +104,7 @@ class Choose(Section):
     """So many further rates are tried where the best lies at an edge, in the ratio of the last two."""
 
 
-class Reporting(Section):
+class Reporting(_Section):
     """What is trained with the chosen rate, on all training rows, and scored on the test rows."""
 
     seeds: list[int] = Field([42, 43, 44], min_length=1)
@@ -112,7 +116,7 @@ class Reporting(Section):
         return self
 
 
-class Study(Section):
+class Study(_Section):
     """A study, completely described. :func:`load_study` reads one."""
 
     name: str
@@ -215,11 +219,11 @@ class Trial:
         if cell.placement is not None:
             common["target_modules"] = study.grid.placement[cell.placement]
         changes = [
+            ("task", cell.task.name),
             *_flat(study.settings),
-            ("task.name", cell.task.name),
             *_flat(cell.task.more),
-            ("task.train_share", cell.train_share),
-            *([("task.held_out", study.choose.rows)] if self.phase == "choose" else []),
+            ("training.train_share", cell.train_share),
+            *([("training.held_out", study.choose.rows)] if self.phase == "choose" else []),
             ("method", {"name": method.name, **({"r": cell.r} if cell.r else {}), **common, **options}),
             *((f"training.{key}", method.more[key]) for key in _TRAINING if key in method.more),
             ("training.learning_rate", self.learning_rate),
@@ -244,11 +248,11 @@ def load_study(source: str, overrides: list[str] | None = None) -> Study:
         UserError: no such study, not YAML, an unknown key (the nearest known one is named), a value that does
             not fit, or a combination that makes no recipe.
     """
-    content = read_yaml(source, "study", "studies")
+    name, content = read_yaml(source, "study", "studies")
     for override in overrides or []:
         own = override.partition("=")[0].partition(".")[0] in Study.model_fields
         apply_override(content, override if own else f"settings.{override}")
-    return parse(Study, content, "study")
+    return parse(Study, {"name": name, **content}, "study")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

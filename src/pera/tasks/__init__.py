@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from pera.tasks.base import Example, Task, divided
+from pera.tasks.base import ClassificationTask, Example, GenerationTask, Labelled, Task, Verdict, divided
+from pera.tasks.glue import GlueTask
 from pera.tasks.reasoning import ReasoningTask
 
-__all__ = ["Example", "ReasoningTask", "Task", "divided"]
+__all__ = [
+    "ClassificationTask",
+    "Example",
+    "GenerationTask",
+    "GlueTask",
+    "Labelled",
+    "ReasoningTask",
+    "Task",
+    "Verdict",
+    "divided",
+]
