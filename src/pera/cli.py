@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune language models by Polynomial Expansion Rank Adaptation, and merge, export and verify the result.",
 )
+study_app = typer.Typer(no_args_is_help=True, help="Compare methods fairly: many runs, tuned rates, statistics.")
+app.add_typer(study_app, name="study")
 out = Console(highlight=False)
 progress = Console(stderr=True, highlight=False)
 
@@ -200,6 +203,57 @@ def report(
     file = output or Path(runs[0]) / "report.html"
     write_report([Run(Path(name)) for name in runs], file)
     out.print(f"report written to {file}", soft_wrap=True)
+
+
+@study_app.command("run")
+def study_run(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override a key of the study or its recipes.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default studies/<study>. What is there goes on.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; more can join by the same command.")] = 1,
+    budget: Annotated[float | None, typer.Option(min=0, help="Hours in which new runs are started.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say which runs there are, in their order.")] = False,
+) -> None:
+    """Run what is left of a study: rates for every method first, then the seeds that are reported."""
+    from pera.study import load_study
+    from pera.study.runner import StudyFolder, all_trials, run_study
+
+    spec = load_study(study, overrides)
+    folder = StudyFolder(output or Path("studies") / spec.name)
+    if plan:
+        ended = folder.outcomes(spec)
+        for trial in all_trials(spec, ended):
+            status = ended[trial.name].status if trial.name in ended else "to do"
+            out.print(f"{status:9} {trial.name}", soft_wrap=True, markup=False)
+        return
+    outcomes = run_study(spec, folder, workers=workers, budget=budget, retry=retry, console=progress)
+    counts = Counter(outcome.status for outcome in outcomes.values())
+    table = _table()
+    table.add_row("study", str(folder.path))
+    table.add_row("runs", ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "none ended")
+    for name, outcome in outcomes.items():
+        if outcome.status == "failed":
+            table.add_row("failed", f"{escape(name)}: {escape(outcome.error)}")
+    left = sum(trial.name not in outcomes for trial in all_trials(spec, outcomes))
+    table.add_row("known to be left", f"{left} runs; the same command goes on" if left else "none")
+    out.print(table)
+    out.print(f"Next: pera study report {folder.path}")
+
+
+@study_app.command("report")
+def study_report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the folder.")] = None,
+) -> None:
+    """Write what a study shows, as a page and as Markdown beside it."""
+    from pera.report.study import write_study_report
+    from pera.study.runner import StudyFolder
+
+    for file in write_study_report(StudyFolder(folder), output or folder / "report.html"):
+        out.print(f"report written to {file}", soft_wrap=True)
 
 
 @app.command()

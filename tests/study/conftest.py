@@ -2,6 +2,9 @@
 
 import pytest
 
+from pera.study import load_study
+from pera.study.runner import StudyFolder, run_study
+
 STUDY = """
 base: {recipe}
 settings:
@@ -22,3 +25,11 @@ def study_file(recipe_file, tmp_path_factory):
     file = tmp_path_factory.mktemp("studies") / "small.yaml"
     file.write_text(STUDY.format(recipe=recipe_file))
     return file
+
+
+@pytest.fixture(scope="session")
+def finished(study_file, tmp_path_factory):
+    """The folder of the small study, run without interruption. Not to be written to."""
+    folder = StudyFolder(tmp_path_factory.mktemp("study") / "whole")
+    run_study(load_study(str(study_file)), folder)
+    return folder

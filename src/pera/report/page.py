@@ -42,6 +42,19 @@ def write_report(runs: list[Run], file: Path) -> None:
 
 def render(runs: list[Run]) -> str:
     """The page as text; equal run folders make equal pages."""
+    sections = [_section(Contents(run)) for run in runs]
+    content = {
+        "title": f"Run {sections[0]['name']}" if len(runs) == 1 else f"{len(runs)} runs side by side",
+        "runs": sections,
+        "comparison": _comparison(sections) if len(runs) > 1 else None,
+        "version": __version__,
+    }
+    text: str = jinja().get_template("page.html").render(content)
+    return text
+
+
+def jinja() -> Any:
+    """The environment of the templates: all text is escaped and made safe to show."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
@@ -56,15 +69,7 @@ def render(runs: list[Run]) -> str:
     )
     environment.filters["percent"] = words.percent
     environment.filters["shortened"] = words.shortened
-    sections = [_section(Contents(run)) for run in runs]
-    content = {
-        "title": f"Run {sections[0]['name']}" if len(runs) == 1 else f"{len(runs)} runs side by side",
-        "runs": sections,
-        "comparison": _comparison(sections) if len(runs) > 1 else None,
-        "version": __version__,
-    }
-    text: str = environment.get_template("page.html").render(content)
-    return text
+    return environment
 
 
 def _section(contents: Contents) -> dict[str, Any]:
