@@ -237,7 +237,7 @@ def study_run(
     for name, outcome in outcomes.items():
         if outcome.status == "failed":
             table.add_row("failed", f"{escape(name)}: {escape(outcome.error)}")
-    left = sum(trial.name not in outcomes for trial in all_trials(spec, outcomes))
+    left = len(folder.left(spec))
     table.add_row("known to be left", f"{left} runs; the same command goes on" if left else "none")
     out.print(table)
     out.print(f"Next: pera study report {folder.path}")

@@ -20,7 +20,7 @@ from pera.report.page import jinja
 from pera.report.pictures import save_figure
 from pera.report.words import ABSENT, count, duration, number, percent, points, signed, size
 from pera.study.results import Results, Setting
-from pera.study.runner import StudyFolder, all_trials
+from pera.study.runner import StudyFolder
 from pera.study.spec import Cell
 from pera.study.statistics import Difference
 
@@ -100,7 +100,7 @@ def _summary(results: Results) -> list[Item]:
         for method, gain in sorted(gains.items(), key=lambda pair: -pair[1].mean):
             items.append(Item("text", _sentence(method, gain, p[method], study.reference)))
         items.append(Item("picture", study_plots.forest(gains, p, study.reference)))
-    ended, left = len(results.outcomes), len(_left(results))
+    ended, left = len(results.outcomes), len(results.folder.left(results.study))
     lost = len(results.lost())
     items.append(
         Item("note", f"{ended} runs have ended, {lost} of them failed or diverged; {left} known runs are still to do.")
@@ -154,9 +154,9 @@ def _scores(results: Results) -> list[Item]:
                for s in results.scored(c)[:1]}  # fmt: skip
     said = ", ".join(f"{task} {metric}" for task, metric in metrics.items())
     note = (
-        f"Mean over the seeds ± standard deviation, and n, the number of seeds. Metrics: {said}. The mean over the tasks "
-        "stands only where every task was scored, and of the paper's rows it is over the same tasks. Parameters are those "
-        "of the adapter; the head, equal for all, is left out."
+        f"Mean over the seeds ± standard deviation, and n, the number of seeds. Metrics: {said}. The mean over the "
+        "tasks stands only where every task was scored, and of the paper's rows it is over the same tasks. Parameters "
+        "are those of the adapter; the head, equal for all, is left out."
     )
     return [*items, Item("note", note)] if metrics else []
 
@@ -168,8 +168,10 @@ def _differences(results: Results) -> list[Item]:
         p = results.adjusted(found)
         rows = []
         for cell, d in found.items():
-            rows.append([cell.method.label, cell.task.label, points(d.mean), points(d.low), points(d.high),
-                         str(d.seeds), count(d.examples), number(d.p, 2), number(p[cell], 2), d.verdict(p[cell])])  # fmt: skip
+            gain = [points(d.mean), points(d.low), points(d.high), str(d.seeds), count(d.examples)]
+            rows.append(
+                [cell.method.label, cell.task.label, *gain, number(d.p, 2), number(p[cell], 2), d.verdict(p[cell])]
+            )
         if not rows:
             continue
         head = ["method", "task", "gain", "from", "to", "pairs of seeds", "examples", "p", "adjusted p", "verdict"]
@@ -186,9 +188,9 @@ def _differences(results: Results) -> list[Item]:
             items.append(Item("table", Table(head, discordant), "McNemar's test for each pair of runs"))
     note = (
         "Gains in points (hundredths). Interval and p count two sources of chance, seeds and examples "
-        "(variance over the pairs of seeds plus that over the examples, Welch–Satterthwaite degrees of freedom, Student's "
-        "t), and p is adjusted for the number of comparisons in a table (Benjamini–Hochberg). McNemar's test asks whether "
-        "two trained models differ; two trainings of one method with other seeds do that too."
+        "(variance over the pairs of seeds plus that over the examples, Welch–Satterthwaite degrees of freedom, "
+        "Student's t), and p is adjusted for the number of comparisons in a table (Benjamini–Hochberg). McNemar's test "
+        "asks whether two trained models differ; two trainings of one method with other seeds do that too."
     )
     return [*items, Item("note", note)] if items else []
 
@@ -209,9 +211,9 @@ def _rates(results: Results) -> list[Item]:
         items.append(Item("table", Table(["cell", "chosen rate", "at an edge of the grid"], rows), "Chosen rates"))
     rows_out, seeds = results.study.choose.rows, len(results.study.choose.seeds)
     note = (
-        f"Loss on {rows_out} rows held out of the training set, n = {seeds} seed{'s' if seeds > 1 else ''}; these runs do "
-        "not train on them. A comparison is fair where every curve turns up at both ends. A cross marks a training that "
-        "diverged."
+        f"Loss on {rows_out} rows held out of the training set, n = {seeds} seed{'s' if seeds > 1 else ''}; these runs "
+        "do not train on them. A comparison is fair where every curve turns up at both ends. A cross marks a training "
+        "that diverged."
     )
     return [*items, Item("note", note)] if items else []
 
@@ -234,9 +236,9 @@ def _costs(results: Results) -> list[Item]:
                 gain = fmean(results.mean(cell).mean for cell in cells)
                 by_parameters[method.label] = (float(costs[0][0] or math.nan), gain)
                 by_time[method.label] = (sum(seconds) if len(seconds) == len(cells) else math.nan, gain)
-        for points, axis in ((by_parameters, "trainable parameters"), (by_time, "seconds of training, all tasks")):
-            if len(points) > 1:
-                items.append(Item("picture", study_plots.front(points, axis, _setting(setting))))
+        for costs_, axis in ((by_parameters, "trainable parameters"), (by_time, "seconds of training, all tasks")):
+            if len(costs_) > 1:
+                items.append(Item("picture", study_plots.front(costs_, axis, _setting(setting))))
     if not rows:
         return []
     head = ["method", "parameters", "training, one seed, all tasks", "peak memory of the process", "tasks", "n runs"]
@@ -256,7 +258,7 @@ def _costs(results: Results) -> list[Item]:
             "table",
             Table(["paper", "training", "time", "inference", "time, BoolQ"], theirs, frozenset(range(len(theirs)))),
             "The paper's costs",
-        ),  # fmt: skip
+        ),
     ]
 
 
@@ -294,14 +296,12 @@ def _terms(results: Results) -> list[Item]:
     head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses", "ratio", "n seeds",
             "n labels"]  # fmt: skip
     items.append(Item("table", Table(head, rows), "Effect of the high-order terms"))
-    items.append(
-        Item(
-            "note",
-            "Change of the loss on test rows when the high-order terms of the trained adapter are set to zero: "
-            "above zero they help, near zero they do nothing. The ratio is ‖high-order part‖ / ‖BA‖, the median over the "
-            "layers of the first seed; a ratio is no proof of use.",
-        )  # fmt: skip
+    note = (
+        "Change of the loss on test rows when the high-order terms of the trained adapter are set to zero: above zero "
+        "they help, near zero they do nothing. The ratio is ‖high-order part‖ / ‖BA‖, the median over the layers of "
+        "the first seed; a ratio is no proof of use."
     )
+    items.append(Item("note", note))
     for cell in results.cells:
         layers = results.layers(cell)
         if not layers:
@@ -357,8 +357,9 @@ def _gaps(results: Results) -> list[Item]:
     rows = [[name, outcome.status, outcome.error] for name, outcome in results.lost()]
     items = [Item("table", Table(["run", "status", "why"], rows), "Runs that failed or diverged")] if rows else []
     items += [Item("text", f"{name}: {reason}") for name, reason in methods.ABSENT.items()]
-    if left := _left(results):
-        command = f"pera study run {shlex.quote(str(results.folder.study_file))} --output {shlex.quote(str(results.folder.path))}"
+    if left := [trial.name for trial in results.folder.left(results.study)]:
+        file, folder = (shlex.quote(str(path)) for path in (results.folder.study_file, results.folder.path))
+        command = f"pera study run {file} --output {folder}"
         items.append(Item("text", f"{len(left)} known runs are to do. Go on with: {command}"))
         items.append(Item("details", "\n".join(left), "The runs to do"))
     return items
@@ -366,18 +367,15 @@ def _gaps(results: Results) -> list[Item]:
 
 def _protocol(results: Results) -> list[Item]:
     study = results.study
-    environments = [
-        read_json(file)
-        for name in results.outcomes
-        if (file := results.folder.runs / name / "environment.json").is_file()
-    ]
+    files = [results.folder.runs / name / "environment.json" for name in results.outcomes]
+    environments = [read_json(file) for file in files if file.is_file()]
     machines = sorted({f"{e['processor']}, {e['threads']} threads, {e['accelerator']}" for e in environments})
     versions = environments[-1]["versions"] if environments else {}
     text = (
-        f"Every method of a comparison has the same recipe but for the method: data and their order by seed, loss, steps, "
-        f"evaluator. The learning rate of each was chosen by the loss on {study.choose.rows} training rows that were held "
-        f"out (seeds {', '.join(map(str, study.choose.seeds))}); it was then trained on all training rows with seeds "
-        f"{', '.join(map(str, study.report.seeds))} and scored on the test rows."
+        "Every method of a comparison has the same recipe but for the method: data and their order by seed, loss, "
+        f"steps, evaluator. The learning rate of each was chosen by the loss on {study.choose.rows} training rows that "
+        f"were held out (seeds {', '.join(map(str, study.choose.seeds))}); it was then trained on all training rows "
+        f"with seeds {', '.join(map(str, study.report.seeds))} and scored on the test rows."
     )
     said = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     return [
@@ -390,10 +388,6 @@ def _protocol(results: Results) -> list[Item]:
 def _gains(results: Results, setting: Setting) -> dict[str, Difference]:
     labels = [method.label for method in results.study.grid.method]
     return {label: gain for label in labels if (gain := results.over_tasks(label, setting)) is not None}
-
-
-def _left(results: Results) -> list[str]:
-    return [t.name for t in all_trials(results.study, results.outcomes) if t.name not in results.outcomes]
 
 
 def _over_tasks(results: Results, cells: list[Cell]) -> float:

@@ -151,8 +151,8 @@ def sweep(
     with style():
         figure, (ours, published) = new_figure(5, rows=2)
         for i, (label, line) in enumerate(lines.items()):
-            ours.plot(list(values), [100 * y for y in line], label=short(label), color=COLORS[i % len(COLORS)],
-                      linestyle=DASHES[i // len(COLORS) % len(DASHES)], marker=MARKERS[i % 8], markersize=4)  # fmt: skip
+            look = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
+            ours.plot(list(values), [100 * y for y in line], label=short(label), marker=MARKERS[i % 8], **look)
         ours.set(ylabel="mean score in %", xlabel=name, title="this study")
         published.plot(list(theirs), list(averages), color=PAPER, marker="s", linestyle="--")
         published.set(xlabel=f"{name}, in the paper", ylabel="accuracy in %")
@@ -162,9 +162,7 @@ def sweep(
             axes.yaxis.set_major_formatter(tick)
         legend(figure)
     said = "; ".join(f"{label} {', '.join(_percent(y) for y in line)}" for label, line in lines.items())
-    finding = (
-        f"By {name} ({', '.join(values)}): {said}. The paper's figures below are of another model and other tasks."
-    )
+    finding = f"By {name} ({', '.join(values)}): {said}. The paper's, below, are of another model and tasks."
     rows = [[label, *(_percent(y) for y in line)] for label, line in lines.items()]
     return Picture(figure, f"Lines: score by {name}, and the paper's", finding, Table(["method", *values], rows))
 

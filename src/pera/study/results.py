@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -20,7 +20,6 @@ from pera.runs import Run
 from pera.study.runner import Outcome, StudyFolder, choose_trials, rate_losses, report_trials
 from pera.study.spec import Cell, Trial
 from pera.study.statistics import (
-    Array,
     Difference,
     Mean,
     adjusted,
@@ -32,6 +31,9 @@ from pera.study.statistics import (
     pearson,
 )
 from pera.tuner import PeraConfig
+
+if TYPE_CHECKING:
+    from pera.study.statistics import Array
 
 Setting = tuple[int | None, str | None, float]
 """Rank, placement and share of the data: what is equal where methods are compared over tasks."""
@@ -83,7 +85,7 @@ class Results:
         return trials[0].learning_rate if trials else None
 
     def at_an_edge(self, cell: Cell) -> bool:
-        """Whether the chosen rate is the smallest or the largest that was tried, so that a better one may lie beyond."""
+        """Whether the chosen rate is the smallest or largest that was tried, so that a better one may lie beyond."""
         rates, chosen = list(self.rates(cell)), self.chosen(cell)
         return chosen is not None and len(rates) > 1 and chosen in (rates[0], rates[-1])
 
@@ -183,7 +185,7 @@ class Results:
 
 
 def adapter_size(run: Run) -> int:
-    """Trained parameters without a classification head, which is the same for every method; all, for full fine-tuning."""
+    """Trained parameters without a classification head, which all methods share; for full fine-tuning, all."""
     with safe_open(run.adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as f:
         sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
     own = {key: n for key, n in sizes.items() if any(f".{kind}_" in key for kind in ("pera", "lora", "hira", "delora"))}

@@ -112,6 +112,11 @@ class StudyFolder:
             if len(found) == known:
                 return found
 
+    def left(self, study: Study) -> list[Trial]:
+        """The trials that are known by now and have not ended, in their order."""
+        outcomes = self.outcomes(study)
+        return [trial for trial in all_trials(study, outcomes) if trial.name not in outcomes]
+
 
 def all_trials(study: Study, outcomes: Mapping[str, Outcome]) -> list[Trial]:
     """The trials that are known by now, the most informative first.

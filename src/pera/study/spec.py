@@ -24,6 +24,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _check_label(key: str, label: Any) -> None:
+    if not re.fullmatch(r"[\w.+-]+", str(label)):
+        raise ValueError(f"{key}={label!r} names folders; use letters, digits and . _ + - only")
+
+
 class _Named(_Section):
     """A value of the grid. Its name alone stands for it, where nothing else is said."""
 
@@ -39,8 +44,7 @@ class _Named(_Section):
         value = {"name": value} if isinstance(value, str) else value
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             value = {"label": value["name"], **value}
-            if not re.fullmatch(r"[\w.+-]+", str(value["label"])):
-                raise ValueError(f"label={value['label']!r} names folders; use letters, digits and . _ + - only")
+            _check_label("label", value["label"])
         return value
 
     @property
@@ -90,6 +94,8 @@ class Grid(_Section):
             for label in labels:
                 if labels.count(label) > 1:
                     raise ValueError(f"{key} {label!r} occurs twice; give each a label of its own")
+        for placement in self.placement:
+            _check_label("placement", placement)
         return self
 
 
@@ -177,6 +183,9 @@ class Cell:
     r: int | None
     placement: str | None
     train_share: float
+
+    def __hash__(self) -> int:  # the options of a method may hold lists
+        return hash(self.label)
 
     @property
     def setting(self) -> tuple[str, int | None, str | None, float]:
