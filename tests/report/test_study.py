@@ -84,6 +84,7 @@ def test_the_planted_difference_is_found_and_lora_does_not_differ_from_itself(fo
     assert second.startswith("lora-again against lora:")
     assert "no difference shown" in second
     assert "n = 3 pairs of seeds, 2 tasks, 800 examples" in first
+    assert "times the parameters, 1 times the training time." in first
 
 
 def test_every_comparison_has_its_numbers(folder):

@@ -98,7 +98,8 @@ def _summary(results: Results) -> list[Item]:
             items.append(Item("text", f"No method can be compared with {study.reference} yet; seeds are lacking."))
             continue
         for method, gain in sorted(gains.items(), key=lambda pair: -pair[1].mean):
-            items.append(Item("text", _sentence(method, gain, p[method], study.reference)))
+            said = _sentence(method, gain, p[method], study.reference)
+            items.append(Item("text", f"{said} {_price(results, method, setting)}".rstrip()))
         items.append(Item("picture", study_plots.forest(gains, p, study.reference)))
     ended, left = len(results.outcomes), len(results.folder.left(results.study))
     lost = len(results.lost())
@@ -118,6 +119,17 @@ def _sentence(method: str, gain: Difference, p: float, reference: str) -> str:
     if said:
         return f"{method} {said} {reference} by {points(abs(gain.mean))} points ({interval})."
     return f"{method} against {reference}: {points(gain.mean)} points, no difference shown ({interval})."
+
+
+def _price(results: Results, method: str, setting: Setting) -> str:
+    """Parameters and training time beside those of the reference, on the tasks that both were scored on."""
+    cells = [c for c in results.cells_of(setting) if c.method.label == method and results.mean(c).n]
+    pairs = [(results.costs(c), results.costs(r)) for c in cells if (r := results.reference(c)) and results.mean(r).n]
+    sizes = [(a[0], b[0]) for a, b in pairs if a[0] and b[0]]
+    times = [(a[1], b[1]) for a, b in pairs if a[1] and b[1]]
+    said = [f"{sizes[0][0] / sizes[0][1]:.3g} times the parameters"] if sizes else []
+    said += [f"{sum(a for a, _ in times) / sum(b for _, b in times):.3g} times the training time"] if times else []
+    return f"Cost: {', '.join(said)}." if said else ""
 
 
 def _scores(results: Results) -> list[Item]:
@@ -174,7 +186,7 @@ def _differences(results: Results) -> list[Item]:
             )
         if not rows:
             continue
-        head = ["method", "task", "gain", "from", "to", "pairs of seeds", "examples", "p", "adjusted p", "verdict"]
+        head = ["method", "task", "gain", "from", "to", "n seeds", "n examples", "p", "adjusted p", "verdict"]
         items.append(Item("heading", f"By task, against {results.study.reference}, {_setting(setting)}"))
         items.append(Item("table", Table(head, rows), "Differences by task"))
         discordant = []

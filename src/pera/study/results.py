@@ -112,7 +112,7 @@ class Results:
     def difference(self, cell: Cell) -> Difference | None:
         """What a cell gains over the reference method in its setting, over the seeds that both have; None if there is
         nothing to compare."""
-        reference = self._reference(cell)
+        reference = self.reference(cell)
         if reference is None or reference == cell:
             return None
         pairs = self._pairs(cell, reference)
@@ -124,7 +124,7 @@ class Results:
 
     def by_example(self, cell: Cell) -> list[tuple[int, int, float]]:
         """McNemar's test against the reference for each pair of runs, where answers are right or wrong."""
-        reference = self._reference(cell)
+        reference = self.reference(cell)
         if reference is None or reference == cell:
             return []
         return [mcnemar(a.predicted, b.predicted) for a, b in self._pairs(cell, reference) if a.metric not in _METRICS]
@@ -165,7 +165,8 @@ class Results:
         shared = [{line["step"]: line["loss"] for line in curve} for curve in curves]
         return steps, [fmean(curve.get(step, math.nan) for curve in shared) for step in steps]
 
-    def _reference(self, cell: Cell) -> Cell | None:
+    def reference(self, cell: Cell) -> Cell | None:
+        """The cell of the reference method in the same setting."""
         label = self.study.reference
         found = [c for c in self.cells if c.method.label == label and c.task == cell.task]
         same = [c for c in found if c.setting == cell.setting]
