@@ -124,7 +124,10 @@ def test_either_length_can_replace_the_other(file):
         ("model.nme=x", "model.nme is not a key of a recipe; did you mean 'name'?"),
         ("training.learning_rte=1", "training.learning_rte is not a key of a recipe; did you mean 'learning_rate'?"),
         ("task.trainsize=1", "task.trainsize is not a key of a recipe; did you mean 'train_size'?"),
-        ("evaluation.x=1", "evaluation.x is not a key of a recipe; known: batch_size, max_new_tokens, scorer."),
+        (
+            "evaluation.x=1",
+            "evaluation.x is not a key of a recipe; known: batch_size, max_new_tokens, num_beams, scorer.",
+        ),
         ("method.rnk=1", "method.rnk is not an option of pera; "),
         ("method.task_type=SEQ_CLS", "method.task_type is not an option of pera; "),
         ("method.name=loar", "method.name='loar' is not known; did you mean 'lora'?"),

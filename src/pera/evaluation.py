@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +20,7 @@ from pera.files import Journal, json_line, write_atomic, write_json
 from pera.recipe import EvaluationSection
 from pera.runs import Run, open_model
 from pera.tasks import ClassificationTask, Example, GenerationTask, Labelled, Task
-from pera.tasks.prompts import encode_prompt, encode_question, encode_texts
+from pera.tasks.prompts import Prompt, encode_answered, encode_prompt, encode_question, encode_texts
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,107 @@ class _Generation(_Scorer):
         return Prediction(example.prompt, example.answer, output, correct, answer, example.group, cut)
 
 
+class Branches(NamedTuple):
+    """Continuations of one text: the tokens that all of them begin with, from which of them on the log-probability is
+    wanted, and what follows in each."""
+
+    shared: list[int]
+    start: int
+    suffixes: list[list[int]]
+
+
+class _Likelihood(_Scorer):
+    """The option with the highest log-probability behind the prefix that all answers share."""
+
+    task: GenerationTask
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if any(not example.options for example in self.examples):
+            raise UserError(f"evaluation.scorer='likelihood' needs options to rank, and {self.task.name!r} has none.")
+        self.prompts = [encode_question(self.tokenizer, e, self.task.frame, self.limit - 16) for e in self.examples]
+        self.branches = [self._branches(e, p) for e, p in zip(self.examples, self.prompts, strict=True)]
+        self.lengths = [len(b.shared) for b in self.branches]
+
+    def _branches(self, example: Example, prompt: Prompt) -> Branches:
+        def ids(answer: str) -> list[int]:
+            before, behind = encode_answered(self.tokenizer, prompt, self.task.frame, answer)
+            return before + behind
+
+        options = [ids(option) for option in example.options]
+        shared = min(_common(options), min(map(len, options)) - 1)  # each option keeps a token of its own
+        start = min(shared, _common([options[0], ids(self.task.prefix.rstrip())]))
+        return Branches(options[0][:shared], start, [option[shared:] for option in options])
+
+    def answer(self, rows: list[int]) -> list[Prediction]:
+        likelihoods = log_likelihoods(self.model, self.tokenizer, [self.branches[i] for i in rows])
+        return [self._ranked(i, values) for i, values in zip(rows, likelihoods, strict=True)]
+
+    def _ranked(self, row: int, values: list[float]) -> Prediction:
+        example: Example = self.examples[row]
+        scores = dict(zip(example.options, values, strict=True))
+        best = max(scores, key=lambda option: scores[option])
+        right, cut = best == example.answer, self.prompts[row].shortened
+        return Prediction(example.prompt, example.answer, best, right, best, example.group, cut, scores)
+
+
+def _common(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    return next(
+        (i for i, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1),  # noqa: B905
+        min(map(len, sequences)),
+    )
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, tokenizer: PreTrainedTokenizerBase, batch: list[Branches]) -> list[list[float]]:
+    """Log-probability of each continuation of each text, from its ``start`` on.
+
+    What the continuations of a text share is read once. Where each has one token of its own, as "1" to "5" behind
+    "answer", that is all; else the rest is read with the keys and values that were kept.
+    """
+    device = next(model.parameters()).device
+    accepted = inspect.signature(_base(model).forward).parameters
+
+    def padded(sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        found: Any = tokenizer.pad({"input_ids": sequences}, return_tensors="pt", padding_side=side)
+        return found["input_ids"].to(device), found["attention_mask"].to(device)
+
+    ids, mask = padded([b.shared for b in batch], "left")
+    kept = max(len(b.shared) - b.start for b in batch) + 1
+    longer = [(i, j) for i, b in enumerate(batch) for j, suffix in enumerate(b.suffixes) if len(suffix) > 1]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": bool(longer)}
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = kept
+    output = model(**inputs)
+    logits = output.logits[:, -kept:].float().log_softmax(-1)
+    found = []
+    for row, b in zip(logits, batch, strict=True):
+        label = b.shared[b.start :]
+        own = sum(row[-len(label) - 1 + i, token].item() for i, token in enumerate(label))
+        found.append([own + row[-1, suffix[0]].item() for suffix in b.suffixes])
+    if longer:
+        rest = [batch[i].suffixes[j] for i, j in longer]
+        tail, tail_mask = padded([suffix[:-1] for suffix in rest], "right")
+        rows = torch.tensor([i for i, _ in longer], device=device)
+        cache = output.past_key_values
+        cache.batch_select_indices(rows)
+        inputs = {"input_ids": tail, "past_key_values": cache, "use_cache": True}
+        inputs["attention_mask"] = torch.cat([mask[rows], tail_mask], 1)
+        if "position_ids" in accepted:
+            inputs["position_ids"] = mask[rows].sum(1, keepdim=True) + torch.arange(tail.shape[1], device=device)
+        logits = model(**inputs).logits.float().log_softmax(-1)
+        for (i, j), row, suffix in zip(longer, logits, rest, strict=True):
+            found[i][j] += sum(row[k, token].item() for k, token in enumerate(suffix[1:]))
+    return found
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 class _Classification(_Scorer):
     """The class, or the number, of the head."""
 
@@ -218,7 +321,12 @@ class _Classification(_Scorer):
         return Prediction(prompt, names[label], names[best], best == label, names[best], shortened=cut, scores=scores)
 
 
-SCORERS: dict[str, Callable[..., _Scorer]] = {"exact_match": _Generation, "classification": _Classification}
+SCORERS: dict[str, Callable[..., _Scorer]] = {
+    "exact_match": _Generation,
+    "generation": _Generation,
+    "likelihood": _Likelihood,
+    "classification": _Classification,
+}
 
 
 def _score(task: Task, predictions: list[Prediction], seconds: float) -> Score:

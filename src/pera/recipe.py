@@ -25,7 +25,8 @@ from pydantic import (
 from pera import methods
 from pera.errors import UserError, nearest
 from pera.optim import check_groups
-from pera.tasks import GlueTask, ReasoningTask, Task
+from pera.tasks import CommonsenseTask, GlueTask, Gsm8kTask, OwnTask, ReasoningTask, Task, commonsense, gsm8k, own
+from pera.tasks.commonsense import VALIDATION
 from pera.tasks.glue import GLUE
 from pera.tasks.sources import HUB
 from pera.tuner import PeraConfig
@@ -91,10 +92,79 @@ class GlueSection(_Section):
         return GlueTask(options.pop("name"), **options)
 
 
-SECTIONS: dict[str, type[_Section]] = {"reasoning": ReasoningSection, "glue": GlueSection}
+class CommonsenseSection(_Section):
+    """Commonsense tasks; :class:`pera.tasks.CommonsenseTask` explains the keys."""
+
+    name: str
+    """"commonsense", or one member alone."""
+    names: list[str] | None = Field(None, min_length=1)
+    """The members of the mix; by default all eight."""
+    data: Data = HUB
+    """A folder, a mixed file, or "hub"."""
+    train_size: int | None = Field(None, ge=1)
+    shares: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    caps: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    test_size: int | None = Field(None, ge=1)
+    validation_size: int = Field(VALIDATION, ge=0)
+    validation_seed: int | None = Field(None, ge=0)
+    protocol: Literal["llm-adapters", "hira"] = "hira"
+    loss: Literal["answer", "all"] | None = None
+    seed: int = Field(42, ge=0)
+
+    def build(self) -> Task:
+        options = self.model_dump()
+        return CommonsenseTask(options.pop("name"), **options)
+
+
+class Gsm8kSection(_Section):
+    """GSM8K; :class:`pera.tasks.Gsm8kTask` explains the keys."""
+
+    name: str
+    data: Data = HUB
+    train_size: int | None = Field(None, ge=1)
+    test_size: int | None = Field(None, ge=1)
+    validation_size: int = Field(0, ge=0)
+    annotations: bool = False
+    seed: int = Field(42, ge=0)
+
+    def build(self) -> Task:
+        options = self.model_dump()
+        return Gsm8kTask(options.pop("name"), **options)
+
+
+class OwnSection(_Section):
+    """A user's own data; :class:`pera.tasks.OwnTask` explains the keys."""
+
+    name: str
+    data: Data
+    """A file, a folder, or a hub id."""
+    columns: dict[Literal["prompt", "completion", "messages"], str] = {}
+    template: Literal["chat", "plain"] = "chat"
+    train_size: int | None = Field(None, ge=1)
+    test_size: int | None = Field(200, ge=1)
+    validation_size: int = Field(0, ge=0)
+    seed: int = Field(42, ge=0)
+
+    def build(self) -> Task:
+        options = self.model_dump()
+        return OwnTask(options.pop("name"), **options)
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "reasoning": ReasoningSection,
+    "glue": GlueSection,
+    "commonsense": CommonsenseSection,
+    "gsm8k": Gsm8kSection,
+    "own": OwnSection,
+}
 """The kinds of task. A recipe tells them apart by the task's name."""
 
-_KINDS = {**dict.fromkeys(GLUE, "glue")}
+_KINDS = {
+    **dict.fromkeys(GLUE, "glue"),
+    **dict.fromkeys((commonsense.ALL, *commonsense.MEMBERS), "commonsense"),
+    gsm8k.NAME: "gsm8k",
+    own.NAME: "own",
+}
 
 
 def _kind(task: Any) -> str:
@@ -116,7 +186,11 @@ def _name_alone(value: Any) -> Any:
 
 
 TaskSection = Annotated[
-    Annotated[ReasoningSection, Tag("reasoning")] | Annotated[GlueSection, Tag("glue")],
+    Annotated[ReasoningSection, Tag("reasoning")]
+    | Annotated[GlueSection, Tag("glue")]
+    | Annotated[CommonsenseSection, Tag("commonsense")]
+    | Annotated[Gsm8kSection, Tag("gsm8k")]
+    | Annotated[OwnSection, Tag("own")],
     Discriminator(_kind),
     BeforeValidator(_known_task),
 ]
@@ -181,9 +255,10 @@ class TrainingSection(_Section):
 class EvaluationSection(_Section):
     """How answers are scored."""
 
-    scorer: Literal["exact_match", "classification"] = "exact_match"
-    """"exact_match": an answer counts as right if the task's own scorer gives it full marks. "classification": the
-    class, or the number, of the head."""
+    scorer: Literal["exact_match", "generation", "likelihood", "classification"] = "exact_match"
+    """"exact_match": an answer counts as right if the task's own scorer gives it full marks. "generation": the first of
+    the task's answers that occurs in what the model writes. "likelihood": the option of the highest log-probability.
+    "classification": the class, or the number, of the head. Figures of two scorers are not comparable."""
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int | None = Field(16, ge=1)
     """Longest answer; nothing for classification."""
@@ -191,11 +266,16 @@ class EvaluationSection(_Section):
     """Beams of the search for an answer; 1 is greedy. Nothing for classification."""
 
 
-_EVALUATION: dict[str, dict[str, Any]] = {
-    "reasoning": {"scorer": "exact_match"},
-    "glue": {"scorer": "classification", "max_new_tokens": None, "num_beams": None},
+_SCORERS: dict[str, tuple[str, ...]] = {
+    "reasoning": ("exact_match",),
+    "glue": ("classification",),
+    "commonsense": ("generation", "likelihood"),
+    "gsm8k": ("exact_match",),
+    "own": ("exact_match",),
 }
-"""The scorer of each kind of task, and what goes with it."""
+"""The scorers of each kind of task, the default first."""
+
+_WRITING = ("max_new_tokens", "num_beams")
 
 
 class Recipe(_Section):
@@ -216,16 +296,17 @@ class Recipe(_Section):
         """Fill in the scorer that the kind of task has by default."""
         if not isinstance(content, dict) or not isinstance(content.get("evaluation", {}), dict):
             return content
-        defaults = _EVALUATION[_kind(_name_alone(content.get("task")))]
+        kind = _kind(_name_alone(content.get("task")))
+        defaults = {"scorer": _SCORERS[kind][0], **(dict.fromkeys(_WRITING) if kind == "glue" else {})}
         return {**content, "evaluation": {**defaults, **content.get("evaluation", {})}}
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> Recipe:
         kind, spec = _kind(self.task), self.evaluation
-        if (spec.scorer == "classification") != (kind == "glue"):
-            right = _EVALUATION[kind]["scorer"]
-            raise ValueError(f"evaluation.scorer={spec.scorer!r} does not fit task {self.task.name!r}; give {right!r}")
-        for key in ("max_new_tokens", "num_beams"):
+        if spec.scorer not in _SCORERS[kind]:
+            right = " or ".join(map(repr, _SCORERS[kind]))
+            raise ValueError(f"evaluation.scorer={spec.scorer!r} does not fit task {self.task.name!r}; give {right}")
+        for key in _WRITING:
             if kind == "glue" and getattr(spec, key) is not None:
                 raise ValueError(f"evaluation.{key}={getattr(spec, key)}: a classifier writes nothing; leave it out")
             if kind != "glue" and getattr(spec, key) is None:

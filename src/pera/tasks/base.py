@@ -59,8 +59,9 @@ class Task:
     manifest: Mapping[str, Any] = {}
     """Where the examples came from: files or hub sets, and how many rows of each are used."""
 
-    def majority(self) -> float:
-        """The value of the metric for the commonest training answer, or the mean label, given to every test row."""
+    def majority(self) -> float | None:
+        """The value of the metric for the commonest training answer, or the mean label, given to every test row; None
+        if that is not known."""
         raise NotImplementedError
 
 
@@ -79,15 +80,17 @@ class GenerationTask(Task):
         """What ``output`` says and whether it is right; here, whether it gets full marks."""
         return Verdict(output, self.score(example, output) >= 1.0)
 
-    def majority(self) -> float:
+    def majority(self) -> float | None:
         """Accuracy, averaged over the groups, of the commonest training answer of each group."""
         answers: dict[str, Counter[str]] = {}
         for example in self.train:
             answers.setdefault(example.group, Counter())[example.answer] += 1
         tested: dict[str, list[bool]] = {}
         for example in self.test:
-            commonest = answers.get(example.group, Counter()).most_common(1)
-            tested.setdefault(example.group, []).append(bool(commonest) and commonest[0][0] == example.answer)
+            if example.group not in answers:  # trained on a mixed file, which does not say whose its rows are
+                return None
+            commonest = answers[example.group].most_common(1)[0][0]
+            tested.setdefault(example.group, []).append(commonest == example.answer)
         return sum(sum(right) / len(right) for right in tested.values()) / len(tested)
 
 
