@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pera.card import write_card
@@ -134,9 +135,9 @@ def evaluate(
     start = time.perf_counter()
     found: dict[int, Prediction] = {i: Prediction(**row) for i, row in journal.found.items()} if journal else {}
     todo = [i for i in range(len(task.test)) if i not in found]
-    make = SCORERS[spec.scorer](model, tokenizer, task, [task.test[i] for i in todo], spec, max_length)
-    for rows in _batches(make.lengths, spec.batch_size, f"answering ({label})", console):
-        new = dict(zip((todo[row] for row in rows), make.answer(rows), strict=True))
+    scorer = make_scorer(model, tokenizer, task, [task.test[i] for i in todo], spec, max_length)
+    for answered in answer_batches(scorer, f"answering ({label})", console):
+        new = {todo[row]: prediction for row, prediction in answered.items()}
         found |= new
         if journal:
             journal.add({i: asdict(prediction) for i, prediction in new.items()})
@@ -144,7 +145,25 @@ def evaluate(
     return _score(task, predictions, round(time.perf_counter() - start, 1)), predictions
 
 
-class _Scorer:
+def make_scorer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Any],
+    spec: EvaluationSection,
+    max_length: int | None,
+) -> Scorer:
+    """The scorer that ``spec`` names, for some examples of a task."""
+    return SCORERS[spec.scorer](model, tokenizer, task, examples, spec, max_length)
+
+
+def answer_batches(scorer: Scorer, label: str, console: Console | None) -> Iterator[dict[int, Prediction]]:
+    """The predictions for a scorer's examples, by their place, a batch at a time."""
+    for rows in _batches(scorer.lengths, scorer.spec.batch_size, label, console):
+        yield dict(zip(rows, scorer.answer(rows), strict=True))
+
+
+class Scorer:
     """Makes the predictions of a batch of examples; ``lengths`` are those of the inputs in tokens."""
 
     def __init__(
@@ -165,7 +184,7 @@ class _Scorer:
         raise NotImplementedError
 
 
-class _Generation(_Scorer):
+class _Generation(Scorer):
     """Writes an answer, which the task judges."""
 
     task: GenerationTask
@@ -197,7 +216,7 @@ class Branches(NamedTuple):
     suffixes: list[list[int]]
 
 
-class _Likelihood(_Scorer):
+class _Likelihood(Scorer):
     """The option with the highest log-probability behind the prefix that all answers share."""
 
     task: GenerationTask
@@ -289,7 +308,7 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-class _Classification(_Scorer):
+class _Classification(Scorer):
     """The class, or the number, of the head."""
 
     task: ClassificationTask
@@ -321,7 +340,7 @@ class _Classification(_Scorer):
         return Prediction(prompt, names[label], names[best], best == label, names[best], shortened=cut, scores=scores)
 
 
-SCORERS: dict[str, Callable[..., _Scorer]] = {
+SCORERS: dict[str, Callable[..., Scorer]] = {
     "exact_match": _Generation,
     "generation": _Generation,
     "likelihood": _Likelihood,

@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -73,7 +74,7 @@ def load_model(
     """
     location = resolve(name)
     torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
-    auto_class = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     head = {} if labels is None else {"num_labels": labels}
     try:
         model, loading = auto_class.from_pretrained(

@@ -25,10 +25,24 @@ from pydantic import (
 from pera import methods
 from pera.errors import UserError, nearest
 from pera.optim import check_groups
-from pera.tasks import CommonsenseTask, GlueTask, Gsm8kTask, OwnTask, ReasoningTask, Task, commonsense, gsm8k, own
-from pera.tasks.commonsense import VALIDATION
+from pera.tasks import (
+    CommonsenseTask,
+    Example,
+    GlueTask,
+    Gsm8kTask,
+    Labelled,
+    OwnTask,
+    ReasoningTask,
+    Task,
+    commonsense,
+    gsm8k,
+    own,
+)
+from pera.tasks.base import Asked, AskedLabels
 from pera.tasks.glue import GLUE
-from pera.tasks.sources import HUB
+from pera.tasks.own import own_example
+from pera.tasks.prompts import CHAT, Frame
+from pera.tasks.sources import HUB, field
 from pera.tuner import PeraConfig
 
 
@@ -57,7 +71,30 @@ def _absolute(data: str) -> str:
 Data = Annotated[str, AfterValidator(_absolute)]
 
 
-class ReasoningSection(_Section):
+class _TaskSection(_Section):
+    """What all kinds of task have."""
+
+    name: str
+
+    def build(self) -> Task:
+        """The examples and their scorer."""
+        raise NotImplementedError
+
+    def question(self, row: dict[str, Any]) -> Any:
+        """A row of a user's file as an example without an answer; raises :class:`pera.tasks.sources.BadRow`."""
+        return own_example(row, answered=False)
+
+    def asked(self, rows: list[Any]) -> Task:
+        """A task of :meth:`question`'s rows, which puts them to the model as it was trained."""
+        return Asked(rows, self.frame)
+
+    @property
+    def frame(self) -> Frame:
+        """How a prompt is put to the model."""
+        return CHAT
+
+
+class ReasoningSection(_TaskSection):
     """Problems of a reasoning-gym data set."""
 
     name: str
@@ -74,7 +111,7 @@ class ReasoningSection(_Section):
         return ReasoningTask(options.pop("name"), **options)
 
 
-class GlueSection(_Section):
+class GlueSection(_TaskSection):
     """A task of GLUE; :class:`pera.tasks.GlueTask` explains the keys."""
 
     name: str
@@ -91,8 +128,14 @@ class GlueSection(_Section):
         options = self.model_dump()
         return GlueTask(options.pop("name"), **options)
 
+    def question(self, row: dict[str, Any]) -> Labelled:
+        return Labelled(tuple(field(row, name) for name in GLUE[self.name].fields), 0)
 
-class CommonsenseSection(_Section):
+    def asked(self, rows: list[Any]) -> Task:
+        return AskedLabels(rows, GLUE[self.name].names)
+
+
+class CommonsenseSection(_TaskSection):
     """Commonsense tasks; :class:`pera.tasks.CommonsenseTask` explains the keys."""
 
     name: str
@@ -105,7 +148,7 @@ class CommonsenseSection(_Section):
     shares: dict[str, Annotated[float, Field(ge=0)]] | None = None
     caps: dict[str, Annotated[int, Field(ge=1)]] | None = None
     test_size: int | None = Field(None, ge=1)
-    validation_size: int = Field(VALIDATION, ge=0)
+    validation_size: int = Field(commonsense.VALIDATION, ge=0)
     validation_seed: int | None = Field(None, ge=0)
     protocol: Literal["llm-adapters", "hira"] = "hira"
     loss: Literal["answer", "all"] | None = None
@@ -115,8 +158,15 @@ class CommonsenseSection(_Section):
         options = self.model_dump()
         return CommonsenseTask(options.pop("name"), **options)
 
+    def question(self, row: dict[str, Any]) -> Example:
+        return own_example(row, {"prompt": "instruction"} if "instruction" in row else None, answered=False)
 
-class Gsm8kSection(_Section):
+    @property
+    def frame(self) -> Frame:
+        return commonsense.frame_of(self.protocol, self.loss)
+
+
+class Gsm8kSection(_TaskSection):
     """GSM8K; :class:`pera.tasks.Gsm8kTask` explains the keys."""
 
     name: str
@@ -131,8 +181,11 @@ class Gsm8kSection(_Section):
         options = self.model_dump()
         return Gsm8kTask(options.pop("name"), **options)
 
+    def question(self, row: dict[str, Any]) -> Example:
+        return own_example(row, {"prompt": "question"} if "question" in row else None, answered=False)
 
-class OwnSection(_Section):
+
+class OwnSection(_TaskSection):
     """A user's own data; :class:`pera.tasks.OwnTask` explains the keys."""
 
     name: str
@@ -149,8 +202,15 @@ class OwnSection(_Section):
         options = self.model_dump()
         return OwnTask(options.pop("name"), **options)
 
+    def question(self, row: dict[str, Any]) -> Example:
+        return own_example(row, {**self.columns}, answered=False)
 
-SECTIONS: dict[str, type[_Section]] = {
+    @property
+    def frame(self) -> Frame:
+        return own.frame_of(self.template)
+
+
+SECTIONS: dict[str, type[_TaskSection]] = {
     "reasoning": ReasoningSection,
     "glue": GlueSection,
     "commonsense": CommonsenseSection,
@@ -169,7 +229,8 @@ _KINDS = {
 
 def _kind(task: Any) -> str:
     """The kind of a task section; any other name is taken for one of reasoning-gym."""
-    return _KINDS.get(task.get("name") if isinstance(task, dict) else getattr(task, "name", ""), "reasoning")
+    name = task.get("name") if isinstance(task, dict) else getattr(task, "name", None)
+    return _KINDS.get(str(name), "reasoning")
 
 
 def _known_task(value: Any) -> Any:
@@ -330,10 +391,14 @@ class Recipe(_Section):
 
     def peft_config(self) -> PeftConfig:
         """The configuration of the adapter."""
-        task_type = "SEQ_CLS" if _kind(self.task) == "glue" else "CAUSAL_LM"
         return methods.peft_config(
-            self.method["name"], task_type, **{key: value for key, value in self.method.items() if key != "name"}
+            self.method["name"], self.task_type, **{key: value for key, value in self.method.items() if key != "name"}
         )
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of what the model is trained for."""
+        return "SEQ_CLS" if _kind(self.task) == "glue" else "CAUSAL_LM"
 
     def build_task(self) -> Task:
         """The examples and their scorer."""

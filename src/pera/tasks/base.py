@@ -109,3 +109,20 @@ class ClassificationTask(Task):
         gold = [row.label for row in self.train]
         constant = Counter(gold).most_common(1)[0][0] if self.names else sum(gold) / len(gold)
         return self.measure([row.label for row in self.test], [constant] * len(self.test))[self.metric]
+
+
+class Asked(GenerationTask):
+    """Questions without known answers, put to the model in a frame."""
+
+    def __init__(self, examples: list[Example], frame: Frame) -> None:
+        self.test, self.frame = examples, frame
+
+    def judge(self, example: Example, output: str) -> Verdict:
+        return Verdict(output, False)
+
+
+class AskedLabels(ClassificationTask):
+    """Texts without known labels."""
+
+    def __init__(self, rows: list[Labelled], names: tuple[str, ...]) -> None:
+        self.test, self.names, self.labels = rows, names, len(names) or 1

@@ -56,6 +56,12 @@ PROTOCOLS = {
 White space differs."""
 
 
+def frame_of(protocol: str, loss: Any = None) -> Frame:
+    """The frame of a protocol, with the loss on "answer" or "all" if that is given."""
+    frame = PROTOCOLS[protocol].frame
+    return frame if loss is None else frame._replace(loss=loss)
+
+
 class _Hub(NamedTuple):
     """A data set on the hub in its original form, and how a row of it is worded."""
 
@@ -212,14 +218,12 @@ class CommonsenseTask(GenerationTask):
         if protocol not in PROTOCOLS:
             raise UserError(f"task.protocol={protocol!r} is not known; {nearest(protocol, PROTOCOLS)}")
         self.name, self.members = name, wanted
-        self.frame = PROTOCOLS[protocol].frame
-        if loss is not None:
-            self.frame = self.frame._replace(loss=loss)
+        self.frame = frame_of(protocol, loss)
         source = _Source(data, wanted)
         test = {member: rows for member in wanted if (rows := source.rows(member, "test"))}
         if not test:
             raise UserError(f"task.data={data!r} holds none of {', '.join(wanted)}; the test split is missing.")
-        tests = {m: take(rows.convert(lambda row, m=m: _example(row, m)), test_size, seed) for m, rows in test.items()}
+        tests = {m: take(rows.convert(_reader(m)), test_size, seed) for m, rows in test.items()}
         self.test = [example for examples in tests.values() for example in examples]
 
         if source.mix is not None:
@@ -229,7 +233,7 @@ class CommonsenseTask(GenerationTask):
         else:
             pools = {member: rows for member in wanted if (rows := source.rows(member, "train"))}
         drawn = _mixed(
-            {m: rows.convert(lambda row, m=m: _example(row, m)) for m, rows in pools.items()},
+            {m: rows.convert(_reader(m)) for m, rows in pools.items()},
             train_size, shares, caps or {}, seed,
         )  # fmt: skip
         mix = [example for examples in drawn.values() for example in examples]
@@ -287,6 +291,10 @@ class _Source:
         if not (self.folder / member).is_dir() and len(self._wanted) > 1:
             return None
         return read_file(split_file(self.folder / member, [split]))
+
+
+def _reader(member: str) -> Callable[[dict[str, Any]], Example]:
+    return lambda row: _example(row, member)
 
 
 def _example(row: dict[str, Any], member: str) -> Example:

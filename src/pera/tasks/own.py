@@ -23,7 +23,11 @@ from pera.tasks.sources import (
 )
 
 NAME = "own"
-PLAIN = Frame("{prompt}")
+
+
+def frame_of(template: str) -> Frame:
+    """The chat template of the model, or the prompt as it is."""
+    return CHAT if template == "chat" else Frame("{prompt}")
 
 
 class OwnTask(GenerationTask):
@@ -59,7 +63,7 @@ class OwnTask(GenerationTask):
         seed: int = 42,
     ) -> None:
         self.name = name
-        self.frame = CHAT if template == "chat" else PLAIN
+        self.frame = frame_of(template)
         known = dict(columns or {})
         splits = _splits(data)
         converted = {split: rows.convert(lambda row: own_example(row, known)) for split, rows in splits.items()}

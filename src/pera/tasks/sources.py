@@ -110,9 +110,9 @@ def read_file(file: Path) -> Rows:
         return Rows(str(file), table, "row", digest)
     lines = text.rstrip().split("\n") if text.strip() else []
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, content_of_line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            found.append(json.loads(content_of_line))
         except ValueError as error:
             raise UserError(f"{file}, line {number}: is not valid JSON ({error}).") from error
     return Rows(str(file), found, "line", digest)
