@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pera.card import write_card
 from pera.errors import UserError, missing_extra
 from pera.files import Journal, json_line, write_atomic, write_json
+from pera.models import longest_input
 from pera.recipe import EvaluationSection
 from pera.runs import Run, open_model
 from pera.tasks import ClassificationTask, Example, GenerationTask, Labelled, Task
@@ -176,7 +177,7 @@ class Scorer:
         max_length: int | None,
     ) -> None:
         self.model, self.tokenizer, self.task, self.examples, self.spec = model, tokenizer, task, examples, spec
-        self.limit = min(max_length or 10**9, _longest(model, tokenizer))
+        self.limit = min(max_length or 10**9, longest_input(model, tokenizer))
         self.lengths: list[int] = []
 
     def answer(self, rows: list[int]) -> list[Prediction]:
@@ -460,9 +461,3 @@ def _batches(lengths: list[int], batch_size: int, label: str, console: Console |
             rows = order[start : start + batch_size]
             yield rows
             progress.advance(bar, len(rows))
-
-
-def _longest(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest input that the model takes, in tokens."""
-    config = getattr(model, "config", None)
-    return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)

@@ -153,6 +153,12 @@ def resolve(name: str) -> str:
     raise UserError(f"model: {name!r} is no embedded model, folder, .gguf file or hub id; {nearest(name, EMBEDDED)}")
 
 
+def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest input that a model takes, in tokens."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+
+
 def device() -> torch.device:
     """The accelerator of this machine, or its CPU."""
     if torch.accelerator.is_available():

@@ -203,7 +203,7 @@ class OwnSection(_TaskSection):
         return OwnTask(options.pop("name"), **options)
 
     def question(self, row: dict[str, Any]) -> Example:
-        return own_example(row, {**self.columns}, answered=False)
+        return own_example(row, {str(name): column for name, column in self.columns.items()}, answered=False)
 
     @property
     def frame(self) -> Frame:
@@ -236,9 +236,8 @@ def _kind(task: Any) -> str:
 def _known_task(value: Any) -> Any:
     value = _name_alone(value)
     if isinstance(value, dict) and "data" in value and value.get("name") not in _KINDS:
-        raise ValueError(
-            f"name={value.get('name')!r} is not a task that has data; {nearest(value.get('name'), _KINDS)}"
-        )
+        name = str(value.get("name", ""))
+        raise ValueError(f"name={name!r} is not a task that has data; {nearest(name, _KINDS)}")
     return value
 
 
