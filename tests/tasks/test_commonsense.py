@@ -1,5 +1,7 @@
 """The eight commonsense tasks: rows, wording, prompts of both protocols, mixes, answers, and what is refused."""
 
+# ruff: noqa: E501 (golden strings are in one piece)
+
 import json
 
 import pytest
