@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pera.diagnose import run_effects
 from pera.errors import UserError
-from pera.evaluation import evaluate_run
+from pera.evaluation import evaluate, evaluate_run
 from pera.recipe import load_recipe
 from pera.runs import Run, locate, open_model
 from pera.training import train
@@ -48,15 +48,11 @@ def test_it_learns_and_is_scored(glue_run):
 
 
 def test_a_batch_gives_what_single_texts_give(glue_run):
-    one, many = (evaluate_run(Run_with(glue_run, f"evaluation: {{batch_size: {n}}}")).correct for n in (1, 16))
-    assert one == many
-
-
-def Run_with(run, section):
-    content = run.recipe.model_dump(mode="json")
-    content["evaluation"] |= {"batch_size": int(section.rpartition(" ")[2].rstrip("}"))}
-    run.recipe_file.write_text(json.dumps(content))
-    return run
+    model, tokenizer = open_model(glue_run.location)
+    task, spec = glue_run.recipe.build_task(), glue_run.recipe.evaluation
+    one, many = (evaluate(model, tokenizer, task, spec.model_copy(update={"batch_size": n}))[1] for n in (1, 16))
+    for a, b in zip(one, many, strict=True):
+        assert a.scores == pytest.approx(b.scores, abs=1e-4)
 
 
 def test_a_regression_is_measured_by_its_correlation(glue_recipe, tmp_path):
@@ -151,3 +147,16 @@ def test_it_merges_into_a_plain_classifier(glue_run, tmp_path, pera):
 def test_a_recipe_that_cannot_be_trained(override, words, refused, glue_recipe):
     more = ["training.warmup_ratio=0.1"] if "warmup" in override else []
     refused("train", glue_recipe, override, *more, "--output", "run", words=words)
+
+
+def test_it_exports_as_a_lora_with_its_head(glue_run, tmp_path, pera):
+    assert pera("export", glue_run.path, "--to", "lora", "--output", "lora").code == 0
+    assert json.loads((tmp_path / "lora" / "verification.json").read_text())["agree"] is True
+    assert pera("verify", glue_run.path, "lora").code == 0
+
+
+def test_its_card_loads_a_classifier_and_it_cannot_talk(glue_run, refused):
+    card = (glue_run.adapter / "README.md").read_text()
+    assert "AutoPeftModelForSequenceClassification" in card
+    assert "pipeline_tag: text-classification" in card
+    refused("chat", glue_run.path, words=["is a classifier", "pera predict"])

@@ -330,7 +330,7 @@ class _Classification(Scorer):
 
     def _labelled(self, row: int, logits: list[float]) -> Prediction:
         example: Labelled = self.examples[row]
-        prompt, cut = "\n".join(example.texts), self.encoded[row][1]
+        prompt, cut = example.prompt, self.encoded[row][1]
         names = self.task.names
         if not names:
             number = repr(logits[0])

@@ -117,9 +117,11 @@ def test_the_loss_can_be_chosen_apart_from_the_protocol(folder):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("max_length", [80, 150])
-def test_a_prompt_that_is_too_long_keeps_its_options_and_the_response_marker(protocol, max_length, tokenizer):
+@pytest.mark.parametrize("more", [0, 100])
+def test_a_prompt_that_is_too_long_keeps_its_options_and_the_response_marker(protocol, more, tokenizer):
     frame = PROTOCOLS[protocol].frame
+    options = commonsense._example({**ROW, "instruction": "Answer format: true/false"}, "boolq")
+    max_length = len(encode_question(tokenizer, options, frame).ids) + more
     long = {**ROW, "instruction": "word " * 400 + ROW["instruction"]}
     prompt = encode_question(tokenizer, commonsense._example(long, "boolq"), frame, max_length=max_length)
     whole = encode_question(tokenizer, commonsense._example(ROW, "boolq"), frame)
@@ -129,7 +131,7 @@ def test_a_prompt_that_is_too_long_keeps_its_options_and_the_response_marker(pro
     assert len(prompt.ids) <= max_length
     assert text.startswith("Below is an instruction")
     assert text.rstrip().endswith("### Response:")
-    assert "Answer format: true/false" in text or max_length == 80
+    assert "Answer format: true/false" in text
 
 
 # The original data sets, worded
@@ -327,8 +329,8 @@ def test_a_single_mixed_file_is_trained_on_and_the_folders_beside_it_are_scored(
         ({"shares": {"boolq": 1}}, r"^task\.shares needs task\.train_size"),
         ({"shares": {"boolq": 0}, "train_size": 3}, r"^task\.shares=\{'boolq': 0\} should hold a number above 0"),
         (
-            {"shares": {"boolq": 1, "piqa": 9}, "train_size": 100},
-            r"^task\.shares\.piqa=9 of 100 are 90 rows, and 5 are there",
+            {"shares": {"boolq": 1, "piqa": 19}, "train_size": 100},
+            r"^task\.shares\.piqa=19 of 100 are 95 rows, and 5 are there",
         ),
         ({"validation_size": 12}, r"^task\.validation_size=12 leaves nothing of the 12 training rows"),
         ({"protocol": "hirra"}, r"^task\.protocol='hirra' is not known; did you mean 'hira'\?"),

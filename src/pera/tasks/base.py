@@ -32,6 +32,11 @@ class Labelled:
     texts: tuple[str, ...]
     label: float
 
+    @property
+    def prompt(self) -> str:
+        """The texts, line by line."""
+        return "\n".join(self.texts)
+
 
 class Verdict(NamedTuple):
     """What was found in an output, None if nothing that the task knows, and whether it is right."""
