@@ -84,7 +84,8 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
             f"--compare needs an adapter, and {location.base!r} is a model; give a run or an adapter folder."
         )
     model, tokenizer = open_model(location, dtype)
-    if not (model.get_base_model() if isinstance(model, PeftModel) else model).can_generate():
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not plain.can_generate():
         raise UserError(f"{location.base!r} with this head is a classifier, which cannot talk; use: pera predict")
     names = ["base", "adapter"] if compare else ["base" if not isinstance(model, PeftModel) else "adapter"]
 
