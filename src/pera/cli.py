@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from pera.errors import CheckFailed, PeraError, UserError
 if TYPE_CHECKING:
     from pera.convert.verify import Agreement
     from pera.diagnose import Effects, LayerDiagnosis
-    from pera.evaluation import Score
+    from pera.evaluation import Part, Score
     from pera.recipe import Recipe
     from pera.runs import Run
     from pera.training import TrainingSummary
@@ -128,20 +128,72 @@ def train(
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
     base: Annotated[bool, typer.Option("--base", help="Score the base model instead, for comparison.")] = False,
+    scorer: Annotated[
+        Literal["generation", "likelihood"] | None, typer.Option(help="In the place of the recipe's scorer.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, separated by commas.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task of lm-eval, at most.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with further tasks for lm-eval.")] = None,
 ) -> None:
-    """Score a run on the held-out examples of its task."""
+    """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
     from pera.evaluation import evaluate_run
     from pera.runs import locate
 
     location = locate(run)
     if location.run is None:
         raise UserError(f"{run!r} is not a run folder; only a run says which task it is scored on.")
-    score = evaluate_run(location.run, base=base, console=progress)
+    which = "base" if base else "adapter"
+    if lm_eval is not None:
+        from pera.harness import run_harness
+
+        if scorer is not None:
+            raise UserError(f"--scorer={scorer}: lm-eval has scorers of its own; leave out one of the two.")
+        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+        results = run_harness(location.run, names, base=base, limit=limit, include_path=include_path)
+        out.print(_harness(which, results))
+        out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
+        return
+    if limit is not None or include_path is not None:
+        raise UserError("--limit and --include-path are for --lm-eval; for the run's task give task.test_size.")
+    score = evaluate_run(location.run, base=base, scorer=scorer, console=progress)
     table = _table()
-    table.add_row("base" if base else "adapter", _accuracy(score))
+    table.add_row(which, _accuracy(score))
+    for name, part in score.parts.items():
+        table.add_row(name, _part(part))
+    for name in score.missing:
+        table.add_row(name, "missing: there are no data")
+    for name, value in score.metrics.items():
+        table.add_row(name, f"{100 * value:.1f} %")
+    if score.majority is not None:
+        table.add_row("majority", f"{100 * score.majority:.1f} %, the commonest training answer for every row")
+    if score.shortened:
+        table.add_row("shortened", f"{score.shortened} inputs cut to the length of the model")
     table.add_row("scores", str(location.run.scores_file))
     table.add_row("report", _refreshed_report(location.run))
     out.print(table)
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    input: Annotated[Path, typer.Option("--input", help="Rows to answer: .jsonl, .json, .csv or .parquet.")],
+    output: Annotated[Path, typer.Option("--output", help="File of JSON lines to write.")],
+    base: Annotated[bool, typer.Option("--base", help="Let the base model answer instead.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows answered at once.")] = None,
+) -> None:
+    """Answer the rows of a file, in batches; called again after an interruption, only those that are missing."""
+    from pera.prediction import predict as answer
+    from pera.runs import locate
+
+    location = locate(run)
+    if location.run is None:
+        raise UserError(f"{run!r} is not a run folder; only a run says how questions are put to its model.")
+    options = {"base": base, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "console": progress}
+    rows = answer(location.run, input, output, **options)  # type: ignore[arg-type]
+    out.print(f"{rows} rows answered, in {output}", soft_wrap=True)
 
 
 @app.command()
@@ -426,6 +478,21 @@ def _accuracy(score: Score) -> str:
     interval = f"95 % interval {100 * score.low:.1f} to {100 * score.high:.1f} %"
     of = f"{score.correct} of {score.n}" if score.metric == "accuracy" else f"{score.metric}, {score.n} rows"
     return f"{100 * score.value:.1f} % ({of}; {interval})"
+
+
+def _part(part: Part) -> str:
+    interval = f"95 % interval {100 * part.low:.1f} to {100 * part.high:.1f} %"
+    unparsed = f"; {part.unparsed} without an answer" if part.unparsed else ""
+    return f"{100 * part.accuracy:.1f} % ({part.correct} of {part.n}; {interval}{unparsed})"
+
+
+def _harness(which: str, results: dict[str, dict[str, Any]]) -> Table:
+    table = _table(f"lm-eval, {which}: not comparable with pera's own scores")
+    for task, metrics in results.items():
+        apart = ("n", "shots", "lm_eval")
+        values = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in metrics.items() if k not in apart)
+        table.add_row(task, f"{values} (n {metrics['n']}, {metrics['shots']} shots)")
+    return table
 
 
 def _duration(seconds: float) -> str:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pera.card import write_card
 from pera.errors import UserError, missing_extra
 from pera.files import Journal, json_line, write_atomic, write_json
+from pera.models import longest_input
 from pera.recipe import EvaluationSection
 from pera.runs import Run, open_model
 from pera.tasks import ClassificationTask, Example, GenerationTask, Labelled, Task
-from pera.tasks.prompts import encode_prompt, encode_question, encode_texts
+from pera.tasks.prompts import Prompt, encode_answered, encode_prompt, encode_question, encode_texts
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,9 @@ def evaluate(
     start = time.perf_counter()
     found: dict[int, Prediction] = {i: Prediction(**row) for i, row in journal.found.items()} if journal else {}
     todo = [i for i in range(len(task.test)) if i not in found]
-    make = SCORERS[spec.scorer](model, tokenizer, task, [task.test[i] for i in todo], spec, max_length)
-    for rows in _batches(make.lengths, spec.batch_size, f"answering ({label})", console):
-        new = dict(zip((todo[row] for row in rows), make.answer(rows), strict=True))
+    scorer = make_scorer(model, tokenizer, task, [task.test[i] for i in todo], spec, max_length)
+    for answered in answer_batches(scorer, f"answering ({label})", console):
+        new = {todo[row]: prediction for row, prediction in answered.items()}
         found |= new
         if journal:
             journal.add({i: asdict(prediction) for i, prediction in new.items()})
@@ -142,7 +146,25 @@ def evaluate(
     return _score(task, predictions, round(time.perf_counter() - start, 1)), predictions
 
 
-class _Scorer:
+def make_scorer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Any],
+    spec: EvaluationSection,
+    max_length: int | None,
+) -> Scorer:
+    """The scorer that ``spec`` names, for some examples of a task."""
+    return SCORERS[spec.scorer](model, tokenizer, task, examples, spec, max_length)
+
+
+def answer_batches(scorer: Scorer, label: str, console: Console | None) -> Iterator[dict[int, Prediction]]:
+    """The predictions for a scorer's examples, by their place, a batch at a time."""
+    for rows in _batches(scorer.lengths, scorer.spec.batch_size, label, console):
+        yield dict(zip(rows, scorer.answer(rows), strict=True))
+
+
+class Scorer:
     """Makes the predictions of a batch of examples; ``lengths`` are those of the inputs in tokens."""
 
     def __init__(
@@ -155,7 +177,7 @@ class _Scorer:
         max_length: int | None,
     ) -> None:
         self.model, self.tokenizer, self.task, self.examples, self.spec = model, tokenizer, task, examples, spec
-        self.limit = min(max_length or 10**9, _longest(model, tokenizer))
+        self.limit = min(max_length or 10**9, longest_input(model, tokenizer))
         self.lengths: list[int] = []
 
     def answer(self, rows: list[int]) -> list[Prediction]:
@@ -163,7 +185,7 @@ class _Scorer:
         raise NotImplementedError
 
 
-class _Generation(_Scorer):
+class _Generation(Scorer):
     """Writes an answer, which the task judges."""
 
     task: GenerationTask
@@ -186,7 +208,108 @@ class _Generation(_Scorer):
         return Prediction(example.prompt, example.answer, output, correct, answer, example.group, cut)
 
 
-class _Classification(_Scorer):
+class Branches(NamedTuple):
+    """Continuations of one text: the tokens that all of them begin with, from which of them on the log-probability is
+    wanted, and what follows in each."""
+
+    shared: list[int]
+    start: int
+    suffixes: list[list[int]]
+
+
+class _Likelihood(Scorer):
+    """The option with the highest log-probability behind the prefix that all answers share."""
+
+    task: GenerationTask
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if any(not example.options for example in self.examples):
+            raise UserError(f"evaluation.scorer='likelihood' needs options to rank, and {self.task.name!r} has none.")
+        self.prompts = [encode_question(self.tokenizer, e, self.task.frame, self.limit - 16) for e in self.examples]
+        self.branches = [self._branches(e, p) for e, p in zip(self.examples, self.prompts, strict=True)]
+        self.lengths = [len(b.shared) for b in self.branches]
+
+    def _branches(self, example: Example, prompt: Prompt) -> Branches:
+        def ids(answer: str) -> list[int]:
+            before, behind = encode_answered(self.tokenizer, prompt, self.task.frame, answer)
+            return before + behind
+
+        options = [ids(option) for option in example.options]
+        shared = min(_common(options), min(map(len, options)) - 1)  # each option keeps a token of its own
+        start = min(shared, _common([options[0], ids(self.task.prefix.rstrip())]))
+        return Branches(options[0][:shared], start, [option[shared:] for option in options])
+
+    def answer(self, rows: list[int]) -> list[Prediction]:
+        likelihoods = log_likelihoods(self.model, self.tokenizer, [self.branches[i] for i in rows])
+        return [self._ranked(i, values) for i, values in zip(rows, likelihoods, strict=True)]
+
+    def _ranked(self, row: int, values: list[float]) -> Prediction:
+        example: Example = self.examples[row]
+        scores = dict(zip(example.options, values, strict=True))
+        best = max(scores, key=lambda option: scores[option])
+        right, cut = best == example.answer, self.prompts[row].shortened
+        return Prediction(example.prompt, example.answer, best, right, best, example.group, cut, scores)
+
+
+def _common(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    return next(
+        (i for i, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1),  # noqa: B905
+        min(map(len, sequences)),
+    )
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, tokenizer: PreTrainedTokenizerBase, batch: list[Branches]) -> list[list[float]]:
+    """Log-probability of each continuation of each text, from its ``start`` on.
+
+    What the continuations of a text share is read once. Where each has one token of its own, as "1" to "5" behind
+    "answer", that is all; else the rest is read with the keys and values that were kept.
+    """
+    device = next(model.parameters()).device
+    accepted = inspect.signature(_base(model).forward).parameters
+
+    def padded(sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        found: Any = tokenizer.pad({"input_ids": sequences}, return_tensors="pt", padding_side=side)
+        return found["input_ids"].to(device), found["attention_mask"].to(device)
+
+    ids, mask = padded([b.shared for b in batch], "left")
+    kept = max(len(b.shared) - b.start for b in batch) + 1
+    longer = [(i, j) for i, b in enumerate(batch) for j, suffix in enumerate(b.suffixes) if len(suffix) > 1]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": bool(longer)}
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = kept
+    output = model(**inputs)
+    logits = output.logits[:, -kept:].float().log_softmax(-1)
+    found = []
+    for row, b in zip(logits, batch, strict=True):
+        label = b.shared[b.start :]
+        own = sum(row[-len(label) - 1 + i, token].item() for i, token in enumerate(label))
+        found.append([own + row[-1, suffix[0]].item() for suffix in b.suffixes])
+    if longer:
+        rest = [batch[i].suffixes[j] for i, j in longer]
+        tail, tail_mask = padded([suffix[:-1] for suffix in rest], "right")
+        rows = torch.tensor([i for i, _ in longer], device=device)
+        cache = output.past_key_values
+        cache.batch_select_indices(rows)
+        inputs = {"input_ids": tail, "past_key_values": cache, "use_cache": True}
+        inputs["attention_mask"] = torch.cat([mask[rows], tail_mask], 1)
+        if "position_ids" in accepted:
+            inputs["position_ids"] = mask[rows].sum(1, keepdim=True) + torch.arange(tail.shape[1], device=device)
+        logits = model(**inputs).logits.float().log_softmax(-1)
+        for (i, j), row, suffix in zip(longer, logits, rest, strict=True):
+            found[i][j] += sum(row[k, token].item() for k, token in enumerate(suffix[1:]))
+    return found
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class _Classification(Scorer):
     """The class, or the number, of the head."""
 
     task: ClassificationTask
@@ -207,7 +330,7 @@ class _Classification(_Scorer):
 
     def _labelled(self, row: int, logits: list[float]) -> Prediction:
         example: Labelled = self.examples[row]
-        prompt, cut = "\n".join(example.texts), self.encoded[row][1]
+        prompt, cut = example.prompt, self.encoded[row][1]
         names = self.task.names
         if not names:
             number = repr(logits[0])
@@ -218,7 +341,12 @@ class _Classification(_Scorer):
         return Prediction(prompt, names[label], names[best], best == label, names[best], shortened=cut, scores=scores)
 
 
-SCORERS: dict[str, Callable[..., _Scorer]] = {"exact_match": _Generation, "classification": _Classification}
+SCORERS: dict[str, Callable[..., Scorer]] = {
+    "exact_match": _Generation,
+    "generation": _Generation,
+    "likelihood": _Likelihood,
+    "classification": _Classification,
+}
 
 
 def _score(task: Task, predictions: list[Prediction], seconds: float) -> Score:
@@ -333,9 +461,3 @@ def _batches(lengths: list[int], batch_size: int, label: str, console: Console |
             rows = order[start : start + batch_size]
             yield rows
             progress.advance(bar, len(rows))
-
-
-def _longest(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest input that the model takes, in tokens."""
-    config = getattr(model, "config", None)
-    return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)

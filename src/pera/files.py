@@ -136,7 +136,7 @@ class Journal:
         self.found: dict[int, dict[str, Any]] = {line["index"]: line["row"] for line in kept}
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        content = [head, *({"index": i, "row": row} for i, row in self.found.items())]
+        content: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in self.found.items())]
         write_atomic(path, "".join(map(json_line, content)))
 
     def add(self, rows: dict[int, dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -73,7 +74,7 @@ def load_model(
     """
     location = resolve(name)
     torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
-    auto_class = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     head = {} if labels is None else {"num_labels": labels}
     try:
         model, loading = auto_class.from_pretrained(
@@ -150,6 +151,12 @@ def resolve(name: str) -> str:
     if "/" in name or name.startswith((".", "~")):
         raise UserError(f"model: folder {name!r} does not exist; give a folder, a .gguf file or a hub id.")
     raise UserError(f"model: {name!r} is no embedded model, folder, .gguf file or hub id; {nearest(name, EMBEDDED)}")
+
+
+def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest input that a model takes, in tokens."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
 
 
 def device() -> torch.device:

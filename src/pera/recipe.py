@@ -25,9 +25,25 @@ from pydantic import (
 from pera import methods
 from pera.errors import UserError, nearest
 from pera.optim import check_groups
-from pera.tasks import GlueTask, ReasoningTask, Task, divided
+from pera.tasks import (
+    CommonsenseTask,
+    Example,
+    GlueTask,
+    Gsm8kTask,
+    Labelled,
+    OwnTask,
+    ReasoningTask,
+    Task,
+    commonsense,
+    divided,
+    gsm8k,
+    own,
+)
+from pera.tasks.base import Asked, AskedLabels
 from pera.tasks.glue import GLUE
-from pera.tasks.sources import HUB
+from pera.tasks.own import own_example
+from pera.tasks.prompts import CHAT, Frame
+from pera.tasks.sources import HUB, field
 from pera.tuner import PeraConfig
 
 
@@ -56,7 +72,30 @@ def _absolute(data: str) -> str:
 Data = Annotated[str, AfterValidator(_absolute)]
 
 
-class ReasoningSection(_Section):
+class _TaskSection(_Section):
+    """What all kinds of task have."""
+
+    name: str
+
+    def build(self) -> Task:
+        """The examples and their scorer."""
+        raise NotImplementedError
+
+    def question(self, row: dict[str, Any]) -> Any:
+        """A row of a user's file as an example without an answer; raises :class:`pera.tasks.sources.BadRow`."""
+        return own_example(row, answered=False)
+
+    def asked(self, rows: list[Any]) -> Task:
+        """A task of :meth:`question`'s rows, which puts them to the model as it was trained."""
+        return Asked(rows, self.frame)
+
+    @property
+    def frame(self) -> Frame:
+        """How a prompt is put to the model."""
+        return CHAT
+
+
+class ReasoningSection(_TaskSection):
     """Problems of a reasoning-gym data set."""
 
     name: str
@@ -73,7 +112,7 @@ class ReasoningSection(_Section):
         return ReasoningTask(options.pop("name"), **options)
 
 
-class GlueSection(_Section):
+class GlueSection(_TaskSection):
     """A task of GLUE; :class:`pera.tasks.GlueTask` explains the keys."""
 
     name: str
@@ -90,24 +129,116 @@ class GlueSection(_Section):
         options = self.model_dump()
         return GlueTask(options.pop("name"), **options)
 
+    def question(self, row: dict[str, Any]) -> Labelled:
+        return Labelled(tuple(field(row, name) for name in GLUE[self.name].fields), 0)
 
-SECTIONS: dict[str, type[_Section]] = {"reasoning": ReasoningSection, "glue": GlueSection}
+    def asked(self, rows: list[Any]) -> Task:
+        return AskedLabels(rows, GLUE[self.name].names)
+
+
+class CommonsenseSection(_TaskSection):
+    """Commonsense tasks; :class:`pera.tasks.CommonsenseTask` explains the keys."""
+
+    name: str
+    """"commonsense", or one member alone."""
+    names: list[str] | None = Field(None, min_length=1)
+    """The members of the mix; by default all eight."""
+    data: Data = HUB
+    """A folder, a mixed file, or "hub"."""
+    train_size: int | None = Field(None, ge=1)
+    shares: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    caps: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    test_size: int | None = Field(None, ge=1)
+    validation_size: int = Field(commonsense.VALIDATION, ge=0)
+    validation_seed: int | None = Field(None, ge=0)
+    protocol: Literal["llm-adapters", "hira"] = "hira"
+    loss: Literal["answer", "all"] | None = None
+    seed: int = Field(42, ge=0)
+
+    def build(self) -> Task:
+        options = self.model_dump()
+        return CommonsenseTask(options.pop("name"), **options)
+
+    def question(self, row: dict[str, Any]) -> Example:
+        return own_example(row, {"prompt": "instruction"} if "instruction" in row else None, answered=False)
+
+    @property
+    def frame(self) -> Frame:
+        return commonsense.frame_of(self.protocol, self.loss)
+
+
+class Gsm8kSection(_TaskSection):
+    """GSM8K; :class:`pera.tasks.Gsm8kTask` explains the keys."""
+
+    name: str
+    data: Data = HUB
+    train_size: int | None = Field(None, ge=1)
+    test_size: int | None = Field(None, ge=1)
+    validation_size: int = Field(0, ge=0)
+    annotations: bool = False
+    seed: int = Field(42, ge=0)
+
+    def build(self) -> Task:
+        options = self.model_dump()
+        return Gsm8kTask(options.pop("name"), **options)
+
+    def question(self, row: dict[str, Any]) -> Example:
+        return own_example(row, {"prompt": "question"} if "question" in row else None, answered=False)
+
+
+class OwnSection(_TaskSection):
+    """A user's own data; :class:`pera.tasks.OwnTask` explains the keys."""
+
+    name: str
+    data: Data
+    """A file, a folder, or a hub id."""
+    columns: dict[Literal["prompt", "completion", "messages"], str] = {}
+    template: Literal["chat", "plain"] = "chat"
+    train_size: int | None = Field(None, ge=1)
+    test_size: int | None = Field(200, ge=1)
+    validation_size: int = Field(0, ge=0)
+    seed: int = Field(42, ge=0)
+
+    def build(self) -> Task:
+        options = self.model_dump()
+        return OwnTask(options.pop("name"), **options)
+
+    def question(self, row: dict[str, Any]) -> Example:
+        return own_example(row, {str(name): column for name, column in self.columns.items()}, answered=False)
+
+    @property
+    def frame(self) -> Frame:
+        return own.frame_of(self.template)
+
+
+SECTIONS: dict[str, type[_TaskSection]] = {
+    "reasoning": ReasoningSection,
+    "glue": GlueSection,
+    "commonsense": CommonsenseSection,
+    "gsm8k": Gsm8kSection,
+    "own": OwnSection,
+}
 """The kinds of task. A recipe tells them apart by the task's name."""
 
-_KINDS = {**dict.fromkeys(GLUE, "glue")}
+_KINDS = {
+    **dict.fromkeys(GLUE, "glue"),
+    **dict.fromkeys((commonsense.ALL, *commonsense.MEMBERS), "commonsense"),
+    gsm8k.NAME: "gsm8k",
+    own.NAME: "own",
+}
 
 
 def _kind(task: Any) -> str:
     """The kind of a task section; any other name is taken for one of reasoning-gym."""
-    return _KINDS.get(task.get("name") if isinstance(task, dict) else getattr(task, "name", ""), "reasoning")
+    name = task.get("name") if isinstance(task, dict) else getattr(task, "name", None)
+    return _KINDS.get(str(name), "reasoning")
 
 
 def _known_task(value: Any) -> Any:
     value = _name_alone(value)
     if isinstance(value, dict) and "data" in value and value.get("name") not in _KINDS:
-        raise ValueError(
-            f"name={value.get('name')!r} is not a task that has data; {nearest(value.get('name'), _KINDS)}"
-        )
+        name = str(value.get("name", ""))
+        raise ValueError(f"name={name!r} is not a task that has data; {nearest(name, _KINDS)}")
     return value
 
 
@@ -116,7 +247,11 @@ def _name_alone(value: Any) -> Any:
 
 
 TaskSection = Annotated[
-    Annotated[ReasoningSection, Tag("reasoning")] | Annotated[GlueSection, Tag("glue")],
+    Annotated[ReasoningSection, Tag("reasoning")]
+    | Annotated[GlueSection, Tag("glue")]
+    | Annotated[CommonsenseSection, Tag("commonsense")]
+    | Annotated[Gsm8kSection, Tag("gsm8k")]
+    | Annotated[OwnSection, Tag("own")],
     Discriminator(_kind),
     BeforeValidator(_known_task),
 ]
@@ -185,9 +320,10 @@ class TrainingSection(_Section):
 class EvaluationSection(_Section):
     """How answers are scored."""
 
-    scorer: Literal["exact_match", "classification"] = "exact_match"
-    """"exact_match": an answer counts as right if the task's own scorer gives it full marks. "classification": the
-    class, or the number, of the head."""
+    scorer: Literal["exact_match", "generation", "likelihood", "classification"] = "exact_match"
+    """"exact_match": an answer counts as right if the task's own scorer gives it full marks. "generation": the first of
+    the task's answers that occurs in what the model writes. "likelihood": the option of the highest log-probability.
+    "classification": the class, or the number, of the head. Figures of two scorers are not comparable."""
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int | None = Field(16, ge=1)
     """Longest answer; nothing for classification."""
@@ -195,11 +331,16 @@ class EvaluationSection(_Section):
     """Beams of the search for an answer; 1 is greedy. Nothing for classification."""
 
 
-_EVALUATION: dict[str, dict[str, Any]] = {
-    "reasoning": {"scorer": "exact_match"},
-    "glue": {"scorer": "classification", "max_new_tokens": None, "num_beams": None},
+_SCORERS: dict[str, tuple[str, ...]] = {
+    "reasoning": ("exact_match",),
+    "glue": ("classification",),
+    "commonsense": ("generation", "likelihood"),
+    "gsm8k": ("exact_match",),
+    "own": ("exact_match",),
 }
-"""The scorer of each kind of task, and what goes with it."""
+"""The scorers of each kind of task, the default first."""
+
+_WRITING = ("max_new_tokens", "num_beams")
 
 
 class Recipe(_Section):
@@ -220,16 +361,17 @@ class Recipe(_Section):
         """Fill in the scorer that the kind of task has by default."""
         if not isinstance(content, dict) or not isinstance(content.get("evaluation", {}), dict):
             return content
-        defaults = _EVALUATION[_kind(_name_alone(content.get("task")))]
+        kind = _kind(_name_alone(content.get("task")))
+        defaults = {"scorer": _SCORERS[kind][0], **(dict.fromkeys(_WRITING) if kind == "glue" else {})}
         return {**content, "evaluation": {**defaults, **content.get("evaluation", {})}}
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> Recipe:
         kind, spec = _kind(self.task), self.evaluation
-        if (spec.scorer == "classification") != (kind == "glue"):
-            right = _EVALUATION[kind]["scorer"]
-            raise ValueError(f"evaluation.scorer={spec.scorer!r} does not fit task {self.task.name!r}; give {right!r}")
-        for key in ("max_new_tokens", "num_beams"):
+        if spec.scorer not in _SCORERS[kind]:
+            right = " or ".join(map(repr, _SCORERS[kind]))
+            raise ValueError(f"evaluation.scorer={spec.scorer!r} does not fit task {self.task.name!r}; give {right}")
+        for key in _WRITING:
             if kind == "glue" and getattr(spec, key) is not None:
                 raise ValueError(f"evaluation.{key}={getattr(spec, key)}: a classifier writes nothing; leave it out")
             if kind != "glue" and getattr(spec, key) is None:
@@ -253,10 +395,14 @@ class Recipe(_Section):
 
     def peft_config(self) -> PeftConfig:
         """The configuration of the adapter."""
-        task_type = "SEQ_CLS" if _kind(self.task) == "glue" else "CAUSAL_LM"
         return methods.peft_config(
-            self.method["name"], task_type, **{key: value for key, value in self.method.items() if key != "name"}
+            self.method["name"], self.task_type, **{key: value for key, value in self.method.items() if key != "name"}
         )
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of what the model is trained for."""
+        return "SEQ_CLS" if _kind(self.task) == "glue" else "CAUSAL_LM"
 
     def build_task(self) -> Task:
         """The examples and their scorer."""

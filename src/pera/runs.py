@@ -47,6 +47,7 @@ class Run:
         self.metrics_file = path / "metrics.jsonl"
         self.validation_file = path / "validation.jsonl"
         self.scores_file = path / "scores.json"
+        self.lm_eval_file = path / "lm_eval.json"
         self.cost_file = path / "cost.json"
         self.effect_file = path / "effect.json"
         self.predictions = path / "predictions"

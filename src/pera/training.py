@@ -73,8 +73,9 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     task = recipe.build_task()
     set_seed(spec.seed)  # a classification head is drawn when the model is loaded
     model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype, task.labels)
-    encoded = _encode(task, tokenizer, spec.max_length)
-    choosing = encode_task(task, tokenizer, task.validation, _limit(tokenizer, spec.max_length))
+    limit = min(spec.max_length, models.longest_input(model, tokenizer))
+    encoded = _encode(task, tokenizer, limit)
+    choosing = encode_task(task, tokenizer, task.validation, limit)
     _check_validation(spec, task, choosing)
     run.write_environment(model, command_line())
     write_json(run.data_file, {**task.manifest, "notes": list(task.notes)})
@@ -142,16 +143,11 @@ def peak_memory() -> int | None:
 
 
 def _encode(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    encoded = encode_task(task, tokenizer, task.train, _limit(tokenizer, max_length))
+    encoded = encode_task(task, tokenizer, task.train, max_length)
     if not encoded.rows:
         shortest = min(len(row["input_ids"]) for row in encode_task(task, tokenizer, task.train).rows)
         raise UserError(f"training.max_length={max_length} leaves no example: the shortest has {shortest} tokens.")
     return encoded
-
-
-def _limit(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    """The longest example, in tokens, that the recipe wants and the model takes."""
-    return min(max_length, tokenizer.model_max_length)
 
 
 def _check_validation(spec: TrainingSection, task: Task, choosing: Encoded) -> None:

@@ -35,6 +35,11 @@ class Labelled:
     texts: tuple[str, ...]
     label: float
 
+    @property
+    def prompt(self) -> str:
+        """The texts, line by line."""
+        return "\n".join(self.texts)
+
 
 class Verdict(NamedTuple):
     """What was found in an output, None if nothing that the task knows, and whether it is right."""
@@ -62,8 +67,9 @@ class Task:
     manifest: Mapping[str, Any] = {}
     """Where the examples came from: files or hub sets, and how many rows of each are used."""
 
-    def majority(self) -> float:
-        """The value of the metric for the commonest training answer, or the mean label, given to every test row."""
+    def majority(self) -> float | None:
+        """The value of the metric for the commonest training answer, or the mean label, given to every test row; None
+        if that is not known."""
         raise NotImplementedError
 
 
@@ -82,15 +88,17 @@ class GenerationTask(Task):
         """What ``output`` says and whether it is right; here, whether it gets full marks."""
         return Verdict(output, self.score(example, output) >= 1.0)
 
-    def majority(self) -> float:
+    def majority(self) -> float | None:
         """Accuracy, averaged over the groups, of the commonest training answer of each group."""
         answers: dict[str, Counter[str]] = {}
         for example in self.train:
             answers.setdefault(example.group, Counter())[example.answer] += 1
         tested: dict[str, list[bool]] = {}
         for example in self.test:
-            commonest = answers.get(example.group, Counter()).most_common(1)
-            tested.setdefault(example.group, []).append(bool(commonest) and commonest[0][0] == example.answer)
+            if example.group not in answers:  # trained on a mixed file, which does not say whose its rows are
+                return None
+            commonest = answers[example.group].most_common(1)[0][0]
+            tested.setdefault(example.group, []).append(commonest == example.answer)
         return sum(sum(right) / len(right) for right in tested.values()) / len(tested)
 
 
@@ -135,3 +143,20 @@ def divided(task: T, *, share: float = 1.0, held_out: int = 0) -> T:
     if held_out:
         chosen.test = [task.train[i] for i in sorted(rows[:held_out])]
     return chosen
+
+
+class Asked(GenerationTask):
+    """Questions without known answers, put to the model in a frame."""
+
+    def __init__(self, examples: list[Example], frame: Frame) -> None:
+        self.test, self.frame = examples, frame
+
+    def judge(self, example: Example, output: str) -> Verdict:
+        return Verdict(output, False)
+
+
+class AskedLabels(ClassificationTask):
+    """Texts without known labels."""
+
+    def __init__(self, rows: list[Labelled], names: tuple[str, ...]) -> None:
+        self.test, self.names, self.labels = rows, names, len(names) or 1

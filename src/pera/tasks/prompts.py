@@ -34,6 +34,8 @@ class Prompt(NamedTuple):
     """Token ids of a prompt, and whether something was cut from it."""
 
     ids: list[int]
+    text: str
+    """What the user says in it."""
     shortened: bool
 
 
@@ -71,7 +73,7 @@ def encode_question(
 
     ids = encode(example.prompt)
     if max_length is None or len(ids) <= max_length:
-        return Prompt(ids, False)
+        return Prompt(ids, example.prompt, False)
     low, high = 0, len(example.prompt)  # the fewest characters to take off
     while low < high:
         middle = (low + high) // 2
@@ -79,21 +81,27 @@ def encode_question(
             high = middle
         else:
             low = middle + 1
-    return Prompt(encode(example.prompt[low:]), True)
+    text = example.prompt[low:]
+    return Prompt(encode(text), text, True)
+
+
+def encode_answered(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, frame: Frame, answer: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of an answer to it, as they are trained on: as one text, where the loss is on all."""
+    if frame.loss == "all" and frame.text is not None:
+        ids = _unended(tokenizer, frame.text.replace("{prompt}", prompt.text) + answer)
+        return [], ids
+    return prompt.ids, list(tokenizer(answer, add_special_tokens=False).input_ids)
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, frame: Frame = CHAT) -> dict[str, Any]:
     """``input_ids``, ``attention_mask`` and ``labels`` of prompt, answer and end-of-sequence token; the loss is
     on the answer and the end-of-sequence token only, or on everything, as the frame says."""
-    end = [tokenizer.eos_token_id] if frame.end else []
-    if frame.loss == "all" and frame.text is not None:
-        ids = [*_unended(tokenizer, frame.text.replace("{prompt}", example.prompt) + example.answer), *end]
-        labels = list(ids)
-    else:
-        prompt = encode_question(tokenizer, example, frame).ids
-        answer = [*tokenizer(example.answer, add_special_tokens=False).input_ids, *end]
-        ids = prompt + answer
-        labels = ids if frame.loss == "all" else [IGNORED] * len(prompt) + answer
+    prompt, answer = encode_answered(tokenizer, encode_question(tokenizer, example, frame), frame, example.answer)
+    answer = [*answer, *([tokenizer.eos_token_id] if frame.end else [])]
+    ids = prompt + answer
+    labels = list(ids) if frame.loss == "all" else [IGNORED] * len(prompt) + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 

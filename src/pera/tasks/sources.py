@@ -110,9 +110,9 @@ def read_file(file: Path) -> Rows:
         return Rows(str(file), table, "row", digest)
     lines = text.rstrip().split("\n") if text.strip() else []
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, content_of_line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            found.append(json.loads(content_of_line))
         except ValueError as error:
             raise UserError(f"{file}, line {number}: is not valid JSON ({error}).") from error
     return Rows(str(file), found, "line", digest)
@@ -200,3 +200,13 @@ def overlap_notes(name: str, train: Sequence[Any], test: Sequence[Any]) -> list[
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def validation_split(rows: list[T], size: int, seed: int) -> tuple[list[T], list[T]]:
+    """The rows without ``size`` of them, and these: the same as ``train_test_split`` of the library ``datasets`` draws,
+    which the published protocols use, but the rest stays in its order."""
+    import numpy as np
+
+    drawn = np.random.default_rng(seed).permutation(len(rows))[:size].tolist()
+    held = set(drawn)
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in drawn]
