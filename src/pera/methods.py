@@ -113,7 +113,7 @@ def fit_to(model: nn.Module, config: PeftConfig) -> PeftConfig:
     """
     if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
         names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
-        config.modules_to_save = sorted({name.rpartition(".")[2] for name in names})
+        vars(config)["modules_to_save"] = sorted({name.rpartition(".")[2] for name in names})
     else:
         check_names(model, config)
     return config

@@ -154,10 +154,10 @@ def _scores(results: Results) -> list[Item]:
         for row in published:
             figures = [f"{row[known[task]]:.2f} %" if known[task] in row else ABSENT for task in tasks]
             name = f"paper, {model}: {row['method']}"
-            size_ = row.get("parameters") or f"{row['trainable_percent']} %"
+            figure = row.get("parameters") or f"{row['trainable_percent']} %"
             whole = all(known[task] in row for task in tasks)
             average = f"{fmean(row[known[task]] for task in tasks):.2f} %" if whole else ABSENT
-            rows.append([name, size_, *figures, average])
+            rows.append([name, figure, *figures, average])
         if len(results.settings) > 1:
             items.append(Item("heading", _setting(setting)))
         label = f"Scores, {_setting(setting)}"
