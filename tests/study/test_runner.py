@@ -54,6 +54,18 @@ def test_a_run_of_a_study_is_a_run_folder(finished):
     assert "held_out: 0" in (reported / "recipe.yaml").read_text()
 
 
+def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
+    """ΔW is zero at the start, so that the first loss is the base model's on the first batch."""
+    small = ["training.max_steps=1", "training.logging_steps=1", "choose.learning_rate=[1e-3]"]
+    folder, study = StudyFolder(tmp_path / "first"), study_of(study_file, *small)
+    run_study(study, folder)
+    first = {run.name: folder.run(run).metrics()[0]["loss"] for run in all_trials(study, folder.outcomes(study))}
+    for phase, seed in (("choose", 1), ("report", 42), ("report", 43)):
+        lora, pera = (first[f"{cell}-{phase}-lr0.001-seed{seed}"] for cell in (LORA, PERA))
+        assert lora == pytest.approx(pera, abs=1e-5)
+    assert first[f"{LORA}-report-lr0.001-seed42"] != first[f"{LORA}-report-lr0.001-seed43"]
+
+
 def test_a_finished_study_repeats_nothing(finished, study_file):
     before = {path: path.stat().st_mtime_ns for path in finished.runs.rglob("*")}
     run_study(study_of(study_file), finished)
