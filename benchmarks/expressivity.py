@@ -22,6 +22,7 @@ import pera
 from pera.polynomial import delta_weight, expanded_rank, num_coefficients
 
 RATES = (3e-3, 1e-2, 3e-2)
+DIFFERENCE = "SmolLM2: what full fine-tuning on family_relationships, 40 steps of 8 examples by AdamW at 2e-5, added to a weight."
 METHODS = {  # terms, normalization, initial h
     "LoRA": ("none", "none", 0.0),
     "PERA published": ("all", "none", 0.0),
@@ -139,8 +140,7 @@ def main() -> None:
         "# Expressivity: how well a matrix can be fitted at equal r",
         "",
         " ".join((__doc__ or "").split("\n\n")[2].split()),
-        "SmolLM2: what full fine-tuning on family_relationships, 40 steps of 8 examples by AdamW at 2e-5, added to a "
-        "weight.",
+        *([DIFFERENCE] if options.difference else []),
         f"Rates {', '.join(f'{rate:g}' for rate in RATES)}, n = {options.seeds} seeds, {options.steps} steps. The two "
         "last columns are no fits: no update of that rank can do better.",
         "",
