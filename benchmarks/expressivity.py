@@ -22,7 +22,7 @@ import pera
 from pera.polynomial import delta_weight, expanded_rank, num_coefficients
 
 RATES = (3e-3, 1e-2, 3e-2)
-DIFFERENCE = "SmolLM2: what full fine-tuning on family_relationships, 40 steps of 8 examples by AdamW at 2e-5, added to a weight."
+DIFFERENCE = "SmolLM2: what full fine-tuning (40 steps of 8 examples, AdamW at 2e-5) added to a weight."
 METHODS = {  # terms, normalization, initial h
     "LoRA": ("none", "none", 0.0),
     "PERA published": ("all", "none", 0.0),
