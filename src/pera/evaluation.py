@@ -102,7 +102,8 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     which = "base" if base else "adapter"
     name = which if spec.scorer == run.recipe.evaluation.scorer else f"{which}-{spec.scorer}"
     model, tokenizer = open_model(location, recipe.model.dtype)
-    key = {"which": which, "recipe": recipe.model_dump(mode="json", exclude={"name"})}
+    content = recipe.model_dump(mode="json", exclude={"name"})
+    key = {"which": which, "recipe": content, "data": dict(task.manifest)}
     journal = Journal(run.predictions / f"{name}.partial.jsonl", key)
     if journal.found and console is not None:
         console.print(f"going on after {len(journal.found)} of {len(task.test)} answers", soft_wrap=True)

@@ -30,7 +30,8 @@ def predict(
     lines.
 
     A language model writes its answer; a row has ``prompt`` or ``messages``, or the field that the task itself has. A
-    classifier gives the name of the class, or a number, and the logits; a row has the task's texts. What is answered
+    classifier gives the name of the class, or a number, and the logits; a row has the task's texts. ``shortened`` marks
+    a row that was cut to the length of the model. What is answered
     is kept in ``<target>.partial``, so that the same call after an interruption answers only the rest.
 
     Args:
@@ -68,7 +69,8 @@ def predict(
     key = {"input": content.sha256, "base": base, "recipe": recipe.to_yaml(), "evaluation": spec.model_dump()}
     journal = Journal(target.with_name(f"{target.name}.partial"), key)
     todo = [i for i in range(len(rows)) if i not in journal.found]
-    scorer = make_scorer(model, tokenizer, task, [rows[i] for i in todo], spec, recipe.training.max_length)
+    max_length = recipe.training.max_length if classifies else None
+    scorer = make_scorer(model, tokenizer, task, [rows[i] for i in todo], spec, max_length)
     for answered in answer_batches(scorer, "predicting", console):
         journal.add({todo[row]: _answer(prediction) for row, prediction in answered.items()})
     lines = [{**row, **answer} for row, answer in zip(content.rows, journal.rows(), strict=True)]
@@ -79,6 +81,9 @@ def predict(
 
 
 def _answer(prediction: Prediction) -> dict[str, Any]:
-    if prediction.correct is None:  # a regression
-        return {"prediction": float(prediction.output)}
-    return {"prediction": prediction.output, **({"logits": prediction.scores} if prediction.scores else {})}
+    number = prediction.correct is None  # a regression
+    return {
+        "prediction": float(prediction.output) if number else prediction.output,
+        **({"logits": prediction.scores} if prediction.scores else {}),
+        **({"shortened": True} if prediction.shortened else {}),
+    }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from peft import PeftConfig
@@ -75,11 +76,15 @@ Data = Annotated[str, AfterValidator(_absolute)]
 class _TaskSection(_Section):
     """What all kinds of task have."""
 
+    made: ClassVar[Callable[..., Task]]
+    """What makes the task, of the name and, by their names, the other keys."""
+
     name: str
 
     def build(self) -> Task:
         """The examples and their scorer."""
-        raise NotImplementedError
+        options = self.model_dump()
+        return type(self).made(options.pop("name"), **options)
 
     def question(self, row: dict[str, Any]) -> Any:
         """A row of a user's file as an example without an answer; raises :class:`pera.tasks.sources.BadRow`."""
@@ -98,6 +103,8 @@ class _TaskSection(_Section):
 class ReasoningSection(_TaskSection):
     """Problems of a reasoning-gym data set."""
 
+    made = ReasoningTask
+
     name: str
     """Name of a reasoning-gym data set."""
     train_size: int = Field(2000, ge=1)
@@ -107,13 +114,11 @@ class ReasoningSection(_TaskSection):
     options: dict[str, Any] = {}
     """Further options of the data set."""
 
-    def build(self) -> Task:
-        options = self.model_dump()
-        return ReasoningTask(options.pop("name"), **options)
-
 
 class GlueSection(_TaskSection):
     """A task of GLUE; :class:`pera.tasks.GlueTask` explains the keys."""
+
+    made = GlueTask
 
     name: str
     data: Data = HUB
@@ -125,10 +130,6 @@ class GlueSection(_TaskSection):
     seed: int = Field(42, ge=0)
     """Divides the validation set, and draws rows where sizes are given."""
 
-    def build(self) -> Task:
-        options = self.model_dump()
-        return GlueTask(options.pop("name"), **options)
-
     def question(self, row: dict[str, Any]) -> Labelled:
         return Labelled(tuple(field(row, name) for name in GLUE[self.name].fields), 0)
 
@@ -138,6 +139,8 @@ class GlueSection(_TaskSection):
 
 class CommonsenseSection(_TaskSection):
     """Commonsense tasks; :class:`pera.tasks.CommonsenseTask` explains the keys."""
+
+    made = CommonsenseTask
 
     name: str
     """"commonsense", or one member alone."""
@@ -155,10 +158,6 @@ class CommonsenseSection(_TaskSection):
     loss: Literal["answer", "all"] | None = None
     seed: int = Field(42, ge=0)
 
-    def build(self) -> Task:
-        options = self.model_dump()
-        return CommonsenseTask(options.pop("name"), **options)
-
     def question(self, row: dict[str, Any]) -> Example:
         return own_example(row, {"prompt": "instruction"} if "instruction" in row else None, answered=False)
 
@@ -170,6 +169,8 @@ class CommonsenseSection(_TaskSection):
 class Gsm8kSection(_TaskSection):
     """GSM8K; :class:`pera.tasks.Gsm8kTask` explains the keys."""
 
+    made = Gsm8kTask
+
     name: str
     data: Data = HUB
     train_size: int | None = Field(None, ge=1)
@@ -178,16 +179,14 @@ class Gsm8kSection(_TaskSection):
     annotations: bool = False
     seed: int = Field(42, ge=0)
 
-    def build(self) -> Task:
-        options = self.model_dump()
-        return Gsm8kTask(options.pop("name"), **options)
-
     def question(self, row: dict[str, Any]) -> Example:
         return own_example(row, {"prompt": "question"} if "question" in row else None, answered=False)
 
 
 class OwnSection(_TaskSection):
     """A user's own data; :class:`pera.tasks.OwnTask` explains the keys."""
+
+    made = OwnTask
 
     name: str
     data: Data
@@ -198,10 +197,6 @@ class OwnSection(_TaskSection):
     test_size: int | None = Field(200, ge=1)
     validation_size: int = Field(0, ge=0)
     seed: int = Field(42, ge=0)
-
-    def build(self) -> Task:
-        options = self.model_dump()
-        return OwnTask(options.pop("name"), **options)
 
     def question(self, row: dict[str, Any]) -> Example:
         return own_example(row, {str(name): column for name, column in self.columns.items()}, answered=False)

@@ -133,6 +133,7 @@ class Run:
     def write_environment(self, model: torch.nn.Module, command: list[str]) -> None:
         """Record versions, hardware, seed, dtype and the fingerprint of the base model."""
         recipe = self.recipe
+        body: Any = model if recipe.task_type == "CAUSAL_LM" else model.base_model  # a new head differs by seed
         write_json(
             self.environment_file,
             {
@@ -143,7 +144,7 @@ class Run:
                 "base_model": {
                     "name": recipe.model.name,
                     "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-                    "fingerprint": models.fingerprint(model),
+                    "fingerprint": models.fingerprint(body),
                 },
             },
         )

@@ -89,7 +89,9 @@ class GenerationTask(Task):
         return Verdict(output, self.score(example, output) >= 1.0)
 
     def majority(self) -> float | None:
-        """Accuracy, averaged over the groups, of the commonest training answer of each group."""
+        """Accuracy, averaged over the groups, of the commonest training answer of each group; None for free text."""
+        if not all(example.options for example in self.test):
+            return None
         answers: dict[str, Counter[str]] = {}
         for example in self.train:
             answers.setdefault(example.group, Counter())[example.answer] += 1

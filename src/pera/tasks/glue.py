@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pera.errors import UserError, missing_extra, nearest
 from pera.tasks.base import ClassificationTask, Labelled
-from pera.tasks.sources import (  # fmt: skip
+from pera.tasks.sources import (
     HUB,
     BadRow,
     Rows,

@@ -7,7 +7,7 @@ from typing import Any
 
 from pera.errors import UserError
 from pera.tasks.base import Example, GenerationTask, Verdict
-from pera.tasks.sources import (  # fmt: skip
+from pera.tasks.sources import (
     HUB,
     BadRow,
     Rows,

@@ -19,7 +19,7 @@ from pera.tasks.sources import (
     read_hub,
     split_file,
     take,
-    validation_split,  # fmt: skip
+    validation_split,
 )
 
 NAME = "own"
