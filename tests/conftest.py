@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -118,6 +120,64 @@ def tiny_gpt2(tokenizer, tmp_path_factory):
     GPT2LMHeadModel(GPT2Config(**sizes, **special)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tokenizer, tmp_path_factory):
+    """Folder of a BERT of two layers, an encoder without a head."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"vocab_size": len(tokenizer), "pad_token_id": 2, "max_position_embeddings": 64}
+    BertModel(BertConfig(**sizes, **special)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glue_folder(tmp_path_factory):
+    """A folder with sst2 and stsb of some rows; the label is in the words."""
+    folder = tmp_path_factory.mktemp("glue")
+    words = ["dull film", "fine film"]
+    pairs = [{"sentence1": "a " * (i % 6), "sentence2": "a a", "label": float(i % 6)} for i in range(70) if i % 6]
+    rows = {"sst2": [{"sentence": f"{words[i % 2]} {i % 7}", "label": i % 2} for i in range(64)], "stsb": pairs}
+    for name, content in rows.items():
+        (folder / name).mkdir()
+        for split in ("train", "validation"):
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return folder
+
+
+GLUE_RECIPE = """
+model: {name: MODEL, dtype: float32}
+method: {name: pera, r: 2, normalization: rms, init_coefficients: 0.3, target_modules: [query, value]}
+task: {name: sst2, data: DATA}
+training: {learning_rate: 1.0e-2, epochs: 3, batch_size: 8, logging_steps: 4, eval_steps: epoch, keep: best}
+"""
+
+
+@pytest.fixture(scope="session")
+def glue_recipe(tiny_bert, glue_folder, tmp_path_factory):
+    """A small run on the tiny BERT."""
+    file = tmp_path_factory.mktemp("recipes") / "classify.yaml"
+    file.write_text(GLUE_RECIPE.replace("MODEL", str(tiny_bert)).replace("DATA", str(glue_folder)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def finished_glue_run(glue_recipe, tmp_path_factory):
+    """The small run on the tiny BERT, trained. Not to be written to."""
+    recipe = load_recipe(str(glue_recipe))
+    run = Run.create(recipe, tmp_path_factory.mktemp("runs") / "glue")
+    train(recipe, run)
+    return run
+
+
+@pytest.fixture
+def glue_run(finished_glue_run, tmp_path):
+    """A copy of the finished run of a classifier, to be written to."""
+    shutil.copytree(finished_glue_run.path, tmp_path / "glue-run")
+    return Run(tmp_path / "glue-run")
 
 
 @pytest.fixture(scope="session")

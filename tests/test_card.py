@@ -12,8 +12,17 @@ from pera.runs import locate
 
 
 def test_an_adapter_says_how_it_was_made_and_how_to_load_it(run):
-    score = {"scorer": "exact_match", "n": 8, "correct": 4, "accuracy": 0.5, "low": 0.2, "high": 0.8, "seconds": 1}
-    write_json(run.scores_file, {"base": {**score, "accuracy": 0.0}, "adapter": score})
+    score = {
+        "scorer": "exact_match",
+        "n": 8,
+        "metric": "accuracy",
+        "correct": 4,
+        "value": 0.5,
+        "low": 0.2,
+        "high": 0.8,
+        "seconds": 1,
+    }
+    write_json(run.scores_file, {"base": {**score, "value": 0.0}, "adapter": score})
     write_card(run.adapter, "adapter", locate(str(run.path)))
     card = ModelCard.load(run.adapter / "README.md")
     assert card.data.library_name == "peft"

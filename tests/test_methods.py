@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from peft import DeloraConfig, HiraConfig, LoraConfig, TaskType, get_peft_model
+from peft import DeloraConfig, HiraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from pera import PeraConfig
 from pera.errors import UserError
-from pera.methods import METHODS, peft_config
+from pera.methods import METHODS, fit_to, peft_config
+from pera.polynomial import expanded_rank
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def layer(model):
     return next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_rank])
 def test_every_method_trains_on_a_model(name, adapted, logits, tiny_llama):
     model = adapted(name, r=4)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -124,3 +125,54 @@ def test_an_unknown_method_is_refused_with_the_nearest_known():
 def test_a_value_that_the_method_refuses_is_named(options, words):
     with pytest.raises(UserError, match=f"^method: .*{words}"):
         peft_config("pera", **options)
+
+
+def test_full_trains_every_parameter_and_comes_back_from_the_disk(tiny_llama, logits, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    sizes = sum(p.numel() for p in base.parameters())
+    model = get_peft_model(base, fit_to(base, peft_config("full")))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == sizes
+    model(torch.arange(10)[None]).logits.square().mean().backward()
+    torch.optim.SGD(trainable, lr=0.1).step()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "adapter")
+    assert not torch.allclose(logits(loaded), logits(tiny_llama), atol=1e-3)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_full_has_no_options():
+    with pytest.raises(UserError, match=r"^method\.r: 'full' has no options; leave it out\.$"):
+        peft_config("full", r=8)
+
+
+@pytest.mark.parametrize("r", [2, 4, 8])
+def test_lora_k_has_the_expanded_rank_and_scale_1(r):
+    config = peft_config("lora-K", r=r)
+    assert config.r == config.lora_alpha == expanded_rank(r) == r + r * (r + 1) // 2
+
+
+def test_lora_k_of_the_default_rank_is_that_of_the_default_pera():
+    assert peft_config("lora-K").r == expanded_rank(peft_config("pera").r)
+
+
+def test_the_published_variant_is_the_published_method():
+    assert peft_config("pera-published", r=4) == PeraConfig.published(r=4, task_type=TaskType.CAUSAL_LM)
+
+
+@pytest.mark.parametrize(
+    ("name", "terms", "normalization", "h"),
+    [("pera-squares", "square", "none", 0.0), ("pera-crosses", "cross", "none", 0.0), ("pera-rms", "all", "rms", 0.0),
+     ("pera-rms-0.3", "all", "rms", 0.3), ("pera-rms-squares", "square", "rms", 0.3)],
+)  # fmt: skip
+def test_a_named_variant_fixes_what_makes_it(name, terms, normalization, h):
+    config = peft_config(name, r=4)
+    assert (config.terms, config.normalization, config.init_coefficients) == (terms, normalization, h)
+    assert config.coefficients == "learned"
+    with pytest.raises(UserError, match="is not an option of"):
+        peft_config(name, init_coefficients=0.1)
+
+
+def test_a_method_that_cannot_be_had_is_refused_with_the_reason():
+    with pytest.raises(UserError, match="'mora' cannot be had: MoRA is not in PEFT"):
+        peft_config("mora")

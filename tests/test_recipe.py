@@ -1,5 +1,8 @@
 """A recipe is one YAML file in which nothing is ignored."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -124,7 +127,10 @@ def test_either_length_can_replace_the_other(file):
         ("model.nme=x", "model.nme is not a key of a recipe; did you mean 'name'?"),
         ("training.learning_rte=1", "training.learning_rte is not a key of a recipe; did you mean 'learning_rate'?"),
         ("task.trainsize=1", "task.trainsize is not a key of a recipe; did you mean 'train_size'?"),
-        ("evaluation.x=1", "evaluation.x is not a key of a recipe; known: batch_size, max_new_tokens, scorer."),
+        (
+            "evaluation.x=1",
+            "evaluation.x is not a key of a recipe; known: batch_size, max_new_tokens, num_beams, scorer.",
+        ),
         ("method.rnk=1", "method.rnk is not an option of pera; "),
         ("method.task_type=SEQ_CLS", "method.task_type is not an option of pera; "),
         ("method.name=loar", "method.name='loar' is not known; did you mean 'lora'?"),
@@ -239,3 +245,125 @@ def test_a_key_given_twice_is_refused(recipe_file, tmp_path):
     file.write_text(recipe_file.read_text() + "\nmodel: other\n")
     with pytest.raises(UserError, match="'model' is given twice"):
         load_recipe(str(file))
+
+
+# Tasks with data
+
+TABLE = Path(__file__).resolve().parents[2] / "shared" / "paper_tables.json"
+GLUE_NAMES = {"SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola", "QNLI": "qnli", "RTE": "rte", "STS-B": "stsb"}
+
+
+@pytest.mark.skipif(not TABLE.is_file(), reason="needs ../shared/paper_tables.json")
+@pytest.mark.parametrize("task", GLUE_NAMES)
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_the_recipes_for_roberta_have_the_settings_of_the_paper(size, task):
+    table = json.loads(TABLE.read_text())["table8_glue_hyperparameters"]
+    shared, own = table["shared"], table[f"RoBERTa-{size}"][task]
+    recipe = load_recipe(f"glue-roberta-{size}", [f"task={GLUE_NAMES[task]}"])
+    training, config = recipe.training, recipe.peft_config()
+    assert recipe.task.name == GLUE_NAMES[task]
+    assert (training.learning_rate, training.epochs) == (own["learning_rate"], own["epochs"])
+    assert (config.pera_dropout, config.r, config.task_type) == (own["dropout"], shared["r"], "SEQ_CLS")
+    assert config.target_modules == set(shared["target_modules"])
+    assert (training.warmup_ratio, training.max_length, training.batch_size) == (0.06, 512, 32)
+    assert training.keep == "best"
+    assert_published(config)
+
+
+def assert_published(config):
+    published = PeraConfig.published()
+    for key in ("terms", "coefficients", "init_coefficients", "normalization", "pera_alpha"):
+        assert getattr(config, key) == getattr(published, key)
+
+
+@pytest.mark.parametrize("model", ["llama2-7b", "llama3-8b", "qwen2.5-7b"])
+def test_the_commonsense_recipes_have_the_settings_of_the_paper(model):
+    recipe = load_recipe(f"commonsense-{model}")
+    training, config = recipe.training, recipe.peft_config()
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert (config.r, config.pera_dropout, config.task_type) == (16, 0.05, "CAUSAL_LM")
+    assert_published(config)
+    assert (training.learning_rate, training.lr_scheduler, training.warmup_steps) == (1e-4, "linear", 100)
+    assert (training.batch_size, training.epochs, training.eval_steps, training.keep) == (16, 3, 80, "best")
+    assert (recipe.task.validation_size, recipe.task.protocol, recipe.task.names) == (120, "hira", None)
+    assert (recipe.evaluation.scorer, recipe.evaluation.num_beams) == ("generation", 4)
+    assert recipe.evaluation.max_new_tokens == 16
+
+
+@pytest.mark.parametrize("task", ["sst2", "mrpc", "cola", "qnli", "rte", "stsb", "mnli", "qqp"])
+@pytest.mark.parametrize("name", ["glue-minilm", "glue-roberta-base", "glue-roberta-large"])
+def test_every_task_of_glue_resolves(name, task, file):
+    recipe = load_recipe(name, [f"task={task}"])
+    assert (recipe.task.name, recipe.task.data) == (task, "hub")
+    assert recipe.evaluation.scorer == "classification"
+    assert load_recipe(file(recipe.to_yaml())) == recipe
+
+
+def test_data_and_task_stand_for_keys_of_the_task(tmp_path):
+    recipe = load_recipe("glue-minilm", [f"data={tmp_path}", "task=mrpc", "task.train_size=9"])
+    assert (recipe.task.name, recipe.task.data, recipe.task.train_size) == ("mrpc", str(tmp_path), 9)
+    mix = load_recipe("commonsense-smollm2", ["task.names=[boolq, piqa]", "task.shares=null"])
+    assert mix.task.names == ["boolq", "piqa"]
+
+
+def test_a_folder_is_kept_as_a_path_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("glue-minilm", ["data=data"]).task.data == str(tmp_path / "data")
+
+
+def test_overrides_win_over_by_task():
+    overrides = ["task=mrpc", "training.epochs=1", "method.dropout=0.1"]
+    recipe = load_recipe("glue-roberta-base", overrides)
+    assert (recipe.training.epochs, recipe.method["dropout"], recipe.training.learning_rate) == (1, 0.1, 1e-3)
+
+
+def test_by_task_holds_sections(file):
+    with pytest.raises(UserError, match=r"^recipe: by_task in '.*' should hold sections of the recipe by name"):
+        load_recipe(file({**SMALL, "by_task": {"leg_counting": 3}}))
+
+
+@pytest.mark.parametrize(
+    ("task", "scorer"),
+    [
+        ("leg_counting", "exact_match"),
+        ("sst2", "classification"),
+        ("commonsense", "generation"),
+        ("ARC-Easy", "generation"),
+        ("gsm8k", "exact_match"),
+        ({"name": "own", "data": "a/b"}, "exact_match"),
+    ],
+)
+def test_each_kind_of_task_has_its_scorer(task, scorer):
+    assert parse_recipe({**SMALL, "task": task}).evaluation.scorer == scorer
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"task": {"name": "sst22", "data": "x"}},
+            "task: name='sst22' is not a task that has data; did you mean 'sst2'?",
+        ),
+        ({"task": {"name": "own"}}, "task.data is missing in the recipe"),
+        ({"task": {"name": "boolq", "cap": {}}}, "task.cap is not a key of a recipe; did you mean 'caps'?"),
+        ({"task": {"name": "gsm8k", "options": {}}}, "task.options is not a key of a recipe; "),
+        ({"task": {"name": "commonsense", "protocol": "dora"}}, "task.protocol='dora': input should be 'llm-adapters'"),
+        ({"task": {"name": "boolq", "caps": {"boolq": 0}}}, "task.caps.boolq=0: input should be greater than or equal"),
+        ({"evaluation": {"scorer": "likelihood"}}, "evaluation.scorer='likelihood' does not fit task 'leg_counting'"),
+        ({"evaluation": {"max_new_tokens": None}}, "evaluation.max_new_tokens=None should be a number"),
+        ({"task": "sst2", "evaluation": {"num_beams": 4}}, "evaluation.num_beams=4: a classifier writes nothing"),
+    ],
+)
+def test_a_mistake_in_a_task_is_named(change, sentence):
+    with pytest.raises(UserError) as caught:
+        parse_recipe({**SMALL, **change})
+    assert sentence in str(caught.value)
+
+
+def test_another_scorer_must_fit_the_task():
+    recipe = parse_recipe({**SMALL, "task": "boolq"})
+    assert recipe.with_scorer("likelihood").evaluation.scorer == "likelihood"
+    assert recipe.with_scorer(None) is recipe
+    with pytest.raises(UserError, match=r"evaluation\.scorer='classification' does not fit task 'boolq'"):
+        recipe.with_scorer("classification")

@@ -23,12 +23,12 @@ _TITLE = {
 _PERA = " Method: Polynomial Expansion Rank Adaptation ([arXiv 2604.11841](https://arxiv.org/abs/2604.11841))."
 
 _USE = {
-    "adapter": "{imports}from peft import AutoPeftModelForCausalLM\n\n"
-    'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
-    "merged": "from transformers import AutoModelForCausalLM\n\n"
-    'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-    "lora": "from peft import AutoPeftModelForCausalLM\n\n"
-    'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
+    "adapter": "{imports}from peft import AutoPeftModelFor{kind}\n\n"
+    'model = AutoPeftModelFor{kind}.from_pretrained("path/to/this/folder")',
+    "merged": "from transformers import AutoModelFor{kind}\n\n"
+    'model = AutoModelFor{kind}.from_pretrained("path/to/this/folder")',
+    "lora": "from peft import AutoPeftModelFor{kind}\n\n"
+    'model = AutoPeftModelFor{kind}.from_pretrained("path/to/this/folder")',
 }
 
 
@@ -43,19 +43,23 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
     """
     base = EMBEDDED[location.base].hub_id if location.base in EMBEDDED else location.base
     assert location.adapter is not None
-    method = method_name(adapter_config(location.adapter))
+    config = adapter_config(location.adapter)
+    method = method_name(config)
+    classifies = config.task_type == "SEQ_CLS"
     imports = "import pera  # makes the method known to PEFT\n" if method == "PERA" else ""
     data = ModelCardData(
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
         library_name="transformers" if form == "merged" else "peft",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if classifies else "text-generation",
         tags=["pera", "lora"] if form == "lora" else [method.lower()],
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_TITLE[form].format(method=method)}",
         f"Base model: {_code(base)}.{_PERA if method == 'PERA' else ''}",
-        _fence(_USE[form].format(imports=imports), "python"),
+        _fence(
+            _USE[form].format(imports=imports, kind="SequenceClassification" if classifies else "CausalLM"), "python"
+        ),
     ]
     if verification:
         sections += ["## Verification", f"Against the adapter it was made from: {verification}."]
@@ -68,12 +72,27 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
 
 
 def _scores(task: str, scores: dict[str, Any]) -> str:
-    rows = [
-        f"| {which} | {s['n']} | {100 * s['accuracy']:.1f} % | {100 * s['low']:.1f} to {100 * s['high']:.1f} % |"
-        for which, s in scores.items()
-    ]
-    head = f"Held-out problems of {_code(task)}, greedy decoding, the task's own scorer."
-    return "\n".join([head, "", "| | n | accuracy | 95 % interval |", "| --- | --- | --- | --- |", *rows])
+    """One table for each scorer: figures of two scorers do not belong in one column."""
+    blocks = []
+    for scorer in dict.fromkeys(s["scorer"] for s in scores.values()):
+        rows = [
+            f"| {which.removesuffix(f'-{scorer}')} | {s['n']} | {100 * s['value']:.1f} % | "
+            f"{100 * s['low']:.1f} to {100 * s['high']:.1f} % |"
+            for which, s in scores.items()
+            if s["scorer"] == scorer
+        ]
+        metric = next(s["metric"] for s in scores.values() if s["scorer"] == scorer)
+        head = f"Held-out rows of {_code(task)}, {_SCORERS.get(scorer, scorer)}."
+        blocks.append("\n".join([head, "", f"| | n | {metric} | 95 % interval |", "| --- | --- | --- | --- |", *rows]))
+    return "\n\n".join(blocks)
+
+
+_SCORERS = {
+    "exact_match": "answers judged by the task's own scorer",
+    "generation": "the first answer found in what the model writes",
+    "likelihood": "options ranked by log-probability",
+    "classification": "the class or number of the head",
+}
 
 
 def _code(text: str) -> str:

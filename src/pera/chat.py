@@ -77,13 +77,16 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
         options: ``max_new_tokens`` and ``temperature`` of :class:`Conversation`.
 
     Raises:
-        UserError: ``compare`` without an adapter.
+        UserError: ``compare`` without an adapter, or the model is a classifier.
     """
     if compare and location.adapter is None:
         raise UserError(
             f"--compare needs an adapter, and {location.base!r} is a model; give a run or an adapter folder."
         )
     model, tokenizer = open_model(location, dtype)
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not plain.can_generate():
+        raise UserError(f"{location.base!r} with this head is a classifier, which cannot talk; use: pera predict")
     names = ["base", "adapter"] if compare else ["base" if not isinstance(model, PeftModel) else "adapter"]
 
     def start() -> dict[str, Conversation]:

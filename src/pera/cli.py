@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,7 +20,7 @@ from pera.errors import CheckFailed, PeraError, UserError
 if TYPE_CHECKING:
     from pera.convert.verify import Agreement
     from pera.diagnose import Effects, LayerDiagnosis
-    from pera.evaluation import Score
+    from pera.evaluation import Part, Score
     from pera.recipe import Recipe
     from pera.runs import Run
     from pera.training import TrainingSummary
@@ -31,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune language models by Polynomial Expansion Rank Adaptation, and merge, export and verify the result.",
 )
+study_app = typer.Typer(no_args_is_help=True, help="Compare methods fairly: many runs, tuned rates, statistics.")
+app.add_typer(study_app, name="study")
 out = Console(highlight=False)
 progress = Console(stderr=True, highlight=False)
 
@@ -125,20 +128,72 @@ def train(
 def evaluate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
     base: Annotated[bool, typer.Option("--base", help="Score the base model instead, for comparison.")] = False,
+    scorer: Annotated[
+        Literal["generation", "likelihood"] | None, typer.Option(help="In the place of the recipe's scorer.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="Tasks of lm-eval instead, separated by commas.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task of lm-eval, at most.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with further tasks for lm-eval.")] = None,
 ) -> None:
-    """Score a run on the held-out examples of its task."""
+    """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
     from pera.evaluation import evaluate_run
     from pera.runs import locate
 
     location = locate(run)
     if location.run is None:
         raise UserError(f"{run!r} is not a run folder; only a run says which task it is scored on.")
-    score = evaluate_run(location.run, base=base, console=progress)
+    which = "base" if base else "adapter"
+    if lm_eval is not None:
+        from pera.harness import run_harness
+
+        if scorer is not None:
+            raise UserError(f"--scorer={scorer}: lm-eval has scorers of its own; leave out one of the two.")
+        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+        results = run_harness(location.run, names, base=base, limit=limit, include_path=include_path)
+        out.print(_harness(which, results))
+        out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
+        return
+    if limit is not None or include_path is not None:
+        raise UserError("--limit and --include-path are for --lm-eval; for the run's task give task.test_size.")
+    score = evaluate_run(location.run, base=base, scorer=scorer, console=progress)
     table = _table()
-    table.add_row("base" if base else "adapter", _accuracy(score))
+    table.add_row(which, _accuracy(score))
+    for name, part in score.parts.items():
+        table.add_row(name, _part(part))
+    for name in score.missing:
+        table.add_row(name, "missing: there are no data")
+    for name, value in score.metrics.items():
+        table.add_row(name, f"{100 * value:.1f} %")
+    if score.majority is not None:
+        table.add_row("majority", f"{100 * score.majority:.1f} %, the commonest training answer for every row")
+    if score.shortened:
+        table.add_row("shortened", f"{score.shortened} inputs cut to the length of the model")
     table.add_row("scores", str(location.run.scores_file))
     table.add_row("report", _refreshed_report(location.run))
     out.print(table)
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    input: Annotated[Path, typer.Option("--input", help="Rows to answer: .jsonl, .json, .csv or .parquet.")],
+    output: Annotated[Path, typer.Option("--output", help="File of JSON lines to write.")],
+    base: Annotated[bool, typer.Option("--base", help="Let the base model answer instead.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows answered at once.")] = None,
+) -> None:
+    """Answer the rows of a file, in batches; called again after an interruption, only those that are missing."""
+    from pera.prediction import predict as answer
+    from pera.runs import locate
+
+    location = locate(run)
+    if location.run is None:
+        raise UserError(f"{run!r} is not a run folder; only a run says how questions are put to its model.")
+    options = {"base": base, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "console": progress}
+    rows = answer(location.run, input, output, **options)  # type: ignore[arg-type]
+    out.print(f"{rows} rows answered, in {output}", soft_wrap=True)
 
 
 @app.command()
@@ -200,6 +255,57 @@ def report(
     file = output or Path(runs[0]) / "report.html"
     write_report([Run(Path(name)) for name in runs], file)
     out.print(f"report written to {file}", soft_wrap=True)
+
+
+@study_app.command("run")
+def study_run(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override a key of the study or its recipes.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default studies/<study>. What is there goes on.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; more can join by the same command.")] = 1,
+    budget: Annotated[float | None, typer.Option(min=0, help="Hours in which new runs are started.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what failed.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say which runs there are, in their order.")] = False,
+) -> None:
+    """Run what is left of a study: rates for every method first, then the seeds that are reported."""
+    from pera.study import load_study
+    from pera.study.runner import StudyFolder, all_trials, run_study
+
+    spec = load_study(study, overrides)
+    folder = StudyFolder(output or Path("studies") / spec.name)
+    if plan:
+        ended = folder.outcomes(spec)
+        for trial in all_trials(spec, ended):
+            status = ended[trial.name].status if trial.name in ended else "to do"
+            out.print(f"{status:9} {trial.name}", soft_wrap=True, markup=False)
+        return
+    outcomes = run_study(spec, folder, workers=workers, budget=budget, retry=retry, console=progress)
+    counts = Counter(outcome.status for outcome in outcomes.values())
+    table = _table()
+    table.add_row("study", str(folder.path))
+    table.add_row("runs", ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "none ended")
+    for name, outcome in outcomes.items():
+        if outcome.status == "failed":
+            table.add_row("failed", f"{escape(name)}: {escape(outcome.error)}")
+    left = len(folder.left(spec))
+    table.add_row("known to be left", f"{left} runs; the same command goes on" if left else "none")
+    out.print(table)
+    out.print(f"Next: pera study report {folder.path}")
+
+
+@study_app.command("report")
+def study_report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a study.")],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default report.html in the folder.")] = None,
+) -> None:
+    """Write what a study shows, as a page and as Markdown beside it."""
+    from pera.report.study import write_study_report
+    from pera.study.runner import StudyFolder
+
+    for file in write_study_report(StudyFolder(folder), output or folder / "report.html"):
+        out.print(f"report written to {file}", soft_wrap=True)
 
 
 @app.command()
@@ -363,12 +469,30 @@ def _cost(run: Run, summary: TrainingSummary) -> str:
         parts.append(f"peak memory {summary.peak_memory / 2**30:.1f} GB")
     if summary.left_out:
         parts.append(f"{summary.left_out} examples above max_length left out")
+    if summary.shortened:
+        parts.append(f"{summary.shortened} texts cut to max_length")
     return ", ".join(parts)
 
 
 def _accuracy(score: Score) -> str:
     interval = f"95 % interval {100 * score.low:.1f} to {100 * score.high:.1f} %"
-    return f"{100 * score.accuracy:.1f} % ({score.correct} of {score.n}; {interval})"
+    of = f"{score.correct} of {score.n}" if score.metric == "accuracy" else f"{score.metric}, {score.n} rows"
+    return f"{100 * score.value:.1f} % ({of}; {interval})"
+
+
+def _part(part: Part) -> str:
+    interval = f"95 % interval {100 * part.low:.1f} to {100 * part.high:.1f} %"
+    unparsed = f"; {part.unparsed} without an answer" if part.unparsed else ""
+    return f"{100 * part.accuracy:.1f} % ({part.correct} of {part.n}; {interval}{unparsed})"
+
+
+def _harness(which: str, results: dict[str, dict[str, Any]]) -> Table:
+    table = _table(f"lm-eval, {which}: not comparable with pera's own scores")
+    for task, metrics in results.items():
+        apart = ("n", "shots", "lm_eval")
+        values = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in metrics.items() if k not in apart)
+        table.add_row(task, f"{values} (n {metrics['n']}, {metrics['shots']} shots)")
+    return table
 
 
 def _duration(seconds: float) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -93,6 +95,63 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not valid JSON ({error}); it may have been cut off.") from error
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """One line of JSON, also for readers that take other characters than a newline for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines up to a line that was cut off by a kill; none if there is no file."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(content, dict):
+            lines.append(content)
+    return lines
+
+
+class Journal:
+    """Results that are kept one by one, as they come, so that a restart makes only what is missing.
+
+    The first line of the file says what the results depend on. A file that starts otherwise is begun anew.
+
+    Args:
+        path: the file of JSON lines; it is removed by :meth:`close`.
+        key: what the results depend on.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+        self.path = path
+        head = {"key": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}
+        lines = read_lines(path)
+        kept = lines[1:] if lines[:1] == [head] else []
+        self.found: dict[int, dict[str, Any]] = {line["index"]: line["row"] for line in kept}
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        content: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in self.found.items())]
+        write_atomic(path, "".join(map(json_line, content)))
+
+    def add(self, rows: dict[int, dict[str, Any]]) -> None:
+        """Keep some results, by their index."""
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as f:
+            f.writelines(json_line({"index": i, "row": row}) for i, row in rows.items())
+        self.found.update(rows)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The results in their order."""
+        return [self.found[i] for i in sorted(self.found)]
+
+    def close(self) -> None:
+        """Remove the file, once the results are kept elsewhere."""
+        self.path.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:

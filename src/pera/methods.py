@@ -2,33 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 from peft import DeloraConfig, HiraConfig, LoraConfig, PeftConfig, TaskType
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
 
 from pera.errors import UserError, nearest
-from pera.tuner import PeraConfig
+from pera.polynomial import expanded_rank
+from pera.tuner import PeraConfig, check_names
 
 
 class Method(NamedTuple):
-    """A PEFT configuration class, the names it gives to common words, and what it sets for this method."""
+    """A PEFT configuration class, the names it gives to common words, and what it sets for this method; None keeps the
+    class's default."""
 
     config: type[PeftConfig]
     words: dict[str, str]
     fixed: dict[str, Any]
+    rank: Callable[[int], int] = int
+    """The rank that is trained where a recipe asks for r."""
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether the method has a rank and target modules to choose."""
+        return "r" not in self.fixed
+
+
+def _pera(terms: str, normalization: str = "none", init_coefficients: float = 0.0, **fixed: Any) -> Method:
+    method = {"terms": terms, "normalization": normalization, "init_coefficients": init_coefficients}
+    return Method(PeraConfig, _PERA, {"coefficients": "learned", **method, **fixed})
 
 
 _LORA = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+_PERA = {"alpha": "pera_alpha", "dropout": "pera_dropout"}
 
 METHODS = {
-    "pera": Method(PeraConfig, {"alpha": "pera_alpha", "dropout": "pera_dropout"}, {}),
+    "pera": Method(PeraConfig, _PERA, {}),
     "lora": Method(LoraConfig, _LORA, {}),
+    "lora-K": Method(LoraConfig, _LORA, {}, expanded_rank),
     "rslora": Method(LoraConfig, _LORA, {"use_rslora": True}),
     "dora": Method(LoraConfig, _LORA, {"use_dora": True}),
     "hira": Method(HiraConfig, {"dropout": "hira_dropout"}, {}),
     "delora": Method(DeloraConfig, {"dropout": "module_dropout"}, {}),
+    "full": Method(
+        LoraConfig, {}, {**dict.fromkeys(f.name for f in fields(LoraConfig)), "target_modules": DUMMY_TARGET_MODULES}
+    ),
+    "pera-published": _pera("all"),
+    "pera-squares": _pera("square"),
+    "pera-crosses": _pera("cross"),
+    "pera-fixed": _pera("all", coefficients="fixed"),
+    "pera-rms": _pera("all", "rms"),
+    "pera-rms-0.3": _pera("all", "rms", 0.3),
+    "pera-rms-squares": _pera("square", "rms", 0.3),
 }
+"""By the name that a recipe gives. A PERA with a name stays what it is, whatever the defaults of ``PeraConfig`` become:
+"pera-published" is the paper's text, "pera-fixed" its published code, "pera-rms-0.3" starts h at 0.3. "lora-K" is the
+LoRA of PERA's expanded rank K = r + r (r + 1) / 2. "full" trains every parameter of the model."""
+
+ABSENT = {"mora": "MoRA is not in PEFT, so there is no implementation to compare with."}
+"""Methods that the paper compares with and that are not here, and why."""
 
 
 def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> PeftConfig:
@@ -43,23 +78,45 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
     Raises:
         UserError: unknown method, unknown option or a value that the method refuses.
     """
+    if name in ABSENT:
+        raise UserError(f"method.name={name!r} cannot be had: {ABSENT[name]}")
     if name not in METHODS:
         raise UserError(f"method.name={name!r} is not known; {nearest(name, METHODS)}")
     method = METHODS[name]
     known = ({f.name for f in fields(method.config)} | set(method.words)) - set(method.fixed) - _FILLED_IN
     for key in options:
+        if not known:
+            raise UserError(f"method.{key}: {name!r} has no options; leave it out.")
         if key not in known:
             raise UserError(f"method.{key} is not an option of {name}; {nearest(key, known)}")
     for word, own in method.words.items():
         if word in options and own in options:
             raise UserError(f"method.{word} and method.{own} are one option of {name}; keep one.")
     renamed = {method.words.get(key, key): value for key, value in options.items()}
-    if method.config is LoraConfig:
+    fixed = {key: value for key, value in method.fixed.items() if value is not None}
+    if method.rank is not int and isinstance(renamed.setdefault("r", 8), int):
+        renamed["r"] = method.rank(renamed["r"])
+    if method.config is LoraConfig and method.has_rank:
         renamed.setdefault("lora_alpha", renamed.get("r", LoraConfig().r))
     try:
-        return method.config(task_type=TaskType(task_type), **renamed, **method.fixed)
+        return method.config(task_type=TaskType(task_type), **renamed, **fixed)
     except (ValueError, TypeError) as error:
         raise UserError(f"method: {error}") from error
+
+
+def fit_to(model: nn.Module, config: PeftConfig) -> PeftConfig:
+    """``config`` for ``model``: "full" takes every module that holds parameters, and the first of those that share one;
+    a head that is tied to the embeddings stays as it was.
+
+    Raises:
+        UserError: as :func:`pera.tuner.check_names`.
+    """
+    if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
+        names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+        vars(config)["modules_to_save"] = sorted({name.rpartition(".")[2] for name in names})
+    else:
+        check_names(model, config)
+    return config
 
 
 _FILLED_IN = {

@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pera.errors import UserError, missing_extra, nearest
-from pera.files import atomic_folder, disk_errors
+from pera.files import atomic_folder, disk_errors, read_json
 from pera.tuner.layers import keep_unpacked
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +57,7 @@ def load_model(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    auto_class: Any = AutoModelForCausalLM,
+    labels: int | None = None,
 ) -> PreTrainedModel:
     """Load a base model, on the best device of this machine, in evaluation mode.
 
@@ -60,13 +66,16 @@ def load_model(
         dtype: "float32", "bfloat16", "float16", "stored" (what the files hold) or "auto", see :func:`fast_dtype`.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the model.
-        auto_class: the transformers class to load with.
+        labels: outputs of a head for classification, or 1 for regression, which is drawn anew where the model has
+            none; None loads a causal language model. "auto" is then float32, since the head is trained.
 
     Raises:
-        UserError: there is no such model, it cannot be read, or it lacks weights that the class needs.
+        UserError: there is no such model, it cannot be read, or it lacks weights other than such a head's.
     """
     location = resolve(name)
-    torch_dtype = {"auto": fast_dtype(), "stored": "auto", **DTYPES}[dtype]
+    torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
+    auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    head = {} if labels is None else {"num_labels": labels}
     try:
         model, loading = auto_class.from_pretrained(
             location,
@@ -75,12 +84,16 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **head,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise _unreadable(name, error) from error
-    if loading["missing_keys"]:
-        first = sorted(loading["missing_keys"])[0]
-        raise UserError(f"model: {name!r} has no weights for {first}; it cannot be loaded as {auto_class.__name__}.")
+    body = f"{model.base_model_prefix}."
+    missing = sorted(key for key in loading["missing_keys"] if labels is None or key.startswith(body))
+    if missing:
+        raise UserError(
+            f"model: {name!r} has no weights for {missing[0]}; it cannot be loaded as {auto_class.__name__}."
+        )
     keep_unpacked(model)
     loaded: PreTrainedModel = model.to(device()).eval()
     return loaded
@@ -99,6 +112,15 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def saved_labels(name: str) -> int | None:
+    """Outputs of the classification head of a local model, as its ``config.json`` says; None if it has none."""
+    file = Path(name).expanduser() / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not any(str(each).endswith("ForSequenceClassification") for each in config.get("architectures") or []):
+        return None
+    return len(config.get("id2label") or "01")  # transformers does not write a head of two
 
 
 def resolve(name: str) -> str:
@@ -129,6 +151,12 @@ def resolve(name: str) -> str:
     if "/" in name or name.startswith((".", "~")):
         raise UserError(f"model: folder {name!r} does not exist; give a folder, a .gguf file or a hub id.")
     raise UserError(f"model: {name!r} is no embedded model, folder, .gguf file or hub id; {nearest(name, EMBEDDED)}")
+
+
+def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest input that a model takes, in tokens."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
 
 
 def device() -> torch.device:

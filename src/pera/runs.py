@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import sys
@@ -16,18 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, TaskType
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pera import models
 from pera.errors import UserError
-from pera.files import disk_errors, read_json, require_free, write_atomic, write_json
+from pera.files import disk_errors, read_json, read_lines, require_free, write_atomic, write_json
 from pera.recipe import Recipe, difference, load_recipe
 
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
-    *("reasoning-gym", "scipy", "matplotlib", "jinja2", "gguf", "triton"),
+    *("reasoning-gym", "scipy", "scikit-learn", "datasets", "lm-eval", "matplotlib", "jinja2", "gguf", "triton"),
 )
 """What :func:`environment` reports on: the core, then what is optional."""
 
@@ -44,8 +43,11 @@ class Run:
         self._made: list[Path] | None = None  # the folders that create() made
         self.recipe_file = path / "recipe.yaml"
         self.environment_file = path / "environment.json"
+        self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.validation_file = path / "validation.jsonl"
         self.scores_file = path / "scores.json"
+        self.lm_eval_file = path / "lm_eval.json"
         self.cost_file = path / "cost.json"
         self.effect_file = path / "effect.json"
         self.predictions = path / "predictions"
@@ -76,7 +78,7 @@ class Run:
         except BaseException:
             begun = self.checkpoints.is_dir() or self.scores_file.is_file() or self.metrics()
             if self._made is not None and not begun:
-                for file in (self.recipe_file, self.environment_file, self.metrics_file):
+                for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
                     file.unlink(missing_ok=True)
                 for folder in self._made:
                     with suppress(OSError):  # another run may have come to lie in a parent
@@ -118,17 +120,11 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = []
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                content = json.loads(line)
-            except ValueError:
-                break
-            if isinstance(content, dict) and "step" in content:
-                lines.append(content)
-        return lines
+        return [line for line in read_lines(self.metrics_file) if "step" in line]
+
+    def validation(self) -> list[dict[str, Any]]:
+        """The lines of ``validation.jsonl``: loss and metrics on the rows that choose the checkpoint."""
+        return [line for line in read_lines(self.validation_file) if "step" in line]
 
     def scores(self) -> dict[str, Any]:
         """The content of ``scores.json``: ``base`` and ``adapter``, as far as they were measured."""
@@ -137,6 +133,7 @@ class Run:
     def write_environment(self, model: torch.nn.Module, command: list[str]) -> None:
         """Record versions, hardware, seed, dtype and the fingerprint of the base model."""
         recipe = self.recipe
+        body: Any = model if recipe.task_type == "CAUSAL_LM" else model.base_model  # a new head differs by seed
         write_json(
             self.environment_file,
             {
@@ -147,7 +144,7 @@ class Run:
                 "base_model": {
                     "name": recipe.model.name,
                     "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-                    "fingerprint": models.fingerprint(model),
+                    "fingerprint": models.fingerprint(body),
                 },
             },
         )
@@ -228,13 +225,37 @@ def locate_adapter(name: str) -> tuple[Location, Path]:
     return location, location.adapter
 
 
-def open_model(location: Location, dtype: str = "stored") -> tuple[Any, PreTrainedTokenizerBase]:
+def open_model(
+    location: Location, dtype: str = "stored", labels: int | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model of a :class:`Location`, in a ``PeftModel`` with the adapter unmerged if it has one, in evaluation
-    mode, and its tokenizer."""
+    mode, and its tokenizer.
+
+    ``labels`` asks for a new classification head (:func:`pera.models.load_model`); one that was saved, with an adapter
+    or a model, is loaded without being asked for.
+    """
     source: dict[str, Any] = {"revision": location.revision, "trust_remote_code": location.trust_remote_code}
-    base = models.load_model(location.base, dtype=dtype, **source)
+    if location.adapter is not None:
+        labels = _adapter_labels(location.adapter)
+    elif labels is None:
+        labels = models.saved_labels(location.base)
+    base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
     model = base if location.adapter is None else load_adapter(base, location.adapter)
-    return model, models.load_tokenizer(location.base, **source)
+    tokenizer = models.load_tokenizer(location.base, **source)
+    if labels is not None:
+        tokenizer.padding_side = "right"  # positions of an encoder are counted from the left, padding included
+        base.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _adapter_labels(folder: Path) -> int | None:
+    """Outputs of the classification head in an adapter folder; None if the adapter is for a causal language model."""
+    if adapter_config(folder).task_type != TaskType.SEQ_CLS:
+        return None
+    for key, weight in adapter_weights(folder).items():
+        if key.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight")):
+            return int(weight.shape[0])
+    raise UserError(f"{str(folder)!r} is an adapter for classification, and holds no weights of the head.")
 
 
 def adapter_config(folder: Path) -> PeftConfig:

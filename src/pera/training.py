@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import fields
@@ -13,6 +12,7 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 from transformers import (
@@ -27,17 +27,20 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from pera import models
+from pera import methods, models
 from pera.card import write_card
 from pera.diagnose import RatioCallback
 from pera.errors import UserError
-from pera.files import atomic_folder, disk_errors, write_atomic, write_json
+from pera.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
 from pera.optim import parameter_groups
 from pera.recipe import Recipe, TrainingSection
 from pera.runs import COMPLETE, Run, command_line, open_model
-from pera.tasks.base import Example
-from pera.tasks.prompts import AnswerCollator, encode_example
-from pera.tuner import check_names
+from pera.tasks import ClassificationTask, Task
+from pera.tasks.prompts import Encoded, encode_task, task_collator
+
+
+class LossNotFinite(UserError):
+    """The training has diverged."""
 
 
 class TrainingSummary(NamedTuple):
@@ -48,6 +51,9 @@ class TrainingSummary(NamedTuple):
     peak_memory: int | None
     final_loss: float | None
     left_out: int
+    shortened: int = 0
+    """Training texts that were cut to ``max_length``."""
+    steps: int = 0
 
 
 def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | None = None) -> TrainingSummary:
@@ -60,24 +66,31 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         console: where progress is shown; None shows nothing.
 
     Raises:
-        UserError: the model, a target module or the task cannot be had; the loss is not finite; the disk
-            refuses.
+        UserError: the model, a target module or the task cannot be had; the disk refuses.
+        LossNotFinite: the loss is not finite.
     """
     spec = recipe.training
     task = recipe.build_task()
-    model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype)
-    examples, left_out = _encode(tokenizer, task.train, spec.max_length)
+    set_seed(spec.seed)  # a classification head is drawn when the model is loaded
+    model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype, task.labels)
+    limit = min(spec.max_length, models.longest_input(model, tokenizer))
+    encoded = _encode(task, tokenizer, limit)
+    choosing = encode_task(task, tokenizer, task.validation, limit)
+    _check_validation(spec, task, choosing)
     run.write_environment(model, command_line())
+    write_json(run.data_file, {**task.manifest, "notes": list(task.notes)})
+    for note in task.notes:
+        if console is not None:
+            console.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
 
     set_seed(spec.seed)
     try:
-        config = recipe.peft_config()
-        check_names(model, config)
+        config = methods.fit_to(model, recipe.peft_config())
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"method: {' '.join(str(error).split())}") from error
 
-    arguments = _arguments(recipe, run)
+    arguments = _arguments(recipe, run, task)
     optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
     progress = _Progress(run, console, since=checkpoint)
@@ -85,8 +98,10 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         trainer = Trainer(
             model=adapted,
             args=arguments,
-            train_dataset=examples,
-            data_collator=AnswerCollator(tokenizer, model),
+            train_dataset=encoded.rows,
+            eval_dataset=choosing.rows if spec.eval_steps else None,
+            compute_metrics=_metrics(task),
+            data_collator=task_collator(task, tokenizer, model),
             callbacks=[RatioCallback(), progress],
             optimizer_cls_and_kwargs=optimizer,
         )
@@ -95,7 +110,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     if checkpoint is not None and _ended(checkpoint):  # only the saving of the adapter was missed
-        set_peft_model_state_dict(adapted, load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME))
+        kept = _best(checkpoint) if spec.keep == "best" else checkpoint
+        set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
     else:
         if console is not None:
             console.print(f"run folder {run.path}", soft_wrap=True)
@@ -104,7 +120,9 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     seconds = time.perf_counter() - start
     tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
     losses = [line["loss"] for line in run.metrics()]
-    summary = TrainingSummary(seconds, tokens, peak_memory(), losses[-1] if losses else None, left_out)
+    final_loss = losses[-1] if losses else None
+    steps = trainer.state.global_step - progress.steps_before
+    summary = TrainingSummary(seconds, tokens, peak_memory(), final_loss, encoded.left_out, encoded.shortened, steps)
     write_json(run.cost_file, summary._asdict())
     with atomic_folder(run.adapter) as folder:
         adapted.save_pretrained(str(folder))
@@ -124,20 +142,49 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_length: int
-) -> tuple[list[dict[str, Any]], int]:
-    encoded = [encode_example(tokenizer, example) for example in examples]
-    fitting = [e for e in encoded if len(e["input_ids"]) <= max_length]
-    if not fitting:
-        shortest = min(len(e["input_ids"]) for e in encoded)
+def _encode(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    encoded = encode_task(task, tokenizer, task.train, max_length)
+    if not encoded.rows:
+        shortest = min(len(row["input_ids"]) for row in encode_task(task, tokenizer, task.train).rows)
         raise UserError(f"training.max_length={max_length} leaves no example: the shortest has {shortest} tokens.")
-    return fitting, len(encoded) - len(fitting)
+    return encoded
 
 
-def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
+def _check_validation(spec: TrainingSection, task: Task, choosing: Encoded) -> None:
+    if spec.eval_steps is None or choosing.rows:
+        return
+    reason = "they are all longer than training.max_length" if task.validation else "the task has none"
+    raise UserError(f"training.eval_steps={spec.eval_steps!r} needs validation rows, and {reason}.")
+
+
+def _metrics(task: Task) -> Any:
+    """What the Trainer calls with logits and labels of the validation rows; nothing beyond the loss for text."""
+    if not isinstance(task, ClassificationTask):
+        return None
+
+    def compute(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions
+        predicted = logits.argmax(-1) if task.names else logits.reshape(-1)
+        return task.measure(prediction.label_ids.tolist(), predicted.tolist())
+
+    return compute
+
+
+def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
     spec = recipe.training
     options: dict[str, Any] = {_checkpointing_option(): spec.gradient_checkpointing}
+    if spec.eval_steps is not None:
+        by_epoch = spec.eval_steps == "epoch"
+        options |= {"eval_strategy": "epoch" if by_epoch else "steps"}
+        options |= {"eval_steps": None if by_epoch else spec.eval_steps}
+        options |= {"per_device_eval_batch_size": recipe.evaluation.batch_size}
+        options |= {"prediction_loss_only": task.labels is None}
+    if spec.keep == "best":
+        options |= {"save_strategy": options["eval_strategy"], "save_steps": options["eval_steps"] or spec.save_steps}
+        options |= {"load_best_model_at_end": True, "greater_is_better": task.labels is not None}
+        options |= {"metric_for_best_model": "loss" if task.labels is None else task.metric}
+    else:
+        options |= {"save_strategy": "steps", "save_steps": spec.save_steps}
     return TrainingArguments(
         **options,
         output_dir=str(run.checkpoints),
@@ -147,7 +194,8 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         num_train_epochs=spec.epochs or 1.0,
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
-        warmup_steps=spec.warmup_steps,
+        warmup_steps=spec.warmup_steps or spec.warmup_ratio,  # below 1 it is a share
+        train_sampling_strategy="group_by_length" if spec.group_by_length else "random",
         lr_scheduler_type=spec.lr_scheduler,
         weight_decay=0.0 if isinstance(spec.weight_decay, dict) else spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
@@ -155,8 +203,6 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         data_seed=spec.seed,
         logging_steps=spec.logging_steps,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=spec.save_steps,
         save_total_limit=2,
         report_to=spec.report_to or "none",
         include_num_input_tokens_seen="all",
@@ -187,6 +233,12 @@ def _ended(checkpoint: Path) -> bool:
     return bool(state.global_step >= state.max_steps)
 
 
+def _best(checkpoint: Path) -> Path:
+    """The best checkpoint, according to the last one."""
+    best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_global_step
+    return checkpoint.with_name(f"checkpoint-{best}")
+
+
 def _checkpointing_option() -> str:
     """transformers renames ``gradient_checkpointing`` to ``activation_checkpointing`` on the way to version 6."""
     names = {f.name for f in fields(TrainingArguments)}
@@ -209,10 +261,11 @@ class _Progress(TrainerCallback):
         )
         self._task = self._bar.add_task("", total=None, note="")
         kept = int(since.name.rpartition("-")[2]) if since else 0
-        lines = [line for line in run.metrics() if line["step"] <= kept]
-        write_atomic(run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+        for file, lines in ((run.metrics_file, run.metrics()), (run.validation_file, run.validation())):
+            if file == run.metrics_file or lines:
+                write_atomic(file, "".join(json_line(line) for line in lines if line["step"] <= kept))
         self._start = 0.0
-        self.tokens_before = 0
+        self.tokens_before = self.steps_before = 0
 
     def __enter__(self) -> _Progress:
         self._bar.start()
@@ -223,6 +276,7 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        self.steps_before = state.global_step
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -232,6 +286,8 @@ class _Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
+        if "eval_loss" in logs:
+            self._validated(state, logs)
         if "loss" not in logs:
             return
         seconds, tokens = time.perf_counter() - self._start, state.num_input_tokens_seen - self.tokens_before
@@ -246,15 +302,21 @@ class _Progress(TrainerCallback):
         if "high_order_ratio" in logs:
             line["high_order_ratio"] = logs["high_order_ratio"]
         with self._run.metrics_file.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+            f.write(json_line(line))
         memory = peak_memory()
         note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
         self._bar.update(self._task, note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise UserError(
+            raise LossNotFinite(
                 f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
                 "lower the rate."
             )
+
+    def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        values = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_") and k not in speed}
+        with self._run.validation_file.open("a", encoding="utf-8") as f:
+            f.write(json_line({"step": state.global_step, "epoch": state.epoch, **values}))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

@@ -79,3 +79,39 @@ def test_its_command_needs_an_import_of_pera(folders, tiny_llama, python, tmp_pa
     (results,) = tmp_path.glob("**/*out_*.json")
     accuracy, _ = evaluate(pretrained=tiny_llama, peft=adapter)
     assert json.loads(results.read_text())["results"]["tiny"]["acc,none"] == accuracy
+
+
+@pytest.fixture
+def tasks_folder(tmp_path):
+    """A folder with the task as a file, as for lm-eval's ``--include_path``."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "questions.json").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    files = {"data_files": {"test": str(folder / "questions.json")}}
+    (folder / "tiny.yaml").write_text(json.dumps({**TASK, "dataset_path": "json", "dataset_kwargs": files}))
+    return folder
+
+
+def test_pera_evaluate_runs_it_with_the_adapter_loaded(run, pera, tasks_folder):
+    for which in ([], ["--base"]):
+        done = pera("evaluate", run.path, "--lm-eval", "tiny", "--include-path", tasks_folder, *which)
+        assert done.code == 0
+        assert "not comparable with pera's own scores" in done.out
+    found = json.loads(run.lm_eval_file.read_text())
+    for which, adapter in (("adapter", {"peft": run.adapter}), ("base", {})):
+        accuracy, _ = evaluate(pretrained=run.recipe.model.name, **adapter)
+        assert found[which]["tiny"]["acc,none"] == accuracy
+        assert found[which]["tiny"]["n"] == len(QUESTIONS)
+    assert not run.scores_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lm-eval", "arc_eesy"], ["'arc_eesy' is not a task of lm-eval", "'arc_easy'"]),
+        (["--lm-eval", "arc_easy", "--scorer", "likelihood"], ["--scorer=likelihood"]),
+        (["--limit", "3"], ["--limit", "--lm-eval"]),
+    ],
+)
+def test_what_pera_evaluate_refuses(arguments, words, refused, run):
+    refused("evaluate", run.path, *arguments, words=words)

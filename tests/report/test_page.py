@@ -71,8 +71,8 @@ def full_run(path, adapters, adapter="pera", text="How is Ann related to Bob?", 
         [{**line, "step": 10 * i, "loss": x, "high_order_ratio": r} for i, (x, r) in enumerate(logged, 1)],
     )
     score = {"n": 4, "seconds": 3.25, "scorer": "exact_match"}
-    base = {**score, "correct": 1, "accuracy": 0.25, "low": 0.0456, "high": 0.6994}
-    tuned = {**score, "correct": 2, "accuracy": 0.5, "low": 0.1500, "high": 0.8500}
+    base = {**score, "metric": "accuracy", "correct": 1, "value": 0.25, "low": 0.0456, "high": 0.6994}
+    tuned = {**score, "metric": "accuracy", "correct": 2, "value": 0.5, "low": 0.1500, "high": 0.8500}
     run.scores_file.write_text(json.dumps({"base": base, "adapter": tuned}))
     for which, right in {"base": [0, 1, 0, 0], "adapter": [1, 0, 0, 1]}.items():
         rows = [{"prompt": f"{i}: {text}", "expected": "aunt", "output": f"{which} {text}", "correct": bool(x)}

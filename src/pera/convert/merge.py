@@ -8,7 +8,7 @@ from pera.card import write_card
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
-from pera.models import load_model
+from pera.models import load_model, saved_labels
 from pera.runs import adapter_config, locate_adapter, method_name, open_model
 from pera.tuner.tying import separate_shared_weights
 
@@ -52,7 +52,7 @@ def merge(source: str, output: Path, *, dtype: str = "stored") -> Agreement:
         tokenizer.save_pretrained(str(folder))
         torch_dtype = next(merged.parameters()).dtype
         del model, merged
-        after = logits(load_model(str(folder), dtype="stored"), tokenizer, prompts)
+        after = logits(load_model(str(folder), dtype="stored", labels=saved_labels(str(folder))), tokenizer, prompts)
         agreement = compare(before, after, torch_dtype)
         agreement.save(folder, of="merged model", against=source)
         write_card(folder, "merged", location, agreement.sentence())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pera.files import write_json
 from pera.polynomial import coefficient_pairs
 from pera.runs import Run, open_model
-from pera.tasks.prompts import IGNORED, AnswerCollator, encode_example
+from pera.tasks.prompts import IGNORED, encode_task, task_collator
 from pera.tuner import PeraLayer, adapted_layers
 
 Part = Literal["square", "cross", "high_order"]
@@ -75,18 +75,31 @@ def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects
 
     Computed in float32, because small effects drown in the rounding of bfloat16.
     """
+    model, batches = _held_out(run, examples, batch_size)
+    result = effects(model, batches)
+    write_json(run.effect_file, asdict(result))
+    return result
+
+
+def run_loss(run: Run, *, examples: int | None = None, batch_size: int = 32) -> float:
+    """Loss per label of a run's adapter on the held-out examples of its task, or the first of them, in float32."""
+    return mean_loss(*_held_out(run, examples, batch_size))[0]
+
+
+def _held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list[dict[str, Tensor]]]:
+    """The model of a run in float32, and the first held-out examples of its task in batches."""
     recipe = run.recipe
     model, tokenizer = open_model(run.location, "float32")
-    encoded = [encode_example(tokenizer, example) for example in recipe.build_task().test[:examples]]
-    collate = AnswerCollator(tokenizer, model.get_base_model())
+    task = recipe.build_task()
+    encoded = encode_task(task, tokenizer, task.test[:examples], recipe.training.max_length).rows
+    encoded.sort(key=lambda row: len(row["input_ids"]))
+    collate = task_collator(task, tokenizer, model.get_base_model())
     device = next(model.parameters()).device
     batches = [
         {key: value.to(device) for key, value in collate(encoded[i : i + batch_size]).items()}
         for i in range(0, len(encoded), batch_size)
     ]
-    result = effects(model, batches)
-    write_json(run.effect_file, asdict(result))
-    return result
+    return model, batches
 
 
 @contextmanager
@@ -113,7 +126,7 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float
     total, tokens = 0.0, 0
     for batch in batches:
         labels: Any = batch["labels"]
-        count = int((labels[:, 1:] != IGNORED).sum())
+        count = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
         total += model(**batch).loss.item() * count
         tokens += count
     return total / tokens, tokens

@@ -165,6 +165,8 @@ class Contents:
             command = f"scores of the {what}"
             if isinstance(content, Missing):
                 scores[which] = self._missing(content.reason, command)
+            elif which == "base" and self.recipe.task_type != "CAUSAL_LM":
+                scores[which] = Missing("The base model has no trained head, so there is no score of it.")
             elif which not in content:
                 scores[which] = self._missing(f"The {what} has not been scored.", command)
             else:

@@ -49,6 +49,8 @@ class Table:
 
     head: list[str]
     rows: list[list[str]]
+    paper: frozenset[int] = frozenset()
+    """Indices of the rows that hold figures of the paper."""
 
 
 @dataclass(frozen=True)

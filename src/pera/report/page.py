@@ -42,6 +42,19 @@ def write_report(runs: list[Run], file: Path) -> None:
 
 def render(runs: list[Run]) -> str:
     """The page as text; equal run folders make equal pages."""
+    sections = [_section(Contents(run)) for run in runs]
+    content = {
+        "title": f"Run {sections[0]['name']}" if len(runs) == 1 else f"{len(runs)} runs side by side",
+        "runs": sections,
+        "comparison": _comparison(sections) if len(runs) > 1 else None,
+        "version": __version__,
+    }
+    text: str = jinja().get_template("page.html").render(content)
+    return text
+
+
+def jinja() -> Any:
+    """The environment of the templates: all text is escaped and made safe to show."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
@@ -56,15 +69,7 @@ def render(runs: list[Run]) -> str:
     )
     environment.filters["percent"] = words.percent
     environment.filters["shortened"] = words.shortened
-    sections = [_section(Contents(run)) for run in runs]
-    content = {
-        "title": f"Run {sections[0]['name']}" if len(runs) == 1 else f"{len(runs)} runs side by side",
-        "runs": sections,
-        "comparison": _comparison(sections) if len(runs) > 1 else None,
-        "version": __version__,
-    }
-    text: str = environment.get_template("page.html").render(content)
-    return text
+    return environment
 
 
 def _section(contents: Contents) -> dict[str, Any]:
@@ -197,9 +202,9 @@ def _facts(contents: Contents) -> dict[str, str]:
     return {
         "folder": contents.name,
         "method": str(contents.recipe.method["name"]),
-        "accuracy": words.percent(score.accuracy if score else None),
+        "accuracy": words.percent(score.value if score else None),
         "95 % interval": f"{words.percent(score.low)} to {words.percent(score.high)}" if score else words.ABSENT,
-        "base model": words.percent(base.accuracy if base else None),
+        "base model": words.percent(base.value if base else None),
         "last loss": words.number(None if isinstance(metrics, Missing) else metrics.last_loss),
         "training time": words.duration(cost.seconds if cost else None),
         "peak memory": words.size(cost.peak_memory if cost else None),

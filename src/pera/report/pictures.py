@@ -22,27 +22,27 @@ def loss_picture(run: Run, file: Path) -> None:
     """Draw the loss of a run, and its learning rate below.
 
     Raises:
-        UserError: the run has no metrics, or as :func:`_save`.
+        UserError: the run has no metrics, or as :func:`save_figure`.
     """
     metrics = Contents(run).metrics
     if isinstance(metrics, Missing):
         raise UserError(f"{str(run.path)!r} has no metrics yet; train first.")
-    _save(training_figure(metrics, run.path.name), file)
+    save_figure(training_figure(metrics, run.path.name), file)
 
 
 def ratio_picture(adapter: Path, file: Path) -> None:
     """Draw the high-order ratio of a saved PERA adapter by block and kind of module.
 
     Raises:
-        UserError: there is no PERA adapter, it has no high-order terms, or as :func:`_save`.
+        UserError: there is no PERA adapter, it has no high-order terms, or as :func:`save_figure`.
     """
     picture = ratio_map(placed(diagnose_adapter(adapter)))
     if picture is None:
         raise UserError(f"{str(adapter)!r} has no high-order terms to draw.")
-    _save(picture.figure, file)
+    save_figure(picture.figure, file)
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save_figure(figure: Figure, file: Path) -> None:
     """Write a figure; the ending of ``file`` sets the format (svg, png, pdf).
 
     Raises:

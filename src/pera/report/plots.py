@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pera.diagnose import Effects
 from pera.report.contents import Layer, Metrics, ScoreOf, by_kind, number_or_nan
 from pera.report.drawing import COLORS, Picture, Table, draw_line, legend, new_figure, set_scale, short, style, tick
-from pera.report.words import ABSENT, number, percent, signed
+from pera.report.words import ABSENT, count, number, percent, signed
 from pera.text import visible
 
 if TYPE_CHECKING:
@@ -21,29 +21,31 @@ ROWS = 40
 
 
 def accuracy(scores: Mapping[str, ScoreOf]) -> Picture:
-    """Bars of the accuracy before and after, with intervals."""
+    """Bars of the accuracy, or of the task's own metric, before and after, with intervals."""
+    metric = next(iter(scores.values())).metric
     names = {"base": "base model", "adapter": "with adapter"}
     with style():
         figure, axes = new_figure(0.75 + 0.3 * len(scores))
         for i, (which, score) in enumerate(scores.items()):
-            axes.barh(i, 100 * score.accuracy, height=0.6, color=COLORS[7 if which == "base" else 0])
+            axes.barh(i, 100 * score.value, height=0.6, color=COLORS[7 if which == "base" else 0])
             axes.plot([100 * score.low, 100 * score.high], [i, i], color="black", marker="|", markersize=8)
-        axes.set(xlim=(0, 100), xlabel="accuracy in %, with 95 % interval")
+        lowest = min(0, *(100 * score.low for score in scores.values()))
+        axes.set(xlim=(lowest, 100), xlabel=f"{metric} in %, with 95 % interval")
         axes.set_yticks(range(len(scores)), [names[which] for which in scores])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-    said = [f"{names[k]} {percent(s.accuracy)} ({percent(s.low)} to {percent(s.high)})" for k, s in scores.items()]
-    finding = f"Accuracy with 95 % interval: {', '.join(said)}."
+    said = [f"{names[k]} {percent(s.value)} ({percent(s.low)} to {percent(s.high)})" for k, s in scores.items()]
+    finding = f"{metric.capitalize()} with 95 % interval: {', '.join(said)}."
     if len(scores) == 2:
         a, b = scores.values()
         apart = a.high < b.low or b.high < a.low
         finding += f" The intervals {'do not overlap' if apart else 'overlap'}."
-    head = ["", "accuracy", "from", "to", "right", "of", "scorer"]
+    head = ["", metric, "from", "to", "right", "of", "scorer"]
     rows = [
-        [names[k], *map(percent, (s.accuracy, s.low, s.high)), str(s.correct), str(s.n), s.scorer]
+        [names[k], *map(percent, (s.value, s.low, s.high)), count(s.correct), str(s.n), s.scorer]
         for k, s in scores.items()
     ]
-    return Picture(figure, "Bars: accuracy before and after training", finding, Table(head, rows))
+    return Picture(figure, f"Bars: {metric} before and after training", finding, Table(head, rows))
 
 
 def training(metrics: Metrics) -> Picture:

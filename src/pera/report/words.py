@@ -28,6 +28,11 @@ def signed(value: float) -> str:
     return number(value, 3) if value <= 0 or math.isnan(value) else f"+{number(value, 3)}"
 
 
+def points(value: float) -> str:
+    """A difference of shares in hundredths: +0.42 or −1.30."""
+    return ABSENT if math.isnan(value) else f"{100 * value:+.2f}".replace("-", "−")
+
+
 def percent(value: float | None) -> str:
     """A share with one decimal: 79.5 %."""
     return ABSENT if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%".replace("-", "−")

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from pera.errors import UserError, missing_extra, nearest
-from pera.tasks.base import Example
+from pera.tasks.base import Example, GenerationTask
 
 # Problem i of a data set of seed s is often drawn from seed s + i, so held-out seeds begin far from training's.
 _HELD_OUT = 1_000_000_000
 _GIVE_UP_AFTER = 50  # draws for each problem wanted
 
 
-class ReasoningTask:
+class ReasoningTask(GenerationTask):
     """One reasoning-gym data set, divided into training and held-out problems.
 
     The two come from disjoint seeds; no problem occurs twice, and none in both.

@@ -1,0 +1,454 @@
+"""A study becomes a page and Markdown: who wins, by how much, how sure, at what cost."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pera import __version__, methods
+from pera.errors import UserError
+from pera.files import disk_errors, read_json, write_atomic
+from pera.report import paper, plots, study_plots
+from pera.report.contents import Contents, Metrics, placed
+from pera.report.drawing import Table
+from pera.report.page import jinja
+from pera.report.pictures import save_figure
+from pera.report.words import ABSENT, count, duration, number, percent, points, signed, size
+from pera.study.results import Results, Setting
+from pera.study.runner import StudyFolder
+from pera.study.spec import Cell
+from pera.study.statistics import Difference
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing in a section: "text", "note", "heading", "table", "picture" or "details"."""
+
+    kind: str
+    content: Any
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    id: str
+    title: str
+    items: list[Item]
+
+
+def write_study_report(folder: StudyFolder, file: Path) -> list[Path]:
+    """Write the page, and beside it Markdown of the same content with its pictures in a folder.
+
+    Args:
+        folder: the study.
+        file: the HTML file.
+
+    Returns:
+        The page and the Markdown file.
+
+    Raises:
+        UserError: there is no study, no run of it has ended, or an optional package is missing.
+    """
+    results = Results(folder)
+    if not results.outcomes:
+        raise UserError(f"{str(folder.path)!r} has no run that has ended; go on with: pera study run {folder.path}")
+    title, sections = f"Study {results.study.name}", study_sections(results)
+    content = {"title": title, "sections": sections, "version": __version__}
+    write_atomic(file, jinja().get_template("study.html").render(content))
+    text = file.with_suffix(".md")
+    pictures = file.with_name(f"{file.stem}-pictures")
+    with disk_errors(pictures):
+        pictures.mkdir(parents=True, exist_ok=True)
+    write_atomic(text, _markdown(title, sections, pictures))
+    return [file, text]
+
+
+def study_sections(results: Results) -> list[Section]:
+    """All that the page shows."""
+    sections = [
+        Section("summary", "In one minute", _summary(results)),
+        Section("scores", "Scores", _scores(results)),
+        Section("differences", "Differences", _differences(results)),
+        Section("rates", "Learning rates", _rates(results)),
+        Section("costs", "Costs", _costs(results)),
+        Section("losses", "Training losses", _losses(results)),
+        Section("terms", "What the high-order terms do", _terms(results)),
+        Section("sweeps", "Rank, placement, terms and data", _sweeps(results)),
+        Section("gaps", "What is missing or went wrong", _gaps(results)),
+        Section("protocol", "Protocol", _protocol(results)),
+    ]
+    return [section for section in sections if section.items]
+
+
+def _summary(results: Results) -> list[Item]:
+    study, items = results.study, []
+    for setting in results.settings:
+        gains = _gains(results, setting)
+        p = results.adjusted(gains)
+        if len(results.settings) > 1:
+            items.append(Item("heading", _setting(setting)))
+        if not gains:
+            items.append(Item("text", f"No method can be compared with {study.reference} yet; seeds are lacking."))
+            continue
+        for method, gain in sorted(gains.items(), key=lambda pair: -pair[1].mean):
+            said = _sentence(method, gain, p[method], study.reference)
+            items.append(Item("text", f"{said} {_price(results, method, setting)}".rstrip()))
+        items.append(Item("picture", study_plots.forest(gains, p, study.reference)))
+    ended, left = len(results.outcomes), len(results.folder.left(results.study))
+    lost = len(results.lost())
+    items.append(
+        Item("note", f"{ended} runs have ended, {lost} of them failed or diverged; {left} known runs are still to do.")
+    )
+    return items
+
+
+def _sentence(method: str, gain: Difference, p: float, reference: str) -> str:
+    tasks = "1 task" if gain.tasks == 1 else f"{gain.tasks} tasks"
+    n = f"n = {gain.seeds} pair{'s' if gain.seeds > 1 else ''} of seeds, {tasks}, {count(gain.examples)} examples"
+    if math.isnan(gain.p):
+        return f"{method} against {reference}: {points(gain.mean)} ({n}); with one seed nothing is decided."
+    said = {"better": "is better than", "worse": "is worse than"}.get(gain.verdict(p), "")
+    interval = f"95 % interval {points(gain.low)} to {points(gain.high)}; adjusted p = {number(p, 2)}; {n}"
+    if said:
+        return f"{method} {said} {reference} by {points(abs(gain.mean))} points ({interval})."
+    return f"{method} against {reference}: {points(gain.mean)} points, no difference shown ({interval})."
+
+
+def _price(results: Results, method: str, setting: Setting) -> str:
+    """Parameters and training time beside those of the reference, on the tasks that both were scored on."""
+    cells = [c for c in results.cells_of(setting) if c.method.label == method and results.mean(c).n]
+    pairs = [(results.costs(c), results.costs(r)) for c in cells if (r := results.reference(c)) and results.mean(r).n]
+    sizes = [(a[0], b[0]) for a, b in pairs if a[0] and b[0]]
+    times = [(a[1], b[1]) for a, b in pairs if a[1] and b[1]]
+    said = [f"{sizes[0][0] / sizes[0][1]:.3g} times the parameters"] if sizes else []
+    said += [f"{sum(a for a, _ in times) / sum(b for _, b in times):.3g} times the training time"] if times else []
+    return f"Cost: {', '.join(said)}." if said else ""
+
+
+def _scores(results: Results) -> list[Item]:
+    """The scores in the arrangement of the paper's tables 1 and 2: methods down, tasks across, the mean at the end."""
+    tasks = [task.label for task in results.study.grid.task]
+    model, published, names = paper.beside([task.name for task in results.study.grid.task])
+    known = {task.label: names.get(task.name, "") for task in results.study.grid.task}
+    items = []
+    for setting in results.settings:
+        rows = []
+        for method in results.study.grid.method:
+            cells = {c.task.label: c for c in results.cells_of(setting) if c.method.label == method.label}
+            means = {task: results.mean(cell) for task, cell in cells.items()}
+            if not any(mean.n for mean in means.values()):
+                continue
+            size_ = next((results.costs(c)[0] for c in cells.values() if means[c.task.label].n), None)
+            whole = all(task in means and means[task].n for task in tasks)
+            average = percent(fmean(means[task].mean for task in tasks)) if whole else ABSENT
+            cells_ = [_mean(means[task]) if task in means else ABSENT for task in tasks]
+            rows.append([method.label, count(size_), *cells_, average])
+        marked = frozenset(range(len(rows), len(rows) + len(published)))
+        for row in published:
+            figures = [f"{row[known[task]]:.2f} %" if known[task] in row else ABSENT for task in tasks]
+            name = f"paper, {model}: {row['method']}"
+            figure = row.get("parameters") or f"{row['trainable_percent']} %"
+            whole = all(known[task] in row for task in tasks)
+            average = f"{fmean(row[known[task]] for task in tasks):.2f} %" if whole else ABSENT
+            rows.append([name, figure, *figures, average])
+        if len(results.settings) > 1:
+            items.append(Item("heading", _setting(setting)))
+        label = f"Scores, {_setting(setting)}"
+        items.append(Item("table", Table(["method", "parameters", *tasks, "mean"], rows, marked), label))
+    metrics = {task: s.metric for task in tasks for c in results.cells if c.task.label == task
+               for s in results.scored(c)[:1]}  # fmt: skip
+    said = ", ".join(f"{task} {metric}" for task, metric in metrics.items())
+    note = (
+        f"Mean over the seeds ± standard deviation, and n, the number of seeds. Metrics: {said}. The mean over the "
+        "tasks stands only where every task was scored, and of the paper's rows it is over the same tasks. Parameters "
+        "are those of the adapter; the head, equal for all, is left out."
+    )
+    return [*items, Item("note", note)] if metrics else []
+
+
+def _differences(results: Results) -> list[Item]:
+    items = []
+    for setting in results.settings:
+        found = {c: d for c in results.cells_of(setting) if (d := results.difference(c)) is not None}
+        p = results.adjusted(found)
+        rows = []
+        for cell, d in found.items():
+            gain = [points(d.mean), points(d.low), points(d.high), str(d.seeds), count(d.examples)]
+            rows.append(
+                [cell.method.label, cell.task.label, *gain, number(d.p, 2), number(p[cell], 2), d.verdict(p[cell])]
+            )
+        if not rows:
+            continue
+        head = ["method", "task", "gain", "from", "to", "n seeds", "n examples", "p", "adjusted p", "verdict"]
+        items.append(Item("heading", f"By task, against {results.study.reference}, {_setting(setting)}"))
+        items.append(Item("table", Table(head, rows), "Differences by task"))
+        discordant = []
+        for cell in found:
+            for i, (gained, lost, by_example) in enumerate(results.by_example(cell), 1):
+                discordant.append([cell.method.label, cell.task.label, str(i), str(gained), str(lost),
+                                   count(found[cell].examples), number(by_example, 2)])  # fmt: skip
+        if discordant:
+            head = ["method", "task", "pair", "only it right", "only the other right", "of n examples", "McNemar p"]
+            items.append(Item("heading", "Example by example, for each pair of runs"))
+            items.append(Item("table", Table(head, discordant), "McNemar's test for each pair of runs"))
+    note = (
+        "Gains in points (hundredths). Interval and p count two sources of chance, seeds and examples "
+        "(variance over the pairs of seeds plus that over the examples, Welch–Satterthwaite degrees of freedom, "
+        "Student's t), and p is adjusted for the number of comparisons in a table (Benjamini–Hochberg). McNemar's test "
+        "asks whether two trained models differ; two trainings of one method with other seeds do that too."
+    )
+    return [*items, Item("note", note)] if items else []
+
+
+def _rates(results: Results) -> list[Item]:
+    items, rows = [], []
+    for setting in results.settings:
+        for task in results.study.grid.task:
+            cells = [c for c in results.cells_of(setting) if c.task == task]
+            curves = {c.method.label: results.rates(c) for c in cells}
+            chosen = {c.method.label: results.chosen(c) for c in cells}
+            picture = study_plots.rate_curves(f"{task.label}, {_setting(setting)}", curves, chosen)
+            if picture is not None:
+                items.append(Item("picture", picture))
+            rows += [[c.label, number(results.chosen(c)), "yes: look beyond it" if results.at_an_edge(c) else "no"]
+                     for c in cells if results.chosen(c) is not None]  # fmt: skip
+    if rows:
+        items.append(Item("table", Table(["cell", "chosen rate", "at an edge of the grid"], rows), "Chosen rates"))
+    rows_out, seeds = results.study.choose.rows, len(results.study.choose.seeds)
+    note = (
+        f"Loss on {rows_out} rows held out of the training set, n = {seeds} seed{'s' if seeds > 1 else ''}; these runs "
+        "do not train on them. A comparison is fair where every curve turns up at both ends. A cross marks a training "
+        "that diverged."
+    )
+    return [*items, Item("note", note)] if items else []
+
+
+def _costs(results: Results) -> list[Item]:
+    rows, items = [], []
+    for setting in results.settings:
+        by_parameters, by_time = {}, {}
+        for method in results.study.grid.method:
+            cells = [c for c in results.cells_of(setting) if c.method.label == method.label and results.mean(c).n]
+            if not cells:
+                continue
+            costs = [results.costs(cell) for cell in cells]
+            seconds = [s for _, s, _ in costs if s is not None]
+            memory = [m for _, _, m in costs if m is not None]
+            n = sum(results.mean(cell).n for cell in cells)
+            rows.append([f"{method.label}, {_setting(setting)}", count(costs[0][0]), duration(sum(seconds)),
+                         size(max(memory, default=None)), str(len(cells)), str(n)])  # fmt: skip
+            if len(cells) == len(results.study.grid.task):
+                gain = fmean(results.mean(cell).mean for cell in cells)
+                by_parameters[method.label] = (float(costs[0][0] or math.nan), gain)
+                by_time[method.label] = (sum(seconds) if len(seconds) == len(cells) else math.nan, gain)
+        for costs_, axis in ((by_parameters, "trainable parameters"), (by_time, "seconds of training, all tasks")):
+            if len(costs_) > 1:
+                items.append(Item("picture", study_plots.front(costs_, axis, _setting(setting))))
+    if not rows:
+        return []
+    head = ["method", "parameters", "training, one seed, all tasks", "peak memory of the process", "tasks", "n runs"]
+    published = paper.tables()["table5_cost_llama2_7b_r4"]
+    theirs = [[name, f"{row['train_gb']} GB", f"{row['train_hours']} h", f"{row['inference_gb']} GB",
+               f"{row['inference_minutes']} min"] for name, row in published.items()]  # fmt: skip
+    note = (
+        "Median over the seeds. A worker makes many runs in one process, so its peak memory is that of the largest so "
+        "far. Time depends on what else the machine did; compare it only in a study that ran alone."
+    )
+    return [
+        Item("table", Table(head, rows), "Costs"),
+        Item("note", note),
+        *items,
+        Item("heading", "The paper's costs: LLaMA2-7B, r = 4, one RTX 5090"),
+        Item(
+            "table",
+            Table(["paper", "training", "time", "inference", "time, BoolQ"], theirs, frozenset(range(len(theirs)))),
+            "The paper's costs",
+        ),
+    ]
+
+
+def _losses(results: Results) -> list[Item]:
+    items = []
+    for setting in results.settings:
+        for task in results.study.grid.task:
+            curves = {c.method.label: results.loss_curve(c) for c in results.cells_of(setting) if c.task == task}
+            lines = {
+                label: Metrics([{"step": s, "loss": x} for s, x in zip(*curve, strict=True)])
+                for label, curve in curves.items()
+                if curve[0]
+            }
+            if lines:
+                items.append(Item("heading", f"{task.label}, {_setting(setting)}, mean over the seeds"))
+                items.append(Item("picture", plots.losses(lines)))
+    return items
+
+
+def _terms(results: Results) -> list[Item]:
+    rows, items = [], []
+    for cell in results.cells:
+        effects, layers = results.effects(cell), results.layers(cell)
+        if not effects or not layers:
+            continue
+        changes = [e["without"]["high_order"] for e in effects]
+        squares, crosses = (fmean(e["without"][part] for e in effects) for part in ("square", "cross"))
+        low, high = min(changes), max(changes)
+        ratios = sorted(d.high_order_ratio for d in layers.values())
+        rows.append([cell.label, number(fmean(e["loss"] for e in effects)), signed(fmean(changes)),
+                     f"{signed(low)} to {signed(high)}", signed(squares), signed(crosses),
+                     number(ratios[len(ratios) // 2], 3), str(len(changes)), count(effects[0]["tokens"])])  # fmt: skip
+    if not rows:
+        return []
+    head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses", "ratio", "n seeds",
+            "n labels"]  # fmt: skip
+    items.append(Item("table", Table(head, rows), "Effect of the high-order terms"))
+    note = (
+        "Change of the loss on test rows when the high-order terms of the trained adapter are set to zero: above zero "
+        "they help, near zero they do nothing. The ratio is ‖high-order part‖ / ‖BA‖, the median over the layers of "
+        "the first seed; a ratio is no proof of use."
+    )
+    items.append(Item("note", note))
+    for cell in results.cells:
+        layers = results.layers(cell)
+        if not layers:
+            continue
+        contents = Contents(results.scored(cell)[0].run)
+        over_time = contents.metrics.ratios if isinstance(contents.metrics, Metrics) else []
+        pictures = [
+            plots.ratio_map(placed(layers)),
+            study_plots.effect_by_group(results.effects(cell)),
+            plots.ratio_over_time(over_time) if over_time else None,
+            plots.spectra(placed(layers)),
+        ]
+        items.append(Item("heading", f"{cell.label}, first seed"))
+        items += [Item("picture", picture) for picture in pictures if picture is not None]
+    return items
+
+
+def _sweeps(results: Results) -> list[Item]:
+    """Means over the tasks along one axis, where the study has more than one value on it, above the paper's."""
+    grid, items = results.study.grid, []
+    axes: list[tuple[str, str, list[Any], Callable[[Cell], Any]]] = [
+        ("rank", "rank r", list(grid.r), lambda cell: cell.r),
+        ("placement", "placement", list(grid.placement), lambda cell: cell.placement),
+        ("data_share", "share of the training data", sorted(grid.train_share), lambda cell: cell.train_share),
+    ]
+    for axis, name, values, of in axes:
+        if len(values) < 2:
+            continue
+        lines = {
+            method.label: [
+                _over_tasks(results, [c for c in results.cells if c.method == method and of(c) == value])
+                for value in values
+            ]
+            for method in grid.method
+        }
+        lines = {label: line for label, line in lines.items() if any(map(math.isfinite, line))}
+        if lines:
+            items.append(Item("picture", study_plots.sweep(name, list(map(str, values)), lines, *paper.sweep(axis))))
+    kinds = {"lora": "none (LoRA)", "pera-crosses": "cross", "pera-squares": "square", "pera-published": "all (PERA)"}
+    found = {
+        kinds[m.name]: _over_tasks(results, [c for c in results.cells if c.method == m])
+        for m in grid.method
+        if m.name in kinds
+    }
+    found = {name: value for name, value in found.items() if math.isfinite(value)}
+    if len(found) > 1:
+        picture = study_plots.sweep("terms", list(found), {"this study": list(found.values())}, *paper.sweep("terms"))
+        items.append(Item("picture", picture))
+    return items
+
+
+def _gaps(results: Results) -> list[Item]:
+    rows = [[name, outcome.status, outcome.error] for name, outcome in results.lost()]
+    items = [Item("table", Table(["run", "status", "why"], rows), "Runs that failed or diverged")] if rows else []
+    items += [Item("text", f"{name}: {reason}") for name, reason in methods.ABSENT.items()]
+    if left := [trial.name for trial in results.folder.left(results.study)]:
+        file, folder = (shlex.quote(str(path)) for path in (results.folder.study_file, results.folder.path))
+        command = f"pera study run {file} --output {folder}"
+        items.append(Item("text", f"{len(left)} known runs are to do. Go on with: {command}"))
+        items.append(Item("details", "\n".join(left), "The runs to do"))
+    return items
+
+
+def _protocol(results: Results) -> list[Item]:
+    study = results.study
+    files = [results.folder.runs / name / "environment.json" for name in results.outcomes]
+    environments = [read_json(file) for file in files if file.is_file()]
+    machines = sorted({f"{e['processor']}, {e['threads']} threads, {e['accelerator']}" for e in environments})
+    versions = environments[-1]["versions"] if environments else {}
+    text = (
+        "Every method of a comparison has the same recipe but for the method: data and their order by seed, loss, "
+        f"steps, evaluator. The learning rate of each was chosen by the loss on {study.choose.rows} training rows that "
+        f"were held out (seeds {', '.join(map(str, study.choose.seeds))}); it was then trained on all training rows "
+        f"with seeds {', '.join(map(str, study.report.seeds))} and scored on the test rows."
+    )
+    said = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    return [
+        Item("text", text),
+        Item("text", f"Machine: {'; '.join(machines)}. Versions: {said}."),
+        Item("details", study.to_yaml(), "The study, with every default"),
+    ]
+
+
+def _gains(results: Results, setting: Setting) -> dict[str, Difference]:
+    labels = [method.label for method in results.study.grid.method]
+    return {label: gain for label in labels if (gain := results.over_tasks(label, setting)) is not None}
+
+
+def _over_tasks(results: Results, cells: list[Cell]) -> float:
+    means = [results.mean(cell).mean for cell in cells if results.mean(cell).n]
+    return fmean(means) if means and len(means) == len(cells) else math.nan
+
+
+def _setting(setting: Setting) -> str:
+    r, placement, share = setting
+    parts = [f"r = {r}" if r else "", placement or "", f"{100 * share:g} % of the data" if share < 1 else ""]
+    return ", ".join(filter(None, parts)) or "all"
+
+
+def _mean(mean: Any) -> str:
+    if not mean.n:
+        return ABSENT
+    spread = "" if math.isnan(mean.deviation) else f" ± {100 * mean.deviation:.1f}"
+    return f"{100 * mean.mean:.1f}{spread} (n = {mean.n})"
+
+
+def _markdown(title: str, sections: list[Section], pictures: Path) -> str:
+    """The page as Markdown, every picture as a file with its numbers below."""
+    lines = [f"# {title}", ""]
+    for section in sections:
+        lines += [f"## {section.title}", ""]
+        for i, item in enumerate(section.items, 1):
+            if item.kind in ("text", "note"):
+                lines += [_escaped(item.content), ""]
+            elif item.kind == "heading":
+                lines += [f"### {_escaped(item.content)}", ""]
+            elif item.kind == "table":
+                lines += [*_table(item.content), ""]
+            elif item.kind == "picture":
+                file = pictures / f"{section.id}-{i}.svg"
+                save_figure(item.content.figure, file)
+                lines += [f"![{_escaped(item.content.label)}]({pictures.name}/{file.name})", ""]
+                lines += [_escaped(item.content.finding), ""]
+            else:
+                lines += [f"{item.label}:", "", *(f"    {line}" for line in item.content.splitlines()), ""]
+    return "\n".join(lines)
+
+
+def _table(table: Table) -> list[str]:
+    head = "| " + " | ".join(map(_escaped, table.head)) + " |"
+    rule = "| --- |" + " ---: |" * (len(table.head) - 1)
+    return [head, rule, *("| " + " | ".join(map(_escaped, row)) + " |" for row in table.rows)]
+
+
+def _escaped(text: str) -> str:
+    for character in "\\|*_<`[":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("\n", " ")

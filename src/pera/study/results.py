@@ -1,0 +1,214 @@
+"""What a study has found so far: rates that were tried, scores with their examples, costs, and what the terms do."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from pera.diagnose import LayerDiagnosis, diagnose_adapter
+from pera.files import read_json
+from pera.runs import Run
+from pera.study.runner import Outcome, StudyFolder, choose_trials, rate_losses, report_trials
+from pera.study.spec import Cell, Trial
+from pera.study.statistics import (
+    Difference,
+    Mean,
+    adjusted,
+    average,
+    compare,
+    describe,
+    matthews,
+    mcnemar,
+    pearson,
+)
+from pera.tuner import PeraConfig
+
+if TYPE_CHECKING:
+    from pera.study.statistics import Array
+
+Setting = tuple[int | None, str | None, float]
+"""Rank, placement and share of the data: what is equal where methods are compared over tasks."""
+
+_METRICS: dict[str, Callable[..., Any]] = {"matthews": matthews, "pearson": pearson}
+"""Metrics that are no mean over examples."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One run that was reported: its metric and what it said of each example."""
+
+    trial: Trial
+    run: Run
+    value: float
+    metric: str
+    expected: Array
+    predicted: Array
+    """For a metric that is a mean, 1 where the answer is right and ``expected`` is 1 throughout."""
+
+
+class Results:
+    """The runs of a study that have ended, read once."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self.folder = folder
+        self.study = folder.study
+        self.outcomes: dict[str, Outcome] = folder.outcomes(self.study)
+        self.cells = self.study.cells()
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """The settings in which methods are compared."""
+        return list(dict.fromkeys(cell.setting[1:] for cell in self.cells if cell.r is not None)) or [(None, None, 1.0)]
+
+    def cells_of(self, setting: Setting) -> list[Cell]:
+        """The cells of a setting; a method without a rank belongs to all of one share of the data."""
+        return [c for c in self.cells if c.setting[1:] == setting or (c.r is None and c.train_share == setting[2])]
+
+    def rates(self, cell: Cell) -> dict[float, float]:
+        """Held-out loss by learning rate; infinite where training diverged, NaN where it failed or is to do."""
+        trials = choose_trials(self.study, cell, self.outcomes)
+        rates = sorted({trial.learning_rate for trial in trials})
+        return rate_losses(self.study, cell, self.outcomes, rates)
+
+    def chosen(self, cell: Cell) -> float | None:
+        """The rate that was chosen, None if that is not yet known."""
+        trials = report_trials(self.study, cell, self.outcomes)
+        return trials[0].learning_rate if trials else None
+
+    def at_an_edge(self, cell: Cell) -> bool:
+        """Whether the chosen rate is the smallest or largest that was tried, so that a better one may lie beyond."""
+        rates, chosen = list(self.rates(cell)), self.chosen(cell)
+        return chosen is not None and len(rates) > 1 and chosen in (rates[0], rates[-1])
+
+    def scored(self, cell: Cell) -> list[Scored]:
+        """The reported runs of a cell that were scored, in the order of the seeds."""
+        if cell not in self._scored:
+            trials = report_trials(self.study, cell, self.outcomes)
+            ended = [trial for trial in trials if trial.name in self.outcomes]
+            self._scored[cell] = [x for trial in ended if (x := _scored(trial, self.folder.run(trial))) is not None]
+        return self._scored[cell]
+
+    @cached_property
+    def _scored(self) -> dict[Cell, list[Scored]]:
+        return {}
+
+    def lost(self) -> list[tuple[str, Outcome]]:
+        """Runs that failed or diverged."""
+        return [(name, outcome) for name, outcome in self.outcomes.items() if outcome.status != "finished"]
+
+    def mean(self, cell: Cell) -> Mean:
+        """Score of a cell over its seeds."""
+        return describe([scored.value for scored in self.scored(cell)])
+
+    def difference(self, cell: Cell) -> Difference | None:
+        """What a cell gains over the reference method in its setting, over the seeds that both have; None if there is
+        nothing to compare."""
+        reference = self.reference(cell)
+        if reference is None or reference == cell:
+            return None
+        pairs = self._pairs(cell, reference)
+        if not pairs:
+            return None
+        metric = _METRICS.get(pairs[0][0].metric)
+        a, b = (np.stack([pair[i].predicted for pair in pairs]) for i in (0, 1))
+        return compare(a, b, pairs[0][0].expected if metric else None, metric)
+
+    def by_example(self, cell: Cell) -> list[tuple[int, int, float]]:
+        """McNemar's test against the reference for each pair of runs, where answers are right or wrong."""
+        reference = self.reference(cell)
+        if reference is None or reference == cell:
+            return []
+        return [mcnemar(a.predicted, b.predicted) for a, b in self._pairs(cell, reference) if a.metric not in _METRICS]
+
+    def over_tasks(self, method: str, setting: Setting) -> Difference | None:
+        """The mean gain of a method over the reference on the tasks that both have; None if there are none."""
+        cells = [cell for cell in self.cells_of(setting) if cell.method.label == method]
+        found = [d for cell in cells if (d := self.difference(cell)) is not None]
+        return average(found) if found else None
+
+    def adjusted(self, differences: dict[Any, Difference]) -> dict[Any, float]:
+        """The p of a family of comparisons, adjusted for their number."""
+        return dict(zip(differences, adjusted([d.p for d in differences.values()]), strict=True))
+
+    def costs(self, cell: Cell) -> tuple[int | None, float | None, int | None]:
+        """Parameters of the adapter, the head apart, median seconds of training, and peak memory in bytes."""
+        runs = [scored.run for scored in self.scored(cell)]
+        names = [scored.trial.name for scored in self.scored(cell)]
+        seconds = [s for name in names if (s := self.outcomes[name].seconds) is not None]
+        memory = [m for run in runs if (m := read_json(run.cost_file)["peak_memory"]) is not None]
+        parameters = adapter_size(runs[0]) if runs else None
+        return parameters, median(seconds) if seconds else None, max(memory) if memory else None
+
+    def effects(self, cell: Cell) -> list[dict[str, Any]]:
+        """``effect.json`` of the reported runs of a PERA cell."""
+        return [read_json(s.run.effect_file) for s in self.scored(cell) if s.run.effect_file.is_file()]
+
+    def layers(self, cell: Cell) -> dict[str, LayerDiagnosis]:
+        """The layers of the first reported run of a PERA cell; empty for other methods."""
+        scored = self.scored(cell)
+        is_pera = bool(scored) and isinstance(scored[0].trial.recipe().peft_config(), PeraConfig)
+        return diagnose_adapter(scored[0].run.adapter) if is_pera else {}
+
+    def loss_curve(self, cell: Cell) -> tuple[list[int], list[float]]:
+        """Mean training loss over the seeds at each logged step."""
+        curves = [scored.run.metrics() for scored in self.scored(cell)]
+        steps = [line["step"] for line in curves[0]] if curves else []
+        shared = [{line["step"]: line["loss"] for line in curve} for curve in curves]
+        return steps, [fmean(curve.get(step, math.nan) for curve in shared) for step in steps]
+
+    def reference(self, cell: Cell) -> Cell | None:
+        """The cell of the reference method in the same setting."""
+        label = self.study.reference
+        found = [c for c in self.cells if c.method.label == label and c.task == cell.task]
+        same = [c for c in found if c.setting == cell.setting]
+        return next(
+            iter(same or ([c for c in found if c.train_share == cell.train_share] if cell.r is None else [])), None
+        )
+
+    def _pairs(self, a: Cell, b: Cell) -> list[tuple[Scored, Scored]]:
+        """Runs of equal place in the lists of seeds, as far as both were scored."""
+
+        def by_place(cell: Cell) -> dict[int, Scored]:
+            seeds = cell.method.seeds or self.study.report.seeds
+            return {seeds.index(scored.trial.seed): scored for scored in self.scored(cell)}
+
+        x, y = by_place(a), by_place(b)
+        return [(x[i], y[i]) for i in sorted(x.keys() & y.keys())]
+
+
+def adapter_size(run: Run) -> int:
+    """Trained parameters without a classification head, which all methods share; for full fine-tuning, all."""
+    with safe_open(run.adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as f:
+        sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
+    own = {key: n for key, n in sizes.items() if any(f".{kind}_" in key for kind in ("pera", "lora", "hira", "delora"))}
+    return sum((own or sizes).values())
+
+
+def _scored(trial: Trial, run: Run) -> Scored | None:
+    score = run.scores().get("adapter")
+    file = run.predictions / "adapter.jsonl"
+    if score is None or not file.is_file():
+        return None
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    metric = score["metric"]
+    if metric == "pearson":
+        pairs = [(float(row["expected"]), float(row["answer"] or row["output"])) for row in rows]
+    elif metric in _METRICS:  # two classes: what was predicted is right, or the other one
+        classes = sorted({row["expected"] for row in rows})
+        pairs = [
+            (float(classes.index(row["expected"])), float(row["correct"] == (row["expected"] == classes[-1])))
+            for row in rows
+        ]
+    else:
+        pairs = [(1.0, float(bool(row["correct"]))) for row in rows]
+    expected, predicted = (np.array(column) for column in zip(*pairs, strict=True))
+    return Scored(trial, run, score["value"], metric, expected, predicted)

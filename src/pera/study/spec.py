@@ -1,0 +1,280 @@
+"""The one description of a study: methods, ranks, rates, tasks and seeds, and the runs that they stand for."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from pera import methods
+from pera.errors import UserError, nearest
+from pera.recipe import Recipe, apply_override, load_recipe, parse, read_yaml
+
+Phase = Literal["choose", "report"]
+
+_TRAINING = ("lr_ratio", "weight_decay")  # what a method of a study may set beside its own options
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _check_label(key: str, label: Any) -> None:
+    if not re.fullmatch(r"[\w.+-]+", str(label)):
+        raise ValueError(f"{key}={label!r} names folders; use letters, digits and . _ + - only")
+
+
+class _Named(_Section):
+    """A value of the grid. Its name alone stands for it, where nothing else is said."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    label: str = ""
+    """Names it in run folders and tables; by default its name. Give one where a name occurs twice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and isinstance(value.get("name"), str):
+            value = {"label": value["name"], **value}
+            _check_label("label", value["label"])
+        return value
+
+    @property
+    def more(self) -> dict[str, Any]:
+        """Keys beyond those of this class."""
+        return dict(self.model_extra or {})
+
+
+class StudyTask(_Named):
+    """A task; further keys are sections of the recipe that differ for it, such as ``training: {epochs: 3}``."""
+
+
+class StudyMethod(_Named):
+    """A method; further keys are its options, or ``lr_ratio`` and ``weight_decay`` of its parameters' groups."""
+
+    learning_rate: list[Annotated[float, Field(gt=0)]] = Field([])
+    """Rates to choose from for this method; by default those of ``choose``."""
+    seeds: list[int] = Field([])
+    """Seeds to report with, paired in order with the others'; by default those of ``report``. LoRA against LoRA with
+    other seeds shows what the study takes for a difference where there is none."""
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether ranks and placements apply to the method."""
+        known = methods.METHODS.get(self.name)
+        return known is None or known.has_rank
+
+
+def _named_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+class Grid(_Section):
+    """What is compared; all combinations."""
+
+    method: Annotated[list[StudyMethod], BeforeValidator(_named_list), Field(min_length=1)]
+    task: Annotated[list[StudyTask], BeforeValidator(_named_list), Field(min_length=1)]
+    r: list[Annotated[int, Field(ge=1)]] = Field([8])
+    placement: dict[str, list[str] | str] = Field({})
+    """Target modules by the name of the placement; by default those of the base recipe."""
+    train_share: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0])
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Grid:
+        for key, items in (("method", self.method), ("task", self.task)):
+            labels = [item.label for item in items]
+            for label in labels:
+                if labels.count(label) > 1:
+                    raise ValueError(f"{key} {label!r} occurs twice; give each a label of its own")
+        for placement in self.placement:
+            _check_label("placement", placement)
+        return self
+
+
+class Choose(_Section):
+    """How the learning rate of each method is chosen: by the loss on training rows that are held out."""
+
+    learning_rate: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    seeds: list[int] = Field([1], min_length=1)
+    rows: int = Field(500, ge=1)
+    """Training rows held out; not trained on in this phase."""
+    extend: int = Field(0, ge=0)
+    """So many further rates are tried where the best lies at an edge, in the ratio of the last two."""
+
+
+class Reporting(_Section):
+    """What is trained with the chosen rate, on all training rows, and scored on the test rows."""
+
+    seeds: list[int] = Field([42, 43, 44], min_length=1)
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Reporting:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} should differ")
+        return self
+
+
+class Study(_Section):
+    """A study, completely described. :func:`load_study` reads one."""
+
+    name: str
+    base: str
+    """A recipe: a file, or the name of one that ships with pera."""
+    settings: dict[str, Any] = Field({})
+    """What differs from that recipe, for every run."""
+    grid: Grid
+    choose: Choose
+    report: Reporting = Reporting()
+    against: str = ""
+    """Label of the method that the others are compared with; by default the first."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
+        labels = [method.label for method in self.grid.method]
+        if self.against and self.against not in labels:
+            raise ValueError(f"against={self.against!r} is no method of the grid; {nearest(self.against, labels)}")
+        seeds = len(self.report.seeds)
+        for method in self.grid.method:
+            if method.seeds and len(method.seeds) != seeds:
+                raise ValueError(f"grid.method {method.label}: seeds={method.seeds} should be {seeds}, as in report")
+        for cell in self.cells():
+            Trial(self, cell, "report", 1e-3, 0).recipe()
+        return self
+
+    @property
+    def reference(self) -> str:
+        """Label of the method that the others are compared with."""
+        return self.against or self.grid.method[0].label
+
+    def cells(self) -> list[Cell]:
+        """All combinations but for rate and seed, by setting; a method without a rank stands once for all ranks and
+        placements."""
+        cells = [
+            Cell(task, method, r if method.has_rank else None, placement if method.has_rank else None, share)
+            for task in self.grid.task
+            for placement in self.grid.placement or [None]
+            for r in self.grid.r
+            for share in self.grid.train_share
+            for method in self.grid.method
+        ]
+        return list({cell.label: cell for cell in cells}.values())
+
+    def to_yaml(self) -> str:
+        """The study with every default filled in."""
+        content = self.model_dump(mode="json")
+        text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return text
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one setting: what a learning rate is chosen for."""
+
+    task: StudyTask
+    method: StudyMethod
+    r: int | None
+    placement: str | None
+    train_share: float
+
+    def __hash__(self) -> int:  # the options of a method may hold lists
+        return hash(self.label)
+
+    @property
+    def setting(self) -> tuple[str, int | None, str | None, float]:
+        """Task, rank, placement and share of the data: what is equal where methods are compared."""
+        return self.task.label, self.r, self.placement, self.train_share
+
+    @property
+    def label(self) -> str:
+        """Task, method and setting, as in the names of runs."""
+        parts = [self.task.label, self.method.label, *([f"r{self.r}"] if self.r else [])]
+        parts += [self.placement] if self.placement else []
+        return "-".join([*parts, *([f"share{self.train_share:g}"] if self.train_share < 1 else [])])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study."""
+
+    study: Study
+    cell: Cell
+    phase: Phase
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder; the same whatever else the study holds."""
+        return f"{self.cell.label}-{self.phase}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    def recipe(self) -> Recipe:
+        """The recipe of the run.
+
+        Raises:
+            UserError: the study asks for something that no run can have.
+        """
+        study, cell, method = self.study, self.cell, self.cell.method
+        options = {key: value for key, value in method.more.items() if key not in _TRAINING}
+        base = _base_method(study.base) if method.has_rank else {}
+        common = {key: base[key] for key in ("target_modules", "dropout", "modules_to_save") if key in base}
+        if cell.placement is not None:
+            common["target_modules"] = study.grid.placement[cell.placement]
+        changes = [
+            ("task", cell.task.name),
+            *_flat(study.settings),
+            *_flat(cell.task.more),
+            ("training.train_share", cell.train_share),
+            *([("training.held_out", study.choose.rows)] if self.phase == "choose" else []),
+            ("method", {"name": method.name, **({"r": cell.r} if cell.r else {}), **common, **options}),
+            *((f"training.{key}", method.more[key]) for key in _TRAINING if key in method.more),
+            ("training.learning_rate", self.learning_rate),
+            ("training.seed", self.seed),
+            ("name", self.name),
+        ]
+        try:
+            return load_recipe(study.base, [f"{key}={json.dumps(value)}" for key, value in changes])
+        except UserError as error:
+            raise UserError(f"study: {self.cell.label}: {error}") from error
+
+
+def load_study(source: str, overrides: list[str] | None = None) -> Study:
+    """Read a study.
+
+    Args:
+        source: path of a YAML file, or the name of a study that ships with pera.
+        overrides: ``key.subkey=value`` each; a key that is not one of a study's is one of its recipes', so
+            ``training.epochs=1`` is short for ``settings.training.epochs=1``.
+
+    Raises:
+        UserError: no such study, not YAML, an unknown key (the nearest known one is named), a value that does
+            not fit, or a combination that makes no recipe.
+    """
+    name, content = read_yaml(source, "study", "studies")
+    for override in overrides or []:
+        own = override.partition("=")[0].partition(".")[0] in Study.model_fields
+        apply_override(content, override if own else f"settings.{override}")
+    return parse(Study, {"name": name, **content}, "study")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted key and a value."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
+
+
+@lru_cache
+def _base_method(base: str) -> dict[str, Any]:
+    return load_recipe(base).method

@@ -1,0 +1,154 @@
+"""The page of a study: who wins, by how much, how sure; from run folders whose figures are made up."""
+
+import json
+
+import numpy as np
+import pytest
+from test_page import adapters, check, write  # noqa: F401
+
+from pera.errors import UserError
+from pera.report import paper
+from pera.report.study import study_sections, write_study_report
+from pera.runs import Run
+from pera.study import load_study
+from pera.study.results import Results
+from pera.study.runner import StudyFolder
+
+STUDY = """
+base: quickstart
+settings: {model: tiny-llama, method: {target_modules: [q_proj, v_proj, down_proj]}}
+grid:
+  method: [lora, {name: lora, label: lora-again, seeds: [45, 46, 47]}, pera-rms-0.3]
+  task: [{name: family_relationships, label: sst2}, {name: leg_counting, label: mrpc}]
+  r: RANKS
+choose: {learning_rate: [1e-3, 2e-3, 4e-3], rows: 20}
+"""
+GAIN = {"lora": 0.0, "lora-again": 0.0, "pera-rms-0.3": 0.12}
+
+
+def made_up(folder, study, adapters, stop=None):  # noqa: F811
+    """Every run of a study, with answers in which PERA is right 12 points more often and the LoRAs differ by chance."""
+    study_folder, rng = StudyFolder(folder), np.random.default_rng(0)
+    study_folder.prepare(study)
+    difficulty = {task.label: rng.beta(4, 1, size=400) for task in study.grid.task}
+    while left := study_folder.left(study):
+        for trial in left[: stop or None]:
+            method, task = trial.cell.method, trial.cell.task.label
+            run = Run.create(trial.recipe(), folder / "runs" / trial.name)
+            loss = 0.5 + abs(np.log(trial.learning_rate / 2e-3)) / 10
+            outcome = {"status": "finished", "loss": loss, "seconds": 60.0, "wall_seconds": 70.0}
+            (run.path / "outcome.json").write_text(json.dumps(outcome))
+            if trial.phase == "choose":
+                continue
+            kind = "pera" if method.name.startswith("pera") else "lora"
+            (run.path / "adapter").symlink_to(adapters / kind)
+            chance = np.clip(difficulty[task] + GAIN[method.label] + rng.normal(scale=0.005), 0, 1)
+            right = rng.random(400) < chance
+            rows = [{"prompt": str(i), "expected": "a", "output": "b", "correct": bool(x)} for i, x in enumerate(right)]
+            write(run.predictions / "adapter.jsonl", rows)
+            write(run.scores_file, {"adapter": {"metric": "accuracy", "value": right.mean()}})
+            write(
+                run.metrics_file, [{"step": s, "loss": 1 / s, "high_order_ratio": {"q_proj": 0.1 * s}} for s in (1, 2)]
+            )
+            write(run.cost_file, {"seconds": 60.0, "tokens": 100, "peak_memory": 2**30, "steps": 2})
+            if kind == "pera":
+                without = {"square": 0.01, "cross": 0.02, "high_order": 0.03}
+                groups = {"q_proj": 0.02, "v_proj": 0.01}
+                effect = {"tokens": 400, "loss": 0.4, "without": without, "without_high_order": groups}
+                write(run.effect_file, effect)
+        if stop:
+            break
+    return study_folder
+
+
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("made") / "made-up.yaml"
+    file.write_text(STUDY.replace("RANKS", "[3]"))
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(study_file, adapters, tmp_path_factory):  # noqa: F811
+    return made_up(tmp_path_factory.mktemp("made") / "study", load_study(str(study_file)), adapters)
+
+
+def items(folder, section, kind):
+    found = {s.id: s.items for s in study_sections(Results(folder))}
+    return [item.content for item in found.get(section, []) if item.kind == kind]
+
+
+def test_the_planted_difference_is_found_and_lora_does_not_differ_from_itself(folder):
+    first, second, *_ = items(folder, "summary", "text")
+    assert first.startswith("pera-rms-0.3 is better than lora by +")
+    assert second.startswith("lora-again against lora:")
+    assert "no difference shown" in second
+    assert "n = 3 pairs of seeds, 2 tasks, 800 examples" in first
+    assert "times the parameters, 1 times the training time." in first
+
+
+def test_every_comparison_has_its_numbers(folder):
+    by_task, by_example = items(folder, "differences", "table")
+    assert {(row[0], row[1]) for row in by_task.rows} == {
+        (method, task) for method in ("lora-again", "pera-rms-0.3") for task in ("sst2", "mrpc")
+    }
+    results = Results(folder)
+    cell = next(c for c in results.cells if c.label == "sst2-pera-rms-0.3-r3")
+    ours, lora = (np.mean([s.value for s in results.scored(c)]) for c in (cell, results.cells[0]))
+    assert float(by_task.rows[1][2]) == pytest.approx(100 * (ours - lora), abs=0.01)
+    assert len(by_example.rows) == 4 * 3
+
+
+def test_scores_stand_in_the_papers_arrangement_with_the_papers_own_below(folder):
+    (table,) = items(folder, "scores", "table")
+    assert table.head == ["method", "parameters", "sst2", "mrpc", "mean"]
+    assert [row[0] for row in table.rows[:3]] == ["lora", "lora-again", "pera-rms-0.3"]
+    assert "(n = 3)" in table.rows[0][2]
+    assert [i for i in range(len(table.rows)) if i not in table.paper] == [0, 1, 2]
+
+
+def test_the_paper_is_beside_glue_tasks():
+    model, rows, names = paper.beside(["sst2", "mrpc", "leg_counting"])
+    assert (model, names) == ("RoBERTa-base", {"sst2": "SST-2", "mrpc": "MRPC"})
+    assert {row["method"]: row["SST-2"] for row in rows}["PERA"] == 94.13
+    assert paper.beside(["leg_counting"]) == ("", [], {})
+    assert paper.sweep("rank")[0][:3] == ["2", "4", "8"]
+
+
+def test_the_page_is_whole_and_every_figure_is_there(folder, tmp_path):
+    page, text = write_study_report(folder, tmp_path / "report.html")
+    found = check(page.read_text())
+    ids = {figure["id"].partition("-figure")[0] for figure in found.figures}
+    assert ids == {"summary", "rates", "costs", "losses", "terms"}
+    assert "MoRA is not in PEFT" in found.text
+    assert page.read_bytes() == write_study_report(folder, tmp_path / "report.html")[0].read_bytes()
+    pictures = {path.name for path in (tmp_path / "report-pictures").iterdir()}
+    markdown = text.read_text()
+    assert len(pictures) == len(found.figures)
+    assert all(f"(report-pictures/{name})" in markdown for name in pictures)
+    assert "| method | parameters | sst2 | mrpc | mean |" in markdown
+
+
+def test_ranks_are_swept_with_the_papers_figures(study_file, adapters, tmp_path):  # noqa: F811
+    study = load_study(str(study_file), ["grid.r=[2,3]"])
+    folder = made_up(tmp_path / "sweep", study, adapters)
+    (picture,) = items(folder, "sweeps", "picture")
+    assert picture.table.head == ["method", "2", "3"]
+    assert any(axes.get_title().startswith("paper:") for axes in picture.figure.axes)
+
+
+def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tmp_path):  # noqa: F811
+    folder = made_up(tmp_path / "begun", load_study(str(study_file)), adapters, stop=4)
+    assert items(folder, "scores", "table") == []
+    assert items(folder, "summary", "text") == ["No method can be compared with lora yet; seeds are lacking."]
+    assert any("14 known runs are to do" in text for text in items(folder, "gaps", "text"))
+    write_study_report(folder, tmp_path / "report.html")
+
+
+def test_a_folder_without_runs_is_refused(study_file, tmp_path):
+    folder = StudyFolder(tmp_path / "empty")
+    with pytest.raises(UserError, match="is not the folder of a study"):
+        Results(folder)
+    folder.prepare(load_study(str(study_file)))
+    with pytest.raises(UserError, match="has no run that has ended"):
+        write_study_report(folder, tmp_path / "report.html")

@@ -1,0 +1,127 @@
+"""A study in YAML, the runs that it stands for, and its mistakes."""
+
+import pytest
+
+from pera.errors import UserError
+from pera.polynomial import expanded_rank
+from pera.recipe import shipped_files
+from pera.study import load_study
+from pera.study.runner import all_trials
+from pera.study.spec import Trial
+
+
+@pytest.mark.parametrize("name", shipped_files("studies"))
+def test_every_shipped_study_can_be_read(name):
+    study = load_study(name)
+    assert study.name == name
+    assert len({trial.name for trial in all_trials(study, {})}) == len(all_trials(study, {}))
+
+
+def test_the_screen_is_what_the_issue_asks_for():
+    study = load_study("glue-screen", ["data=hub"])
+    assert {task.name for task in study.grid.task} == {"sst2", "qnli", "mrpc", "stsb"}
+    assert len(study.choose.learning_rate) == 5
+    assert len(study.report.seeds) == 3
+    assert study.reference == "lora"
+    recipes = {
+        c.method.label: Trial(study, c, "report", 1e-3, 42).recipe() for c in study.cells() if c.task.name == "sst2"
+    }
+    assert {recipe.task.choose_size for recipe in recipes.values()} == {0}
+    assert recipes["lora"].peft_config().r == 4
+    assert recipes["lora-K"].peft_config().r == expanded_rank(4) == 14
+    assert recipes["pera-rms-0.3"].peft_config().init_coefficients == 0.3
+
+
+def test_everything_but_the_method_is_equal(study_file):
+    study = load_study(str(study_file))
+    contents = [
+        Trial(study, c, "report", 1e-3, 42).recipe().model_dump(exclude={"name", "method"}) for c in study.cells()
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_names_hold_what_a_run_is_and_stay_when_the_grid_grows(study_file):
+    names = {trial.name for trial in all_trials(load_study(str(study_file)), {})}
+    grown = load_study(str(study_file), ["grid.method=[dora,lora,pera-rms-0.3]", "grid.r=[2,4]"])
+    assert "family_relationships-lora-r2-choose-lr0.001-seed1" in names
+    assert names < {trial.name for trial in all_trials(grown, {})}
+
+
+def test_a_method_without_a_rank_stands_once_for_all_ranks(study_file):
+    study = load_study(str(study_file), ["grid.method=[lora,full]", "grid.r=[2,4]"])
+    assert [cell.label for cell in study.cells()] == [
+        "family_relationships-lora-r2",
+        "family_relationships-full",
+        "family_relationships-lora-r4",
+    ]
+
+
+def test_axes_become_recipes(study_file):
+    study = load_study(
+        str(study_file),
+        ["grid.placement={Q: [q_proj], all: all-linear}", "grid.train_share=[0.5]",
+         "grid.method=[{name: pera, label: slow-h, terms: square, lr_ratio: {h: 0.1}}]"],
+    )  # fmt: skip
+    first, second = (Trial(study, cell, "choose", 1e-3, 1).recipe() for cell in study.cells())
+    assert first.name == "family_relationships-slow-h-r2-Q-share0.5-choose-lr0.001-seed1"
+    assert (first.method["target_modules"], second.method["target_modules"]) == (["q_proj"], "all-linear")
+    assert (first.method["terms"], first.training.lr_ratio) == ("square", {"h": 0.1})
+    assert (first.training.train_share, first.training.held_out) == (0.5, 16)
+
+
+def test_overrides_are_of_the_study_or_of_its_recipes(study_file):
+    study = load_study(str(study_file), ["report.seeds=[7]", "training.batch_size=2"])
+    assert study.report.seeds == [7]
+    assert Trial(study, study.cells()[0], "report", 1e-3, 7).recipe().training.batch_size == 2
+
+
+def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
+    study = load_study(str(study_file))
+    (tmp_path / "study.yaml").write_text(study.to_yaml())
+    assert load_study(str(tmp_path / "study.yaml")) == study
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("grid.metod=[lora]", "grid.metod is not a key of a study; did you mean 'method'?"),
+        ("choose.learning_rate=[]", "choose.learning_rate=[]: list should have at least 1 item"),
+        ("choose.learning_rate=[-1]", "choose.learning_rate.0=-1: input should be greater than 0"),
+        ("grid.method=[lora,lora]", "method 'lora' occurs twice; give each a label of its own"),
+        ("grid.method=[lore]", "method.name='lore' is not known; did you mean 'lora'?"),
+        ("grid.method=[mora]", "'mora' cannot be had: MoRA is not in PEFT"),
+        ("grid.method=[{name: lora, label: a/b}]", "label='a/b' names folders"),
+        ("grid.method=[{name: lora, ranks: 3}]", "method.ranks is not an option of lora"),
+        ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2, as in report"),
+        ("against=dora", "against='dora' is no method of the grid"),
+        ("report.seeds=[1,1]", "seeds=[1, 1] should differ"),
+        ("training.batch_sise=3", "training.batch_sise is not a key of a recipe; did you mean 'batch_size'?"),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_be_right(override, sentence, study_file):
+    with pytest.raises(UserError) as caught:
+        load_study(str(study_file), [override])
+    assert sentence in str(caught.value)
+
+
+def test_an_unknown_study_is_refused():
+    with pytest.raises(UserError, match="'glue-scren' is no file and no study of pera's; did you mean 'glue-screen'"):
+        load_study("glue-scren")
+
+
+def test_the_command_plans_runs_and_reports(pera, study_file, tmp_path):
+    small = ["training.max_steps=1", "grid.method=[lora]", "report.seeds=[42]", "choose.learning_rate=[1e-3]"]
+    planned = pera("study", "run", study_file, *small, "--plan")
+    assert planned.code == 0
+    assert planned.out.split() == ["to", "do", "family_relationships-lora-r2-choose-lr0.001-seed1"]
+    assert not (tmp_path / "studies").exists()
+    done = pera("study", "run", study_file, *small)
+    assert done.code == 0
+    assert "2 finished" in done.out
+    assert pera("study", "report", "studies/small").code == 0
+    assert (tmp_path / "studies" / "small" / "report.md").is_file()
+
+
+def test_the_command_refuses_in_one_sentence(refused, study_file):
+    refused("study", "run", study_file, "against=dora", words=["against='dora'", "lora"])
+    refused("study", "report", "nowhere", words=["'nowhere' is not the folder of a study"])

@@ -1,0 +1,104 @@
+"""A run answers the rows of a file, each once."""
+
+import json
+
+import pytest
+
+from pera import evaluation
+from pera.evaluation import generate
+from pera.prediction import predict
+from pera.runs import open_model
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+PROMPTS = [{"prompt": f"Who is {name}?", "id": name} for name in ("Zoe", "Liam, the son of Kai", "Al", "Ida", "Bo")]
+
+
+def test_the_answers_are_those_of_the_model(run, tmp_path):
+    assert predict(run, write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl") == 5
+    model, tokenizer = open_model(run.location, "float32")
+    prompts = [row["prompt"] for row in PROMPTS]
+    expected = generate(model, tokenizer, prompts, batch_size=4, max_new_tokens=4)
+    assert read(tmp_path / "out.jsonl") == [
+        {**row, "prediction": text} for row, text in zip(PROMPTS, expected, strict=True)
+    ]
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_conversations_are_answered_and_csv_is_read(run, tmp_path):
+    conversation = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS]
+    predict(run, write(tmp_path / "a.jsonl", conversation), tmp_path / "a.out")
+    (tmp_path / "b.csv").write_text("prompt\n" + "".join(f'"{row["prompt"]}"\n' for row in PROMPTS))
+    predict(run, tmp_path / "b.csv", tmp_path / "b.out")
+    answers = [[row["prediction"] for row in read(tmp_path / name)] for name in ("a.out", "b.out")]
+    assert answers[0] == answers[1]
+
+
+def test_a_restart_answers_only_what_is_missing(run, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", PROMPTS)
+    predict(run, source, tmp_path / "whole.jsonl", batch_size=2)
+    write_batch, asked = evaluation._write, []
+
+    def killed(model, tokenizer, prompts, *rest):
+        asked.append(len(prompts))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return write_batch(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(evaluation, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        predict(run, source, tmp_path / "out.jsonl", batch_size=2)
+    assert not (tmp_path / "out.jsonl").exists()
+    predict(run, source, tmp_path / "out.jsonl", batch_size=2)
+    assert asked == [2, 2, 1, 1]
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_a_classifier_gives_names_and_logits(glue_run, tmp_path):
+    rows = [{"sentence": "fine film 3"}, {"sentence": "dull film 5"}]
+    predict(glue_run, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
+    found = read(tmp_path / "out.jsonl")
+    assert [row["prediction"] for row in found] == ["positive", "negative"]
+    assert all(max(row["logits"], key=row["logits"].get) == row["prediction"] for row in found)
+
+
+def test_the_command(pera, run, tmp_path):
+    write(tmp_path / "in.jsonl", PROMPTS)
+    done = pera("predict", run.path, "--input", "in.jsonl", "--output", "out.jsonl", "--base")
+    assert (done.code, done.out) == (0, "5 rows answered, in out.jsonl\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        (
+            '{"prompt": "a"}\n{"prmpt": "b"}\n',
+            [],
+            ["in.jsonl, line 2: field 'prompt' is missing"],
+        ),
+        ("", [], ["in.jsonl has no rows."]),
+        ('{"prompt": "a"\n', [], ["in.jsonl, line 1: is not valid JSON"]),
+        ('{"prompt": "a"}\n', ["--output", "in.jsonl"], ["--output: 'in.jsonl' exists"]),
+        ('{"prompt": "a"}\n', ["--input", "none.jsonl"], ["'none.jsonl' cannot be read"]),
+    ],
+)
+def test_a_file_that_cannot_be_answered(content, options, words, refused, run, tmp_path):
+    (tmp_path / "in.jsonl").write_text(content)
+    refused("predict", run.path, "--input", "in.jsonl", "--output", "out.jsonl", *options, words=words)
+
+
+def test_what_a_classifier_cannot_do(refused, glue_run, tmp_path):
+    write(tmp_path / "in.jsonl", [{"sentence": "a"}])
+    files = ["--input", "in.jsonl", "--output", "out.jsonl"]
+    refused("predict", glue_run.path, *files, "--base", words=["--base", "has no trained head"])
+    refused("predict", glue_run.path, *files, "--max-new-tokens", "3", words=["--max-new-tokens=3", "writes nothing"])
+    write(tmp_path / "in.jsonl", [{"text": "a"}])
+    refused("predict", glue_run.path, *files, words=["in.jsonl, line 1: field 'sentence' is missing"])
