@@ -65,7 +65,7 @@ def quickstart(
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/quickstart-<time>.")] = None,
 ) -> None:
     """Fine-tune the embedded model on a reasoning task; score, merge and export it; say what to do next."""
-    from pera.convert.lora import export_lora
+    from pera.convert.export import export as export_adapter
     from pera.convert.merge import merge as merge_adapter
     from pera.evaluation import evaluate_run
     from pera.recipe import load_recipe
@@ -89,7 +89,7 @@ def quickstart(
     progress.print("merging and exporting, each read back and compared with the adapter …")
     checks = {
         "merged": merge_adapter(str(run.path), run.path / "merged"),
-        "lora": export_lora(str(run.path), run.path / "lora"),
+        "lora": export_adapter(str(run.path), run.path / "lora").agreement,
     }
     loss_picture(run, run.path / "loss.svg")
     out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
@@ -243,13 +243,33 @@ def merge(
 @app.command()
 def export(
     source: Source,
-    to: Annotated[Literal["lora"], typer.Option(help="The form to write.")],
     output: Output,
+    to: Annotated[
+        Literal["lora", "gguf"] | None, typer.Option(help="The form to write; default what the server of --for reads.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Cut to this rank; says what is lost.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Cut to the least rank that keeps this share of each layer, such as 0.999.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option("--for", help="Keep the limits of vllm, sglang, lorax, llama.cpp, ollama or peft; say its start."),
+    ] = None,
 ) -> None:
     """Write a PERA adapter as the LoRA it equals, readable without pera, and check that the outputs agree."""
-    from pera.convert.lora import export_lora
+    from pera.convert.export import export as export_adapter
 
-    _report(export_lora(source, output), f"LoRA written to {output}")
+    if to is None and server is None:
+        raise UserError("export needs --to lora, --to gguf, or --for with the server it is for.")
+    done = export_adapter(source, output, to=to, max_rank=max_rank, energy=energy, server=server)
+    out.print(escape(f"{'GGUF adapter' if (output / 'adapter.gguf').is_file() else 'LoRA'} written to {output}"))
+    if done.truncation:
+        out.print(escape(done.truncation.sentence()), soft_wrap=True)
+    out.print(done.agreement.sentence(), soft_wrap=True)
+    if not done.good:
+        raise CheckFailed("the outputs differ.")
+    if done.start:
+        out.print(f"start: {escape(done.start)}", soft_wrap=True)
 
 
 @app.command()

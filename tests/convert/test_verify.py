@@ -70,10 +70,11 @@ def test_models_of_different_vocabularies_cannot_be_compared():
 def test_the_sentence_says_what_was_found():
     agreement = compare([CLEAR], [CLEAR + 0.25], torch.float32)
     assert agreement.sentence() == (
-        "largest logit difference 2.5e-01 (tolerance 0.001, float32), 100.0 % of top-1 tokens equal over 2 tokens"
+        "largest logit difference 2.5e-01 (tolerance 0.001, float32), 100.0 % of top-1 tokens equal over 2 tokens, "
+        "KL divergence 0.0e+00"
     )
     ties = compare([torch.zeros(1, 3)], [torch.zeros(1, 3)], torch.float32)
-    assert ties.sentence().endswith("equal over 1 tokens, near-ties (1) apart")
+    assert ties.sentence().endswith("equal over 1 tokens, near-ties (1) apart, KL divergence 0.0e+00")
 
 
 def test_the_record_has_everything(tmp_path):
@@ -90,6 +91,7 @@ def test_the_record_has_everything(tmp_path):
         "dtype": "bfloat16",
         "near_ties": 0,
         "same_top1": 1.0,
+        "kl_divergence": agreement.kl_divergence,
     }
 
 

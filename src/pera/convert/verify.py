@@ -44,6 +44,8 @@ class Agreement:
     """Tokens whose two best logits lie closer together than the tolerance, so that rounding may swap them."""
     same_top1: float
     """Share of the other tokens for which both models would say the same."""
+    kl_divergence: float
+    """Mean over the tokens of KL(reference ‖ other) between the distributions of the next token, in nats."""
 
     @property
     def agree(self) -> bool:
@@ -56,11 +58,13 @@ class Agreement:
             f"largest logit difference {self.max_difference:.1e} (tolerance {self.tolerance:g}, {self.dtype}), "
             f"{100 * self.same_top1:.1f} % of top-1 tokens equal over {self.tokens} tokens"
             + (f", near-ties ({self.near_ties}) apart" if self.near_ties else "")
+            + f", KL divergence {self.kl_divergence:.1e}"
         )
 
-    def save(self, folder: Path, of: str, against: str) -> None:
-        """Write the result to ``verification.json`` in ``folder``."""
-        write_json(folder / "verification.json", {"of": of, "against": against, "agree": self.agree, **asdict(self)})
+    def save(self, folder: Path, of: str, against: str, **further: Any) -> None:
+        """Write the result, and what else is known, to ``verification.json`` in ``folder``."""
+        record = {"of": of, "against": against, "agree": self.agree, **asdict(self), **further}
+        write_json(folder / "verification.json", record)
 
 
 def verify(a: str, b: str, *, dtype: str = "float32") -> Agreement:
@@ -115,8 +119,10 @@ def compare(reference: list[Tensor], other: list[Tensor], dtype: torch.dtype) ->
     clear = (best[:, 0] - best[:, 1]) > tolerance
     same = x.argmax(-1) == y.argmax(-1)
     difference = (x - y).abs().max().item()
+    divergence = sum(_divergence(a, b) for a, b in zip(reference, other, strict=True)) / len(x)
     if difference != difference:  # NaN, of which argmax says nothing
-        same, clear, difference = torch.zeros(1), torch.ones(1, dtype=torch.bool), float("inf")
+        same, clear = torch.zeros(1), torch.ones(1, dtype=torch.bool)
+        difference = divergence = float("inf")
     return Agreement(
         prompts=len(reference),
         tokens=len(x),
@@ -125,4 +131,11 @@ def compare(reference: list[Tensor], other: list[Tensor], dtype: torch.dtype) ->
         dtype=str(dtype).removeprefix("torch."),
         near_ties=int((~clear).sum()),
         same_top1=same[clear].float().mean().item() if clear.any() else 1.0,
+        kl_divergence=divergence if divergence == divergence else float("inf"),
     )
+
+
+def _divergence(reference: Tensor, other: Tensor) -> float:
+    """Σ over the tokens of one prompt of Σ p log (p / q), in float64; rounding below zero counts as zero."""
+    p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
+    return max(0.0, torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item())
