@@ -274,14 +274,22 @@ def export(
 
 @app.command()
 def verify(
-    a: Annotated[str, typer.Argument(metavar="A", help="Run, adapter or model; the reference.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Run, adapter or model.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Run, adapter, GGUF adapter or model; the reference.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Run, adapter, GGUF adapter or model.")],
     dtype: Annotated[Dtype, typer.Option(help="dtype that both are computed in.")] = "float32",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base of a GGUF adapter, such as a .gguf file; default that of the other side.")
+    ] = None,
+    llama_cpp: Annotated[
+        bool, typer.Option("--llama-cpp", help="Compute B in llama.cpp itself; needs the package xllamacpp.")
+    ] = False,
 ) -> None:
     """Run the same prompts through two models and compare their outputs."""
     from pera.convert.verify import verify as compare_models
 
-    _report(compare_models(a, b, dtype=dtype), f"{b} against {a}")
+    options = {"dtype": dtype, "prompts": prompts, "base": base, "in_llama_cpp": llama_cpp}
+    _report(compare_models(a, b, **options), f"{b} against {a}")
 
 
 def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:

@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_refused(key, value, save_adapter, tiny_
 
     change_weights(tmp_path / "adapter" / "adapter_model.safetensors", spoil)
     with pytest.raises(UserError, match=f"NaNs detected in the weights of .*{'q_proj' if 'pera' in key else key}"):
-        export_adapter(str(tmp_path / "adapter"), tmp_path / "lora").agreement
+        export_adapter(str(tmp_path / "adapter"), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 
@@ -188,7 +188,7 @@ def test_weights_and_configuration_that_disagree_are_refused(key, value, message
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
     with pytest.raises(UserError, match=message):
-        export_adapter(str(adapter), tmp_path / "lora").agreement
+        export_adapter(str(adapter), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 
@@ -196,5 +196,5 @@ def test_a_lora_is_not_exported(tiny_llama, tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora).save_pretrained(tmp_path / "lora")
     with pytest.raises(UserError, match="is a LORA adapter; only a PERA adapter is exported"):
-        export_adapter(str(tmp_path / "lora"), tmp_path / "again").agreement
+        export_adapter(str(tmp_path / "lora"), tmp_path / "again")
     assert not (tmp_path / "again").exists()

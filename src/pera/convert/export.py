@@ -15,7 +15,8 @@ from pera import models
 from pera.card import write_card
 from pera.convert import gguf, servers
 from pera.convert.fold import folded_layers, lora_of
-from pera.convert.servers import ADAPTER, Form
+from pera.convert.gguf import ADAPTER
+from pera.convert.servers import Form
 from pera.convert.truncate import Truncation, measured, truncate
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError

@@ -37,6 +37,9 @@ ARCHITECTURES = {
 }
 """By the ``model_type`` of transformers."""
 
+ADAPTER = "adapter.gguf"
+"""The file of a GGUF adapter in the folder of its export."""
+
 _WHOLE = "base_model.model."
 
 
@@ -136,7 +139,8 @@ def check_base(file: Path, state: dict[str, Tensor], config: PreTrainedConfig) -
     layers = sorted({key.removeprefix(_WHOLE).partition(".lora_")[0] for key in state})
     for layer, name in tensor_names(layers, config).items():
         needed = tuple(
-            len(state[f"{_WHOLE}{layer}.lora_{factor}.weight"].movedim(axis, 0)) for factor, axis in (("B", 0), ("A", 1))
+            len(state[f"{_WHOLE}{layer}.lora_{factor}.weight"].movedim(axis, 0))
+            for factor, axis in (("B", 0), ("A", 1))
         )
         if shapes.get(name) != needed:
             there = f"has {name} of shape {shapes[name]}" if name in shapes else f"has no {name}"

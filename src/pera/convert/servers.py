@@ -15,6 +15,7 @@ from typing import Any, Literal
 from peft import LoraConfig
 
 from pera.convert.fold import Folded
+from pera.convert.gguf import ADAPTER
 from pera.errors import UserError, nearest
 from pera.models import hub_name, resolve_gguf
 from pera.tuner.layers import ParamWrapper, PeraConv1DLinear, PeraEmbedding, PeraLayer, PeraLinear
@@ -94,9 +95,6 @@ def _peft(base: str, output: Path, rank: int) -> str:
     code = f"from peft import AutoPeftModelForCausalLM as M; model = M.from_pretrained({str(output)!r})"
     return f"python -c {shlex.quote(code)}"
 
-
-ADAPTER = "adapter.gguf"
-"""The file of a GGUF adapter in the folder of its export."""
 
 SERVERS = {
     "vllm": Server("lora", _vllm, max_rank=max(_VLLM_RANKS), embeddings=True),
@@ -193,5 +191,3 @@ def _kind(layer: PeraLayer) -> str:
     if isinstance(layer, ParamWrapper):
         return f"parameter of a {type(layer.get_base_layer()).__name__}"
     return type(layer.get_base_layer()).__name__
-
-
