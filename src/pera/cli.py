@@ -233,11 +233,16 @@ def merge(
     source: Source,
     output: Output,
     dtype: Annotated[Dtype | None, typer.Option(help="dtype of the merged model; default the base's.")] = None,
+    dequantise: Annotated[
+        bool, typer.Option("--dequantise", help="Dequantise a quantised base first; the result is a plain model.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base model and check that the outputs agree."""
     from pera.convert.merge import merge as merge_adapter
 
-    _report(merge_adapter(source, output, dtype=dtype or "stored"), f"merged model written to {output}")
+    agreement = merge_adapter(source, output, dtype=dtype or "stored", dequantised=dequantise)
+    how = " (its base was dequantised first)" if dequantise else ""
+    _report(agreement, f"merged model written to {output}{how}")
 
 
 @app.command()

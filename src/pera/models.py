@@ -7,12 +7,14 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -159,15 +161,65 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short hash of names, shapes and the first entries of each of a model's weights, to tell bases apart."""
+def fingerprint(
+    model: torch.nn.Module, dtype: torch.dtype | None = None, read: Callable[[str], torch.Tensor] | None = None
+) -> str:
+    """A short hash of names, shapes and the first entries of each of a model's weights, to tell bases apart.
+
+    Args:
+        model: the model.
+        dtype: the dtype to round the entries to, to compare with a model that was loaded in it.
+        read: gives the weights, by name, that the model has on the meta device.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
+        if weight.is_meta and read is not None:
+            weight = read(name)
         if hasattr(weight, "__tensor_flatten__"):  # a quantised weight of torchao
             weight = weight.dequantize()
-        first = weight.flatten()[:16].float().tolist()
-        digest.update(repr((name, tuple(weight.shape), first)).encode())
+        first = weight.flatten()[:16]
+        if dtype is not None and first.is_floating_point():
+            first = first.to(dtype)
+        digest.update(repr((name, tuple(weight.shape), first.float().tolist())).encode())
     return digest.hexdigest()[:16]
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a base model's files on this machine; those of a hub id are downloaded, if they are not here.
+
+    Raises:
+        UserError: as :func:`resolve`, or the hub does not give them.
+    """
+    location = resolve(name)
+    if Path(location).is_dir():
+        return Path(location)
+    try:
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
+        return Path(snapshot_download(location, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+
+
+def dequantise(model: PreTrainedModel) -> PreTrainedModel:
+    """A quantised model with plain weights, those that its quantised ones stand for.
+
+    Raises:
+        UserError: neither transformers nor the weights themselves can dequantise it.
+    """
+    method = getattr(model.config.quantization_config, "quant_method", "unknown")
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and hasattr(weight, "__tensor_flatten__"):  # torchao
+            module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)  # type: ignore[assignment]
+    try:
+        plain: Any = model if str(getattr(method, "value", method)) == "torchao" else model.dequantize()
+    except (NotImplementedError, ValueError, ImportError) as error:
+        raise UserError(f"--dequantise: a base quantised with {method} cannot be dequantised: {error}") from error
+    for holder in (plain, plain.config):
+        for key in ("hf_quantizer", "quantization_config", "is_quantized", "quantization_method"):
+            if key in vars(holder):
+                delattr(holder, key)
+    return plain  # type: ignore[no-any-return]
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,4 @@
-"""A PERA adapter in the form of others: the LoRA of rank K that it equals, or one of smaller rank that comes near it."""
+"""A PERA adapter in another form: the LoRA of rank K that it equals, or one of smaller rank that comes near it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _check_gguf(location: Location, lora: LoraConfig, weights: dict[str, Tensor]
     tied = head is not None and getattr(head, "base_layer", head).weight is embedding.weight
     if tied and any("lm_head." in key for key in weights):
         raise UserError(
-            "'lm_head' shares its weight with the embeddings, and its GGUF file has no tensor for it; merge the adapter."
+            "'lm_head' shares its weight with the embeddings, and a GGUF file has no tensor for it; merge the adapter."
         )
     gguf.tensor_names({key.removeprefix("base_model.model.").partition(".lora_")[0] for key in weights}, base.config)
     if file := models.resolve_gguf(location.base):

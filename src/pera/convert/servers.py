@@ -159,8 +159,8 @@ def check(name: str, layers: dict[str, Folded], config: LoraConfig, blocks: int 
         for kind, count in counts.items():
             if count < blocks:
                 raise UserError(
-                    f"{kind!r} is adapted in {count} of {blocks} blocks, and {name} ignores a kind of layer that is not "
-                    "adapted in all; merge the adapter, or train it on all."
+                    f"{kind!r} is adapted in {count} of {blocks} blocks, and {name} ignores a kind of layer that is "
+                    "not adapted in all; merge the adapter, or train it on all."
                 )
 
 

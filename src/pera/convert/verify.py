@@ -183,7 +183,7 @@ def prompts_of(*locations: Location, count: int = 6) -> list[str]:
 @torch.no_grad()
 def logits(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[Tensor]:
     """Logits of every token of every prompt, one ``(tokens, vocabulary)`` tensor each, in float32 on the CPU."""
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     results = []
     for prompt in prompts:
         ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
