@@ -277,6 +277,23 @@ def export(
         out.print(f"start: {escape(done.start)}", soft_wrap=True)
 
 
+@app.command("import")
+def import_(
+    source: Source,
+    output: Output,
+    form: Annotated[Literal["lora"], typer.Option("--from", help="What the adapter is.")],
+    terms: Annotated[Literal["all", "square", "cross"], typer.Option(help="Products that take part.")] = "all",
+    normalization: Annotated[
+        Literal["rms", "none"], typer.Option(help="rms gives a product the scale of one factor.")
+    ] = "rms",
+) -> None:
+    """Write a trained LoRA as a PERA adapter with equal outputs (h = 0), to go on training from."""
+    from pera.convert.from_lora import import_lora
+
+    agreement = import_lora(source, output, terms=terms, normalization=normalization)
+    _report(agreement, f"PERA adapter written to {output}")
+
+
 @app.command()
 def verify(
     a: Annotated[str, typer.Argument(metavar="A", help="Run, adapter, GGUF adapter or model; the reference.")],

@@ -27,7 +27,7 @@ from pera.recipe import Recipe, difference, load_recipe
 
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
-    *("reasoning-gym", "scipy", "matplotlib", "jinja2", "gguf", "triton"),
+    *("reasoning-gym", "scipy", "matplotlib", "jinja2", "gguf", "xllamacpp", "triton"),
 )
 """What :func:`environment` reports on: the core, then what is optional."""
 
