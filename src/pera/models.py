@@ -215,11 +215,7 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
         plain: Any = model if str(getattr(method, "value", method)) == "torchao" else model.dequantize()
     except (NotImplementedError, ValueError, ImportError) as error:
         raise UserError(f"--dequantise: a base quantised with {method} cannot be dequantised: {error}") from error
-    for holder in (plain, plain.config):
-        for key in ("hf_quantizer", "quantization_config", "is_quantized", "quantization_method"):
-            if key in vars(holder):
-                delattr(holder, key)
-    return plain  # type: ignore[no-any-return]
+    return _unquantised(plain).eval()  # type: ignore[no-any-return]
 
 
 def cache_folder() -> Path:
@@ -284,9 +280,14 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # a broken file makes the parser raise anything
         raise _unreadable(str(gguf), error) from error
-    # A model loaded from GGUF counts as quantised and refuses to be saved; its weights are plain float32.
-    weights = model.state_dict()
-    config = model.config
+    plain = _unquantised(model)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _unquantised(model: Any) -> Any:
+    """A model with the same, plain, weights, that does not count as quantised, which refuses to be saved."""
+    weights, config = model.state_dict(), model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
@@ -294,8 +295,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return plain
 
 
 def _digest(path: Path) -> str:

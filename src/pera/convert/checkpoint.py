@@ -3,7 +3,6 @@ rewritten."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pera.errors import UserError
-from pera.files import read_json
+from pera.files import read_json, write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -95,16 +94,24 @@ def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
     return found
 
 
-def fill_adapter(model: PeftModel, weights: dict[str, Tensor]) -> None:
+def fill_adapter(model: PeftModel, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Give a model on an :func:`empty_model` the saved weights of its adapter, which PEFT moves to where the base
-    model's are: nowhere."""
+    model's are: nowhere.
+
+    Args:
+        model: the model with the adapter.
+        weights: the saved weights. Those of embeddings that PEFT saves with some adapters are left to the base.
+        dtype: what the base is computed in, and so what is trained in its place.
+    """
     own = dict(model.named_parameters())
     names = {id(weight): name for name, weight in own.items()}
     for key, weight in get_peft_model_state_dict(model, state_dict=own).items():
-        if key in weights and not key.endswith(".base_layer.weight"):  # PEFT saves those of some embeddings too
-            path, _, attribute = names[id(weight)].rpartition(".")
-            filled = nn.Parameter(weights[key].to(weight.dtype), requires_grad=False)
-            model.get_submodule(path)._parameters[attribute] = filled
+        name = names[id(weight)]
+        path, _, attribute = name.rpartition(".")
+        factor = f".{model.base_model.prefix}" in name
+        of_base = not factor and attribute == "weight" and ".modules_to_save." not in name
+        filled = weight.to("meta", dtype) if of_base else weights[key].to(weight.dtype if factor else dtype)
+        model.get_submodule(path)._parameters[attribute] = nn.Parameter(filled, requires_grad=False)
 
 
 def base_name(name: str) -> str:
@@ -142,11 +149,9 @@ def _filling(checkpoint: Checkpoint, keys: dict[str, str], empty: dict[str, Any]
     return fill, clear
 
 
-def write_index(folder: Path, shards: dict[str, list[str]]) -> None:
-    """Write the index of the shards in ``folder``, if there is more than one file."""
+def write_index(folder: Path, shards: dict[str, list[str]], size: int) -> None:
+    """Write the index of the shards in ``folder``, ``size`` bytes of tensors, if there is more than one file."""
     if list(shards) == [SINGLE]:
         return
-    size = sum((folder / name).stat().st_size for name in shards)
     weight_map = {key: name for name, keys in shards.items() for key in keys}
-    content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})

@@ -107,7 +107,7 @@ def _streamed(
     assert location.adapter is not None
     check_fingerprint(location, base, lambda name: checkpoint.read(found[name]))
     model = load_adapter(base, location.adapter)
-    fill_adapter(model, adapter_weights(location.adapter))
+    fill_adapter(model, adapter_weights(location.adapter), computed)
     for name, module in model.get_base_model().named_modules():
         changed = isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
         if isinstance(module, ParamWrapper) or (changed and base_name(f"{name}.weight") in shared):
@@ -137,12 +137,14 @@ def _merge_by_files(
     prompts = prompts_of(location)
     with weights_on_demand(model, checkpoint, computed):
         before = logits(model, tokenizer, prompts)
+    size = 0
     with atomic_folder(output) as folder:
         for name, keys in checkpoint.shards.items():
             merged = {key: _merged(model.get_base_model(), key, checkpoint.read(key), dtype, source) for key in keys}
             save_file(merged, folder / name, metadata={"format": "pt"})
+            size += sum(weight.nbytes for weight in merged.values())
             del merged
-        write_index(folder, checkpoint.shards)
+        write_index(folder, checkpoint.shards, size)
         _copy_companions(base, folder)
         config = read_json(base / "config.json")
         if dtype != "stored":
@@ -198,7 +200,7 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
         del model
         plain: Any = dequantise(load_model(location.base, dtype="stored", revision=location.revision))
         assert location.adapter is not None
-        model = load_adapter(plain.to(DTYPES.get(dtype)), location.adapter)
+        model = load_adapter(plain.to(DTYPES.get(dtype, plain.dtype)), location.adapter)
     separate_shared_weights(model.base_model.model)
     if not quantised:
         before = logits(model, tokenizer, prompts)
