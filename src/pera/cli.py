@@ -310,8 +310,8 @@ def verify(
     """Run the same prompts through two models and compare their outputs."""
     from pera.convert.verify import verify as compare_models
 
-    options = {"dtype": dtype, "prompts": prompts, "base": base, "in_llama_cpp": llama_cpp}
-    _report(compare_models(a, b, **options), f"{b} against {a}")
+    agreement = compare_models(a, b, dtype=dtype, prompts=prompts, base=base, in_llama_cpp=llama_cpp)
+    _report(agreement, f"{b} against {a}")
 
 
 def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:

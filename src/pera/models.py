@@ -208,11 +208,12 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
     """
     method = getattr(model.config.quantization_config, "quant_method", "unknown")
     for module in model.modules():
-        weight = module._parameters.get("weight")
+        weight: Any = module._parameters.get("weight")
         if weight is not None and hasattr(weight, "__tensor_flatten__"):  # torchao
-            module.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)  # type: ignore[assignment]
+            module._parameters["weight"] = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
+    quantised: Any = model
     try:
-        plain: Any = model if str(getattr(method, "value", method)) == "torchao" else model.dequantize()
+        plain = quantised if str(getattr(method, "value", method)) == "torchao" else quantised.dequantize()
     except (NotImplementedError, ValueError, ImportError) as error:
         raise UserError(f"--dequantise: a base quantised with {method} cannot be dequantised: {error}") from error
     return _unquantised(plain).eval()  # type: ignore[no-any-return]

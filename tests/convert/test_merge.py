@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +292,7 @@ print(json.dumps({"agree": agreement.agree, "difference": agreement.max_differen
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="measures memory as Linux tells it")
 def test_several_gigabytes_are_merged_in_less_than_three_shards_of_memory(save_llama, python, tmp_path):
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
     shape = {**sizes, "num_hidden_layers": 16, "tie_word_embeddings": False, "initializer_range": 0.02}

@@ -69,7 +69,8 @@ def empty_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = F
     """The causal language model of a folder without its weights, in evaluation mode; buffers are there."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     empty: PreTrainedModel = model.eval()
     return empty

@@ -143,17 +143,19 @@ def _check_options(max_rank: int | None, energy: float | None, server: str | Non
 def _check_gguf(location: Location, lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:
     """Raise UserError for what a GGUF adapter does not carry."""
     servers.refuse_trained_whole("a GGUF adapter", lora)
-    for key, weight in weights.items():
-        layer = key.removeprefix("base_model.model.").partition(".lora_")[0]
+    factors = {key: weight for key, weight in weights.items() if ".lora_" in key}
+    for key, weight in factors.items():
         if ".lora_embedding_" in key or weight.ndim != 2 or lora.target_parameters:
+            (layer,) = gguf.layers_of({key: weight})
             raise UserError(f"{layer!r} is no linear layer, and a GGUF adapter holds linear layers alone; merge it.")
+    layers = gguf.layers_of(weights)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     tied = head is not None and getattr(head, "base_layer", head).weight is embedding.weight
-    if tied and any("lm_head." in key for key in weights):
+    if tied and "lm_head" in layers:
         raise UserError(
             "'lm_head' shares its weight with the embeddings, and a GGUF file has no tensor for it; merge the adapter."
         )
-    gguf.tensor_names({key.removeprefix("base_model.model.").partition(".lora_")[0] for key in weights}, base.config)
+    gguf.tensor_names(layers, base.config)
     if file := models.resolve_gguf(location.base):
         gguf.check_base(file, weights, base.config)
 

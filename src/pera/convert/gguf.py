@@ -61,12 +61,11 @@ def write_adapter(file: Path, state: dict[str, Tensor], alpha: int, config: PreT
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-    layers = {key.removeprefix(_WHOLE).removesuffix(".lora_A.weight") for key in state if ".lora_A." in key}
-    names = tensor_names(sorted(layers), config)
-    for layer in sorted(layers, key=lambda layer: names[layer]):
+    names = tensor_names(layers_of(state), config)
+    for layer in sorted(names, key=lambda layer: names[layer]):
         A, B = (state[f"{_WHOLE}{layer}.lora_{factor}.weight"].float() for factor in "AB")
         if heads := _permuted_heads(layer, config):
-            B = B.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+            B = B.reshape(heads, 2, -1, B.shape[1]).transpose(1, 2).reshape(B.shape)
         for suffix, factor in (("lora_a", A), ("lora_b", B)):
             writer.add_tensor(f"{names[layer]}.{suffix}", np.ascontiguousarray(factor.numpy()))
     writer.write_header_to_file(file)
@@ -100,7 +99,7 @@ def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
         layer = layers[name]
         factor = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if suffix == "lora_b" and (heads := _permuted_heads(layer, config)):
-            factor = factor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            factor = factor.reshape(heads, -1, 2, factor.shape[1]).transpose(1, 2).reshape(factor.shape)
         rows, columns = linear[layer].weight.shape
         if factor.ndim != 2 or factor.shape[suffix == "lora_a"] != (columns if suffix == "lora_a" else rows):
             raise UserError(
@@ -136,8 +135,7 @@ def check_base(file: Path, state: dict[str, Tensor], config: PreTrainedConfig) -
     if found != expected:
         raise UserError(f"{str(file)!r} is a {found!r} model, and the adapter is for a {expected!r}.")
     shapes = {tensor.name: tuple(int(side) for side in reversed(tensor.shape)) for tensor in reader.tensors}
-    layers = sorted({key.removeprefix(_WHOLE).partition(".lora_")[0] for key in state})
-    for layer, name in tensor_names(layers, config).items():
+    for layer, name in tensor_names(layers_of(state), config).items():
         needed = tuple(
             len(state[f"{_WHOLE}{layer}.lora_{factor}.weight"].movedim(axis, 0))
             for factor, axis in (("B", 0), ("A", 1))
@@ -145,6 +143,11 @@ def check_base(file: Path, state: dict[str, Tensor], config: PreTrainedConfig) -
         if shapes.get(name) != needed:
             there = f"has {name} of shape {shapes[name]}" if name in shapes else f"has no {name}"
             raise UserError(f"{str(file)!r} {there}, and the adapter is for one of {needed}.")
+
+
+def layers_of(state: dict[str, Tensor]) -> list[str]:
+    """The names in the base model of the layers that a LoRA ``state`` has factors for."""
+    return sorted({key.removeprefix(_WHOLE).partition(".lora_")[0] for key in state if ".lora_" in key})
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:

@@ -183,7 +183,7 @@ def short_names(config: LoraConfig, layers: dict[str, Folded], modules: list[str
     """
     endings = {name.rpartition(".")[2] for name in layers}
     if {name for name in modules if name.rpartition(".")[2] in endings} == layers.keys():
-        config.target_modules, config.exclude_modules = endings, None
+        config.target_modules, config.exclude_modules = sorted(endings), None
         config.layers_to_transform = config.layers_pattern = None
 
 

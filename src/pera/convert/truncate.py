@@ -39,7 +39,10 @@ def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Where ``rank`` is above min(K, m, n), the factors are as long as that, and equal B A.
     """
-    U, S, Vh = factored_svd(A, B)
+    return _cut(*factored_svd(A, B), rank)
+
+
+def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     root = S[..., :rank].sqrt()
     return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
 
@@ -90,7 +93,8 @@ def truncate(
     Returns:
         The layers, and what is lost, without ``output_change``.
     """
-    spectra = {name: factored_svd(layer.A, layer.B)[1].square() for name, layer in layers.items()}
+    found = {name: factored_svd(layer.A, layer.B) for name, layer in layers.items()}
+    spectra = {name: S.square() for name, (_, S, _) in found.items()}
     if energy is not None:
         max_rank = max(_rank_for(spectrum, energy) for spectrum in spectra.values())
     assert max_rank is not None
@@ -98,7 +102,7 @@ def truncate(
     rank = min(max_rank, longest)
     lost = {name: float(spectrum[..., rank:].sum()) for name, spectrum in spectra.items()}
     whole = {name: float(spectrum.sum()) for name, spectrum in spectra.items()}
-    cut = {name: Folded(layer.layer, *truncate_factors(layer.A, layer.B, rank)) for name, layer in layers.items()}
+    cut = {name: Folded(layer.layer, *_cut(*found[name], rank)) for name, layer in layers.items()}
     total = sum(whole.values())
     return cut, Truncation(
         rank=rank,
