@@ -1,17 +1,25 @@
 """A PERA adapter is exactly the LoRA that it is exported to."""
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pera import PeraConfig
+from pera.convert.export import _write_lora
 from pera.convert.export import export as export_adapter
-from pera.convert.fold import lora_of
+from pera.convert.fold import folded_layers, lora_of
 from pera.errors import UserError
+from tiny import llama, tokens
 
+TOKENS = tokens()
 CONV1D = {"target_modules": ["c_attn", "c_fc", "c_proj"]}
 
 VARIANTS = {
@@ -198,3 +206,32 @@ def test_a_lora_is_not_exported(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="is a LORA adapter; only a PERA adapter is exported"):
         export_adapter(str(tmp_path / "lora"), tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@given(
+    r=st.integers(1, 5),
+    terms=st.sampled_from(["all", "square", "cross", "none"]),
+    coefficients=st.sampled_from(["learned", "fixed"]),
+    normalization=st.sampled_from(["none", "rms"]),
+    alpha=st.none() | st.floats(0.1, 8),
+    use_rslora=st.booleans(),
+    rank_pattern=st.dictionaries(st.sampled_from(["v_proj", "layers.1.self_attn.q_proj"]), st.integers(2, 5)),
+    alpha_pattern=st.dictionaries(st.sampled_from(["k_proj", "layers.0.self_attn.v_proj"]), st.floats(0.1, 8)),
+    seed=st.integers(0, 99),
+)
+def test_an_export_of_any_configuration_loads_and_gives_the_same_logits(seed, alpha, **options):
+    if options["terms"] == "cross" and options["r"] == 1:
+        return
+    targets = {"target_modules": ["q_proj", "k_proj", "v_proj"], "init_weights": False}
+    torch.manual_seed(seed)
+    adapted = get_peft_model(llama(), PeraConfig(pera_alpha=alpha, **targets, **options)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "pera_" in name:
+                parameter.normal_(std=0.3)
+        expected, base = (model(input_ids=TOKENS).logits for model in (adapted, llama()))
+        with TemporaryDirectory() as folder:
+            _write_lora(Path(folder), *lora_of(adapted, folded_layers(adapted, {"default": 1.0}), "default"))
+            found = PeftModel.from_pretrained(llama(), folder).eval()(input_ids=TOKENS).logits
+    assert (expected - base).abs().max() > 1e-4
+    assert (found - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
