@@ -178,7 +178,7 @@ def test_prompts_are_taken_from_a_file(tiny_llama, tmp_path):
     (tmp_path / "prompts.txt").write_text("Who is Zoe?\n\nWho is Liam?\n")
     assert verify(str(tiny_llama), str(tiny_llama), prompts=tmp_path / "prompts.txt").prompts == 2
     (tmp_path / "empty.txt").write_text("\n")
-    for name, words in [("empty.txt", "holds no prompt"), ("missing.txt", "cannot be read")]:
+    for name, words in [("empty.txt", "holds no prompt"), ("missing.txt", "is not a text file")]:
         with pytest.raises(UserError, match=rf"--prompts: .*{name}.* {words}"):
             verify(str(tiny_llama), str(tiny_llama), prompts=tmp_path / name)
 
