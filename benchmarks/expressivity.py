@@ -130,7 +130,7 @@ def main() -> None:
                 errors.append(min(sum(x) / len(x) for x in found.values()))
             best = [eckart_young(M, r), eckart_young(M, expanded_rank(r))]
             rows.append([f"{name}, {M.shape[0]} × {M.shape[1]}", r, expanded_rank(r), *errors, *best])
-            print(*rows[-1], flush=True)  # noqa: T201
+            print(*rows[-1], flush=True)
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     command = "python benchmarks/expressivity.py" + (" --difference FILE" if options.difference else "")

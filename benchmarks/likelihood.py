@@ -76,7 +76,7 @@ def main() -> None:
         end = time.perf_counter()
         apart = max(abs(a[o] - b[o]) for a, b in zip(expected, found, strict=True) for o in a)
         slow, fast = middle - start, end - middle
-        print(  # noqa: T201
+        print(
             f"{len(found)} questions: one option at a time {slow:.1f} s, shared prefix {fast:.1f} s, "
             f"{slow / fast:.2f} times faster; largest difference {apart:.1e}"
         )

@@ -32,12 +32,12 @@ def main() -> None:
             for member in score["missing"]:
                 tables[score["scorer"]].append((member, which, "missing: no data", 0, *[None] * 4, 0, ""))
     for scorer, rows in tables.items():
-        print(f"\nScorer: {scorer}\n")  # noqa: T201
-        print("| task | model | metric | n | % | 95 % interval | majority % | unparsed | further % |")  # noqa: T201
-        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")  # noqa: T201
+        print(f"\nScorer: {scorer}\n")
+        print("| task | model | metric | n | % | 95 % interval | majority % | unparsed | further % |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         for task, which, metric, n, value, low, high, majority, unparsed, further in rows:
             cells = [task, which, metric, n, figure(value), f"{figure(low)} to {figure(high)}", figure(majority)]
-            print("| " + " | ".join(map(str, [*cells, unparsed, further])) + " |")  # noqa: T201
+            print("| " + " | ".join(map(str, [*cells, unparsed, further])) + " |")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pera.card import write_card
-from pera.convert.lora import export_lora
+from pera.convert.export import export
 from pera.convert.merge import merge
 from pera.files import write_json
 from pera.runs import locate
@@ -42,7 +42,7 @@ def test_merged_models_and_exports_say_how_they_were_verified(run, tmp_path):
     merged = ModelCard.load(tmp_path / "merged" / "README.md")
     assert merged.data.library_name == "transformers"
     assert agreement.sentence() in merged.text
-    export_lora(str(run.path), tmp_path / "lora")
+    export(str(run.path), tmp_path / "lora")
     lora = ModelCard.load(tmp_path / "lora" / "README.md")
     assert lora.data.tags == ["pera", "lora"]
     assert "import pera" not in lora.text

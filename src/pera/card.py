@@ -9,15 +9,16 @@ from typing import Any, Literal
 from huggingface_hub import ModelCardData
 
 from pera.files import write_atomic
-from pera.models import EMBEDDED
+from pera.models import hub_name
 from pera.runs import Location, adapter_config, method_name
 
-Form = Literal["adapter", "merged", "lora"]
+Form = Literal["adapter", "merged", "lora", "gguf"]
 
 _TITLE = {
     "adapter": "{method} adapter",
     "merged": "Model with a merged {method} adapter",
     "lora": "{method} adapter, exported as a LoRA",
+    "gguf": "{method} adapter, exported as a LoRA in GGUF",
 }
 
 _PERA = " Method: Polynomial Expansion Rank Adaptation ([arXiv 2604.11841](https://arxiv.org/abs/2604.11841))."
@@ -29,6 +30,7 @@ _USE = {
     'model = AutoModelFor{kind}.from_pretrained("path/to/this/folder")',
     "lora": "from peft import AutoPeftModelFor{kind}\n\n"
     'model = AutoPeftModelFor{kind}.from_pretrained("path/to/this/folder")',
+    "gguf": "llama-server --model BASE.gguf --lora path/to/this/folder/adapter.gguf",
 }
 
 
@@ -41,7 +43,7 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
         location: where the adapter came from.
         verification: the sentence of the comparison with the adapter, if one was made.
     """
-    base = EMBEDDED[location.base].hub_id if location.base in EMBEDDED else location.base
+    base = hub_name(location.base)
     assert location.adapter is not None
     config = adapter_config(location.adapter)
     method = method_name(config)
@@ -49,16 +51,17 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
     imports = "import pera  # makes the method known to PEFT\n" if method == "PERA" else ""
     data = ModelCardData(
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
-        library_name="transformers" if form == "merged" else "peft",
+        library_name={"merged": "transformers", "gguf": "gguf"}.get(form, "peft"),
         pipeline_tag="text-classification" if classifies else "text-generation",
-        tags=["pera", "lora"] if form == "lora" else [method.lower()],
+        tags=["pera", "lora"] if form in ("lora", "gguf") else [method.lower()],
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_TITLE[form].format(method=method)}",
         f"Base model: {_code(base)}.{_PERA if method == 'PERA' else ''}",
         _fence(
-            _USE[form].format(imports=imports, kind="SequenceClassification" if classifies else "CausalLM"), "python"
+            _USE[form].format(imports=imports, kind="SequenceClassification" if classifies else "CausalLM"),
+            "sh" if form == "gguf" else "python",
         ),
     ]
     if verification:

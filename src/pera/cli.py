@@ -68,7 +68,7 @@ def quickstart(
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/quickstart-<time>.")] = None,
 ) -> None:
     """Fine-tune the embedded model on a reasoning task; score, merge and export it; say what to do next."""
-    from pera.convert.lora import export_lora
+    from pera.convert.export import export as export_adapter
     from pera.convert.merge import merge as merge_adapter
     from pera.evaluation import evaluate_run
     from pera.recipe import load_recipe
@@ -92,7 +92,7 @@ def quickstart(
     progress.print("merging and exporting, each read back and compared with the adapter …")
     checks = {
         "merged": merge_adapter(str(run.path), run.path / "merged"),
-        "lora": export_lora(str(run.path), run.path / "lora"),
+        "lora": export_adapter(str(run.path), run.path / "lora").agreement,
     }
     loss_picture(run, run.path / "loss.svg")
     out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
@@ -339,35 +339,85 @@ def merge(
     source: Source,
     output: Output,
     dtype: Annotated[Dtype | None, typer.Option(help="dtype of the merged model; default the base's.")] = None,
+    dequantise: Annotated[
+        bool, typer.Option("--dequantise", help="Dequantise a quantised base first; the result is a plain model.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base model and check that the outputs agree."""
     from pera.convert.merge import merge as merge_adapter
 
-    _report(merge_adapter(source, output, dtype=dtype or "stored"), f"merged model written to {output}")
+    agreement = merge_adapter(source, output, dtype=dtype or "stored", dequantised=dequantise)
+    how = " (its base was dequantised first)" if dequantise else ""
+    _report(agreement, f"merged model written to {output}{how}")
 
 
 @app.command()
 def export(
     source: Source,
-    to: Annotated[Literal["lora"], typer.Option(help="The form to write.")],
     output: Output,
+    to: Annotated[
+        Literal["lora", "gguf"] | None, typer.Option(help="The form to write; default what the server of --for reads.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Cut to this rank; says what is lost.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Cut to the least rank that keeps this share of each layer, such as 0.999.")
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option("--for", help="Keep the limits of vllm, sglang, lorax, llama.cpp, ollama or peft; say its start."),
+    ] = None,
 ) -> None:
     """Write a PERA adapter as the LoRA it equals, readable without pera, and check that the outputs agree."""
-    from pera.convert.lora import export_lora
+    from pera.convert.export import export as export_adapter
 
-    _report(export_lora(source, output), f"LoRA written to {output}")
+    if to is None and server is None:
+        raise UserError("export needs --to lora, --to gguf, or --for with the server it is for.")
+    done = export_adapter(source, output, to=to, max_rank=max_rank, energy=energy, server=server)
+    out.print(escape(f"{'GGUF adapter' if (output / 'adapter.gguf').is_file() else 'LoRA'} written to {output}"))
+    if done.truncation:
+        out.print(escape(done.truncation.sentence()), soft_wrap=True)
+    out.print(done.agreement.sentence(), soft_wrap=True)
+    if not done.good:
+        raise CheckFailed("the outputs differ.")
+    if done.start:
+        out.print(f"start: {escape(done.start)}", soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    source: Source,
+    output: Output,
+    form: Annotated[Literal["lora"], typer.Option("--from", help="What the adapter is.")],
+    terms: Annotated[Literal["all", "square", "cross"], typer.Option(help="Products that take part.")] = "all",
+    normalization: Annotated[
+        Literal["rms", "none"], typer.Option(help="rms gives a product the scale of one factor.")
+    ] = "rms",
+) -> None:
+    """Write a trained LoRA as a PERA adapter with equal outputs (h = 0), to go on training from."""
+    from pera.convert.from_lora import import_lora
+
+    agreement = import_lora(source, output, terms=terms, normalization=normalization)
+    _report(agreement, f"PERA adapter written to {output}")
 
 
 @app.command()
 def verify(
-    a: Annotated[str, typer.Argument(metavar="A", help="Run, adapter or model; the reference.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Run, adapter or model.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Run, adapter, GGUF adapter or model; the reference.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Run, adapter, GGUF adapter or model.")],
     dtype: Annotated[Dtype, typer.Option(help="dtype that both are computed in.")] = "float32",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base of a GGUF adapter, such as a .gguf file; default that of the other side.")
+    ] = None,
+    llama_cpp: Annotated[
+        bool, typer.Option("--llama-cpp", help="Compute B in llama.cpp itself; needs the package xllamacpp.")
+    ] = False,
 ) -> None:
     """Run the same prompts through two models and compare their outputs."""
     from pera.convert.verify import verify as compare_models
 
-    _report(compare_models(a, b, dtype=dtype), f"{b} against {a}")
+    agreement = compare_models(a, b, dtype=dtype, prompts=prompts, base=base, in_llama_cpp=llama_cpp)
+    _report(agreement, f"{b} against {a}")
 
 
 def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:

@@ -182,7 +182,7 @@ def fold_back(
     if rho is not None and len(grad) > r:
         if inner is not None:
             total = (weight.flatten() * inner).sum()  # type: ignore[union-attr]
-        grad_X = grad_X.addcmul(X, total / rho.square(), value=-1 / X.numel())  # type: ignore[arg-type]
+        grad_X = grad_X.addcmul(X, total / rho.square(), value=-1 / X.numel())  # type: ignore[arg-type, operator]
     if not need_h or h is None:
         return Gradient(grad_X, None, total)
     if inner is None:  # no products

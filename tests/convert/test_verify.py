@@ -3,18 +3,41 @@
 import json
 import shutil
 
+import gguf
 import pytest
 import torch
+from peft import get_peft_model
 
-from pera.convert.verify import PROMPTS, TOLERANCE, compare, logits, prompts_of, verify
+from pera import PeraConfig
+from pera.convert.export import export
+from pera.convert.verify import COMPARED_IN_LLAMA_CPP, PROMPTS, TOLERANCE, compare, logits, prompts_of, verify
 from pera.errors import UserError
-from pera.models import load_model, load_tokenizer
+from pera.models import load_model, load_tokenizer, resolve_gguf
 from pera.recipe import load_recipe
 from pera.runs import locate
 from pera.tasks.prompts import encode_prompt
 
 CLEAR = torch.tensor([[0.0, 1.0, 3.0], [5.0, 1.0, 0.0]])
 """Logits of two tokens whose best lie far ahead."""
+
+
+def in_float32(source, target):
+    """The GGUF model ``source`` with its weights in float32."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama")
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
+            continue
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(key, field.contents())
+        else:
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_the_same_logits_agree():
@@ -70,10 +93,11 @@ def test_models_of_different_vocabularies_cannot_be_compared():
 def test_the_sentence_says_what_was_found():
     agreement = compare([CLEAR], [CLEAR + 0.25], torch.float32)
     assert agreement.sentence() == (
-        "largest logit difference 2.5e-01 (tolerance 0.001, float32), 100.0 % of top-1 tokens equal over 2 tokens"
+        "largest logit difference 2.5e-01 (tolerance 0.001, float32), 100.0 % of top-1 tokens equal over 2 tokens, "
+        "KL divergence 0.0e+00"
     )
     ties = compare([torch.zeros(1, 3)], [torch.zeros(1, 3)], torch.float32)
-    assert ties.sentence().endswith("equal over 1 tokens, near-ties (1) apart")
+    assert ties.sentence().endswith("equal over 1 tokens, near-ties (1) apart, KL divergence 0.0e+00")
 
 
 def test_the_record_has_everything(tmp_path):
@@ -90,6 +114,7 @@ def test_the_record_has_everything(tmp_path):
         "dtype": "bfloat16",
         "near_ties": 0,
         "same_top1": 1.0,
+        "kl_divergence": agreement.kl_divergence,
     }
 
 
@@ -137,3 +162,54 @@ def test_logits_that_are_no_numbers_never_agree():
     found = compare(nothing, nothing, torch.float32)
     assert not found.agree
     assert found.same_top1 == 0
+
+
+def test_the_kl_divergence_is_that_of_the_next_tokens():
+    p, q = torch.randn(5, 7), torch.randn(5, 7)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+    )
+    found = compare([p[:2], p[2:]], [q[:2], q[2:]], torch.float32)
+    assert found.kl_divergence == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert compare([p], [p + 3], torch.float32).kl_divergence < 1e-6
+
+
+def test_prompts_are_taken_from_a_file(tiny_llama, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Who is Zoe?\n\nWho is Liam?\n")
+    assert verify(str(tiny_llama), str(tiny_llama), prompts=tmp_path / "prompts.txt").prompts == 2
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, words in [("empty.txt", "holds no prompt"), ("missing.txt", "is not a text file")]:
+        with pytest.raises(UserError, match=rf"--prompts: .*{name}.* {words}"):
+            verify(str(tiny_llama), str(tiny_llama), prompts=tmp_path / name)
+
+
+def test_a_base_is_for_a_gguf_adapter_and_llama_cpp_for_a_gguf_base(tiny_llama, save_adapter, tmp_path):
+    save_adapter(tmp_path / "adapter", tiny_llama)
+    export(str(tmp_path / "adapter"), tmp_path / "gguf", to="gguf")
+    with pytest.raises(UserError, match=r"--base=.* is for a GGUF adapter, and neither"):
+        verify(str(tiny_llama), str(tiny_llama), base=str(tiny_llama))
+    with pytest.raises(UserError, match=r"are GGUF adapters, which do not name their base; add --base"):
+        verify(str(tmp_path / "gguf"), str(tmp_path / "gguf"))
+    assert verify(str(tmp_path / "gguf"), str(tmp_path / "gguf"), base=str(tiny_llama)).max_difference == 0
+    with pytest.raises(UserError, match=r"is not what llama.cpp computes"):
+        verify(str(tmp_path / "adapter"), str(tmp_path / "gguf"), in_llama_cpp=True)
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_as_transformers_do_on_an_f32_file(save_adapter, tmp_path):
+    """The embedded model with a random adapter, in llama.cpp over HTTP; on other weights it differs."""
+    pytest.importorskip("xllamacpp")
+    f32 = tmp_path / "f32.gguf"
+    in_float32(resolve_gguf("smollm2-135m"), f32)
+    model = get_peft_model(
+        load_model("smollm2-135m", dtype="float32"),
+        PeraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"], init_weights=False, task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    export(str(tmp_path / "adapter"), tmp_path / "gguf", to="gguf")
+    (tmp_path / "prompts.txt").write_text("What is the capital of France?\n")
+    options = {"in_llama_cpp": True, "base": str(f32), "prompts": tmp_path / "prompts.txt"}
+    agreement = verify(str(tmp_path / "adapter"), str(tmp_path / "gguf"), **options)
+    assert agreement.agree
+    assert agreement.tokens == COMPARED_IN_LLAMA_CPP
+    assert not verify("smollm2-135m", str(tmp_path / "gguf"), **options).agree

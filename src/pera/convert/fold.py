@@ -17,6 +17,15 @@ from pera.polynomial import lora_factors
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, PeraModel, adapted_layers
 
 
+class Folded(NamedTuple):
+    """A layer and the LoRA on it: A ``(K, columns)`` and B ``(rows, K)`` in float64, each with a leading dimension
+    for fused experts."""
+
+    layer: PeraLayer
+    A: Tensor
+    B: Tensor
+
+
 def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftModel:
     """The model with each PERA adapter replaced by the LoRA of rank K that it equals.
 
@@ -70,7 +79,7 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
                 raise UserError(f"{key}={getattr(config, key)!r} of adapter {name!r} has no weighted sum.")
         if config.bias != "none":
             raise UserError(f"bias={config.bias!r} of adapter {name!r} has no weighted sum.")
-    folded = _folded(model, weights)
+    folded = folded_layers(model, weights)
     configs: list[Any] = [model.peft_config[name] for name in weights]
     targets = {
         "target_modules": [name for name, (layer, *_) in folded.items() if not isinstance(layer, ParamWrapper)],
@@ -96,8 +105,13 @@ def fold(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, d
     Raises:
         UserError: LoRA computes something else for a layer of this kind.
     """
+    folded = folded_layers(model, {adapter_name: 1.0})
+    return lora_of(model, folded, adapter_name)
+
+
+def lora_of(model: PeftModel, folded: dict[str, Folded], adapter_name: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """:func:`fold` with the layers as they are given, such as truncated ones."""
     config: Any = model.peft_config[adapter_name]
-    folded = _folded(model, {adapter_name: 1.0})
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
     others = {key: weight.clone() for key, weight in saved.items() if ".pera_" not in key}  # tied ones share memory
     return lora_config(config, _rank(folded)), _state(folded) | others
@@ -145,16 +159,12 @@ def _check(model: PeftModel, adapter_names: list[str] | None) -> None:
             raise UserError(f"adapter {name!r} is merged; call unmerge_adapter first.")
 
 
-class Folded(NamedTuple):
-    """A layer and the LoRA on it: A ``(K, columns)`` and B ``(rows, K)`` in float64."""
+def folded_layers(model: PeftModel, weights: dict[str, float]) -> dict[str, Folded]:
+    """The layers of a weighted sum of adapters, by their name in the base model, each as the LoRA it equals.
 
-    layer: PeraLayer
-    A: Tensor
-    B: Tensor
-
-
-def _folded(model: PeftModel, weights: dict[str, float]) -> dict[str, Folded]:
-    """The weighted sum of adapters, by the name of the layer in the base model."""
+    Raises:
+        UserError: LoRA computes something else for a layer of this kind.
+    """
     sums: dict[str, Folded] = {}
     for adapter, weight in weights.items():
         for name, layer in adapted_layers(model.get_base_model(), adapter).items():

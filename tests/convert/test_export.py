@@ -1,16 +1,25 @@
 """A PERA adapter is exactly the LoRA that it is exported to."""
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pera.convert.lora import export_lora, fold
+from pera import PeraConfig
+from pera.convert.export import _write_lora
+from pera.convert.export import export as export_adapter
+from pera.convert.fold import folded_layers, lora_of
 from pera.errors import UserError
+from tiny import llama, tokens
 
+TOKENS = tokens()
 CONV1D = {"target_modules": ["c_attn", "c_fc", "c_proj"]}
 
 VARIANTS = {
@@ -68,7 +77,7 @@ def exports(request, tmp_path_factory, save_adapter, logits, fresh_logits):
         base = request.getfixturevalue(base)
         adapted = logits(save_adapter(root / name / "pera", base, **options))
         try:
-            agreement = export_lora(str(root / name / "pera"), root / name / "lora")
+            agreement = export_adapter(str(root / name / "pera"), root / name / "lora").agreement
         except UserError as error:
             found[name] = error
             continue
@@ -120,7 +129,7 @@ def test_every_server_reads_the_configuration_alike(export):
 
 
 def test_a_trained_run_is_exported_and_checked_on_its_own_task(finished_run, tiny_llama, tmp_path, unmerged, logits):
-    agreement = export_lora(str(finished_run.path), tmp_path / "lora")
+    agreement = export_adapter(str(finished_run.path), tmp_path / "lora").agreement
     assert agreement.agree
     record = json.loads((tmp_path / "lora" / "verification.json").read_text())
     assert record == {
@@ -134,6 +143,7 @@ def test_a_trained_run_is_exported_and_checked_on_its_own_task(finished_run, tin
         "dtype": "float32",
         "near_ties": agreement.near_ties,
         "same_top1": 1.0,
+        "kl_divergence": agreement.kl_divergence,
     }
     adapted, exported = (unmerged(tiny_llama, path) for path in (finished_run.adapter, tmp_path / "lora"))
     assert (logits(adapted) - logits(tiny_llama)).abs().max() > 0.1
@@ -147,12 +157,12 @@ def test_the_configuration_is_written_in_the_same_order_every_time(exports):
 
 
 def test_an_export_that_differs_is_kept_and_says_so(adapter, tmp_path, monkeypatch):
-    def wrong(model):
-        config, weights = fold(model)
+    def wrong(*arguments):
+        config, weights = lora_of(*arguments)
         return config, {key: 2 * w for key, w in weights.items()}
 
-    monkeypatch.setattr("pera.convert.lora.fold", wrong)
-    agreement = export_lora(str(adapter), tmp_path / "lora")
+    monkeypatch.setattr("pera.convert.export.lora_of", wrong)
+    agreement = export_adapter(str(adapter), tmp_path / "lora").agreement
     assert not agreement.agree
     record = json.loads((tmp_path / "lora" / "verification.json").read_text())
     assert record["agree"] is False
@@ -170,7 +180,7 @@ def test_weights_that_are_not_finite_are_refused(key, value, save_adapter, tiny_
 
     change_weights(tmp_path / "adapter" / "adapter_model.safetensors", spoil)
     with pytest.raises(UserError, match=f"NaNs detected in the weights of .*{'q_proj' if 'pera' in key else key}"):
-        export_lora(str(tmp_path / "adapter"), tmp_path / "lora")
+        export_adapter(str(tmp_path / "adapter"), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 
@@ -186,7 +196,7 @@ def test_weights_and_configuration_that_disagree_are_refused(key, value, message
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
     with pytest.raises(UserError, match=message):
-        export_lora(str(adapter), tmp_path / "lora")
+        export_adapter(str(adapter), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 
@@ -194,5 +204,34 @@ def test_a_lora_is_not_exported(tiny_llama, tmp_path):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora).save_pretrained(tmp_path / "lora")
     with pytest.raises(UserError, match="is a LORA adapter; only a PERA adapter is exported"):
-        export_lora(str(tmp_path / "lora"), tmp_path / "again")
+        export_adapter(str(tmp_path / "lora"), tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@given(
+    r=st.integers(1, 5),
+    terms=st.sampled_from(["all", "square", "cross", "none"]),
+    coefficients=st.sampled_from(["learned", "fixed"]),
+    normalization=st.sampled_from(["none", "rms"]),
+    alpha=st.none() | st.floats(0.1, 8),
+    use_rslora=st.booleans(),
+    rank_pattern=st.dictionaries(st.sampled_from(["v_proj", "layers.1.self_attn.q_proj"]), st.integers(2, 5)),
+    alpha_pattern=st.dictionaries(st.sampled_from(["k_proj", "layers.0.self_attn.v_proj"]), st.floats(0.1, 8)),
+    seed=st.integers(0, 99),
+)
+def test_an_export_of_any_configuration_loads_and_gives_the_same_logits(seed, alpha, **options):
+    if options["terms"] == "cross" and options["r"] == 1:
+        return
+    targets = {"target_modules": ["q_proj", "k_proj", "v_proj"], "init_weights": False}
+    torch.manual_seed(seed)
+    adapted = get_peft_model(llama(), PeraConfig(pera_alpha=alpha, **targets, **options)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "pera_" in name:
+                parameter.normal_(std=0.3)
+        expected, base = (model(input_ids=TOKENS).logits for model in (adapted, llama()))
+        with TemporaryDirectory() as folder:
+            _write_lora(Path(folder), *lora_of(adapted, folded_layers(adapted, {"default": 1.0}), "default"))
+            found = PeftModel.from_pretrained(llama(), folder).eval()(input_ids=TOKENS).logits
+    assert (expected - base).abs().max() > 1e-4
+    assert (found - expected).abs().max() < 1e-5 * max(1, expected.abs().max())

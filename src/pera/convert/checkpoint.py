@@ -1,0 +1,158 @@
+"""A model folder whose weights are read when they are wanted, so that a model larger than the memory can be run and
+rewritten."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pera.errors import UserError
+from pera.files import read_json, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)\b")
+"""What PEFT puts into the names of the modules of a base model."""
+
+
+class Checkpoint:
+    """The safetensors files of a model folder.
+
+    Args:
+        folder: the folder, with ``model.safetensors`` or an index and its shards.
+
+    Raises:
+        UserError: neither is there, or a shard is missing or broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / INDEX).is_file():
+            names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        else:
+            names = [SINGLE]
+        self.shards: dict[str, list[str]] = {}
+        """The names of the tensors in each file."""
+        for name in names:
+            with self._open(name) as f:
+                self.shards[name] = list(f.keys())
+        self._file = {key: name for name, keys in self.shards.items() for key in keys}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, mapped from its file and not copied."""
+        with self._open(self._file[key]) as f:
+            tensor: Tensor = f.get_tensor(key)
+            return tensor
+
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model: {str(self.folder / name)!r} is not a whole safetensors file: {error}.") from error
+
+
+def empty_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of a folder without its weights, in evaluation mode; buffers are there."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    empty: PreTrainedModel = model.eval()
+    return empty
+
+
+def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Where each weight that is not there comes from: its key in the checkpoint, by its name in ``model``.
+
+    Returns:
+        None if the checkpoint does not hold just these, as where transformers fuses or renames weights when it loads.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.is_meta:
+            shared.setdefault(id(weight), []).append(name)
+    found = {}
+    for names in shared.values():
+        key = next((plain for name in names if (plain := base_name(name)) in checkpoint), None)
+        if key is None:
+            return None
+        found.update(dict.fromkeys(names, key))
+    return found
+
+
+def fill_adapter(model: PeftModel, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a model on an :func:`empty_model` the saved weights of its adapter, which PEFT moves to where the base
+    model's are: nowhere.
+
+    Args:
+        model: the model with the adapter.
+        weights: the saved weights. Those of embeddings that PEFT saves with some adapters are left to the base.
+        dtype: what the base is computed in, and so what is trained in its place.
+    """
+    own = dict(model.named_parameters())
+    names = {id(weight): name for name, weight in own.items()}
+    for key, weight in get_peft_model_state_dict(model, state_dict=own).items():
+        name = names[id(weight)]
+        path, _, attribute = name.rpartition(".")
+        factor = f".{model.base_model.prefix}" in name
+        of_base = not factor and attribute == "weight" and ".modules_to_save." not in name
+        filled = weight.to("meta", dtype) if of_base else weights[key].to(weight.dtype if factor else dtype)
+        model.get_submodule(path)._parameters[attribute] = nn.Parameter(filled, requires_grad=False)
+
+
+def base_name(name: str) -> str:
+    """The name in the base model of a weight of a model with an adapter."""
+    return _WRAPPERS.sub("", name)
+
+
+@contextmanager
+def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[None]:
+    """While the block lasts, a module of an :func:`empty_model` has its weights, in ``dtype``, as long as it runs."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = sources(base, checkpoint) or {}
+    with ExitStack() as stack:
+        for name, module in base.named_modules():
+            empty = {attribute: weight for attribute, weight in module._parameters.items() if weight is not None}
+            keys = {a: found[path] for a in empty if (path := f"{name}.{a}".lstrip(".")) in found}
+            if keys:
+                fill, clear = _filling(checkpoint, keys, {a: empty[a] for a in keys}, dtype)
+                stack.callback(module.register_forward_pre_hook(fill).remove)
+                stack.callback(module.register_forward_hook(clear, always_call=True).remove)
+        yield
+
+
+def _filling(checkpoint: Checkpoint, keys: dict[str, str], empty: dict[str, Any], dtype: torch.dtype) -> Any:
+    def fill(module: nn.Module, _: Any) -> None:
+        for attribute, key in keys.items():
+            weight = checkpoint.read(key)
+            module._parameters[attribute] = nn.Parameter(
+                weight.to(dtype) if weight.is_floating_point() else weight, requires_grad=False
+            )
+
+    def clear(module: nn.Module, *_: Any) -> None:
+        module._parameters.update(empty)
+
+    return fill, clear
+
+
+def write_index(folder: Path, shards: dict[str, list[str]], size: int) -> None:
+    """Write the index of the shards in ``folder``, ``size`` bytes of tensors, if there is more than one file."""
+    if list(shards) == [SINGLE]:
+        return
+    weight_map = {key: name for name, keys in shards.items() for key in keys}
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})

@@ -1,0 +1,96 @@
+"""What is made for a server is what it takes; what it would reject or ignore is refused."""
+
+import json
+import shlex
+
+import pytest
+
+from pera.convert.export import export
+from pera.convert.servers import SERVERS, check_rank
+from pera.errors import UserError
+
+
+@pytest.fixture
+def made(save_adapter, request, tmp_path):
+    """Exports an adapter on a base, with options, for a server."""
+
+    def make(server, base="tiny_llama", *, max_rank=None, to=None, **options):
+        save_adapter(tmp_path / "adapter", request.getfixturevalue(base), **options)
+        return export(str(tmp_path / "adapter"), tmp_path / "out", server=server, max_rank=max_rank, to=to)
+
+    return make
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_every_server_gets_an_export_that_agrees_and_the_line_that_starts_it(server, made, tmp_path, tiny_llama):
+    done = made(server)
+    assert done.agreement.agree
+    assert str(tmp_path / "out") in done.start
+    assert (tmp_path / "out" / "adapter.gguf").is_file() == (SERVERS[server].form == "gguf")
+    assert shlex.split(done.start)
+    if server in ("vllm", "sglang", "lorax"):
+        assert str(tiny_llama) in done.start
+
+
+@pytest.mark.parametrize(("r", "rank", "option"), [(3, 9, 16), (2, 5, 8), (8, 44, 64), (1, 2, 8)])
+def test_vllm_is_given_a_rank_that_it_knows(r, rank, option, made, tmp_path):
+    assert f"--max-lora-rank {option} " in made("vllm", r=r).start
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
+
+
+def test_a_rank_above_a_servers_needs_max_rank(made, tmp_path):
+    with pytest.raises(UserError, match="LoRA of rank K = 560, and vllm takes 512 at most; add --max-rank 512"):
+        made("vllm", r=32)
+    assert not (tmp_path / "out").exists()
+    done = made("vllm", r=32, max_rank=512)
+    assert done.truncation.lossless
+    assert done.truncation.rank == 32
+    assert "--max-lora-rank 32 " in done.start
+    check_rank("vllm", 512, chosen=True)
+    with pytest.raises(UserError, match="--max-rank: 513 is above 512"):
+        check_rank("vllm", 513, chosen=True)
+
+
+def test_targets_are_named_as_servers_read_them(made, tmp_path):
+    made("sglang", target_modules=r".*\.(q|v)_proj")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_targets_keep_their_full_names_where_the_short_ones_would_mean_more(made, tmp_path):
+    made("vllm", target_modules=["q_proj"], layers_to_transform=[1])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+    assert config["layers_to_transform"] == [1]
+
+
+@pytest.mark.parametrize("server", [name for name in SERVERS if name != "peft"])
+@pytest.mark.parametrize(
+    ("base", "options", "words"),
+    [
+        ("tiny_llama", {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] of the adapter cannot be"),
+        ("biased_llama", {"bias": "pera_only"}, "bias='pera_only' of the adapter cannot be carried"),
+        ("tied_llama", {"trainable_token_indices": [8]}, "trainable_token_indices=.* cannot be carried"),
+        ("tiny_gpt2", {"target_modules": ["c_attn"]}, "takes no adapter"),
+    ],
+)
+def test_what_a_server_cannot_carry_is_refused(server, base, options, words, made, tmp_path):
+    with pytest.raises(UserError, match=words):
+        made(server, base, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "words"),
+    [
+        ("sglang", {"target_modules": ["embed_tokens", "q_proj"]}, "'model.embed_tokens' is an embedding"),
+        ("lorax", {"layers_to_transform": [1]}, "adapted in 1 of 2 blocks, and lorax ignores"),
+        ("llama.cpp", {"to": "lora"}, "--to lora is not for llama.cpp, which reads gguf"),
+        ("vllm", {"to": "gguf"}, "--to gguf is not for vllm, which reads lora"),
+        ("vlm", {}, "--for: 'vlm' is not a server that is known; did you mean 'vllm'"),
+    ],
+)
+def test_the_limits_of_one_server(server, options, words, made, tmp_path):
+    with pytest.raises(UserError, match=words):
+        made(server, **options)
+    assert not (tmp_path / "out").exists()
