@@ -48,11 +48,13 @@ from pera.tasks.sources import HUB, field
 from pera.tuner import PeraConfig
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe or of a study: unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The base model. A recipe may give its name alone."""
 
     name: str
@@ -73,7 +75,7 @@ def _absolute(data: str) -> str:
 Data = Annotated[str, AfterValidator(_absolute)]
 
 
-class _TaskSection(_Section):
+class _TaskSection(Section):
     """What all kinds of task have."""
 
     made: ClassVar[Callable[..., Task]]
@@ -253,7 +255,7 @@ TaskSection = Annotated[
 """What is learned and what is asked. A recipe may give the task's name alone."""
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How it is learned. Exactly one of ``max_steps`` and ``epochs``."""
 
     learning_rate: float = Field(1e-4, gt=0)
@@ -312,7 +314,7 @@ class TrainingSection(_Section):
         return section
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """How answers are scored."""
 
     scorer: Literal["exact_match", "generation", "likelihood", "classification"] = "exact_match"
@@ -338,7 +340,7 @@ _SCORERS: dict[str, tuple[str, ...]] = {
 _WRITING = ("max_new_tokens", "num_beams")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A run, completely described. :func:`load_recipe` reads one."""
 
     name: str

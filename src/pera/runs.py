@@ -131,10 +131,14 @@ class Run:
         """The content of ``scores.json``: ``base`` and ``adapter``, as far as they were measured."""
         return read_json(self.scores_file) if self.scores_file.is_file() else {}
 
+    def body(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What the fingerprint of a base model is of: all but a new classification head, which differs by seed."""
+        body: torch.nn.Module = model if self.recipe.task_type == "CAUSAL_LM" else model.base_model  # type: ignore
+        return body
+
     def write_environment(self, model: torch.nn.Module, command: list[str]) -> None:
         """Record versions, hardware, seed, dtype and the fingerprint of the base model."""
         recipe = self.recipe
-        body: Any = model if recipe.task_type == "CAUSAL_LM" else model.base_model  # a new head differs by seed
         write_json(
             self.environment_file,
             {
@@ -145,7 +149,7 @@ class Run:
                 "base_model": {
                     "name": recipe.model.name,
                     "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-                    "fingerprint": models.fingerprint(body),
+                    "fingerprint": models.fingerprint(self.body(model)),
                 },
             },
         )
@@ -279,7 +283,7 @@ def check_fingerprint(
         return
     if loaded_in != trained_in and torch.promote_types(loaded_in, trained_in) != loaded_in:
         return
-    found = models.fingerprint(base, trained_in, read)
+    found = models.fingerprint(run.body(base), trained_in, read)
     if found != recorded["fingerprint"]:
         raise UserError(
             f"{str(location.adapter)!r} was trained on {recorded['name']!r} with the fingerprint "

@@ -128,23 +128,13 @@ def test_every_server_reads_the_configuration_alike(export):
     assert [key for key in weights if "pera" in key] == []
 
 
-def test_a_trained_run_is_exported_and_checked_on_its_own_task(finished_run, tiny_llama, tmp_path, unmerged, logits):
+def test_a_trained_run_is_exported_and_checked_on_its_own_task(
+    finished_run, tiny_llama, tmp_path, unmerged, logits, stored
+):
     agreement = export_adapter(str(finished_run.path), tmp_path / "lora").agreement
     assert agreement.agree
     record = json.loads((tmp_path / "lora" / "verification.json").read_text())
-    assert record == {
-        "of": "LoRA export",
-        "against": str(finished_run.path),
-        "agree": True,
-        "prompts": 6,
-        "tokens": agreement.tokens,
-        "max_difference": agreement.max_difference,
-        "tolerance": 1e-3,
-        "dtype": "float32",
-        "near_ties": agreement.near_ties,
-        "same_top1": 1.0,
-        "kl_divergence": agreement.kl_divergence,
-    }
+    assert record == stored(agreement, "LoRA export", finished_run.path)
     adapted, exported = (unmerged(tiny_llama, path) for path in (finished_run.adapter, tmp_path / "lora"))
     assert (logits(adapted) - logits(tiny_llama)).abs().max() > 0.1
     assert (logits(adapted) - logits(exported)).abs().max() < 1e-5

@@ -17,26 +17,16 @@ from pera.errors import UserError
 from reference import relative_error
 
 
-def test_a_trained_run_is_merged_and_checked_on_its_own_task(finished_run, tiny_llama, tmp_path, unmerged, logits):
+def test_a_trained_run_is_merged_and_checked_on_its_own_task(
+    finished_run, tiny_llama, tmp_path, unmerged, logits, stored
+):
     agreement = merge(str(finished_run.path), tmp_path / "merged")
     assert agreement.agree
     adapted = logits(unmerged(tiny_llama, finished_run.adapter))
     assert (adapted - logits(tiny_llama)).abs().max() > 0.1
     assert (adapted - logits(tmp_path / "merged")).abs().max() < 1e-5
     record = json.loads((tmp_path / "merged" / "verification.json").read_text())
-    assert record == {
-        "of": "merged model",
-        "against": str(finished_run.path),
-        "agree": True,
-        "prompts": 6,
-        "tokens": agreement.tokens,
-        "max_difference": agreement.max_difference,
-        "tolerance": 1e-3,
-        "dtype": "float32",
-        "near_ties": agreement.near_ties,
-        "same_top1": 1.0,
-        "kl_divergence": agreement.kl_divergence,
-    }
+    assert record == stored(agreement, "merged model", finished_run.path)
 
 
 def test_the_merged_model_is_built_as_the_base_is(finished_run, tiny_llama, tmp_path):

@@ -85,7 +85,7 @@ def full_run(path, adapters, adapter="pera", text="How is Ann related to Bob?", 
     write(path / "cost.json", cost)
     check = {"agree": True, "prompts": 4, "tokens": 80, "max_difference": 2e-5, "tolerance": 1e-3, "dtype": "float32"}
     for folder in ("merged", "lora"):
-        of = {"of": folder, "against": "the adapter", "near_ties": 0, "same_top1": 1.0}
+        of = {"of": folder, "against": "the adapter", "near_ties": 0, "same_top1": 1.0, "kl_divergence": 0.0}
         write(path / folder / "verification.json", {**check, **of})
     environment = {"command": ["pera", "train", "a b.yaml"], "versions": {"torch": "2.0"}, "seed": 42}
     write(run.environment_file, environment)

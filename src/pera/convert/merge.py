@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
@@ -92,6 +92,8 @@ def _streamed(
 ) -> tuple[Any, Checkpoint, torch.dtype] | None:
     """The model without its base's weights, and where they are; None if it has to be merged in memory."""
     factors_alone = isinstance(config, PeraConfig) or (isinstance(config, LoraConfig) and not config.use_dora)
+    if config.task_type == TaskType.SEQ_CLS:  # its head is no part of the base's files
+        return None
     whole = getattr(config, "trainable_token_indices", None) or getattr(config, "target_parameters", None)
     if not factors_alone or whole or getattr(config, "ensure_weight_tying", False):
         return None

@@ -9,19 +9,15 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pera import methods
 from pera.errors import UserError, nearest
-from pera.recipe import Recipe, apply_override, load_recipe, parse, read_yaml
+from pera.recipe import Recipe, Section, apply_override, load_recipe, parse, read_yaml
 
 Phase = Literal["choose", "report"]
 
 _TRAINING = ("lr_ratio", "weight_decay")  # what a method of a study may set beside its own options
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _check_label(key: str, label: Any) -> None:
@@ -29,7 +25,7 @@ def _check_label(key: str, label: Any) -> None:
         raise ValueError(f"{key}={label!r} names folders; use letters, digits and . _ + - only")
 
 
-class _Named(_Section):
+class _Named(Section):
     """A value of the grid. Its name alone stands for it, where nothing else is said."""
 
     model_config = ConfigDict(extra="allow")
@@ -77,7 +73,7 @@ def _named_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict)) else value
 
 
-class Grid(_Section):
+class Grid(Section):
     """What is compared; all combinations."""
 
     method: Annotated[list[StudyMethod], BeforeValidator(_named_list), Field(min_length=1)]
@@ -99,7 +95,7 @@ class Grid(_Section):
         return self
 
 
-class Choose(_Section):
+class Choose(Section):
     """How the learning rate of each method is chosen: by the loss on training rows that are held out."""
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
@@ -110,7 +106,7 @@ class Choose(_Section):
     """So many further rates are tried where the best lies at an edge, in the ratio of the last two."""
 
 
-class Reporting(_Section):
+class Reporting(Section):
     """What is trained with the chosen rate, on all training rows, and scored on the test rows."""
 
     seeds: list[int] = Field([42, 43, 44], min_length=1)
@@ -122,7 +118,7 @@ class Reporting(_Section):
         return self
 
 
-class Study(_Section):
+class Study(Section):
     """A study, completely described. :func:`load_study` reads one."""
 
     name: str
