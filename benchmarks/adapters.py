@@ -37,7 +37,7 @@ LAYERS = ((4096, 4096, 2048), (14336, 4096, 512), (576, 576, 1024), (1536, 576, 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 PERA = "pera r=8"
-DECODING = (BASE, "lora r=8", PERA, f"{PERA}, merged")
+DECODING = (BASE, "lora r=4", "lora r=8", PERA, f"{PERA}, merged")
 
 console = Console(width=200)
 
@@ -48,6 +48,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of a language model; layers take three times as many.")] = 7,
     only: Annotated[str, typer.Option(help="Measure only subjects whose name contains this.")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of a training step of the language model.")] = 1024,
+    candidate: Annotated[list[str] | None, typer.Option(help="Measure only this and its baseline; repeat it.")] = None,
 ) -> None:
     """Measure all subjects, print a table for each, and write everything to a file as it comes."""
     torch.manual_seed(0)
@@ -55,8 +56,10 @@ def main(
     subjects: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in dtype:
         for m, n, T in LAYERS:
-            subjects[f"layer {m} x {n}, {T} tokens, {name}"] = partial(layer, m, n, T, DTYPES[name], 3 * rounds)
-        subjects[f"smollm2-135m, {tokens} tokens, {name}"] = partial(language_model, name, tokens, rounds)
+            subjects[f"layer {m} x {n}, {T} tokens, {name}"] = partial(
+                layer, m, n, T, DTYPES[name], 3 * rounds, candidate
+            )
+        subjects[f"smollm2-135m, {tokens} tokens, {name}"] = partial(language_model, name, tokens, rounds, candidate)
     for title, measure in subjects.items():
         if only in title:
             results["subjects"][title] = rows = measure()
@@ -65,7 +68,7 @@ def main(
             output.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def layer(m: int, n: int, tokens: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def layer(m: int, n: int, tokens: int, dtype: torch.dtype, rounds: int, names: list[str] | None) -> dict[str, Any]:
     """One ``nn.Linear`` in the middle of a model: its input needs a gradient."""
     base = nn.Sequential()
     base.add_module("layer", nn.Linear(n, m, bias=False, dtype=dtype, device=device()))
@@ -78,10 +81,10 @@ def layer(m: int, n: int, tokens: int, dtype: torch.dtype, rounds: int) -> dict[
         model.zero_grad()
 
     found = candidates(ranks=(4, 8, 16, 32), neighbours=(4, 8, 16), variants=(8, 16))
-    return compare(Subject(base, ["layer"], tokens, lambda model: model(x), step), found, rounds)
+    return compare(Subject(base, ["layer"], tokens, lambda model: model(x), step), only_these(found, names), rounds)
 
 
-def language_model(dtype: str, tokens: int, rounds: int) -> dict[str, Any]:
+def language_model(dtype: str, tokens: int, rounds: int, names: list[str] | None) -> dict[str, Any]:
     """SmolLM2-135M: a training step with AdamW, a forward, and generation of one token after another."""
     base = load_model("smollm2-135m", dtype=dtype)
     ids = torch.randint(base.config.vocab_size, (4, tokens // 4), device=base.device)
@@ -101,7 +104,18 @@ def language_model(dtype: str, tokens: int, rounds: int) -> dict[str, Any]:
         model.generate(input_ids=ids[:1, :8], max_new_tokens=32, min_new_tokens=32, do_sample=False)
 
     found = candidates(ranks=(4, 8, 16), neighbours=(8,), variants=(8,))
-    return compare(Subject(base, TARGETS, tokens, forward, step, decode), found, rounds)
+    return compare(Subject(base, TARGETS, tokens, forward, step, decode), only_these(found, names), rounds)
+
+
+def only_these(found: list[Candidate], names: list[str] | None) -> list[Candidate]:
+    """The candidates of these names, the base, and what they are divided by; all without names."""
+    if not names:
+        return found
+    if unknown := set(names) - {c.name for c in found}:
+        raise typer.BadParameter(f"{unknown.pop()!r} is none of {', '.join(c.name for c in found)}")
+    wanted = {BASE, PERA, *names}
+    wanted |= {c.baseline for c in found if c.name in wanted}
+    return [c for c in found if c.name in wanted]
 
 
 def compare(subject: Subject, found: list[Candidate], rounds: int) -> dict[str, Any]:
