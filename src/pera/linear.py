@@ -63,7 +63,7 @@ def pera_linear(
 def computation_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which :func:`pera_linear` computes for ``x``: its own, or autocast's, which spares float64."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and _autocasts(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -87,24 +87,28 @@ def expansions(
 
 def expanded_linear(x: Tensor, A_hat: Tensor, B_hat_T: Tensor, base: Tensor | None = None) -> Tensor:
     """The same product from the kept :func:`expansions`: ``(..., in_features)`` → ``(..., out_features)``, added to
-    ``base``, which has the dtype of the result."""
+    ``base``, which has the dtype of the result. Not differentiable."""
     with without_autocast(x):
         z = x.reshape(-1, x.shape[-1]) @ A_hat.T
         y = z @ B_hat_T if base is None else torch.addmm(base.reshape(-1, base.shape[-1]), z, B_hat_T)
-    return _shaped(y, x)
+    return y.resize_(*x.shape[:-1], y.shape[-1])  # no view of y either, as in :func:`_shaped`
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
     """``y``, of two dimensions, in the leading shape of ``x``, for a ``y`` that nothing else holds: as no view of it,
     so that autograd can add to a gradient in place, and a user to an output."""
-    shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return shaped
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Computation in the dtypes of the operands, where the device of ``x`` knows autocast."""
+    """Computation in the dtypes of the operands."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _plain_operations() -> bool:
