@@ -51,6 +51,7 @@ class Run:
         self.lm_eval_file = path / "lm_eval.json"
         self.cost_file = path / "cost.json"
         self.effect_file = path / "effect.json"
+        self.interaction_file = path / "interaction.json"
         self.predictions = path / "predictions"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"

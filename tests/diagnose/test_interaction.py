@@ -1,12 +1,14 @@
 """Interaction strength against a full double backward."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tiny
-from pera.diagnose import interaction_strength
+from pera.diagnose import interaction_strength, run_interaction
 from pera.diagnose.interaction import hidden_blocks
 from pera.errors import UserError
 
@@ -63,6 +65,16 @@ def test_an_output_that_does_not_bend_has_no_interactions():
         model, batch, layer=1, features=[0, 1, 2], output=lambda _: seen["hidden"][:, -1, :3].sum(-1)
     )
     assert torch.equal(found, torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("kind", ["run", "glue_run"])
+def test_of_a_run_it_is_that_of_its_first_test_rows(kind, request):
+    trained_run = request.getfixturevalue(kind)
+    strength = run_interaction(trained_run, examples=3, features=4)
+    kept = json.loads(trained_run.interaction_file.read_text())
+    assert torch.equal(torch.tensor(kept["strength"]), strength)
+    assert (kept["examples"], kept["layer"], strength.shape) == (3, 1, (4, 4))
+    assert strength.max() > 0
 
 
 def test_a_block_that_does_not_exist_is_refused():

@@ -51,6 +51,7 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
                 run.metrics_file, [{"step": s, "loss": 1 / s, "high_order_ratio": {"q_proj": 0.1 * s}} for s in (1, 2)]
             )
             write(run.cost_file, {"seconds": 60.0, "tokens": 100, "peak_memory": 2**30, "steps": 2})
+            write(run.interaction_file, {"examples": 8, "layer": 1, "strength": [[2.0, 0.5], [0.5, 0.0]]})
             if kind == "pera":
                 without = {"square": 0.01, "cross": 0.02, "high_order": 0.03}
                 groups = {"q_proj": 0.02, "v_proj": 0.01}
@@ -107,6 +108,11 @@ def test_scores_stand_in_the_papers_arrangement_with_the_papers_own_below(folder
     assert [i for i in range(len(table.rows)) if i not in table.paper] == [0, 1, 2]
 
 
+def test_interaction_strengths_stand_side_by_side(folder):
+    sst2, _ = (item.table for item in items(folder, "interactions", "picture"))
+    assert sst2.rows == [[method, "0.5", "0.5", "1"] for method in ("lora", "lora-again", "pera-rms-0.3")]
+
+
 def test_the_paper_is_beside_glue_tasks():
     model, rows, names = paper.beside(["sst2", "mrpc", "leg_counting"])
     assert (model, names) == ("RoBERTa-base", {"sst2": "SST-2", "mrpc": "MRPC"})
@@ -119,7 +125,7 @@ def test_the_page_is_whole_and_every_figure_is_there(folder, tmp_path):
     page, text = write_study_report(folder, tmp_path / "report.html")
     found = check(page.read_text())
     ids = {figure["id"].partition("-figure")[0] for figure in found.figures}
-    assert ids == {"summary", "rates", "costs", "losses", "terms"}
+    assert ids == {"summary", "rates", "costs", "losses", "terms", "interactions"}
     assert "MoRA is not in PEFT" in found.text
     assert page.read_bytes() == write_study_report(folder, tmp_path / "report.html")[0].read_bytes()
     pictures = {path.name for path in (tmp_path / "report-pictures").iterdir()}

@@ -10,7 +10,9 @@ import time
 import pytest
 
 from pera.errors import UserError
+from pera.report.study import study_sections
 from pera.study import load_study
+from pera.study.results import Results
 from pera.study.runner import Expectation, Outcome, StudyFolder, all_trials, best_rate, run_study, work
 
 LORA, PERA = "family_relationships-lora-r2", "family_relationships-pera-rms-0.3-r2"
@@ -33,6 +35,15 @@ def whole(folder):
     return found
 
 
+def tables(folder):
+    """The tables of the study's report, those of its pictures included, but for what measures this machine."""
+    shown = [(s.id, item) for s in study_sections(Results(folder)) if s.id != "costs" for item in s.items]
+    found = [(id_, item.content) for id_, item in shown if item.kind == "table"]
+    found += [(id_, item.content.table) for id_, item in shown if item.kind == "picture"]
+    assert {"summary", "scores", "differences", "rates", "losses", "terms", "interactions"} <= {id_ for id_, _ in found}
+    return found
+
+
 def test_two_methods_two_rates_two_seeds_are_eight_runs(finished):
     best = {"lora": 0.03, "pera-rms-0.3": 0.03}
     assert set(whole(finished)) == {
@@ -46,7 +57,7 @@ def test_two_methods_two_rates_two_seeds_are_eight_runs(finished):
 def test_a_run_of_a_study_is_a_run_folder(finished):
     chosen, reported = finished.runs / f"{PERA}-choose-lr0.03-seed1", finished.runs / f"{PERA}-report-lr0.03-seed42"
     assert not (chosen / "scores.json").exists()
-    assert {"recipe.yaml", "metrics.jsonl", "cost.json", "scores.json", "effect.json", "adapter"} <= {
+    assert {"recipe.yaml", "metrics.jsonl", "cost.json", "scores.json", "effect.json", "interaction.json"} <= {
         path.name for path in reported.iterdir()
     }
     assert not (reported / "checkpoints").exists()
@@ -92,6 +103,7 @@ def test_killed_ten_times_it_ends_with_every_run_once(finished, study_file, tmp_
     run_study(study, folder)
     assert kills == 10
     assert whole(folder) == whole(finished)
+    assert tables(folder) == tables(finished)
     assert [path.name for path in folder.path.rglob(".*")] == []
 
 

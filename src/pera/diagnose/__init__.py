@@ -3,7 +3,7 @@
 from pera.diagnose.callback import RatioCallback, high_order_ratios
 from pera.diagnose.effect import Effects, effects, run_effects, zeroed
 from pera.diagnose.factors import LayerDiagnosis, diagnose_adapter, diagnose_layer
-from pera.diagnose.interaction import interaction_strength
+from pera.diagnose.interaction import interaction_strength, run_interaction
 
 __all__ = [
     "Effects",
@@ -15,5 +15,6 @@ __all__ = [
     "high_order_ratios",
     "interaction_strength",
     "run_effects",
+    "run_interaction",
     "zeroed",
 ]

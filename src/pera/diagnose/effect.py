@@ -75,7 +75,7 @@ def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects
 
     Computed in float32, because small effects drown in the rounding of bfloat16.
     """
-    model, batches = _held_out(run, examples, batch_size)
+    model, batches = held_out(run, examples, batch_size)
     result = effects(model, batches)
     write_json(run.effect_file, asdict(result))
     return result
@@ -83,10 +83,10 @@ def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects
 
 def run_loss(run: Run, *, examples: int | None = None, batch_size: int = 32) -> float:
     """Loss per label of a run's adapter on the held-out examples of its task, or the first of them, in float32."""
-    return mean_loss(*_held_out(run, examples, batch_size))[0]
+    return mean_loss(*held_out(run, examples, batch_size))[0]
 
 
-def _held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list[dict[str, Tensor]]]:
+def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list[dict[str, Tensor]]]:
     """The model of a run in float32, and the first held-out examples of its task in batches."""
     recipe = run.recipe
     model, tokenizer = open_model(run.location, "float32")

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import TaskType
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pera.diagnose.effect import held_out
 from pera.errors import UserError
+from pera.files import write_json
+from pera.runs import Run
 
 
 def interaction_strength(
@@ -18,12 +22,13 @@ def interaction_strength(
     *,
     layer: int,
     features: slice | list[int],
+    position: int = -1,
     output: Callable[[Any], Tensor] | None = None,
 ) -> Tensor:
     r"""Mean over samples of :math:`|∂²f / ∂h_i ∂h_j|`, by one Hessian–vector product for each feature.
 
-    The paper leaves f and h open. Here h is a slice of the hidden state after block ``layer`` at the last
-    position, and f, by default, the logit of the token that the model itself finds most likely there.
+    The paper leaves f and h open. Here h is a slice of the hidden state after block ``layer`` at one
+    position, and f, by default, the largest logit, of a language model that at the last position.
     Works for a base model and for any adapter. Since adapted layers are linear in their input, it
     measures the network around them.
 
@@ -32,6 +37,7 @@ def interaction_strength(
         batch: keyword arguments of its forward, without labels.
         layer: index of the block, from 0; negative counts from the end.
         features: which entries of the hidden state.
+        position: of the token whose hidden state it is.
         output: f of each sample from the model's output, ``(batch,)``.
 
     Returns:
@@ -48,16 +54,16 @@ def interaction_strength(
     def move(_module: nn.Module, _args: Any, result: Any) -> Any:
         nonlocal shift
         hidden = result[0] if isinstance(result, tuple) else result
-        chosen = hidden[:, -1, features]
+        chosen = hidden[:, position, features]
         shift = torch.zeros_like(chosen, requires_grad=True)
         moved = hidden.detach().clone()
-        moved[:, -1, features] = moved[:, -1, features] + shift
+        moved[:, position, features] = moved[:, position, features] + shift
         return (moved, *result[1:]) if isinstance(result, tuple) else moved
 
     handle = blocks[layer].register_forward_hook(move)
     try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-            f = (output or _top_logit)(model(**batch, use_cache=False))
+            f = (output or _largest_logit)(model(**batch, use_cache=False))
             assert shift is not None
             (gradient,) = torch.autograd.grad(f.sum(), shift, create_graph=True, materialize_grads=True)
             if not gradient.requires_grad:  # f is constant or linear in h
@@ -71,6 +77,32 @@ def interaction_strength(
     return torch.stack(rows, 1).detach().abs().mean(0).cpu()
 
 
+def run_interaction(run: Run, *, examples: int = 8, features: int = 16) -> Tensor:
+    """:func:`interaction_strength` of a run's model on the first held-out examples of its task, in float32, at its
+    middle block: of the first ``features`` hidden features of the last token, or of a classifier's first, which it
+    reads. Kept in ``interaction.json``.
+
+    Returns:
+        ``(features, features)``.
+    """
+    model, batches = held_out(run, examples, batch_size=1)  # without padding, the last position is the last token
+    layer = len(hidden_blocks(model)) // 2
+    position = 0 if model.peft_config["default"].task_type == TaskType.SEQ_CLS else -1
+    found = [
+        interaction_strength(model, batch, layer=layer, features=slice(0, features), position=position)
+        for batch in ({key: value for key, value in batch.items() if key != "labels"} for batch in batches)
+    ]
+    strength = torch.stack(found).mean(0)
+    write_json(run.interaction_file, {"examples": len(found), "layer": layer, "strength": strength.tolist()})
+    return strength
+
+
+def _largest_logit(result: Any) -> Tensor:
+    """Of a classifier, or of a language model at the last position."""
+    top: Tensor = result.logits.max(-1).values
+    return top if top.dim() == 1 else top[:, -1]
+
+
 def hidden_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer: the members of its longest list of modules.
 
@@ -81,8 +113,3 @@ def hidden_blocks(model: nn.Module) -> list[nn.Module]:
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of blocks to look into.")
     return max(lists, key=len)
-
-
-def _top_logit(result: Any) -> Tensor:
-    top: Tensor = result.logits[:, -1].max(-1).values
-    return top

@@ -16,6 +16,7 @@ from pera.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 COLORS = ("#0b62a4", "#b35900", "#117a52", "#7a3e9d", "#b3263a", "#0f7285", "#7a5230", "#5c6066")
@@ -88,12 +89,21 @@ def style() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of a height in inches, and its axes, one above the other."""
+def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of a height in inches, and its axes in rows and columns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, 1, **options)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def shades(name: str) -> Colormap:
+    """Of the first colour for a map, from next to nothing to full, so that the page shows through."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    color = to_rgb(COLORS[0])
+    found: Colormap = LinearSegmentedColormap.from_list(name, [(*color, 0.06), (*color, 1.0)], N=40)
+    return found.with_extremes(under=(*color, 0.0))
 
 
 def draw_line(axes: Axes, x: Iterable[int], y: list[float], index: int, label: str = "", mark: bool = True) -> None:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING
 
 from pera.diagnose import Effects
 from pera.report.contents import Layer, Metrics, ScoreOf, by_kind, number_or_nan
-from pera.report.drawing import COLORS, Picture, Table, draw_line, legend, new_figure, set_scale, short, style, tick
+from pera.report.drawing import (
+    COLORS,
+    Picture,
+    Table,
+    draw_line,
+    legend,
+    new_figure,
+    set_scale,
+    shades,
+    short,
+    style,
+    tick,
+)
 from pera.report.words import ABSENT, count, number, percent, signed
 from pera.text import visible
 
@@ -98,15 +110,12 @@ def ratio_map(layers: list[Layer]) -> Picture | None:
     kinds = by_kind(layers)
     cells = [[_mean(finite.get(x.name) for x in members if x.block == b) for b in blocks] for members in kinds.values()]
     with style():
-        from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize, to_rgb
+        from matplotlib.colors import LogNorm, Normalize
 
         figure, axes = new_figure(1.1 + 0.27 * len(kinds))
-        color = to_rgb(COLORS[0])
-        shades: Colormap = LinearSegmentedColormap.from_list("ratio", [(*color, 0.06), (*color, 1.0)], N=40)
         wide = max(positive) > 10 * min(positive)
         norm = LogNorm(min(positive), max(positive)) if wide else Normalize(0, max(positive))
-        shades = shades.with_extremes(under=(*color, 0.0))
-        mesh = axes.pcolormesh(cells, cmap=shades, norm=norm, rasterized=False)
+        mesh = axes.pcolormesh(cells, cmap=shades("ratio"), norm=norm, rasterized=False)
         axes.set_yticks([i + 0.5 for i in range(len(kinds))], [short(kind) for kind in kinds])
         every = max(1, math.ceil(len(blocks) / 10))
         shown = range(0, len(blocks), every)

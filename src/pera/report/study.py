@@ -80,6 +80,7 @@ def study_sections(results: Results) -> list[Section]:
         Section("costs", "Costs", _costs(results)),
         Section("losses", "Training losses", _losses(results)),
         Section("terms", "What the high-order terms do", _terms(results)),
+        Section("interactions", "Interaction strength", _interactions(results)),
         Section("sweeps", "Rank, placement, terms and data", _sweeps(results)),
         Section("gaps", "What is missing or went wrong", _gaps(results)),
         Section("protocol", "Protocol", _protocol(results)),
@@ -329,6 +330,25 @@ def _terms(results: Results) -> list[Item]:
         items.append(Item("heading", f"{cell.label}, first seed"))
         items += [Item("picture", picture) for picture in pictures if picture is not None]
     return items
+
+
+def _interactions(results: Results) -> list[Item]:
+    """The paper's heat map, PERA against LoRA: a map for each method of a setting and task, on one scale."""
+    items = []
+    for setting in results.settings:
+        for task in results.study.grid.task:
+            cells = [c for c in results.cells_of(setting) if c.task == task]
+            found = {c.method.label: m for c in cells if (m := results.interaction(c)) is not None}
+            if found:
+                items.append(Item("heading", f"{task.label}, {_setting(setting)}, first seed"))
+                items.append(Item("picture", study_plots.interaction_maps(found)))
+    note = (
+        "How strongly two hidden features act together: |∂²f / ∂h_i ∂h_j|, the mean over 8 test rows. h: the first 16 "
+        "features after the middle block, of the last token, or the first of an encoder. f: the largest logit. The "
+        "paper's equation 12 leaves both open. An adapted layer is linear in its input, so this measures the network "
+        "around it."
+    )
+    return [*items, Item("note", note)] if items else []
 
 
 def _sweeps(results: Results) -> list[Item]:

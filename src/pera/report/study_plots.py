@@ -16,6 +16,7 @@ from pera.report.drawing import (
     legend,
     new_figure,
     set_scale,
+    shades,
     short,
     style,
     tick,
@@ -138,6 +139,40 @@ def effect_by_group(effects: Sequence[Mapping[str, Any]]) -> Picture | None:
     finding = f"Mean over n = {len(effects)} seeds; the largest change is {signed(means[most])}, in {most}."
     rows = [[group, signed(change)] for group, change in means.items()]
     return Picture(figure, "Bars: effect of the high-order terms by layer", finding, Table(["layer", "change"], rows))
+
+
+def interaction_maps(strengths: Mapping[str, Sequence[Sequence[float]]]) -> Picture:
+    """Interaction strengths of each method, ``(features, features)``, in maps on one logarithmic scale."""
+    columns = min(4, len(strengths))
+    rows = math.ceil(len(strengths) / columns)
+    positive = [x for matrix in strengths.values() for row in matrix for x in row if x > 0]
+    with style():
+        from matplotlib.colors import LogNorm
+
+        figure, grid = new_figure(1.0 + 2.0 * rows, rows, columns, squeeze=False)
+        high = max(positive, default=1.0)
+        low = max(min(positive, default=high), high / 1e4) * (1 - 1e-6)
+        norm = LogNorm(low, high, clip=True)
+        for axes in grid.flat[len(strengths) :]:
+            axes.set_axis_off()
+        for axes, (label, matrix) in zip(grid.flat, strengths.items(), strict=False):
+            mesh = axes.pcolormesh(matrix, cmap=shades("strength"), norm=norm, rasterized=False)
+            axes.set(title=short(label), xticks=[], yticks=[], aspect="equal")
+            axes.invert_yaxis()
+            axes.grid(visible=False)
+        bar = figure.colorbar(mesh, ax=grid, location="bottom", aspect=40, label="interaction strength")
+        set_scale(bar.ax, [low, high], axis="x")
+        bar.outline.set_visible(False)
+    pairs = {label: [x for i, row in enumerate(m) for x in row[i + 1 :]] for label, m in strengths.items()}
+    squares = {label: [row[i] for i, row in enumerate(m)] for label, m in strengths.items()}
+    strongest = max(pairs, key=lambda label: fmean(pairs[label]))
+    finding = (
+        f"Mean over the pairs of features: {', '.join(f'{x} {number(fmean(p), 3)}' for x, p in pairs.items())}. "
+        f"Strongest: {strongest}."
+    )
+    table = [[x, number(fmean(pairs[x]), 3), number(max(pairs[x]), 3), number(fmean(squares[x]), 3)] for x in strengths]
+    return Picture(figure, "Maps: interaction strength of pairs of hidden features", finding,
+                   Table(["method", "mean of pairs", "largest", "mean of the diagonal"], table))  # fmt: skip
 
 
 def sweep(

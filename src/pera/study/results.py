@@ -152,6 +152,11 @@ class Results:
         """``effect.json`` of the reported runs of a PERA cell."""
         return [read_json(s.run.effect_file) for s in self.scored(cell) if s.run.effect_file.is_file()]
 
+    def interaction(self, cell: Cell) -> list[list[float]] | None:
+        """Interaction strengths of the first reported run of a cell."""
+        files = [s.run.interaction_file for s in self.scored(cell)[:1] if s.run.interaction_file.is_file()]
+        return read_json(files[0])["strength"] if files else None
+
     def layers(self, cell: Cell) -> dict[str, LayerDiagnosis]:
         """The layers of the first reported run of a PERA cell; empty for other methods."""
         scored = self.scored(cell)

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pera.diagnose import run_effects
+from pera.diagnose import run_effects, run_interaction
 from pera.diagnose.effect import run_loss
 from pera.errors import PeraError, UserError
 from pera.evaluation import evaluate_run
@@ -321,6 +321,9 @@ def _run(trial: Trial, run: Run) -> Outcome:
         evaluate_run(run)
     if reported and isinstance(recipe.peft_config(), PeraConfig) and not run.effect_file.is_file():
         run_effects(run, examples=EFFECT_EXAMPLES)
+    first = (trial.cell.method.seeds or trial.study.report.seeds)[0]
+    if reported and trial.seed == first and not run.interaction_file.is_file():
+        run_interaction(run)
     outcome = Outcome("finished", loss=run_loss(run), seconds=_training_seconds(run))
     if losses and losses[-1] > EXPLODED * losses[0]:
         error = f"the training loss rose from {losses[0]:.4g} to {losses[-1]:.4g}"
