@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 from test_page import FIGURES, HOSTILE, adapters, bare_run, full_run  # noqa: F401
+from test_study import STUDY, made_up
 
 from pera.report.page import write_report
+from pera.report.study import write_study_report
+from pera.study import load_study
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -29,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; install the package chromium"),
 ]
 NARROW, WIDE = 360, 1100
+PAGES = ["complete", "bare", "several", "study"]
 
 
 class Browser:
@@ -142,7 +146,7 @@ def browser(tmp_path_factory, proxy):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, adapters):  # noqa: F811
-    """A complete run, a run with its recipe only, and three side by side, with hostile text in them."""
+    """A complete run, a run with its recipe only, and three side by side, with hostile text in them; and a study."""
     folder = tmp_path_factory.mktemp("runs")
     run = full_run(folder / "demo-<b>1", adapters, text=f"{HOSTILE} {'long' * 100} {'word ' * 30}")
     other = full_run(folder / "other", adapters, learning_rate=2e-3)
@@ -151,10 +155,13 @@ def pages(tmp_path_factory, adapters):  # noqa: F811
     for name, runs in {"complete": [run], "bare": [bare], "several": [run, other, bare]}.items():
         files[name] = folder / f"{name}.html"
         write_report(runs, files[name])
+    (folder / "study.yaml").write_text(STUDY.replace("RANKS", "[3, 4]"))
+    study = made_up(folder / "study", load_study(str(folder / "study.yaml")), adapters)
+    files["study"] = write_study_report(study, folder / "study.html")[0]
     return files
 
 
-@pytest.mark.parametrize("name", ["complete", "bare", "several"])
+@pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_loaded_and_nothing_complains(browser, pages, proxy, name):
     browser.show(WIDE)
     browser.open(pages[name])
@@ -208,7 +215,7 @@ def test_text(browser, pages):
 
 
 @pytest.mark.parametrize("width", [320, NARROW, WIDE])
-@pytest.mark.parametrize("name", ["complete", "bare", "several"])
+@pytest.mark.parametrize("name", PAGES)
 def test_nothing_sticks_out(browser, pages, name, width):
     browser.show(width)
     browser.open(pages[name])
@@ -223,10 +230,11 @@ def test_nothing_sticks_out(browser, pages, name, width):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out(browser, pages, scheme):
+@pytest.mark.parametrize("name", ["several", "study"])
+def test_text_stands_out(browser, pages, name, scheme):
     """Every piece of text has a contrast of at least 4.5 to the page, and every line of a figure of 3."""
     browser.show(WIDE, scheme)
-    browser.open(pages["several"])
+    browser.open(pages[name])
     colors = browser.ask(
         """(() => {
           const of = (e, p) => getComputedStyle(e)[p];
@@ -261,7 +269,7 @@ def test_closed_details_are_printed(browser, pages):
 
 
 @pytest.mark.skipif("PERA_SHOTS" not in os.environ, reason="pictures are taken only if PERA_SHOTS names a folder")
-@pytest.mark.parametrize("name", ["complete", "bare", "several"])
+@pytest.mark.parametrize("name", PAGES)
 def test_pictures(browser, pages, name):
     browser.open(pages[name])
     for label, options in {
