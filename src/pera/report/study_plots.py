@@ -41,8 +41,7 @@ def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: s
             axes.plot([100 * gain.mean], [i], color=color, marker="o", markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(ordered)), [short(label) for label, _ in ordered])
-        axes.set(xlabel=f"gain over {reference} in points, with 95 % interval")
-        axes.invert_yaxis()
+        axes.set(xlabel=f"gain over {reference} in points, with 95 % interval", ylim=(len(ordered) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
     best = ordered[0]
@@ -142,26 +141,27 @@ def effect_by_group(effects: Sequence[Mapping[str, Any]]) -> Picture | None:
 
 
 def interaction_maps(strengths: Mapping[str, Sequence[Sequence[float]]]) -> Picture:
-    """Interaction strengths of each method, ``(features, features)``, in maps on one logarithmic scale."""
-    columns = min(4, len(strengths))
-    rows = math.ceil(len(strengths) / columns)
-    positive = [x for matrix in strengths.values() for row in matrix for x in row if x > 0]
+    """Interaction strengths of each method, ``(features, features)``, in maps on one scale."""
+    rows = math.ceil(len(strengths) / 3)
+    positive = [x for matrix in strengths.values() for row in matrix for x in row if x > 0] or [1.0]
+    high = max(positive)
+    low = max(min(positive), high / 1e4)
     with style():
-        from matplotlib.colors import LogNorm
+        from matplotlib.colors import LogNorm, Normalize
 
-        figure, grid = new_figure(1.0 + 2.0 * rows, rows, columns, squeeze=False)
-        high = max(positive, default=1.0)
-        low = max(min(positive, default=high), high / 1e4) * (1 - 1e-6)
-        norm = LogNorm(low, high, clip=True)
+        figure, grid = new_figure(0.9 + 1.6 * rows, rows, 3, squeeze=False)
+        wide = high > 10 * low
+        norm = LogNorm(low, high, clip=True) if wide else Normalize(0, high)
         for axes in grid.flat[len(strengths) :]:
             axes.set_axis_off()
         for axes, (label, matrix) in zip(grid.flat, strengths.items(), strict=False):
             mesh = axes.pcolormesh(matrix, cmap=shades("strength"), norm=norm, rasterized=False)
-            axes.set(title=short(label), xticks=[], yticks=[], aspect="equal")
+            axes.set(xticks=[], yticks=[], aspect="equal")
+            axes.set_title(short(label), fontsize=8)
             axes.invert_yaxis()
             axes.grid(visible=False)
         bar = figure.colorbar(mesh, ax=grid, location="bottom", aspect=40, label="interaction strength")
-        set_scale(bar.ax, [low, high], axis="x")
+        set_scale(bar.ax, [low, high] if wide else [], axis="x")
         bar.outline.set_visible(False)
     pairs = {label: [x for i, row in enumerate(m) for x in row[i + 1 :]] for label, m in strengths.items()}
     squares = {label: [row[i] for i, row in enumerate(m)] for label, m in strengths.items()}
