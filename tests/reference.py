@@ -7,7 +7,7 @@ import torch
 
 TERMS = ("all", "square", "cross", "none")
 COEFFICIENTS = ("learned", "fixed")
-NORMALIZATIONS = ("none", "rms")
+NORMALIZATIONS = ("none", "rms", "centred")
 
 
 def pairs(r, terms):
@@ -43,13 +43,20 @@ def linear_part(A, B):
     return delta
 
 
-def high_order_part(A, B, h, normalization):
+def product(x, y, same, normalization, sign=-1):
+    """x ⊙ y, a square of "centred" less its mean; ``sign`` 1 adds it instead."""
+    xy = x * y
+    return xy + sign * sum(xy.unbind()) / len(xy) if same and normalization == "centred" else xy
+
+
+def high_order_part(A, B, h, normalization, sign=-1):
     """Σ_ij h_ij (b_i ⊙ b_j / ρ_B) (a_i ⊙ a_j / ρ_A)ᵀ, for h as {(i, j): h_ij}."""
     A, B = A.double(), B.double()
     rho_A, rho_B = rho(A, normalization), rho(B, normalization)
     delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
     for (i, j), h_ij in h.items():
-        delta = delta + h_ij * torch.outer(B[:, i] * B[:, j] / rho_B, A[i] * A[j] / rho_A)
+        b, a = (product(x, y, i == j, normalization, sign) for x, y in ((B[:, i], B[:, j]), (A[i], A[j])))
+        delta = delta + h_ij * torch.outer(b / rho_B, a / rho_A)
     return delta
 
 
@@ -68,7 +75,8 @@ def draw(r, terms, coefficients="learned", m=7, n=9, dtype=torch.float64):
 
 def magnitude(A, B, h, normalization, scaling=1.0):
     """ΔW with every summand positive. Rounding errors of a product are a multiple of this, entry by entry."""
-    return delta_weight(A.abs(), B.abs(), {pair: abs(h_ij) for pair, h_ij in h.items()}, normalization, abs(scaling))
+    A, B, h = A.abs(), B.abs(), {pair: abs(h_ij) for pair, h_ij in h.items()}
+    return abs(scaling) * (linear_part(A, B) + high_order_part(A, B, h, normalization, sign=1))
 
 
 def relative_error(actual, expected):

@@ -392,14 +392,14 @@ def test_expand_vjp_is_adjoint_to_the_derivative(r, m, n, terms, coefficients, n
 
 @given(**any_case, with_h=st.booleans(), data=st.data())
 def test_some_columns_expand_as_in_the_whole(r, m, n, terms, coefficients, normalization, dtype, with_h, data):
-    """With ρ of the whole: the same values, and the same gradients, through ρ as well."""
+    """With ρ and means of the whole: the same values, and the same gradients, through them as well."""
     columns = data.draw(st.lists(st.integers(0, n - 1), max_size=n + 2))
     A, _, h = draw(r, terms, coefficients, m, n, dtype)
     h = h if with_h else None
-    part = expand(A[:, columns], h, terms, normalization, rho=rms(A))
+    part = expand(A[:, columns], h, terms, normalization, whole=A)
     assert torch.equal(part, expand(A, h, terms, normalization)[:, columns])
     A, h = A.double().requires_grad_(), h if h is None else h.double().requires_grad_()
-    part = expand(A[:, columns], h, terms, normalization, rho=rms(A))
+    part = expand(A[:, columns], h, terms, normalization, whole=A)
     whole = expand(A, h, terms, normalization)[:, columns]
     inputs, cotangent = [A] if h is None else [A, h], torch.randn_like(part)
     for gradient, expected in zip(

@@ -55,8 +55,9 @@ def _require_triton() -> None:
         raise missing_extra("triton", "triton")
 
 
-def _kernels(X: Tensor) -> ModuleType | None:
-    if not _use_kernels or not (X.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+def _kernels(X: Tensor, normalization: Normalization) -> ModuleType | None:
+    """The kernels, where they are switched on and know what is asked for."""
+    if not _use_kernels or normalization == "centred" or not (X.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     _require_triton()
     from pera import kernels
@@ -124,7 +125,7 @@ def expansion(
     X = working(X)
     check(X, h, terms, normalization)
     (r, d), weight = X.shape, _weight(h, X, terms, _rho(X, normalization), scaling)
-    if (kernels := _kernels(X)) is not None:
+    if (kernels := _kernels(X, normalization)) is not None:
         return kernels.expansion(X, weight, pairs(r, terms), scaling, dtype)
     result = X.new_empty(expanded_rank(r, terms), d, dtype=dtype)
     torch.mul(X, scaling, out=result[:r])
@@ -132,10 +133,14 @@ def expansion(
     X = _twice(X, terms)
     for apart, start, count in distances(r, terms):
         left, right, into = X[:count], X[apart : apart + count], products[start : start + count]
+        centred = normalization == "centred" and apart == 0
         if rounded:
-            torch.mul(left * right, _of(weight, start, count), out=into)
+            product = left * right
+            torch.mul(_less_mean(product) if centred else product, _of(weight, start, count), out=into)
         else:
             torch.mul(left, right, out=into)
+            if centred:
+                _less_mean(into)
     if not rounded and (isinstance(weight, Tensor) or weight != 1):
         products *= weight
     return result
@@ -175,10 +180,10 @@ def fold_back(
     r, rho = len(X), _rho(X, normalization)
     weight = _weight(h, X, terms, rho, scaling)
     need_inner = len(grad) > r and (need_h or (rho is not None and total is None))
-    if (kernels := _kernels(X)) is not None:
+    if (kernels := _kernels(X, normalization)) is not None:
         grad_X, inner = kernels.fold_back(grad, X, weight, pairs(r, terms), scaling, need_inner)
     else:
-        grad_X, inner = _fold_back(grad, X, weight, terms, scaling, need_inner)
+        grad_X, inner = _fold_back(grad, X, weight, terms, normalization, scaling, need_inner)
     if rho is not None and len(grad) > r:
         if inner is not None:
             total = (weight.flatten() * inner).sum()  # type: ignore[union-attr]
@@ -192,7 +197,13 @@ def fold_back(
 
 
 def _fold_back(
-    grad: Tensor, X: Tensor, weight: Tensor | float, terms: Terms, scaling: float, need_inner: bool
+    grad: Tensor,
+    X: Tensor,
+    weight: Tensor | float,
+    terms: Terms,
+    normalization: Normalization,
+    scaling: float,
+    need_inner: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of X but for its share through ρ, and with ``need_inner`` ⟨G_ij, x_i ⊙ x_j⟩ for each product."""
     r = len(X)
@@ -202,6 +213,8 @@ def _fold_back(
     products, inner = grad[r:], []
     for apart, start, count in distances(r, terms):
         left, right, G = X[:count], X[apart : apart + count], products[start : start + count].to(X.dtype)
+        if normalization == "centred" and apart == 0:
+            G = G - G.mean(-1, keepdim=True)
         if need_inner:
             inner.append((left * right).mul_(G).sum(-1))
         value = 1.0
@@ -217,7 +230,12 @@ def _fold_back(
 
 
 def _rho(X: Tensor, normalization: Normalization) -> Tensor | None:
-    return rms(X) if normalization == "rms" else None
+    return None if normalization == "none" else rms(X)
+
+
+def _less_mean(products: Tensor) -> Tensor:
+    """In place, each row less its mean."""
+    return products.sub_(products.mean(-1, keepdim=True))
 
 
 def _weight(h: Tensor | None, X: Tensor, terms: Terms, rho: Tensor | None, scaling: float) -> Tensor | float:

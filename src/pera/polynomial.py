@@ -16,6 +16,8 @@ of rank K whose factors are polynomials of B and A.
 ``terms`` says which products take part ("square", "cross", "all", "none"; the last is LoRA).
 ``normalization`` is "none" (ρ = 1, as published) or "rms" (ρ = root mean square of the factor),
 which gives a product the scale of one factor, so that ΔW scales with A and with B as LoRA's does.
+"centred" is "rms" with squares less their mean over the row (column), (a_i ⊙ a_i − mean(a_i ⊙ a_i))/ρ_A: the squares
+of different rows then have no large constant part in common.
 
 All functions are pure. They compute in float32 or better, whatever the dtype of the factors. But for
 :func:`expand_vjp`, factors may have leading dimensions, such as one for experts: each matrix by itself.
@@ -32,7 +34,7 @@ from pera.errors import UserError, nearest
 
 Terms = Literal["all", "square", "cross", "none"]
 Coefficients = Literal["learned", "fixed"]
-Normalization = Literal["none", "rms"]
+Normalization = Literal["none", "rms", "centred"]
 
 EPSILON = 1e-12
 """Lower bound of ρ, so that an all-zero factor has a finite expansion and gradient."""
@@ -83,7 +85,7 @@ def rms(X: Tensor) -> Tensor:
 
 
 def expand(
-    X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, rho: Tensor | None = None
+    X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, whole: Tensor | None = None
 ) -> Tensor:
     """Append the products of the rows of ``X`` to its rows.
 
@@ -91,8 +93,9 @@ def expand(
         X: factor with one row for each rank, ``(r, d)``: A itself, or B transposed.
         h: coefficients, ``(num_coefficients(r, terms),)``; None leaves the products as they are.
         terms: which products to append.
-        normalization: "rms" divides each product by ρ, :func:`rms` of ``X``.
-        rho: ρ where it is not that of ``X``: of the whole factor, when ``X`` is some of its columns.
+        normalization: "rms" divides each product by ρ, :func:`rms` of ``X``; "centred" also takes its mean over the
+            row from each square.
+        whole: the whole factor, when ``X`` is some of its columns: ρ and means are over all of them.
 
     Returns:
         ``(K, d)``, float32 or better: the rows x_i, then h_ij (x_i ⊙ x_j) / ρ in the order of h.
@@ -105,9 +108,13 @@ def expand(
     blocks = _blocks(X.shape[-2], terms)
     if not blocks:
         return X
-    products = torch.cat([X[..., left, :] * X[..., right, :] for left, right in blocks], -2)
-    factor = _factor(X, h, terms, normalization, rho)
-    return torch.cat([X, products if factor is None else products * factor], -2)
+    whole = X if whole is None else working(whole)
+    products = [X[..., left, :] * X[..., right, :] for left, right in blocks]
+    if normalization == "centred" and squares_and_crosses(terms)[0]:
+        products[0] = products[0] - whole.square().mean(-1, keepdim=True)
+    factor = _factor(X, h, terms, normalization, whole)
+    appended = torch.cat(products, -2)
+    return torch.cat([X, appended if factor is None else appended * factor], -2)
 
 
 def expand_vjp(
@@ -123,8 +130,8 @@ def expand_vjp(
         ∂x_i = G_i + \sum_j \frac{h_{ij}}{ρ} G_{ij} ⊙ x_j \;(\text{twice for } j = i)
                - \frac{\sum_{kl} h_{kl} c_{kl}}{N ρ^2} x_i
 
-    where N is the number of entries of X; the last term, through ρ, is there for "rms" only. Written
-    in differentiable operations, so that it can be differentiated again.
+    where N is the number of entries of X; the last term, through ρ, is not there for "none". For "centred", G_ii is
+    less its own mean over the row. Written in differentiable operations, so that it can be differentiated again.
 
     Args:
         grad: gradient of the expansion, ``(K, d)``.
@@ -144,6 +151,8 @@ def expand_vjp(
     for rows, others in _blocks(r, terms):
         count = others.stop - others.start
         G = grad[start : start + count]
+        if normalization == "centred" and rows == others:
+            G = G - G.mean(1, keepdim=True)
         f = None if factor is None else factor[start - r : start - r + count]
         start += count
         left, right = X[rows], X[others]
@@ -155,7 +164,7 @@ def expand_vjp(
         grad_X[rows] += toward_left.sum(0, keepdim=True) if rows.stop - rows.start == 1 else toward_left
         grad_X[others] += toward_right
     c = torch.cat(inner)
-    if normalization == "rms":
+    if normalization != "none":
         rho = rms(X)
         c = c / rho
         total = c.sum() if h is None else (h * c).sum()
@@ -233,12 +242,12 @@ def _blocks(r: int, terms: Terms) -> list[tuple[slice, slice]]:
 
 
 def _factor(
-    X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, rho: Tensor | None = None
+    X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, whole: Tensor | None = None
 ) -> Tensor | None:
     """What each product is multiplied by, h / ρ, as a column ``(num_coefficients, 1)``; None where that is 1."""
     if h is None and normalization == "none":
         return None
     factor = X.new_ones(num_coefficients(X.shape[-2], terms)) if h is None else working(h)
-    if normalization == "rms":
-        factor = factor / (rms(X) if rho is None else rho).unsqueeze(-1)
+    if normalization != "none":
+        factor = factor / rms(X if whole is None else whole).unsqueeze(-1)
     return factor.unsqueeze(-1)

@@ -29,7 +29,7 @@ def random_factors(m, n, r, normalization="rms", seed=0):
     n=st.integers(1, 40),
     r=st.integers(1, 6),
     rank=st.integers(1, 30),
-    normalization=st.sampled_from(["none", "rms"]),
+    normalization=st.sampled_from(["none", "rms", "centred"]),
     seed=st.integers(0, 99),
 )
 def test_the_error_is_that_of_the_best_approximation(m, n, r, rank, normalization, seed):

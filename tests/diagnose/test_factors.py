@@ -28,7 +28,7 @@ def parts(A, B, h, terms, normalization, scaling):
     r=st.integers(1, 9),
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     terms=st.sampled_from(["all", "square", "cross", "none"]),
-    normalization=st.sampled_from(["none", "rms"]),
+    normalization=st.sampled_from(["none", "rms", "centred"]),
     seed=st.integers(0, 99),
 )
 def test_norms_ratios_and_spectrum_equal_those_of_the_explicit_update(r, shape, terms, normalization, seed):

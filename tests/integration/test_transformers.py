@@ -47,7 +47,7 @@ def saved(base_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("normalization", ["none", "rms"])
+@pytest.mark.parametrize("normalization", ["none", "rms", "centred"])
 def test_an_added_adapter_is_that_of_get_peft_model(make, normalization):
     model = added({"normalization": normalization}, make=make)
     base = make()

@@ -12,9 +12,10 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from pera import UserError
 from pera.tuner.layers import embedding as layers_embedding
-from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, relative_error
+from reference import COEFFICIENTS, TERMS, relative_error
 from tiny import RMS, adapted, evaluate, reference_output
 
+NORMALIZATIONS = ("none", "rms")
 TOKENS = torch.tensor([[2, 5, 2], [0, 2, 7]])
 """Three of one, one of three others, and none of the rest of nine rows."""
 
@@ -198,6 +199,11 @@ def test_rows_never_looked_up_and_the_padding_keep_their_values(normalization):
     assert torch.isfinite(update).all()
     assert update.any(1).nonzero().flatten().tolist() == [0, 5, 7]
     assert (layer.pera_h["default"] != 0.3).all()
+
+
+def test_squares_are_not_centred_over_a_vocabulary():
+    with pytest.raises(UserError, match="normalization='centred' is not for embeddings"):
+        embedding(normalization="centred")
 
 
 # Tables that scale what they look up

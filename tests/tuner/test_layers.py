@@ -180,6 +180,8 @@ def test_an_adapter_that_is_not_there_is_named(kind):
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 @pytest.mark.parametrize("terms", TERMS)
 def test_forward_adds_the_explicit_update(kind, terms, coefficients, normalization):
+    if kind is KINDS["embedding"] and normalization == "centred":
+        pytest.skip("refused: see test_embedding.py")
     layer = kind.layer(terms=terms, coefficients=coefficients, normalization=normalization, pera_alpha=5)
     x = kind.input()
     expected = reference_output(layer, x)

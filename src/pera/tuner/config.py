@@ -51,7 +51,8 @@ class PeraConfig(PeftConfig):
         init_coefficients: the value learned coefficients start at. ΔW is zero at the start either way.
         normalization: "none" as published; the products are then orders of magnitude below the factors
             and hardly take part. "rms" divides a product by the root mean square of its factor, which
-            wakes them; use it when the high-order terms are what you want to study or use.
+            wakes them; use it when the high-order terms are what you want to study or use. "centred" is "rms" with
+            every square less its mean, so that squares have no constant part in common.
         recompute: whether linear layers compute the thin product x Âᵀ, tokens × K, again in backward instead of keeping
             it. None does so where it is larger than the input of the layer; True saves memory for a little time.
         bias: which biases to train: "none", "all", or "pera_only" (those of adapted modules).
@@ -96,7 +97,9 @@ class PeraConfig(PeftConfig):
         0.0, "Value that learned coefficients start at; the update starts at zero anyway."
     )
     normalization: Normalization = _option(
-        "none", "'none' as published; 'rms' gives a product the scale of one factor and so wakes the high-order terms."
+        "none",
+        "'none' as published; 'rms' gives a product the scale of one factor and so wakes the high-order terms; "
+        "'centred' also takes the mean from each square.",
     )
     recompute: bool | None = _option(
         None, "Compute the tokens x K product again in backward. None does so where it is larger than the input."

@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from pera.polynomial import expand, expand_B, rms
+from pera.errors import UserError
+from pera.polynomial import expand, expand_B
+from pera.tuner.config import PeraConfig
 from pera.tuner.layers.base import PeraLayer
 
 
@@ -18,6 +20,22 @@ class PeraEmbedding(PeraLayer):
     ``(num_embeddings, embedding_dim)``. Products of A are computed for the rows looked up alone; with
     normalization "rms", ρ is still that of the whole A. Dropout drops the whole update of a position.
     """
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        alpha: float | None,
+        config: PeraConfig,
+        tied_to: PeraLayer | None = None,
+        **options: Any,
+    ) -> None:
+        if config.normalization == "centred":
+            raise UserError(
+                "normalization='centred' is not for embeddings: the mean over the vocabulary would change tokens that "
+                "were never seen; use 'rms', or leave the embedding out of target_modules."
+            )
+        super().update_layer(adapter_name, r, alpha, config, tied_to, **options)
 
     def _reset_factors(self, A: Tensor, B: Tensor, zero: bool) -> None:
         """A zero, or, without ``zero``, normal; B normal, as LoRA's for embeddings: a row that was never looked up
@@ -40,7 +58,7 @@ class PeraEmbedding(PeraLayer):
         A, B, h = self.factors(adapter_name)
         terms, normalization = self.expansion[adapter_name]
         rows = embedding(x.flatten(), A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-        rows_hat = expand(rows.T, h, terms, normalization, rho=rms(A)).T
+        rows_hat = expand(rows.T, h, terms, normalization, whole=A).T
         update = self.scaling[adapter_name] * rows_hat @ expand_B(B, terms, normalization).T
         update = update * self.pera_dropout[adapter_name](update.new_ones(len(update), 1))
         embed_scale = self._get_embed_scale()
