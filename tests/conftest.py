@@ -265,7 +265,7 @@ def refused(pera, tree):
         assert outcome.err.startswith("pera: ")
         assert outcome.err.count("\n") == 1
         assert outcome.err.endswith("\n")
-        assert [word for word in words if word not in outcome.err] == []
+        assert [word for word in words if word not in outcome.err] == [], outcome.err
         assert tree() == before
         return outcome.err
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import pera as package
+from pera import PeraConfig
 from pera.recipe import load_recipe
 from pera.runs import Run
 
@@ -237,6 +239,67 @@ def test_an_adapter_with_a_nan(commands, adapter, change_weights):
 
 def test_a_lora_is_not_exported(refused, lora):
     refused("export", lora, "--to", "lora", "--output", "out", words=[str(lora), "LORA", "only a PERA adapter"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--for", "vlm"], ["--for: 'vlm'", "did you mean 'vllm'"]),
+        (["--for", "vllm", "--to", "gguf"], ["--to gguf", "vllm, which reads lora"]),
+        (["--to", "lora", "--max-rank", "4", "--energy", "0.9"], ["--max-rank=4 and --energy=0.9", "keep one"]),
+        (["--to", "lora", "--max-rank", "0"], ["--max-rank=0", "at least 1"]),
+        (["--to", "lora", "--energy", "1.5"], ["--energy=1.5", "a share above 0, at most 1"]),
+    ],
+)
+def test_what_an_adapter_cannot_be_exported_to(options, words, refused, run):
+    refused("export", "run", *options, "--output", "out", words=words)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ({"r": 32}, ["--for", "vllm"], ["K = 560", "vllm takes 512 at most", "--max-rank 512"]),
+        ({"bias": "pera_only"}, ["--for", "vllm"], ["bias='pera_only'", "cannot be carried to vllm", "pera merge"]),
+        ({"modules_to_save": ["lm_head"]}, ["--to", "gguf"], ["modules_to_save=['lm_head']", "cannot be carried"]),
+    ],
+)
+def test_what_an_export_cannot_carry(method, options, words, refused, save_llama, tmp_path):
+    save_llama(tmp_path / "base", attention_bias=True, tie_word_embeddings=False)
+    config = PeraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **method})
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    refused("export", "adapter", *options, "--output", "out", words=words)
+
+
+def test_a_base_that_changed_since_the_training(refused, run, save_llama, tmp_path):
+    """Another model of the same shape where the recipe says: both are named."""
+    torch.manual_seed(1)
+    other, trained_on = tmp_path / "other", run.recipe.model.name
+    model = AutoModelForCausalLM.from_pretrained(trained_on)
+    model.apply(lambda module: torch.nn.init.normal_(module.weight) if isinstance(module, torch.nn.Linear) else None)
+    shutil.copytree(trained_on, other)
+    model.save_pretrained(other)
+    run.recipe_file.write_text(run.recipe_file.read_text().replace(trained_on, str(other)))
+    words = [f"was trained on '{trained_on}' with the fingerprint", f"the base model '{other}' has"]
+    refused("merge", "run", "--output", "out", words=words)
+    for form in ("lora", "gguf"):
+        refused("export", "run", "--to", form, "--output", "out", words=words)
+    refused("verify", "run", "run", words=words)
+
+
+def test_a_gguf_base_of_another_architecture(pera, refused, run, tmp_path):
+    assert pera("export", "run", "--to", "gguf", "--output", "gguf").code == 0
+    writer = gguf.GGUFWriter(tmp_path / "qwen2.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    words = ["qwen2.gguf'", "a 'qwen2' model", "for a 'llama'"]
+    refused("verify", "run", "gguf", "--llama-cpp", "--base", "qwen2.gguf", words=words)
+
+
+def test_only_a_lora_is_imported(refused, run, lora):
+    refused("import", "run", "--from", "lora", "--output", "out", words=["'run' is a PERA adapter", "only a LoRA"])
 
 
 def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):

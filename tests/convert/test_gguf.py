@@ -19,7 +19,7 @@ from transformers import (
 from pera import PeraConfig
 from pera.convert.export import export
 from pera.convert.fold import fold
-from pera.convert.gguf import ADAPTER, ARCHITECTURES, read_adapter, tensor_names, write_adapter
+from pera.convert.gguf import ADAPTER, ARCHITECTURES, check_base, read_adapter, tensor_names, write_adapter
 from pera.convert.verify import verify
 from pera.errors import UserError
 
@@ -173,6 +173,40 @@ def test_an_adapter_of_other_shapes_is_refused(options, words, tmp_path):
     write(adapted("llama"), tmp_path / ADAPTER)
     with pytest.raises(UserError, match=words):
         read_adapter(tmp_path / ADAPTER, model_of("llama", **options))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "left_out", "shape", "words"),
+    [
+        ("qwen2", None, None, r"base.gguf' is a 'qwen2' model, and the adapter is for a 'llama'"),
+        ("llama", "blk.1.ffn_down.weight", None, r"base.gguf' has no blk.1.ffn_down.weight, and the adapter is for"),
+        ("llama", "blk.1.ffn_down.weight", (3, 5), r"base.gguf' has blk.1.ffn_down.weight of shape \(3, 5\), and"),
+    ],
+)
+def test_a_base_that_an_adapter_does_not_fit_is_refused(architecture, left_out, shape, words, tmp_path):
+    write(adapted("llama"), tmp_path / ADAPTER)
+    factors = tensors(tmp_path / ADAPTER)
+    names = {name.rpartition(".")[0] for name in factors}
+    shapes = {name: (len(factors[f"{name}.lora_b"]), factors[f"{name}.lora_a"].shape[1]) for name in names}
+
+    def base(architecture):
+        writer = gguf.GGUFWriter(tmp_path / "base.gguf", architecture)
+        for name in sorted(shapes):
+            writer.add_tensor(name, np.zeros(shapes[name], np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    base("llama")
+    check_base(tmp_path / "base.gguf", tmp_path / ADAPTER)
+    if left_out:
+        shapes.pop(left_out)
+    if shape:
+        shapes[left_out] = shape
+    base(architecture)
+    with pytest.raises(UserError, match=words):
+        check_base(tmp_path / "base.gguf", tmp_path / ADAPTER)
 
 
 def test_an_export_is_written_checked_and_verified_again(save_adapter, tiny_llama, tmp_path):

@@ -95,12 +95,14 @@ def export(
         servers.check(server, layers, lora, getattr(base.config, "num_hidden_layers", None))
         servers.short_names(lora, layers, [name for name, _ in base.named_modules()])
     if form == "gguf":
-        _check_gguf(location, lora, weights, base)
+        _check_gguf(lora, weights, base)
     with atomic_folder(output) as folder:
         if form == "lora":
             _write_lora(folder, lora, weights)
         else:
             gguf.write_adapter(folder / ADAPTER, weights, lora.lora_alpha, base.config)
+            if file := models.resolve_gguf(location.base):
+                gguf.check_base(file, folder / ADAPTER)
         prompts = prompts_of(location)
         if truncation is None:
             before = logits(model, tokenizer, prompts)
@@ -140,7 +142,7 @@ def _check_options(max_rank: int | None, energy: float | None, server: str | Non
         raise UserError(f"--energy={energy} should be a share above 0, at most 1, such as 0.999.")
 
 
-def _check_gguf(location: Location, lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:
+def _check_gguf(lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:
     """Raise UserError for what a GGUF adapter does not carry."""
     servers.refuse_trained_whole("a GGUF adapter", lora)
     factors = {key: weight for key, weight in weights.items() if ".lora_" in key}
@@ -156,8 +158,6 @@ def _check_gguf(location: Location, lora: LoraConfig, weights: dict[str, Tensor]
             "'lm_head' shares its weight with the embeddings, and a GGUF file has no tensor for it; merge the adapter."
         )
     gguf.tensor_names(layers, base.config)
-    if file := models.resolve_gguf(location.base):
-        gguf.check_base(file, weights, base.config)
 
 
 def _write_lora(folder: Path, lora: LoraConfig, weights: dict[str, Tensor]) -> None:

@@ -87,7 +87,7 @@ def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
         raise UserError(f"{str(file)!r} is a GGUF file, but no LoRA adapter; its general.type should be 'adapter'.")
     config: Any = base.config
     architecture = architecture_of(config)
-    if (found := fields[gguf.Keys.General.ARCHITECTURE]) != architecture.name:
+    if (found := _architecture(reader)) != architecture.name:
         raise UserError(f"{str(file)!r} is an adapter for {found!r}, and the base model is a {architecture.name!r}.")
     linear = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     layers = {name: layer for layer, name in tensor_names(linear, config, skip=True).items()}
@@ -109,7 +109,7 @@ def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
         state[f"{_WHOLE}{layer}.lora_{suffix[-1].upper()}.weight"] = factor
     targets = {key.removeprefix(_WHOLE).rpartition(".lora_")[0] for key in state}
     if len(state) != 2 * len(targets) or not targets:
-        raise UserError(f"{str(file)!r} lacks one of the two factors of a layer; it may have been cut off.")
+        raise _cut_off(file)
     ranks = {layer: len(state[f"{_WHOLE}{layer}.lora_A.weight"]) for layer in targets}
     alpha = float(fields.get(gguf.Keys.Adapter.LORA_ALPHA, 0.0))  # as llama.cpp: without one the scale is 1
     largest = max(ranks.values())
@@ -125,21 +125,19 @@ def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def check_base(file: Path, state: dict[str, Tensor], config: PreTrainedConfig) -> None:
-    """Raise UserError unless the GGUF file ``file`` is a model that the LoRA ``state`` fits, by architecture, names
-    and shapes; llama.cpp would refuse it, or worse, not."""
-    gguf = _library()
-    reader = open_gguf(file)
-    expected = architecture_of(config).name
-    found = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
+def check_base(file: Path, adapter: Path) -> None:
+    """Raise UserError unless a GGUF adapter fits the GGUF model ``file``, by architecture, names and shapes; llama.cpp
+    would refuse it without a reason, or worse, not."""
+    model, factors = open_gguf(file), open_gguf(adapter)
+    found, expected = (_architecture(reader) for reader in (model, factors))
     if found != expected:
         raise UserError(f"{str(file)!r} is a {found!r} model, and the adapter is for a {expected!r}.")
-    shapes = {tensor.name: tuple(int(side) for side in reversed(tensor.shape)) for tensor in reader.tensors}
-    for layer, name in tensor_names(layers_of(state), config).items():
-        needed = tuple(
-            len(state[f"{_WHOLE}{layer}.lora_{factor}.weight"].movedim(axis, 0))
-            for factor, axis in (("B", 0), ("A", 1))
-        )
+    shapes, ends = ({tensor.name: _shape(tensor) for tensor in reader.tensors} for reader in (model, factors))
+    for name in sorted({name.rpartition(".lora_")[0] for name in ends}):
+        try:
+            needed = (ends[f"{name}.lora_b"][0], ends[f"{name}.lora_a"][1])
+        except (KeyError, IndexError) as error:
+            raise _cut_off(adapter) from error
         if shapes.get(name) != needed:
             there = f"has {name} of shape {shapes[name]}" if name in shapes else f"has no {name}"
             raise UserError(f"{str(file)!r} {there}, and the adapter is for one of {needed}.")
@@ -188,6 +186,20 @@ def is_adapter(file: Path) -> bool:
     gguf = _library()
     field = open_gguf(file).fields.get(gguf.Keys.General.TYPE)
     return field is not None and field.contents() == gguf.GGUFType.ADAPTER
+
+
+def _cut_off(adapter: Path) -> UserError:
+    return UserError(f"{str(adapter)!r} lacks one of the two factors of a layer; it may have been cut off.")
+
+
+def _architecture(reader: Any) -> str:
+    field = reader.fields.get(_library().Keys.General.ARCHITECTURE)
+    return "" if field is None else str(field.contents())
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """As PyTorch counts it."""
+    return tuple(int(side) for side in reversed(tensor.shape))
 
 
 def _permuted_heads(layer: str, config: Any) -> int:

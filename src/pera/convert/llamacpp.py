@@ -13,7 +13,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
-from pera.convert.gguf import open_gguf
+from pera.convert.gguf import check_base, open_gguf
 from pera.errors import UserError, missing_extra
 
 LEAST = -80.0
@@ -32,12 +32,14 @@ def serving(model: Path, adapter: Path | None = None, *, context: int = 2048, th
         threads: threads to compute with.
 
     Raises:
-        UserError: xllamacpp is not installed, or llama.cpp refuses the files.
+        UserError: xllamacpp is not installed, the adapter is for another model, or llama.cpp refuses the files.
     """
     try:
         import xllamacpp
     except ImportError as error:
         raise missing_extra("xllamacpp", "llamacpp") from error
+    if adapter is not None:
+        check_base(model, adapter)
     parameters: Any = xllamacpp.CommonParams()
     parameters.model.path = str(model)
     parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = context, 1, 0
