@@ -29,6 +29,7 @@ METHODS = {  # terms, normalization, initial h
     "PERA squares": ("square", "none", 0.0),
     "PERA rms, h from 0": ("all", "rms", 0.0),
     "PERA rms, h from 0.3": ("all", "rms", 0.3),
+    "PERA centred, h from 0.3": ("all", "centred", 0.3),
 }
 
 

@@ -15,6 +15,7 @@ PUBLISHED = {
     "terms": "all",
     "coefficients": "learned",
     "init_coefficients": 0.0,
+    "random_signs": False,
     "normalization": "none",
 }
 
@@ -97,6 +98,8 @@ def test_patterns_set_the_rank_and_alpha_of_a_module():
         ({"init_coefficients": "0.3"}, r"init_coefficients='0\.3' should be a finite number"),
         ({"init_coefficients": 0.3, "terms": "none"}, r"init_coefficients=0\.3 needs terms other than 'none'"),
         ({"init_coefficients": 0.3, "coefficients": "fixed"}, r"init_coefficients=0\.3 has no effect with coeff"),
+        ({"random_signs": True}, "random_signs=True has no effect with init_coefficients=0"),
+        ({"random_signs": 1, "init_coefficients": 0.3}, "random_signs=1 should be True or False"),
         ({"init_weights": "gaussian"}, "init_weights='gaussian' should be True or False"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform needs a list of names"),
         (
@@ -123,6 +126,7 @@ def test_a_value_that_cannot_work_is_refused_by_name(options, message):
         {"alpha_pattern": {"q_proj": None}},
         {"pera_dropout": 0},
         {"init_coefficients": -0.3},
+        {"init_coefficients": 0.3, "random_signs": True},
         {"rank_pattern": None, "alpha_pattern": None},
         {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
     ],

@@ -154,6 +154,14 @@ def test_initialisation_is_that_of_the_paper(dense):
     assert (layer.pera_h["default"] == 0.3).all()
 
 
+def test_signs_are_drawn_for_each_coefficient(dense):
+    layer = dense.layer(r=16, init_weights=True, init_coefficients=0.3, random_signs=True)
+    h = layer.pera_h["default"]
+    assert (h.abs() == 0.3).all()
+    assert 0.3 < (h > 0).float().mean() < 0.7
+    assert not layer.get_delta_weight("default").any()
+
+
 def test_the_start_is_a_zero_update(kind):
     layer = kind.layer(r=4, init_weights=True)
     assert not layer.pera_h["default"].any()

@@ -49,6 +49,8 @@ class PeraConfig(PeftConfig):
         coefficients: "learned" trains one coefficient h for each product; "fixed" keeps 1 for squares
             and 2 for crosses, so that ΔW = s (BA + (BA) ⊙ (BA)) for ``terms="all"`` without normalization.
         init_coefficients: the value learned coefficients start at. ΔW is zero at the start either way.
+        random_signs: whether each learned coefficient starts at plus or minus ``init_coefficients`` by chance, so that
+            the products do not all pull one way.
         normalization: "none" as published; the products are then orders of magnitude below the factors
             and hardly take part. "rms" divides a product by the root mean square of its factor, which
             wakes them; use it when the high-order terms are what you want to study or use. "centred" is "rms" with
@@ -95,6 +97,9 @@ class PeraConfig(PeftConfig):
     )
     init_coefficients: float = _option(
         0.0, "Value that learned coefficients start at; the update starts at zero anyway."
+    )
+    random_signs: bool = _option(
+        False, "Learned coefficients start at plus or minus init_coefficients by chance, so they do not all pull one way."
     )
     normalization: Normalization = _option(
         "none",
@@ -148,6 +153,7 @@ class PeraConfig(PeftConfig):
             "terms": "all",
             "coefficients": "learned",
             "init_coefficients": 0.0,
+            "random_signs": False,
             "normalization": "none",
         }
         for key in method.keys() & options.keys():
@@ -238,9 +244,11 @@ class PeraConfig(PeftConfig):
             raise UserError(
                 f"init_coefficients={self.init_coefficients} has no effect with coefficients='fixed'; leave it at 0."
             )
-        for key in ("init_weights", "use_rslora", "ensure_weight_tying"):
+        for key in ("init_weights", "random_signs", "use_rslora", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{key}={getattr(self, key)!r} should be True or False.")
+        if self.random_signs and not self.init_coefficients:
+            raise UserError("random_signs=True has no effect with init_coefficients=0; set a value, such as 0.3.")
         if self.recompute not in (None, True, False):
             raise UserError(f"recompute={self.recompute!r} should be True, False or None.")
         if isinstance(self.target_modules, str):

@@ -134,11 +134,13 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, config: PeraConfig) -> None:
-        """ΔW = 0 and h constant; without ``init_weights`` a random update."""
+        """ΔW = 0 and h constant, but for its signs; without ``init_weights`` a random update."""
         self._reset_factors(self.pera_A[adapter_name], self.pera_B[adapter_name], config.init_weights)
         if adapter_name in self.pera_h:
             if config.init_weights:
-                nn.init.constant_(self.pera_h[adapter_name], config.init_coefficients)
+                h = nn.init.constant_(self.pera_h[adapter_name], config.init_coefficients)
+                if config.random_signs:
+                    h.data.mul_(torch.randint_like(h, 2).mul_(2).sub_(1))
             else:
                 nn.init.normal_(self.pera_h[adapter_name])
 
