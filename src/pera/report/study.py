@@ -210,16 +210,14 @@ def _differences(results: Results) -> list[Item]:
 
 def _rates(results: Results) -> list[Item]:
     items, rows = [], []
-    for setting in results.settings:
-        for task in results.study.grid.task:
-            cells = [c for c in results.cells_of(setting) if c.task == task]
-            curves = {c.method.label: results.rates(c) for c in cells}
-            chosen = {c.method.label: results.chosen(c) for c in cells}
-            picture = study_plots.rate_curves(f"{task.label}, {_setting(setting)}", curves, chosen)
-            if picture is not None:
-                items.append(Item("picture", picture))
-            rows += [[c.label, number(results.chosen(c)), "yes: look beyond it" if results.at_an_edge(c) else "no"]
-                     for c in cells if results.chosen(c) is not None]  # fmt: skip
+    for setting, task, cells in results.by_task():
+        curves = {c.method.label: results.rates(c) for c in cells}
+        chosen = {c.method.label: results.chosen(c) for c in cells}
+        picture = study_plots.rate_curves(f"{task.label}, {_setting(setting)}", curves, chosen)
+        if picture is not None:
+            items.append(Item("picture", picture))
+        rows += [[c.label, number(results.chosen(c)), "yes: look beyond it" if results.at_an_edge(c) else "no"]
+                 for c in cells if results.chosen(c) is not None]  # fmt: skip
     if rows:
         items.append(Item("table", Table(["cell", "chosen rate", "at an edge of the grid"], rows), "Chosen rates"))
     rows_out, seeds = results.study.choose.rows, len(results.study.choose.seeds)
@@ -277,17 +275,16 @@ def _costs(results: Results) -> list[Item]:
 
 def _losses(results: Results) -> list[Item]:
     items = []
-    for setting in results.settings:
-        for task in results.study.grid.task:
-            curves = {c.method.label: results.loss_curve(c) for c in results.cells_of(setting) if c.task == task}
-            lines = {
-                label: Metrics([{"step": s, "loss": x} for s, x in zip(*curve, strict=True)])
-                for label, curve in curves.items()
-                if curve[0]
-            }
-            if lines:
-                items.append(Item("heading", f"{task.label}, {_setting(setting)}, mean over the seeds"))
-                items.append(Item("picture", plots.losses(lines)))
+    for setting, task, cells in results.by_task():
+        curves = {cell.method.label: results.loss_curve(cell) for cell in cells}
+        lines = {
+            label: Metrics([{"step": s, "loss": x} for s, x in zip(*curve, strict=True)])
+            for label, curve in curves.items()
+            if curve[0]
+        }
+        if lines:
+            items.append(Item("heading", f"{task.label}, {_setting(setting)}, mean over the seeds"))
+            items.append(Item("picture", plots.losses(lines)))
     return items
 
 
@@ -335,13 +332,11 @@ def _terms(results: Results) -> list[Item]:
 def _interactions(results: Results) -> list[Item]:
     """The paper's heat map, PERA against LoRA: a map for each method of a setting and task, on one scale."""
     items = []
-    for setting in results.settings:
-        for task in results.study.grid.task:
-            cells = [c for c in results.cells_of(setting) if c.task == task]
-            found = {c.method.label: m for c in cells if (m := results.interaction(c)) is not None}
-            if found:
-                items.append(Item("heading", f"{task.label}, {_setting(setting)}, first seed"))
-                items.append(Item("picture", study_plots.interaction_maps(found)))
+    for setting, task, cells in results.by_task():
+        found = {c.method.label: m for c in cells if (m := results.interaction(c)) is not None}
+        if found:
+            items.append(Item("heading", f"{task.label}, {_setting(setting)}, first seed"))
+            items.append(Item("picture", study_plots.interaction_maps(found)))
     note = (
         "How strongly two hidden features act together: |∂²f / ∂h_i ∂h_j|, the mean over 8 test rows. h: the first 16 "
         "features after the middle block, of the last token, or the first of an encoder. f: the largest logit. The "

@@ -18,7 +18,7 @@ from pera.diagnose import LayerDiagnosis, diagnose_adapter
 from pera.files import read_json
 from pera.runs import Run
 from pera.study.runner import Outcome, StudyFolder, choose_trials, rate_losses, report_trials
-from pera.study.spec import Cell, Trial
+from pera.study.spec import Cell, StudyTask, Trial
 from pera.study.statistics import (
     Difference,
     Mean,
@@ -72,6 +72,14 @@ class Results:
     def cells_of(self, setting: Setting) -> list[Cell]:
         """The cells of a setting; a method without a rank belongs to all of one share of the data."""
         return [c for c in self.cells if c.setting[1:] == setting or (c.r is None and c.train_share == setting[2])]
+
+    def by_task(self) -> list[tuple[Setting, StudyTask, list[Cell]]]:
+        """The cells of each task in each setting, which are compared with one another."""
+        return [
+            (setting, task, [cell for cell in self.cells_of(setting) if cell.task == task])
+            for setting in self.settings
+            for task in self.study.grid.task
+        ]
 
     def rates(self, cell: Cell) -> dict[float, float]:
         """Held-out loss by learning rate; infinite where training diverged, NaN where it failed or is to do."""

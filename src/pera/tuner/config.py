@@ -99,7 +99,8 @@ class PeraConfig(PeftConfig):
         0.0, "Value that learned coefficients start at; the update starts at zero anyway."
     )
     random_signs: bool = _option(
-        False, "Learned coefficients start at plus or minus init_coefficients by chance, so they do not all pull one way."
+        False,
+        "Learned coefficients start at plus or minus init_coefficients by chance, so they do not all pull one way.",
     )
     normalization: Normalization = _option(
         "none",

@@ -96,6 +96,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """Leading dimensions of the factors: how many such products there are; none for a layer with one."""
         return ()
 
+    def check_config(self, config: PeraConfig) -> None:
+        """Raise UserError for an adapter that this kind of layer cannot have."""
+
     def update_layer(
         self,
         adapter_name: str,
@@ -105,7 +108,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         tied_to: PeraLayer | None = None,
         **_: Any,
     ) -> None:
-        """Add the adapter ``adapter_name`` of rank ``r``, or replace it."""
+        """Add the adapter ``adapter_name`` of rank ``r``, or replace it. Raises as :meth:`check_config`."""
+        self.check_config(config)
         rows, columns = self.delta_shape
         if r > min(rows, columns):
             warnings.warn(

@@ -21,21 +21,12 @@ class PeraEmbedding(PeraLayer):
     normalization "rms", ρ is still that of the whole A. Dropout drops the whole update of a position.
     """
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        r: int,
-        alpha: float | None,
-        config: PeraConfig,
-        tied_to: PeraLayer | None = None,
-        **options: Any,
-    ) -> None:
+    def check_config(self, config: PeraConfig) -> None:
         if config.normalization == "centred":
             raise UserError(
                 "normalization='centred' is not for embeddings: the mean over the vocabulary would change tokens that "
                 "were never seen; use 'rms', or leave the embedding out of target_modules."
             )
-        super().update_layer(adapter_name, r, alpha, config, tied_to, **options)
 
     def _reset_factors(self, A: Tensor, B: Tensor, zero: bool) -> None:
         """A zero, or, without ``zero``, normal; B normal, as LoRA's for embeddings: a row that was never looked up
