@@ -7,7 +7,7 @@ import torch
 
 TERMS = ("all", "square", "cross", "none")
 COEFFICIENTS = ("learned", "fixed")
-NORMALIZATIONS = ("none", "rms", "centred")
+NORMALIZATIONS = ("none", "rms", "centred", "column")
 
 
 def pairs(r, terms):
@@ -49,14 +49,21 @@ def product(x, y, same, normalization, sign=-1):
     return xy + sign * sum(xy.unbind()) / len(xy) if same and normalization == "centred" else xy
 
 
+def divisor(X, i, j, normalization):
+    """What x_i ⊙ x_j is divided by: ρ of all rows, or of both the geometric mean."""
+    if normalization != "column":
+        return rho(X, normalization)
+    return (rho(X[i], normalization) * rho(X[j], normalization)).sqrt()
+
+
 def high_order_part(A, B, h, normalization, sign=-1):
     """Σ_ij h_ij (b_i ⊙ b_j / ρ_B) (a_i ⊙ a_j / ρ_A)ᵀ, for h as {(i, j): h_ij}."""
     A, B = A.double(), B.double()
-    rho_A, rho_B = rho(A, normalization), rho(B, normalization)
     delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
     for (i, j), h_ij in h.items():
         b, a = (product(x, y, i == j, normalization, sign) for x, y in ((B[:, i], B[:, j]), (A[i], A[j])))
-        delta = delta + h_ij * torch.outer(b / rho_B, a / rho_A)
+        b, a = b / divisor(B.T, i, j, normalization), a / divisor(A, i, j, normalization)
+        delta = delta + h_ij * torch.outer(b, a)
     return delta
 
 

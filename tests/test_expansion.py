@@ -56,17 +56,18 @@ def test_it_is_the_expansion_and_its_gradient(r, d, terms, normalization, with_h
         assert grad_h is None
 
 
-@pytest.mark.parametrize("r", [3, 4])
-def test_what_goes_through_rho_is_the_same_number_for_both_factors(r):
+@pytest.mark.parametrize("normalization", [name for name in NORMALIZATIONS if name != "none"])
+@pytest.mark.parametrize("r", [1, 3, 4])
+def test_what_goes_through_rho_is_the_same_for_both_factors(r, normalization):
     A, B, h = draw(r, "all", m=20, n=30)
     G = torch.randn(20, 30, dtype=torch.float64)  # the gradient of ΔW
-    A_hat = expansion(A, h, "all", "rms", 0.7, torch.float64)
-    B_hat_T = expansion(B.T, None, "all", "rms", 1.0, torch.float64)
+    A_hat = expansion(A, h, "all", normalization, 0.7, torch.float64)
+    B_hat_T = expansion(B.T, None, "all", normalization, 1.0, torch.float64)
     grad_A_hat, grad_B_hat_T = B_hat_T @ G, A_hat @ G.T
-    total = fold_back(grad_A_hat, A, h, "all", "rms", 0.7).total
-    alone = fold_back(grad_B_hat_T, B.T, None, "all", "rms", 1.0)
-    torch.testing.assert_close(total, alone.total)
-    given = fold_back(grad_B_hat_T, B.T, None, "all", "rms", 1.0, total=total)
+    shares = fold_back(grad_A_hat, A, h, "all", normalization, 0.7).shares
+    alone = fold_back(grad_B_hat_T, B.T, None, "all", normalization, 1.0)
+    torch.testing.assert_close(shares, alone.shares)
+    given = fold_back(grad_B_hat_T, B.T, None, "all", normalization, 1.0, shares=shares)
     torch.testing.assert_close(given.X, alone.X)
 
 

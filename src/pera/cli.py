@@ -390,7 +390,7 @@ def import_(
     form: Annotated[Literal["lora"], typer.Option("--from", help="What the adapter is.")],
     terms: Annotated[Literal["all", "square", "cross"], typer.Option(help="Products that take part.")] = "all",
     normalization: Annotated[
-        Literal["rms", "centred", "none"], typer.Option(help="rms gives a product the scale of one factor.")
+        Literal["rms", "centred", "column", "none"], typer.Option(help="rms gives a product the scale of one factor.")
     ] = "rms",
 ) -> None:
     """Write a trained LoRA as a PERA adapter with equal outputs (h = 0), to go on training from."""

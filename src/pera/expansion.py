@@ -26,9 +26,10 @@ from pera.polynomial import (
     Terms,
     check,
     coefficient_pairs,
+    divisors,
     expanded_rank,
-    rms,
     squares_and_crosses,
+    through_divisors,
     working,
 )
 
@@ -90,12 +91,21 @@ def pairs(r: int, terms: Terms) -> tuple[tuple[int, int], ...]:
     return tuple((min(pair), max(pair)) for pair in found)
 
 
+class _Positions(NamedTuple):
+    of_h: Tensor
+    """Where each product of this order stands in h."""
+    in_order_of_h: Tensor
+    """Where each entry of h stands in this order."""
+    pairs: Tensor
+    """The index pairs in this order, ``(count, 2)``."""
+
+
 @lru_cache(maxsize=256)
-def _positions(r: int, terms: Terms, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each product of this order stands in h, and where each entry of h stands in this order."""
+def _positions(r: int, terms: Terms, device: torch.device) -> _Positions:
     in_h = {pair: position for position, pair in enumerate(coefficient_pairs(r, terms))}
     order = torch.tensor([in_h[pair] for pair in pairs(r, terms)], dtype=torch.long)
-    return order.to(device), order.argsort().to(device)
+    indices = torch.tensor(pairs(r, terms), dtype=torch.long).reshape(-1, 2)
+    return _Positions(order.to(device), order.argsort().to(device), indices.to(device))
 
 
 def expansion(
@@ -124,7 +134,7 @@ def expansion(
     """
     X = working(X)
     check(X, h, terms, normalization)
-    (r, d), weight = X.shape, _weight(h, X, terms, _rho(X, normalization), scaling)
+    (r, d), weight = X.shape, _weight(h, X, terms, _divisors(X, terms, normalization), scaling)
     if (kernels := _kernels(X, normalization)) is not None:
         return kernels.expansion(X, weight, pairs(r, terms), scaling, dtype)
     result = X.new_empty(expanded_rank(r, terms), d, dtype=dtype)
@@ -151,8 +161,8 @@ class Gradient(NamedTuple):
 
     X: Tensor
     h: Tensor | None
-    total: Tensor | None
-    """⟨gradient of the products, products⟩. It is one number for Â and B̂, since both are the factors of ΔW."""
+    shares: Tensor | None
+    """⟨gradient, value⟩ of each product, ``(count,)``. The same for Â and B̂, since both are the factors of ΔW."""
 
 
 def fold_back(
@@ -163,7 +173,7 @@ def fold_back(
     normalization: Normalization,
     scaling: float,
     need_h: bool = False,
-    total: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> Gradient:
     """The vector–Jacobian product of :func:`expansion`; the formula is that of :func:`pera.polynomial.expand_vjp`.
 
@@ -171,29 +181,30 @@ def fold_back(
         grad: gradient of the expansion, ``(K, d)``.
         X, h, terms, normalization, scaling: as given to :func:`expansion`.
         need_h: whether the gradient of h is wanted.
-        total: that of the other factor, which spares computing it.
+        shares: those of the other factor, which spares computing them.
 
     Returns:
-        Gradient of X, ``(r, d)``; of h in the order of h, or None; and ``total`` if it was needed.
+        Gradient of X, ``(r, d)``; of h in the order of h, or None; and ``shares`` if they were needed.
     """
     X = working(X)
-    r, rho = len(X), _rho(X, normalization)
-    weight = _weight(h, X, terms, rho, scaling)
-    need_inner = len(grad) > r and (need_h or (rho is not None and total is None))
+    r, divisor = len(X), _divisors(X, terms, normalization)
+    weight = _weight(h, X, terms, divisor, scaling)
+    need_inner = len(grad) > r and (need_h or (divisor is not None and shares is None))
     if (kernels := _kernels(X, normalization)) is not None:
         grad_X, inner = kernels.fold_back(grad, X, weight, pairs(r, terms), scaling, need_inner)
     else:
         grad_X, inner = _fold_back(grad, X, weight, terms, normalization, scaling, need_inner)
-    if rho is not None and len(grad) > r:
+    if divisor is not None and len(grad) > r:
         if inner is not None:
-            total = (weight.flatten() * inner).sum()  # type: ignore[union-attr]
-        grad_X = grad_X.addcmul(X, total / rho.square(), value=-1 / X.numel())  # type: ignore[arg-type, operator]
+            shares = weight.flatten() * inner  # type: ignore[union-attr]
+        lost = through_divisors(X, shares, _positions(r, terms, X.device).pairs, normalization)  # type: ignore[arg-type]
+        grad_X = grad_X.addcmul(X, lost, value=-1)
     if not need_h or h is None:
-        return Gradient(grad_X, None, total)
+        return Gradient(grad_X, None, shares)
     if inner is None:  # no products
         return Gradient(grad_X, torch.zeros_like(h, dtype=X.dtype), None)
-    c = inner if rho is None else inner / rho
-    return Gradient(grad_X, scaling * c.index_select(0, _positions(r, terms, X.device)[1]), total)
+    c = inner if divisor is None else inner / divisor
+    return Gradient(grad_X, scaling * c.index_select(0, _positions(r, terms, X.device).in_order_of_h), shares)
 
 
 def _fold_back(
@@ -229,8 +240,12 @@ def _fold_back(
     return toward[:r], torch.cat(inner) if need_inner else None
 
 
-def _rho(X: Tensor, normalization: Normalization) -> Tensor | None:
-    return None if normalization == "none" else rms(X)
+def _divisors(X: Tensor, terms: Terms, normalization: Normalization) -> Tensor | None:
+    """Those of the products, in this order."""
+    divisor = divisors(X, terms, normalization)
+    if divisor is None or len(divisor) < 2:
+        return divisor
+    return divisor.index_select(0, _positions(len(X), terms, X.device).of_h)
 
 
 def _less_mean(products: Tensor) -> Tensor:
@@ -238,18 +253,18 @@ def _less_mean(products: Tensor) -> Tensor:
     return products.sub_(products.mean(-1, keepdim=True))
 
 
-def _weight(h: Tensor | None, X: Tensor, terms: Terms, rho: Tensor | None, scaling: float) -> Tensor | float:
-    """What each product is multiplied by, s h / ρ: a column ``(count, 1)``, or one number for all."""
-    s = scaling if rho is None else scaling / rho
+def _weight(h: Tensor | None, X: Tensor, terms: Terms, divisor: Tensor | None, scaling: float) -> Tensor | float:
+    """What each product is multiplied by, s h / ρ: a column ``(count, 1)`` or ``(1, 1)``, or one number for all."""
+    s = scaling if divisor is None else (scaling / divisor).unsqueeze(-1)
     if h is None:
         return s
-    weight = working(h).index_select(0, _positions(len(X), terms, X.device)[0]).unsqueeze(-1)
+    weight = working(h).index_select(0, _positions(len(X), terms, X.device).of_h).unsqueeze(-1)
     return weight if isinstance(s, float) and s == 1 else weight * s
 
 
 def _of(weight: Tensor | float, start: int, count: int) -> Tensor | float:
     """The part of a :func:`_weight` for some of the products."""
-    return weight[start : start + count] if isinstance(weight, Tensor) and weight.ndim else weight
+    return weight[start : start + count] if isinstance(weight, Tensor) and len(weight) > 1 else weight
 
 
 def _twice(X: Tensor, terms: Terms) -> Tensor:

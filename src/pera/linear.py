@@ -183,17 +183,17 @@ class _PeraLinear(torch.autograd.Function):
             flat = x.reshape(-1, x.shape[-1])
             grad = grad_y.reshape(-1, B.shape[0])
             A_hat, B_hat_T = form.expansions(A, B, h, x.dtype, plain)
-            total = None
+            shares = None
             if need_x or need_A or need_h:
                 grad_z = grad @ B_hat_T.T
                 if need_x:
                     grad_x = _shaped(grad_z @ A_hat, x)
                 if need_A or need_h:
-                    grad_A, grad_h, total = form.gradient(grad_z.T @ flat, A, h, form.scaling, plain, need_h=need_h)
+                    grad_A, grad_h, shares = form.gradient(grad_z.T @ flat, A, h, form.scaling, plain, need_h=need_h)
                     grad_A = grad_A.to(A.dtype)
                     grad_h = None if grad_h is None or h is None else grad_h.to(h.dtype)
             if need_B:
                 if z is None or again:
                     z = flat @ A_hat.T
-                grad_B = form.gradient(z.T @ grad, B.T, None, 1.0, plain, total=total).X.T.to(B.dtype)
+                grad_B = form.gradient(z.T @ grad, B.T, None, 1.0, plain, shares=shares).X.T.to(B.dtype)
         return grad_x, grad_A, grad_B, grad_h, grad_y if need_base else None, None, None

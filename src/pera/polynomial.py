@@ -17,7 +17,8 @@ of rank K whose factors are polynomials of B and A.
 ``normalization`` is "none" (ρ = 1, as published) or "rms" (ρ = root mean square of the factor),
 which gives a product the scale of one factor, so that ΔW scales with A and with B as LoRA's does.
 "centred" is "rms" with squares less their mean over the row (column), (a_i ⊙ a_i − mean(a_i ⊙ a_i))/ρ_A: the squares
-of different rows then have no large constant part in common.
+of different rows then have no large constant part in common. "column" divides by the geometric mean of the root mean
+squares of the two columns (rows) alone, so that a small one is not drowned by the others.
 
 All functions are pure. They compute in float32 or better, whatever the dtype of the factors. But for
 :func:`expand_vjp`, factors may have leading dimensions, such as one for experts: each matrix by itself.
@@ -25,6 +26,7 @@ All functions are pure. They compute in float32 or better, whatever the dtype of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -34,7 +36,7 @@ from pera.errors import UserError, nearest
 
 Terms = Literal["all", "square", "cross", "none"]
 Coefficients = Literal["learned", "fixed"]
-Normalization = Literal["none", "rms", "centred"]
+Normalization = Literal["none", "rms", "centred", "column"]
 
 EPSILON = 1e-12
 """Lower bound of ρ, so that an all-zero factor has a finite expansion and gradient."""
@@ -84,6 +86,42 @@ def rms(X: Tensor) -> Tensor:
     return (X.square().mean((-2, -1)) + EPSILON**2).sqrt()
 
 
+def divisors(X: Tensor, terms: Terms, normalization: Normalization) -> Tensor | None:
+    """What each product is divided by: ρ ``(1,)``, for "column" sqrt(ρ(x_i) ρ(x_j)) in the order of h,
+    ``(num_coefficients,)``, or None for "none". Leading dimensions are kept."""
+    if normalization == "none":
+        return None
+    if normalization != "column":
+        return rms(X).unsqueeze(-1)
+    rho = rms(X.unsqueeze(-2))
+    products = [rho[..., left] * rho[..., right] for left, right in _blocks(X.shape[-2], terms)]
+    return torch.cat([rho[..., :0], *products], -1).sqrt()
+
+
+def through_divisors(
+    X: Tensor, shares: Tensor, pairs: Sequence[tuple[int, int]] | Tensor, normalization: Normalization
+) -> Tensor:
+    r"""How much of x_i its gradient loses by way of the :func:`divisors`.
+
+    With s_kl = ⟨G_kl, row kl of the expansion⟩ this is \frac{\sum_{kl} s_{kl}}{N ρ^2}, for "column"
+    \frac{\sum_j s_{ij}}{2 d ρ(x_i)^2} with a square counted twice.
+
+    Args:
+        X: factor, ``(r, d)``.
+        shares: s, one for each product, ``(count,)``.
+        pairs: the indices of each product, ``(count, 2)``.
+        normalization: not "none".
+
+    Returns:
+        One number for all rows, or a column ``(r, 1)``.
+    """
+    if normalization != "column":
+        return shares.sum() / (X.numel() * rms(X).square())
+    left, right = torch.as_tensor(pairs, device=X.device).unbind(1)
+    of_rows = X.new_zeros(len(X)).index_add(0, left, shares).index_add(0, right, shares)
+    return (of_rows / (2 * X.shape[1] * rms(X.unsqueeze(-2)).square())).unsqueeze(1)
+
+
 def expand(
     X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, whole: Tensor | None = None
 ) -> Tensor:
@@ -93,8 +131,8 @@ def expand(
         X: factor with one row for each rank, ``(r, d)``: A itself, or B transposed.
         h: coefficients, ``(num_coefficients(r, terms),)``; None leaves the products as they are.
         terms: which products to append.
-        normalization: "rms" divides each product by ρ, :func:`rms` of ``X``; "centred" also takes its mean over the
-            row from each square.
+        normalization: each product is divided by its :func:`divisors`; "centred" also takes its mean over the row from
+            each square.
         whole: the whole factor, when ``X`` is some of its columns: ρ and means are over all of them.
 
     Returns:
@@ -130,7 +168,7 @@ def expand_vjp(
         ∂x_i = G_i + \sum_j \frac{h_{ij}}{ρ} G_{ij} ⊙ x_j \;(\text{twice for } j = i)
                - \frac{\sum_{kl} h_{kl} c_{kl}}{N ρ^2} x_i
 
-    where N is the number of entries of X; the last term, through ρ, is not there for "none". For "centred", G_ii is
+    where N is the number of entries of X; the last term is that of :func:`through_divisors`. For "centred", G_ii is
     less its own mean over the row. Written in differentiable operations, so that it can be differentiated again.
 
     Args:
@@ -164,11 +202,10 @@ def expand_vjp(
         grad_X[rows] += toward_left.sum(0, keepdim=True) if rows.stop - rows.start == 1 else toward_left
         grad_X[others] += toward_right
     c = torch.cat(inner)
-    if normalization != "none":
-        rho = rms(X)
-        c = c / rho
-        total = c.sum() if h is None else (h * c).sum()
-        grad_X = grad_X - (total / (X.numel() * rho.square())) * X
+    if (divisor := divisors(X, terms, normalization)) is not None:
+        c = c / divisor
+        shares = c if h is None else h * c
+        grad_X = grad_X - through_divisors(X, shares, coefficient_pairs(r, terms), normalization) * X
     return grad_X, None if h is None else c
 
 
@@ -248,6 +285,6 @@ def _factor(
     if h is None and normalization == "none":
         return None
     factor = X.new_ones(num_coefficients(X.shape[-2], terms)) if h is None else working(h)
-    if normalization != "none":
-        factor = factor / rms(X if whole is None else whole).unsqueeze(-1)
+    if (divisor := divisors(X if whole is None else whole, terms, normalization)) is not None:
+        factor = factor / divisor
     return factor.unsqueeze(-1)

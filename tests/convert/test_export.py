@@ -17,6 +17,7 @@ from pera.convert.export import _write_lora
 from pera.convert.export import export as export_adapter
 from pera.convert.fold import folded_layers, lora_of
 from pera.errors import UserError
+from reference import NORMALIZATIONS
 from tiny import llama, tokens
 
 TOKENS = tokens()
@@ -202,7 +203,7 @@ def test_a_lora_is_not_exported(tiny_llama, tmp_path):
     r=st.integers(1, 5),
     terms=st.sampled_from(["all", "square", "cross", "none"]),
     coefficients=st.sampled_from(["learned", "fixed"]),
-    normalization=st.sampled_from(["none", "rms", "centred"]),
+    normalization=st.sampled_from(NORMALIZATIONS),
     alpha=st.none() | st.floats(0.1, 8),
     use_rslora=st.booleans(),
     rank_pattern=st.dictionaries(st.sampled_from(["v_proj", "layers.1.self_attn.q_proj"]), st.integers(2, 5)),

@@ -14,6 +14,7 @@ from pera.convert.truncate import factored_svd, measured, truncate, truncate_fac
 from pera.errors import UserError
 from pera.polynomial import lora_factors, num_coefficients
 from pera.runs import adapter_weights
+from reference import NORMALIZATIONS
 from tiny import adapt
 
 
@@ -29,7 +30,7 @@ def random_factors(m, n, r, normalization="rms", seed=0):
     n=st.integers(1, 40),
     r=st.integers(1, 6),
     rank=st.integers(1, 30),
-    normalization=st.sampled_from(["none", "rms", "centred"]),
+    normalization=st.sampled_from(NORMALIZATIONS),
     seed=st.integers(0, 99),
 )
 def test_the_error_is_that_of_the_best_approximation(m, n, r, rank, normalization, seed):

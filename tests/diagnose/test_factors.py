@@ -12,6 +12,7 @@ from pera.diagnose import diagnose_adapter, diagnose_layer
 from pera.diagnose.factors import by_kind
 from pera.errors import UserError
 from pera.polynomial import num_coefficients
+from reference import NORMALIZATIONS
 
 
 def parts(A, B, h, terms, normalization, scaling):
@@ -28,7 +29,7 @@ def parts(A, B, h, terms, normalization, scaling):
     r=st.integers(1, 9),
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     terms=st.sampled_from(["all", "square", "cross", "none"]),
-    normalization=st.sampled_from(["none", "rms", "centred"]),
+    normalization=st.sampled_from(NORMALIZATIONS),
     seed=st.integers(0, 99),
 )
 def test_norms_ratios_and_spectrum_equal_those_of_the_explicit_update(r, shape, terms, normalization, seed):

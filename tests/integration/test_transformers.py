@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from pera import PeraConfig
-from reference import relative_error
+from reference import NORMALIZATIONS, relative_error
 from tiny import VOCABULARY, adapt, gpt2, layers, llama, logits, tokens
 
 
@@ -47,7 +47,7 @@ def saved(base_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("normalization", ["none", "rms", "centred"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_an_added_adapter_is_that_of_get_peft_model(make, normalization):
     model = added({"normalization": normalization}, make=make)
     base = make()

@@ -46,7 +46,7 @@ def import_lora(
         source: what :func:`pera.runs.locate` takes, with a LoRA adapter.
         output: folder to write: PEFT's format, ``verification.json``.
         terms: products that take part from now on, "all", "square" or "cross".
-        normalization: of the products: "rms", "centred" or "none".
+        normalization: of the products: "rms", "centred", "column" or "none".
         dtype: what the check is computed in, a key of :data:`pera.models.DTYPES`.
 
     Raises:

@@ -54,7 +54,8 @@ class PeraConfig(PeftConfig):
         normalization: "none" as published; the products are then orders of magnitude below the factors
             and hardly take part. "rms" divides a product by the root mean square of its factor, which
             wakes them; use it when the high-order terms are what you want to study or use. "centred" is "rms" with
-            every square less its mean, so that squares have no constant part in common.
+            every square less its mean, so that squares have no constant part in common; "column" takes the root mean
+            squares of the two columns in the place of the factor's.
         recompute: whether linear layers compute the thin product x Âᵀ, tokens × K, again in backward instead of keeping
             it. None does so where it is larger than the input of the layer; True saves memory for a little time.
         bias: which biases to train: "none", "all", or "pera_only" (those of adapted modules).
@@ -105,7 +106,7 @@ class PeraConfig(PeftConfig):
     normalization: Normalization = _option(
         "none",
         "'none' as published; 'rms' gives a product the scale of one factor and so wakes the high-order terms; "
-        "'centred' also takes the mean from each square.",
+        "'centred' also takes the mean from each square; 'column' has a scale of its own for each column.",
     )
     recompute: bool | None = _option(
         None, "Compute the tokens x K product again in backward. None does so where it is larger than the input."
