@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pera import cli
+from pera import cli, evaluation
 from pera.recipe import load_recipe
 from pera.runs import Run
 from pera.tasks import ReasoningTask
@@ -212,6 +212,26 @@ def run(finished_run, tmp_path):
     """A copy of the finished run, to be written to."""
     shutil.copytree(finished_run.path, tmp_path / "run")
     return Run(tmp_path / "run")
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """``interrupt(n)`` ends an evaluation by KeyboardInterrupt at its n-th batch, once. The list that it returns gets
+    the number of prompts of each batch, that one included."""
+
+    def at(batch):
+        write, asked = evaluation._write, []
+
+        def interrupted(model, tokenizer, prompts, *rest):
+            asked.append(len(prompts))
+            if len(asked) == batch:
+                raise KeyboardInterrupt
+            return write(model, tokenizer, prompts, *rest)
+
+        monkeypatch.setattr(evaluation, "_write", interrupted)
+        return asked
+
+    return at
 
 
 @pytest.fixture

@@ -302,26 +302,15 @@ def test_a_restart_answers_only_what_is_missing(options_task, tokenizer, tmp_pat
     assert Journal(tmp_path / "kept.jsonl", {"a": 2}).found == {}
 
 
-def test_an_interrupted_evaluation_of_a_run_goes_on(run, monkeypatch):
-    from pera import evaluation
-
+def test_an_interrupted_evaluation_of_a_run_goes_on(run, interrupt):
     whole = evaluate_run(run)
     answers = (run.predictions / "adapter.jsonl").read_text()
-    write, asked = evaluation._write, []
-
-    def killed(model, tokenizer, prompts, *rest):
-        asked.append(len(prompts))
-        if len(asked) == 2:
-            raise Killed
-        return write(model, tokenizer, prompts, *rest)
-
-    monkeypatch.setattr(evaluation, "_write", killed)
-    with pytest.raises(Killed):
+    asked = interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
         evaluate_run(run)
     assert (run.predictions / "adapter.partial.jsonl").is_file()
-    asked.append(0)
     assert evaluate_run(run).correct == whole.correct
-    assert asked == [4, 4, 0, 4]
+    assert asked == [4, 4, 4]
     assert (run.predictions / "adapter.jsonl").read_text() == answers
     assert not (run.predictions / "adapter.partial.jsonl").exists()
 

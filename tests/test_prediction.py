@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from pera import evaluation
 from pera.evaluation import generate
 from pera.prediction import predict
 from pera.runs import open_model
@@ -42,18 +41,10 @@ def test_conversations_are_answered_and_csv_is_read(run, tmp_path):
     assert answers[0] == answers[1]
 
 
-def test_a_restart_answers_only_what_is_missing(run, tmp_path, monkeypatch):
+def test_a_restart_answers_only_what_is_missing(run, tmp_path, interrupt):
     source = write(tmp_path / "in.jsonl", PROMPTS)
     predict(run, source, tmp_path / "whole.jsonl", batch_size=2)
-    write_batch, asked = evaluation._write, []
-
-    def killed(model, tokenizer, prompts, *rest):
-        asked.append(len(prompts))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return write_batch(model, tokenizer, prompts, *rest)
-
-    monkeypatch.setattr(evaluation, "_write", killed)
+    asked = interrupt(3)
     with pytest.raises(KeyboardInterrupt):
         predict(run, source, tmp_path / "out.jsonl", batch_size=2)
     assert not (tmp_path / "out.jsonl").exists()
