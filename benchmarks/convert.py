@@ -1,8 +1,9 @@
-"""What conversions cost and keep: truncation beside a full SVD, folding beside PEFT's conversion, llama.cpp beside
-transformers.
+"""What conversions cost and keep: truncation beside a full SVD, folding beside PEFT's conversion, the export in plain
+PEFT beside the adapter, llama.cpp beside transformers.
 
     python benchmarks/convert.py truncation
     python benchmarks/convert.py folding RUN
+    python benchmarks/convert.py peft RUN [--problems 50]
     python benchmarks/convert.py llama.cpp RUN [--problems 200]
 
 Each measures both sides in one process and prints what docs/results/serving.md quotes. RUN is a run folder of the
@@ -15,6 +16,7 @@ import argparse
 import copy
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -100,6 +102,40 @@ def _relative_error(model: Any, state: dict[str, torch.Tensor]) -> float:
             found = state[key.replace("lora_A", "lora_B")].double() @ A.double()
             worst = max(worst, float((found - delta).norm() / delta.norm()))
     return worst
+
+
+ELSEWHERE = """
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, adapter, prompts, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+with torch.no_grad():
+    torch.save([model(input_ids=torch.tensor([ids])).logits[0] for ids in json.load(open(prompts))], out)
+assert "pera" not in sys.modules
+"""
+
+
+def in_plain_peft(run: Run, problems: int, folder: Path) -> dict[str, Any]:
+    """The logits of the exported LoRA in a process that never imports pera, beside those of the adapter."""
+    export(str(run.path), folder / "lora", to="lora")
+    model, tokenizer = open_model(run.location, "float32")
+    prompts = [encode_prompt(tokenizer, example.prompt) for example in run.recipe.build_task().test[:problems]]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    base = json.loads((folder / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    arguments = [base, folder / "lora", folder / "prompts.json", folder / "logits.pt"]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, arguments)], check=True)
+    found = torch.load(folder / "logits.pt")
+    with torch.no_grad():
+        ours = [model(input_ids=torch.tensor([ids])).logits[0] for ids in prompts]
+    return {
+        "problems": len(prompts),
+        "tokens": sum(map(len, prompts)),
+        "largest logit difference": max(float((a - b).abs().max()) for a, b in zip(ours, found, strict=True)),
+        "other top-1 tokens": sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(ours, found, strict=True)),
+    }
 
 
 def in_llama_cpp(run: Run, problems: int, folder: Path) -> dict[str, Any]:
@@ -189,9 +225,9 @@ def in_float32(source: Path, target: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["truncation", "folding", "llama.cpp"])
+    parser.add_argument("what", choices=["truncation", "folding", "peft", "llama.cpp"])
     parser.add_argument("run", nargs="?", type=Path)
-    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--problems", type=int, help="of the run's test rows; by default 50, in llama.cpp 200")
     chosen = parser.parse_args()
     if chosen.what != "truncation" and chosen.run is None:
         parser.error(f"{chosen.what} needs a run folder")
@@ -200,8 +236,9 @@ def main() -> None:
     elif chosen.what == "folding":
         found = folding(Run(chosen.run))
     else:
+        measure, problems = (in_plain_peft, 50) if chosen.what == "peft" else (in_llama_cpp, 200)
         with tempfile.TemporaryDirectory() as folder:
-            found = in_llama_cpp(Run(chosen.run), chosen.problems, Path(folder))
+            found = measure(Run(chosen.run), chosen.problems or problems, Path(folder))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(json.dumps({**found, "commit": commit, **environment()}, indent=2, ensure_ascii=False))
 

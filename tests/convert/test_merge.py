@@ -302,7 +302,7 @@ def test_several_gigabytes_are_merged_in_less_than_three_shards_of_memory(save_l
     del model, adapted
     shards = [file.stat().st_size for file in base.glob("*.safetensors")]
     done = json.loads(python(LARGE, tmp_path / "adapter", tmp_path / "merged").stdout.splitlines()[-1])
-    print(f"\\n{sum(shards) / 1e9:.1f} GB in {len(shards)} shards of at most {max(shards) / 1e9:.2f} GB: {done}")
+    print(f"\n{sum(shards) / 1e9:.1f} GB in {len(shards)} shards of at most {max(shards) / 1e9:.2f} GB: {done}")
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "merged")
     assert done["agree"]
