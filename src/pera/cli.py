@@ -293,6 +293,8 @@ def study_run(
     table.add_row("known to be left", f"{left} runs; the same command goes on" if left else "none")
     out.print(table)
     out.print(f"Next: pera study report {folder.path}")
+    if counts["failed"]:
+        raise typer.Exit(1)
 
 
 @study_app.command("report")

@@ -1,6 +1,7 @@
 """The page of a study: who wins, by how much, how sure; from run folders whose figures are made up."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,18 +13,18 @@ from pera.report.study import study_sections, write_study_report
 from pera.runs import Run
 from pera.study import load_study
 from pera.study.results import Results
-from pera.study.runner import StudyFolder
+from pera.study.runner import StudyFolder, all_trials
 
 STUDY = """
 base: quickstart
-settings: {model: tiny-llama, method: {target_modules: [q_proj, v_proj, down_proj]}}
+settings: {model: tiny-llama}
 grid:
   method: [lora, {name: lora, label: lora-again, seeds: [45, 46, 47]}, pera-rms-0.3]
   task: [{name: family_relationships, label: sst2}, {name: leg_counting, label: mrpc}]
   r: RANKS
 choose: {learning_rate: [1e-3, 2e-3, 4e-3], rows: 20}
 """
-GAIN = {"lora": 0.0, "lora-again": 0.0, "pera-rms-0.3": 0.12}
+GAIN = {"lora": 0.0, "lora-again": 0.0, "full": 0.0, "pera-rms-0.3": 0.12}
 
 
 def made_up(folder, study, adapters, stop=None):  # noqa: F811
@@ -84,7 +85,7 @@ def test_the_planted_difference_is_found_and_lora_does_not_differ_from_itself(fo
     assert first.startswith("pera-rms-0.3 is better than lora by +")
     assert second.startswith("lora-again against lora:")
     assert "no difference shown" in second
-    assert "n = 3 pairs of seeds, 2 tasks, 800 examples" in first
+    assert "n = 3 pairs of seeds, 800 examples of sst2, mrpc" in first
     assert "times the parameters, 1 times the training time." in first
 
 
@@ -98,6 +99,73 @@ def test_every_comparison_has_its_numbers(folder):
     ours, lora = (np.mean([s.value for s in results.scored(c)]) for c in (cell, results.cells[0]))
     assert float(by_task.rows[1][2]) == pytest.approx(100 * (ours - lora), abs=0.01)
     assert len(by_example.rows) == 4 * 3
+
+
+def damaged(folder, tmp_path):
+    """A copy of the folder of a study, to be written to."""
+    shutil.copytree(folder.path, tmp_path / "copy", symlinks=True)
+    return StudyFolder(tmp_path / "copy")
+
+
+def test_a_method_that_diverged_is_not_compared_by_its_lucky_seeds(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    write(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43" / "outcome.json", {"status": "diverged"})
+    _, second, third = items(copy, "summary", "text")
+    assert "pera-rms-0.3 is better than lora" in second
+    assert "400 examples of mrpc)" in second
+    assert third == "pera-rms-0.3, sst2: 1 reported runs diverged, so it is not compared there."
+    (table,) = items(copy, "scores", "table")
+    assert "(n = 2, 1 diverged)" in table.rows[2][2]
+
+
+def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    for seed in (42, 43, 44):
+        shutil.rmtree(copy.runs / f"mrpc-pera-rms-0.3-r3-report-lr0.002-seed{seed}")
+    first, second, *_ = items(copy, "summary", "text")
+    assert first.startswith("lora-again against lora")
+    assert "examples of sst2." in second.replace(")", "")
+    (picture,) = items(copy, "summary", "picture")
+    assert [row[0] for row in picture.table.rows] == ["lora-again", "pera-rms-0.3 (sst2)"]
+
+
+def test_rows_that_changed_between_two_runs_are_not_compared(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    file = Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42").predictions / "adapter.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="were scored on different rows"):
+        study_sections(Results(copy))
+
+
+def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
+    """LoRA has all of the 300 rows of one member right and none of the 100 of the other; PERA the other way round."""
+    copy = damaged(folder, tmp_path)
+    for trial in all_trials(copy.study, copy.outcomes(copy.study)):
+        if trial.phase == "report" and trial.cell.task.label == "sst2":
+            run, pera = copy.run(trial), trial.cell.method.name.startswith("pera")
+            rows = [
+                {"expected": "a", "output": "", "group": "large" if i < 300 else "small", "correct": pera == (i >= 300)}
+                for i in range(400)
+            ]
+            write(run.predictions / "adapter.jsonl", rows)
+            write(run.scores_file, {"adapter": {"metric": "mean accuracy", "value": 0.5}})
+    results = Results(copy)
+    (setting,) = results.settings
+    cell = next(c for c in results.cells if c.label == "sst2-pera-rms-0.3-r3")
+    assert results.difference(cell, setting).mean == pytest.approx(0)
+
+
+def test_a_method_without_a_rank_is_compared_in_each_setting(study_file, adapters, tmp_path):  # noqa: F811
+    overrides = ["grid.r=[2,3]", "grid.method=[full,lora]", "against=lora"]
+    results = Results(made_up(tmp_path / "full", load_study(str(study_file), overrides), adapters))
+    full = next(c for c in results.cells if c.label == "sst2-full")
+    labels = [results.reference(full, setting).label for setting in results.settings]
+    assert labels == ["sst2-lora-r2", "sst2-lora-r3"]
+    against_full = Results(
+        made_up(tmp_path / "full", load_study(str(study_file), [*overrides[:2], "against=full"]), adapters)
+    )
+    lora = next(c for c in against_full.cells if c.label == "sst2-lora-r3")
+    assert against_full.difference(lora, against_full.settings[1]) is not None
 
 
 def test_scores_stand_in_the_papers_arrangement_with_the_papers_own_below(folder):

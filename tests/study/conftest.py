@@ -9,7 +9,6 @@ STUDY = """
 base: {recipe}
 settings:
   training: {{max_steps: 6, save_steps: 2}}
-  method: {{target_modules: [q_proj, v_proj]}}
 grid:
   task: family_relationships
   method: [lora, pera-rms-0.3]

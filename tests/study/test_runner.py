@@ -168,6 +168,28 @@ def test_a_folder_of_another_study_is_not_gone_on_with(finished, study_file, tmp
         run_study(study_of(study_file, "training.batch_size=2"), StudyFolder(tmp_path / "copy"))
 
 
+def test_nor_where_its_runs_would_come_in_later(finished, study_file, tmp_path):
+    """The grid has neither of the old rates, and would be extended to one of them."""
+    shutil.copytree(finished.path, tmp_path / "copy")
+    grid = ["choose.learning_rate=[2.5e-4,5e-4]", "choose.extend=1", "training.batch_size=2"]
+    with pytest.raises(UserError, match=r"training\.batch_size differs from the one that .* was made with"):
+        run_study(study_of(study_file, *grid), StudyFolder(tmp_path / "copy"))
+
+
+def test_data_that_cannot_be_had_are_said_before_all_runs_fail(pera, refused, glue_recipe, tmp_path):
+    study = {
+        **{"base": str(glue_recipe), "grid": {"task": "sst2", "method": "lora"}, "report": {"seeds": [42]}},
+        "choose": {"learning_rate": [1e-3], "rows": 8},
+    }
+    (tmp_path / "glue.yaml").write_text(json.dumps(study))
+    wrong = ["study", "run", "glue.yaml", "training.epochs=1", "--output", "study"]
+    refused(*wrong, "data=/nowhere", words=["/nowhere"])
+    refused(*wrong, "choose.rows=64", words=["training.held_out=64 leaves nothing of the 64 rows"])
+    failed = pera(*wrong, "model=/gone/model")
+    assert (failed.code, "'/gone/model'" in failed.out) == (1, True)
+    assert pera(*wrong, "--retry").code == 0  # what failed is forgotten, its settings too
+
+
 def test_no_budget_starts_no_run(study_file, tmp_path):
     assert run_study(study_of(study_file), StudyFolder(tmp_path / "none"), budget=0) == {}
 
@@ -198,8 +220,9 @@ def test_a_failed_or_diverged_rate_is_not_the_best(study_file):
     study = study_of(study_file)
     (cell, *_) = study.cells()
     small, large = sorted((t for t in all_trials(study, {}) if t.cell == cell), key=lambda trial: trial.learning_rate)
-    outcomes = {small.name: Outcome("diverged"), large.name: Outcome("finished", loss=9.0)}
-    assert best_rate(study, cell, outcomes, [0.001, 0.03]) == 0.03
+    for lost in (Outcome("diverged"), Outcome("diverged", loss=0.1)):  # not finite, or merely exploded
+        outcomes = {small.name: lost, large.name: Outcome("finished", loss=9.0)}
+        assert best_rate(study, cell, outcomes, [0.001, 0.03]) == 0.03
     outcomes[large.name] = Outcome("failed", "no luck")
     assert best_rate(study, cell, outcomes, [0.001, 0.03]) is None
 

@@ -95,6 +95,16 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2, as in report"),
         ("against=dora", "against='dora' is no method of the grid"),
         ("report.seeds=[1,1]", "seeds=[1, 1] should differ"),
+        ("report.seeds=[-1]", "report.seeds.0=-1: input should be greater than or equal to 0"),
+        ("choose.seeds=[1,1]", "choose.seeds=[1, 1] should differ"),
+        ("grid.method=[{name: lora, seeds: [1, 1]}]", "grid.method lora: seeds=[1, 1] should differ"),
+        ("task=leg_counting", "settings.task='leg_counting' is the study's own to set: name tasks in grid.task"),
+        ("task.name=leg_counting", "settings.task.name is the study's own to set"),
+        ("method.r=16", "settings.method.r is the study's own to set: give options to a method, in grid.method"),
+        ("training.learning_rate=1e-3", "settings.training.learning_rate is the study's own to set: rates stand in"),
+        ("training.seed=1", "settings.training.seed is the study's own to set"),
+        ("training.train_share=0.5", "shares of the data stand in grid.train_share"),
+        ("grid.task=[{name: leg_counting, training: {held_out: 3}}]", "grid.task leg_counting.training.held_out is"),
         ("training.batch_sise=3", "training.batch_sise is not a key of a recipe; did you mean 'batch_size'?"),
     ],
 )
@@ -124,4 +134,5 @@ def test_the_command_plans_runs_and_reports(pera, study_file, tmp_path):
 
 def test_the_command_refuses_in_one_sentence(refused, study_file):
     refused("study", "run", study_file, "against=dora", words=["against='dora'", "lora"])
+    refused("study", "report", "nowhere", "--output", "a.md", words=["--output='a.md' should end in .html"])
     refused("study", "report", "nowhere", words=["'nowhere' is not the folder of a study"])

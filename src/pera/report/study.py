@@ -22,7 +22,7 @@ from pera.report.words import ABSENT, count, duration, number, percent, points, 
 from pera.study.results import Results, Setting
 from pera.study.runner import StudyFolder
 from pera.study.spec import Cell
-from pera.study.statistics import Difference
+from pera.study.statistics import LEAST_SEEDS, Difference, average
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,11 @@ def write_study_report(folder: StudyFolder, file: Path) -> list[Path]:
         The page and the Markdown file.
 
     Raises:
-        UserError: there is no study, no run of it has ended, or an optional package is missing.
+        UserError: the file is not to be an HTML file, there is no study, no run of it has ended, or an optional package
+            is missing.
     """
+    if file.suffix not in (".html", ".htm"):
+        raise UserError(f"--output={str(file)!r} should end in .html; the Markdown goes beside it.")
     results = Results(folder)
     if not results.outcomes:
         raise UserError(f"{str(folder.path)!r} has no run that has ended; go on with: pera study run {folder.path}")
@@ -91,17 +94,26 @@ def study_sections(results: Results) -> list[Section]:
 def _summary(results: Results) -> list[Item]:
     study, items = results.study, []
     for setting in results.settings:
-        gains = _gains(results, setting)
-        p = results.adjusted(gains)
         if len(results.settings) > 1:
             items.append(Item("heading", _setting(setting)))
-        if not gains:
+        by_task = {m.label: found for m in study.grid.method if (found := results.gains(m.label, setting))}
+        if by_task:
+            most = max(map(len, by_task.values()))
+            gains = {method: average(list(found.values())) for method, found in by_task.items()}
+            p = results.adjusted(gains)
+            for method, gain in sorted(gains.items(), key=study_plots.by_tasks_and_gain):
+                said = _sentence(method, gain, list(by_task[method]), p[method], study.reference)
+                items.append(Item("text", f"{said} {_price(results, method, setting)}".rstrip()))
+            names = {m: m if gains[m].tasks == most else f"{m} ({', '.join(by_task[m])})" for m in gains}
+            shown = {names[m]: gain for m, gain in gains.items()}
+            items.append(Item("picture", study_plots.forest(shown, {names[m]: p[m] for m in p}, study.reference)))
+        else:
             items.append(Item("text", f"No method can be compared with {study.reference} yet; seeds are lacking."))
-            continue
-        for method, gain in sorted(gains.items(), key=lambda pair: -pair[1].mean):
-            said = _sentence(method, gain, p[method], study.reference)
-            items.append(Item("text", f"{said} {_price(results, method, setting)}".rstrip()))
-        items.append(Item("picture", study_plots.forest(gains, p, study.reference)))
+        items += [
+            Item("text", f"{c.method.label}, {c.task.label}: {n} reported runs diverged, so it is not compared there.")
+            for c in results.cells_of(setting)
+            if (n := results.diverged(c))
+        ]
     ended, left = len(results.outcomes), len(results.folder.left(results.study))
     lost = len(results.lost())
     items.append(
@@ -110,11 +122,12 @@ def _summary(results: Results) -> list[Item]:
     return items
 
 
-def _sentence(method: str, gain: Difference, p: float, reference: str) -> str:
-    tasks = "1 task" if gain.tasks == 1 else f"{gain.tasks} tasks"
-    n = f"n = {gain.seeds} pair{'s' if gain.seeds > 1 else ''} of seeds, {tasks}, {count(gain.examples)} examples"
+def _sentence(method: str, gain: Difference, tasks: list[str], p: float, reference: str) -> str:
+    pairs = f"{gain.seeds} pair{'s' if gain.seeds > 1 else ''} of seeds"
+    n = f"n = {pairs}, {count(gain.examples)} examples of {', '.join(tasks)}"
     if math.isnan(gain.p):
-        return f"{method} against {reference}: {points(gain.mean)} ({n}); with one seed nothing is decided."
+        few = f"with fewer than {LEAST_SEEDS} pairs of seeds nothing is decided"
+        return f"{method} against {reference}: {points(gain.mean)} ({n}); {few}."
     said = {"better": "is better than", "worse": "is worse than"}.get(gain.verdict(p), "")
     interval = f"95 % interval {points(gain.low)} to {points(gain.high)}; adjusted p = {number(p, 2)}; {n}"
     if said:
@@ -125,7 +138,8 @@ def _sentence(method: str, gain: Difference, p: float, reference: str) -> str:
 def _price(results: Results, method: str, setting: Setting) -> str:
     """Parameters and training time beside those of the reference, on the tasks that both were scored on."""
     cells = [c for c in results.cells_of(setting) if c.method.label == method and results.mean(c).n]
-    pairs = [(results.costs(c), results.costs(r)) for c in cells if (r := results.reference(c)) and results.mean(r).n]
+    beside = [(c, r) for c in cells if (r := results.reference(c, setting)) is not None and results.mean(r).n]
+    pairs = [(results.costs(cell), results.costs(reference)) for cell, reference in beside]
     sizes = [(a[0], b[0]) for a, b in pairs if a[0] and b[0]]
     times = [(a[1], b[1]) for a, b in pairs if a[1] and b[1]]
     said = [f"{sizes[0][0] / sizes[0][1]:.3g} times the parameters"] if sizes else []
@@ -144,12 +158,12 @@ def _scores(results: Results) -> list[Item]:
         for method in results.study.grid.method:
             cells = {c.task.label: c for c in results.cells_of(setting) if c.method.label == method.label}
             means = {task: results.mean(cell) for task, cell in cells.items()}
-            if not any(mean.n for mean in means.values()):
+            if not any(mean.n or results.diverged(cells[task]) for task, mean in means.items()):
                 continue
             size_ = next((results.costs(c)[0] for c in cells.values() if means[c.task.label].n), None)
             whole = all(task in means and means[task].n for task in tasks)
             average = percent(fmean(means[task].mean for task in tasks)) if whole else ABSENT
-            cells_ = [_mean(means[task]) if task in means else ABSENT for task in tasks]
+            cells_ = [_mean(means[t], results.diverged(cells[t])) if t in means else ABSENT for t in tasks]
             rows.append([method.label, count(size_), *cells_, average])
         marked = frozenset(range(len(rows), len(rows) + len(published)))
         for row in published:
@@ -177,7 +191,7 @@ def _scores(results: Results) -> list[Item]:
 def _differences(results: Results) -> list[Item]:
     items = []
     for setting in results.settings:
-        found = {c: d for c in results.cells_of(setting) if (d := results.difference(c)) is not None}
+        found = {c: d for c in results.cells_of(setting) if (d := results.difference(c, setting)) is not None}
         p = results.adjusted(found)
         rows = []
         for cell, d in found.items():
@@ -192,7 +206,7 @@ def _differences(results: Results) -> list[Item]:
         items.append(Item("table", Table(head, rows), "Differences by task"))
         discordant = []
         for cell in found:
-            for i, (gained, lost, by_example) in enumerate(results.by_example(cell), 1):
+            for i, (gained, lost, by_example) in enumerate(results.by_example(cell, setting), 1):
                 discordant.append([cell.method.label, cell.task.label, str(i), str(gained), str(lost),
                                    count(found[cell].examples), number(by_example, 2)])  # fmt: skip
         if discordant:
@@ -202,8 +216,10 @@ def _differences(results: Results) -> list[Item]:
     note = (
         "Gains in points (hundredths). Interval and p count two sources of chance, seeds and examples "
         "(variance over the pairs of seeds plus that over the examples, Welch–Satterthwaite degrees of freedom, "
-        "Student's t), and p is adjusted for the number of comparisons in a table (Benjamini–Hochberg). McNemar's test "
-        "asks whether two trained models differ; two trainings of one method with other seeds do that too."
+        f"Student's t), from {LEAST_SEEDS} pairs of seeds on. They are for the rates that were chosen; what chance "
+        "there was in the choice is not in them. p is adjusted for the number of comparisons in a table "
+        "(Benjamini–Hochberg). McNemar's test asks whether two trained models differ; two trainings of one method with "
+        "other seeds do that too."
     )
     return [*items, Item("note", note)] if items else []
 
@@ -412,11 +428,6 @@ def _protocol(results: Results) -> list[Item]:
     ]
 
 
-def _gains(results: Results, setting: Setting) -> dict[str, Difference]:
-    labels = [method.label for method in results.study.grid.method]
-    return {label: gain for label in labels if (gain := results.over_tasks(label, setting)) is not None}
-
-
 def _over_tasks(results: Results, cells: list[Cell]) -> float:
     means = [results.mean(cell).mean for cell in cells if results.mean(cell).n]
     return fmean(means) if means and len(means) == len(cells) else math.nan
@@ -428,11 +439,12 @@ def _setting(setting: Setting) -> str:
     return ", ".join(filter(None, parts)) or "all"
 
 
-def _mean(mean: Any) -> str:
+def _mean(mean: Any, diverged: int) -> str:
+    lost = f"{diverged} diverged" if diverged else ""
     if not mean.n:
-        return ABSENT
+        return lost or ABSENT
     spread = "" if math.isnan(mean.deviation) else f" ± {100 * mean.deviation:.1f}"
-    return f"{100 * mean.mean:.1f}{spread} (n = {mean.n})"
+    return f"{100 * mean.mean:.1f}{spread} (n = {mean.n}{f', {lost}' if lost else ''})"
 
 
 def _markdown(title: str, sections: list[Section], pictures: Path) -> str:

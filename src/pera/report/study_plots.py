@@ -28,9 +28,15 @@ PAPER = COLORS[3]
 """The colour of the paper's figures."""
 
 
+def by_tasks_and_gain(item: tuple[str, Difference]) -> tuple[int, float]:
+    """The order of methods: those of most tasks first, then the largest gain, since gains over other tasks do not
+    compare."""
+    return -item[1].tasks, -item[1].mean
+
+
 def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: str) -> Picture:
     """The gain of each method over the reference, with its interval."""
-    ordered = sorted(gains.items(), key=lambda pair: -pair[1].mean)
+    ordered = sorted(gains.items(), key=by_tasks_and_gain)
     with style():
         figure, axes = new_figure(0.8 + 0.25 * len(ordered))
         for i, (label, gain) in enumerate(ordered):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from pera.diagnose import LayerDiagnosis, diagnose_adapter
+from pera.errors import UserError
 from pera.files import read_json
 from pera.runs import Run
 from pera.study.runner import Outcome, StudyFolder, choose_trials, rate_losses, report_trials
@@ -23,7 +25,6 @@ from pera.study.statistics import (
     Difference,
     Mean,
     adjusted,
-    average,
     compare,
     describe,
     matthews,
@@ -53,6 +54,8 @@ class Scored:
     expected: Array
     predicted: Array
     """For a metric that is a mean, 1 where the answer is right and ``expected`` is 1 throughout."""
+    weights: Array
+    """Of the examples, 1 on average: equal, but for a mix, of which each member weighs the same."""
 
 
 class Results:
@@ -66,8 +69,11 @@ class Results:
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """The settings in which methods are compared."""
-        return list(dict.fromkeys(cell.setting[1:] for cell in self.cells if cell.r is not None)) or [(None, None, 1.0)]
+        """The settings in which methods are compared. A method without a rank stands in all of its share of the data,
+        and in one of its own where there is no other."""
+        ranked = list(dict.fromkeys(cell.setting[1:] for cell in self.cells if cell.r is not None))
+        shares = {setting[2] for setting in ranked}
+        return ranked + list(dict.fromkeys(c.setting[1:] for c in self.cells if c.train_share not in shares))
 
     def cells_of(self, setting: Setting) -> list[Cell]:
         """The cells of a setting; a method without a rank belongs to all of one share of the data."""
@@ -101,7 +107,7 @@ class Results:
         """The reported runs of a cell that were scored, in the order of the seeds."""
         if cell not in self._scored:
             trials = report_trials(self.study, cell, self.outcomes)
-            ended = [trial for trial in trials if trial.name in self.outcomes]
+            ended = [t for t in trials if t.name in self.outcomes and self.outcomes[t.name].status == "finished"]
             self._scored[cell] = [x for trial in ended if (x := _scored(trial, self.folder.run(trial))) is not None]
         return self._scored[cell]
 
@@ -117,31 +123,36 @@ class Results:
         """Score of a cell over its seeds."""
         return describe([scored.value for scored in self.scored(cell)])
 
-    def difference(self, cell: Cell) -> Difference | None:
-        """What a cell gains over the reference method in its setting, over the seeds that both have; None if there is
-        nothing to compare."""
-        reference = self.reference(cell)
-        if reference is None or reference == cell:
-            return None
-        pairs = self._pairs(cell, reference)
+    def diverged(self, cell: Cell) -> int:
+        """How many of its reported runs diverged."""
+        trials = report_trials(self.study, cell, self.outcomes)
+        return sum(t.name in self.outcomes and self.outcomes[t.name].status == "diverged" for t in trials)
+
+    def difference(self, cell: Cell, setting: Setting) -> Difference | None:
+        """What a cell gains over the reference method in a setting, over the seeds that both have. None if there is
+        nothing to compare, or a run of either diverged: what is left would be the lucky seeds.
+
+        Raises:
+            UserError: two runs were scored on different rows.
+        """
+        pairs = self._pairs(cell, setting)
         if not pairs:
             return None
         metric = _METRICS.get(pairs[0][0].metric)
-        a, b = (np.stack([pair[i].predicted for pair in pairs]) for i in (0, 1))
+        a, b = (np.stack([pair[i].weights * pair[i].predicted for pair in pairs]) for i in (0, 1))
         return compare(a, b, pairs[0][0].expected if metric else None, metric)
 
-    def by_example(self, cell: Cell) -> list[tuple[int, int, float]]:
+    def by_example(self, cell: Cell, setting: Setting) -> list[tuple[int, int, float]]:
         """McNemar's test against the reference for each pair of runs, where answers are right or wrong."""
-        reference = self.reference(cell)
-        if reference is None or reference == cell:
-            return []
-        return [mcnemar(a.predicted, b.predicted) for a, b in self._pairs(cell, reference) if a.metric not in _METRICS]
+        pairs = self._pairs(cell, setting)
+        return [mcnemar(a.predicted, b.predicted) for a, b in pairs if a.metric not in _METRICS]
 
-    def over_tasks(self, method: str, setting: Setting) -> Difference | None:
-        """The mean gain of a method over the reference on the tasks that both have; None if there are none."""
+    def gains(self, method: str, setting: Setting) -> dict[str, Difference]:
+        """The gain of a method over the reference by task: on the tasks where seeds suffice, else on all that both
+        have."""
         cells = [cell for cell in self.cells_of(setting) if cell.method.label == method]
-        found = [d for cell in cells if (d := self.difference(cell)) is not None]
-        return average(found) if found else None
+        found = {c.task.label: d for c in cells if (d := self.difference(c, setting)) is not None}
+        return {task: d for task, d in found.items() if not math.isnan(d.p)} or found
 
     def adjusted(self, differences: dict[Any, Difference]) -> dict[Any, float]:
         """The p of a family of comparisons, adjusted for their number."""
@@ -178,24 +189,31 @@ class Results:
         shared = [{line["step"]: line["loss"] for line in curve} for curve in curves]
         return steps, [fmean(curve.get(step, math.nan) for curve in shared) for step in steps]
 
-    def reference(self, cell: Cell) -> Cell | None:
-        """The cell of the reference method in the same setting."""
+    def reference(self, cell: Cell, setting: Setting) -> Cell | None:
+        """The cell of the reference method in a setting, which ``cell`` belongs to."""
         label = self.study.reference
-        found = [c for c in self.cells if c.method.label == label and c.task == cell.task]
-        same = [c for c in found if c.setting == cell.setting]
-        return next(
-            iter(same or ([c for c in found if c.train_share == cell.train_share] if cell.r is None else [])), None
-        )
+        return next((c for c in self.cells_of(setting) if c.method.label == label and c.task == cell.task), None)
 
-    def _pairs(self, a: Cell, b: Cell) -> list[tuple[Scored, Scored]]:
-        """Runs of equal place in the lists of seeds, as far as both were scored."""
+    def _pairs(self, cell: Cell, setting: Setting) -> list[tuple[Scored, Scored]]:
+        """Runs of a cell and of the reference that have an equal place in the lists of seeds, as far as both were
+        scored; none where one diverged."""
+        reference = self.reference(cell, setting)
+        if reference is None or reference == cell or self.diverged(cell) or self.diverged(reference):
+            return []
 
         def by_place(cell: Cell) -> dict[int, Scored]:
             seeds = cell.method.seeds or self.study.report.seeds
             return {seeds.index(scored.trial.seed): scored for scored in self.scored(cell)}
 
-        x, y = by_place(a), by_place(b)
-        return [(x[i], y[i]) for i in sorted(x.keys() & y.keys())]
+        x, y = by_place(cell), by_place(reference)
+        pairs = [(x[i], y[i]) for i in sorted(x.keys() & y.keys())]
+        for scored in (scored for pair in pairs for scored in pair):
+            if not np.array_equal(scored.expected, pairs[0][0].expected):
+                raise UserError(
+                    f"study: {str(scored.run.path)!r} and {str(pairs[0][0].run.path)!r} were scored on different rows; "
+                    "the data changed in between, so one of them has to be run again."
+                )
+        return pairs
 
 
 def adapter_size(run: Run) -> int:
@@ -224,4 +242,6 @@ def _scored(trial: Trial, run: Run) -> Scored | None:
     else:
         pairs = [(1.0, float(bool(row["correct"]))) for row in rows]
     expected, predicted = (np.array(column) for column in zip(*pairs, strict=True))
-    return Scored(trial, run, score["value"], metric, expected, predicted)
+    members = Counter(row["group"] for row in rows if metric == "mean accuracy")
+    weights = [len(rows) / (len(members) * members[row["group"]]) if members else 1.0 for row in rows]
+    return Scored(trial, run, score["value"], metric, expected, predicted, np.array(weights))

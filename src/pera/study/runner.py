@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from filelock import FileLock, Timeout
@@ -25,7 +26,7 @@ from pera.evaluation import evaluate_run
 from pera.files import disk_errors, read_json, write_atomic, write_json
 from pera.recipe import difference
 from pera.runs import Run
-from pera.study.spec import Cell, Study, Trial, load_study
+from pera.study.spec import Cell, Phase, Study, Trial, load_study
 from pera.training import LossNotFinite, train
 from pera.tuner import PeraConfig
 
@@ -87,19 +88,29 @@ class StudyFolder:
         Raises:
             UserError: a run in the folder was made with other settings, or the disk refuses.
         """
-        for trial in all_trials(study, self.outcomes(study)):
-            run = self.run(trial)
-            if run.recipe_file.is_file() and (changed := difference(run.recipe, trial.recipe())) is not None:
+        for trial in self._made(study):
+            run, outcome = self.run(trial), self.outcome(trial)
+            if retry and outcome is not None and outcome.status == "failed":
+                shutil.rmtree(run.path)
+            elif run.recipe_file.is_file() and (changed := difference(run.recipe, trial.recipe())) is not None:
                 raise UserError(
                     f"study: {changed} differs from the one that {str(run.path)!r} was made with; "
                     "undo the change, or give another folder with --output."
                 )
-            if retry and (outcome := self.outcome(trial)) is not None and outcome.status == "failed":
-                shutil.rmtree(run.path)
         with disk_errors(self.path):
             for folder in (self.runs, self.locks):
                 folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.study_file, study.to_yaml())
+
+    def _made(self, study: Study) -> list[Trial]:
+        """The trials that have a run folder, those included whose turn has not come in ``study``."""
+        cells, found = {cell.label: cell for cell in study.cells()}, []
+        for folder in sorted(self.runs.glob("*")):
+            parts = re.fullmatch(r"(.+)-(choose|report)-lr(.+)-seed(\d+)", folder.name)
+            if parts is not None and (cell := cells.get(parts[1])) is not None:
+                phase: Phase = "choose" if parts[2] == "choose" else "report"
+                found.append(Trial(study, cell, phase, float(parts[3]), int(parts[4])))
+        return found
 
     def outcomes(self, study: Study) -> dict[str, Outcome]:
         """The outcomes of the trials that have ended, by name."""
@@ -175,7 +186,7 @@ def rate_losses(study: Study, cell: Cell, outcomes: Mapping[str, Outcome], rates
         outcome = outcomes.get(Trial(study, cell, "choose", rate, seed).name)
         if outcome is None or outcome.status == "failed":
             return math.nan
-        return math.inf if outcome.loss is None else outcome.loss
+        return math.inf if outcome.status == "diverged" or outcome.loss is None else outcome.loss
 
     return {rate: fmean(loss(rate, seed) for seed in study.choose.seeds) for rate in rates}
 
@@ -209,8 +220,9 @@ def run_study(
         The outcomes by name of trial.
 
     Raises:
-        UserError: as :meth:`StudyFolder.prepare`, or a worker was killed.
+        UserError: as :meth:`StudyFolder.prepare`, a task has no data as it is said, or a worker was killed.
     """
+    _check_data(study)
     folder.prepare(study, retry=retry)
     deadline = math.inf if budget is None else time.time() + 3600 * budget
     if workers == 1:
@@ -233,6 +245,13 @@ def run_study(
     if codes := [process.exitcode for process in processes if process.exitcode]:
         raise UserError(f"study: {len(codes)} of {workers} workers ended early (exit code {codes[0]}); start it again.")
     return folder.outcomes(study)
+
+
+def _check_data(study: Study) -> None:
+    """Raise UserError where the data of a run cannot be had, before all runs fail of it."""
+    for cell in {(cell.task.label, cell.train_share): cell for cell in study.cells()}.values():
+        for phase in get_args(Phase):
+            Trial(study, cell, phase, study.choose.learning_rate[0], 0).recipe().build_task()
 
 
 def work(

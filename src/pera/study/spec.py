@@ -16,8 +16,36 @@ from pera.errors import UserError, nearest
 from pera.recipe import Recipe, Section, apply_override, load_recipe, parse, read_yaml
 
 Phase = Literal["choose", "report"]
+Seed = Annotated[int, Field(ge=0)]
 
 _TRAINING = ("lr_ratio", "weight_decay")  # what a method of a study may set beside its own options
+
+
+_OWN = {
+    "name": "a run is named by its place in the study; leave it out",
+    "method": "give options to a method, in grid.method",
+    "task.name": "name tasks in grid.task",
+    "training.learning_rate": "rates stand in choose.learning_rate",
+    "training.seed": "seeds stand in choose.seeds and report.seeds",
+    "training.train_share": "shares of the data stand in grid.train_share",
+    "training.held_out": "the number of rows stands in choose.rows",
+}
+"""What a study sets in its recipes by itself, and where it is said."""
+
+
+def _check_settings(key: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError for settings that the study would override, or that would override it."""
+    if isinstance(settings.get("task"), str):
+        raise ValueError(f"{key}.task={settings['task']!r} is the study's own to set: {_OWN['task.name']}")
+    for name, _ in _flat(settings):
+        for own, where in _OWN.items():
+            if name == own or name.startswith(f"{own}."):
+                raise ValueError(f"{key}.{name} is the study's own to set: {where}")
+
+
+def _check_differ(key: str, seeds: list[int]) -> None:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{key}={seeds} should differ")
 
 
 def _check_label(key: str, label: Any) -> None:
@@ -58,7 +86,7 @@ class StudyMethod(_Named):
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field([])
     """Rates to choose from for this method; by default those of ``choose``."""
-    seeds: list[int] = Field([])
+    seeds: list[Seed] = Field([])
     """Seeds to report with, paired in order with the others'; by default those of ``report``. LoRA against LoRA with
     other seeds shows what the study takes for a difference where there is none."""
 
@@ -99,7 +127,7 @@ class Choose(Section):
     """How the learning rate of each method is chosen: by the loss on training rows that are held out."""
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    seeds: list[int] = Field([1], min_length=1)
+    seeds: list[Seed] = Field([1], min_length=1)
     rows: int = Field(500, ge=1)
     """Training rows held out; not trained on in this phase."""
     extend: int = Field(0, ge=0)
@@ -109,12 +137,11 @@ class Choose(Section):
 class Reporting(Section):
     """What is trained with the chosen rate, on all training rows, and scored on the test rows."""
 
-    seeds: list[int] = Field([42, 43, 44], min_length=1)
+    seeds: list[Seed] = Field([42, 43, 44], min_length=1)
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Reporting:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds} should differ")
+        _check_differ("seeds", self.seeds)
         return self
 
 
@@ -141,6 +168,11 @@ class Study(Section):
         for method in self.grid.method:
             if method.seeds and len(method.seeds) != seeds:
                 raise ValueError(f"grid.method {method.label}: seeds={method.seeds} should be {seeds}, as in report")
+            _check_differ(f"grid.method {method.label}: seeds", method.seeds)
+        _check_differ("choose.seeds", self.choose.seeds)
+        _check_settings("settings", self.settings)
+        for task in self.grid.task:
+            _check_settings(f"grid.task {task.label}", task.more)
         for cell in self.cells():
             Trial(self, cell, "report", 1e-3, 0).recipe()
         return self

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 RESAMPLES = 999
 LEVEL = 0.95
+LEAST_SEEDS = 3
+"""With fewer pairs of seeds nothing is decided: two give too poor an idea of how much seeds matter."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Difference:
     low: float
     high: float
     p: float
-    """That a difference as large comes from chance alone, two-sided; NaN with fewer than two pairs of seeds."""
+    """That a difference as large comes from chance alone, two-sided; NaN with fewer than three pairs of seeds."""
     seeds: int
     examples: int
     tasks: int = 1
@@ -82,7 +84,7 @@ def compare(
     V₁ = var(d_s) / S for the differences d_s of the S pairs of runs, and over examples, V₂, that of the mean over the
     seeds: var / E for a mean over E examples, else from resampled examples (bootstrap). Their sum is the variance of D,
     a little too large, since what is left of the noise is in both; the degrees of freedom are those of Welch and
-    Satterthwaite.
+    Satterthwaite, a little too many where three seeds by chance agree.
 
     Args:
         a, b: (S, E), one row for each seed, paired; the score of each example, or, with a ``metric``, what was
@@ -177,11 +179,12 @@ def _difference(mean: float, parts: list[tuple[float, float]], seeds: int, examp
     if math.isnan(variance):
         return Difference(mean, math.nan, math.nan, math.nan, seeds, examples, tasks)
     if variance == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, seeds, examples, tasks, 0.0, math.inf)
+        p = math.nan if seeds < LEAST_SEEDS else float(mean == 0)
+        return Difference(mean, mean, mean, p, seeds, examples, tasks, 0.0, math.inf)
     freedom = variance**2 / sum(part**2 / f for part, f in parts if part)
     error = math.sqrt(variance)
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
+    p = 2 * float(stats.t.sf(abs(mean) / error, freedom)) if seeds >= LEAST_SEEDS else math.nan
     return Difference(mean, mean - half, mean + half, p, seeds, examples, tasks, error, freedom)
 
 
