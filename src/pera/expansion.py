@@ -136,7 +136,8 @@ def expansion(
     check(X, h, terms, normalization)
     (r, d), weight = X.shape, _weight(h, X, terms, _divisors(X, terms, normalization), scaling)
     if (kernels := _kernels(X, normalization)) is not None:
-        return kernels.expansion(X, weight, pairs(r, terms), scaling, dtype)
+        with torch.cuda.device_of(X):  # Triton launches on the current device
+            return kernels.expansion(X, weight, pairs(r, terms), scaling, dtype)
     result = X.new_empty(expanded_rank(r, terms), d, dtype=dtype)
     torch.mul(X, scaling, out=result[:r])
     products, rounded = result[r:], dtype != X.dtype
@@ -191,7 +192,8 @@ def fold_back(
     weight = _weight(h, X, terms, divisor, scaling)
     need_inner = len(grad) > r and (need_h or (divisor is not None and shares is None))
     if (kernels := _kernels(X, normalization)) is not None:
-        grad_X, inner = kernels.fold_back(grad, X, weight, pairs(r, terms), scaling, need_inner)
+        with torch.cuda.device_of(X):
+            grad_X, inner = kernels.fold_back(grad, X, weight, pairs(r, terms), scaling, need_inner)
     else:
         grad_X, inner = _fold_back(grad, X, weight, terms, normalization, scaling, need_inner)
     if divisor is not None and len(grad) > r:

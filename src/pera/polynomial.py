@@ -15,7 +15,8 @@ of rank K whose factors are polynomials of B and A.
 
 ``terms`` says which products take part ("square", "cross", "all", "none"; the last is LoRA).
 ``normalization`` is "none" (ρ = 1, as published) or "rms" (ρ = root mean square of the factor),
-which gives a product the scale of one factor, so that ΔW scales with A and with B as LoRA's does.
+which gives a product the scale of one factor, so that ΔW scales with A and with B as LoRA's does. Columns of A, and
+rows of B, that are all zero, such as those of tokens that were never seen, do not count in ρ.
 "centred" is "rms" with squares less their mean over the row (column), (a_i ⊙ a_i − mean(a_i ⊙ a_i))/ρ_A: the squares
 of different rows then have no large constant part in common. "column" divides by the geometric mean of the root mean
 squares of the two columns (rows) alone, so that a small one is not drowned by the others.
@@ -81,9 +82,20 @@ def fixed_coefficients(
 
 
 def rms(X: Tensor) -> Tensor:
-    """ρ(X) = sqrt(mean(X²) + ε²) over all entries of a matrix, ε = 1e-12. A scalar, float32 or better."""
+    """ρ(X) = sqrt(mean(X²) + ε²) over the entries of a factor ``(..., r, d)`` in columns that are not all zero,
+    ε = 1e-12; of each row, ``(..., r)``, by :func:`rms_of_rows`. A scalar ``(...,)``, float32 or better."""
+    return rms_of_rows(X).square().mean(-1).sqrt()
+
+
+def rms_of_rows(X: Tensor) -> Tensor:
+    """ρ(x_i) = sqrt(mean(x_i²) + ε²) over the columns of ``X`` that are not all zero, ``(..., r)``."""
     X = working(X)
-    return (X.square().mean((-2, -1)) + EPSILON**2).sqrt()
+    return (X.square().sum(-1) / used_columns(X).unsqueeze(-1) + EPSILON**2).sqrt()
+
+
+def used_columns(X: Tensor) -> Tensor:
+    """How many columns of ``(..., r, d)`` are not all zero, at least 1."""
+    return X.ne(0).any(-2).sum(-1).clamp(min=1)
 
 
 def divisors(X: Tensor, terms: Terms, normalization: Normalization) -> Tensor | None:
@@ -93,7 +105,7 @@ def divisors(X: Tensor, terms: Terms, normalization: Normalization) -> Tensor | 
         return None
     if normalization != "column":
         return rms(X).unsqueeze(-1)
-    rho = rms(X.unsqueeze(-2))
+    rho = rms_of_rows(X)
     products = [rho[..., left] * rho[..., right] for left, right in _blocks(X.shape[-2], terms)]
     return torch.cat([rho[..., :0], *products], -1).sqrt()
 
@@ -103,8 +115,8 @@ def through_divisors(
 ) -> Tensor:
     r"""How much of x_i its gradient loses by way of the :func:`divisors`.
 
-    With s_kl = ⟨G_kl, row kl of the expansion⟩ this is \frac{\sum_{kl} s_{kl}}{N ρ^2}, for "column"
-    \frac{\sum_j s_{ij}}{2 d ρ(x_i)^2} with a square counted twice.
+    With s_kl = ⟨G_kl, row kl of the expansion⟩ and d the :func:`used_columns` this is \frac{\sum_{kl} s_{kl}}{r d ρ^2},
+    for "column" \frac{\sum_j s_{ij}}{2 d ρ(x_i)^2} with a square counted twice.
 
     Args:
         X: factor, ``(r, d)``.
@@ -115,11 +127,12 @@ def through_divisors(
     Returns:
         One number for all rows, or a column ``(r, 1)``.
     """
+    shares, d = shares.to(X.dtype), used_columns(X)
     if normalization != "column":
-        return shares.sum() / (X.numel() * rms(X).square())
+        return shares.sum() / (len(X) * d * rms(X).square())
     left, right = torch.as_tensor(pairs, device=X.device).unbind(1)
     of_rows = X.new_zeros(len(X)).index_add(0, left, shares).index_add(0, right, shares)
-    return (of_rows / (2 * X.shape[1] * rms(X.unsqueeze(-2)).square())).unsqueeze(1)
+    return (of_rows / (2 * d * rms_of_rows(X).square())).unsqueeze(1)
 
 
 def expand(
@@ -168,8 +181,9 @@ def expand_vjp(
         ∂x_i = G_i + \sum_j \frac{h_{ij}}{ρ} G_{ij} ⊙ x_j \;(\text{twice for } j = i)
                - \frac{\sum_{kl} h_{kl} c_{kl}}{N ρ^2} x_i
 
-    where N is the number of entries of X; the last term is that of :func:`through_divisors`. For "centred", G_ii is
-    less its own mean over the row. Written in differentiable operations, so that it can be differentiated again.
+    where N is the number of entries that count in ρ; the last term is that of :func:`through_divisors`. For
+    "centred", G_ii is less its own mean over the row. Written in differentiable operations, so that it can be
+    differentiated again.
 
     Args:
         grad: gradient of the expansion, ``(K, d)``.

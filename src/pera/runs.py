@@ -348,8 +348,11 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         empty = any(weight.is_meta for weight in base.parameters())  # the adapter's weights are there all the same
         model = PeftModel.from_pretrained(base, str(folder), config=config, low_cpu_mem_usage=empty)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{str(folder)!r} was trained on another base model: {reason}") from error
+        first, *others = " ".join(str(error).split()).split(" size mismatch for ")
+        reason = " size mismatch for ".join([first, *others[:1]]) + (
+            f" ({len(others)} such)" if len(others) > 1 else ""
+        )
+        raise UserError(f"{str(folder)!r} does not fit its base model or its own configuration: {reason}") from error
     expected = get_peft_model_state_dict(model)
     for key in sorted(expected.keys() ^ weights.keys()):
         if ".base_layer." in key:  # PEFT saves the base weights of some embeddings with the adapter, by their names

@@ -209,6 +209,34 @@ def test_a_base_that_an_adapter_does_not_fit_is_refused(architecture, left_out, 
         check_base(tmp_path / "base.gguf", tmp_path / ADAPTER)
 
 
+def test_a_split_base_is_checked_by_the_tensors_at_hand(tmp_path):
+    write(adapted("llama"), tmp_path / ADAPTER)
+    factors = tensors(tmp_path / ADAPTER)
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama", split_max_tensors=1)
+    for name in ("blk.0.ffn_down.weight", "blk.1.ffn_down.weight"):
+        shape = len(factors[f"{name}.lora_b"]), factors[f"{name}.lora_a"].shape[1]
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_base(tmp_path / "base-00001-of-00002.gguf", tmp_path / ADAPTER)
+
+
+@pytest.mark.parametrize("shapes", [{}, {"a": (3, 8), "b": (8, 2)}, {"a": (2, 3, 8), "b": (8, 2)}, {"a": (2, 8)}])
+def test_an_adapter_that_is_cut_off_is_refused(shapes, tmp_path):
+    for file, tensors in (("adapter", {f"blk.0.attn_q.weight.lora_{k}": s for k, s in shapes.items()}), ("base", {})):
+        writer = gguf.GGUFWriter(tmp_path / f"{file}.gguf", "llama")
+        for name, shape in tensors.items():
+            writer.add_tensor(name, np.zeros(shape, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with pytest.raises(UserError, match=r"adapter.gguf' lacks one of the two factors of a layer, or all"):
+        check_base(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
+
+
 def test_an_export_is_written_checked_and_verified_again(save_adapter, tiny_llama, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_llama, target_modules=["q_proj", "k_proj", "down_proj", "lm_head"])
     done = export(str(tmp_path / "adapter"), tmp_path / "out", to="gguf")

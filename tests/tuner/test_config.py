@@ -100,6 +100,9 @@ def test_patterns_set_the_rank_and_alpha_of_a_module():
         ({"init_coefficients": 0.3, "coefficients": "fixed"}, r"init_coefficients=0\.3 has no effect with coeff"),
         ({"random_signs": True}, "random_signs=True has no effect with init_coefficients=0"),
         ({"random_signs": 1, "init_coefficients": 0.3}, "random_signs=1 should be True or False"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' should be a list of names"),
+        ({"layers_to_transform": "0"}, "layers_to_transform='0' should be a whole number or a list"),
+        ({"rank_pattern": [1]}, r"rank_pattern=\[1\] should map names"),
         ({"init_weights": "gaussian"}, "init_weights='gaussian' should be True or False"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform needs a list of names"),
         (

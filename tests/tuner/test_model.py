@@ -40,6 +40,34 @@ def trainable(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+# Refusals
+
+
+def test_a_refused_adapter_leaves_nothing_behind(tmp_path):
+    """Refused at the embedding, after q_proj; the next adapter of that name has v_proj alone."""
+    model = adapt(llama(), target_modules=["q_proj"])
+    before = [name for name, _ in model.named_modules()]
+    targets = ["q_proj", "o_proj", "embed_tokens"]
+    with pytest.raises(UserError, match="normalization='centred' is not for embeddings"):
+        model.add_adapter("b", PeraConfig(r=2, normalization="centred", target_modules=targets))
+    assert [name for name, _ in model.named_modules()] == before
+    model.add_adapter("b", PeraConfig(r=2, target_modules=["v_proj"]))
+    assert {name.split(".")[-3] for name in model.state_dict() if name.endswith("pera_A.b")} == {"v_proj"}
+
+
+def test_a_refused_first_adapter_leaves_the_base_model():
+    base = llama()
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(UserError, match="normalization='centred' is not for embeddings"):
+        get_peft_model(base, PeraConfig(normalization="centred", target_modules=["q_proj", "embed_tokens"]))
+    assert [name for name, _ in base.named_modules()] == before
+
+
+def test_a_token_outside_the_vocabulary_is_named():
+    with pytest.raises(UserError, match=f"trainable_token_indices: {VOCABULARY} is not in the vocabulary"):
+        adapt(llama(), trainable_token_indices=[VOCABULARY])
+
+
 # The start
 
 

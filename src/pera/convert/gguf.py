@@ -133,14 +133,20 @@ def check_base(file: Path, adapter: Path) -> None:
     if found != expected:
         raise UserError(f"{str(file)!r} is a {found!r} model, and the adapter is for a {expected!r}.")
     shapes, ends = ({tensor.name: _shape(tensor) for tensor in reader.tensors} for reader in (model, factors))
-    for name in sorted({name.rpartition(".lora_")[0] for name in ends}):
-        try:
-            needed = (ends[f"{name}.lora_b"][0], ends[f"{name}.lora_a"][1])
-        except (KeyError, IndexError) as error:
-            raise _cut_off(adapter) from error
-        if shapes.get(name) != needed:
+    names = sorted({name.rpartition(".lora_")[0] for name in ends})
+    split = model.fields.get("split.count")  # the rest of the tensors lies in other files, which llama.cpp finds
+    elsewhere = split is not None and split.contents() > 1
+    for name in names:
+        A, B = (ends.get(f"{name}.lora_{suffix}", ()) for suffix in "ab")
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+            raise _cut_off(adapter)
+        if name not in shapes and elsewhere:
+            continue
+        if shapes.get(name) != (needed := (B[0], A[1])):
             there = f"has {name} of shape {shapes[name]}" if name in shapes else f"has no {name}"
             raise UserError(f"{str(file)!r} {there}, and the adapter is for one of {needed}.")
+    if not names:
+        raise _cut_off(adapter)
 
 
 def layers_of(state: dict[str, Tensor]) -> list[str]:
@@ -189,7 +195,7 @@ def is_adapter(file: Path) -> bool:
 
 
 def _cut_off(adapter: Path) -> UserError:
-    return UserError(f"{str(adapter)!r} lacks one of the two factors of a layer; it may have been cut off.")
+    return UserError(f"{str(adapter)!r} lacks one of the two factors of a layer, or all; it may have been cut off.")
 
 
 def _architecture(reader: Any) -> str:

@@ -6,9 +6,9 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def complete(address: str, prompt: list[int], **options: Any) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=600) as response:
             found: dict[str, Any] = json.load(response)
             return found
-    except URLError as error:
+    except (OSError, HTTPException, ValueError) as error:  # refused, cut off, or no JSON
         raise UserError(f"llama.cpp did not answer at {address}: {error}") from error
 
 

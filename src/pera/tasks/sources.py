@@ -44,6 +44,8 @@ class Rows(NamedTuple):
         found = []
         for number, row in enumerate(self.rows, 1):
             try:
+                if not isinstance(row, dict):
+                    raise BadRow(f"{row!r} should be an object with named fields.")
                 found.append(function(row))
             except BadRow as error:
                 raise UserError(f"{self.source}, {self.unit} {number}: {error}") from error
@@ -172,7 +174,9 @@ def split_file(folder: Path, names: Sequence[str], suffixes: Sequence[str] = SUF
         for suffix in suffixes:
             if (folder / f"{name}{suffix}").is_file():
                 return folder / f"{name}{suffix}"
-    wanted = " or ".join(f"{name}{suffixes[0]}" for name in names)
+    *others, last = suffixes
+    endings = f"{', '.join(others)} or {last}" if others else last
+    wanted = f"{' or '.join(dict.fromkeys(names))} with the ending {endings}"
     there = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
     raise UserError(f"task.data: the split {str(folder / names[0])!r} is missing; there should be {wanted} ({there}).")
 

@@ -170,6 +170,11 @@ class PeraConfig(PeftConfig):
             UserError: the configuration uses an option of LoRA that PERA does not have (DoRA, LoftQ,
                 another initialisation, …).
         """
+        for key in ("rank_pattern", "alpha_pattern"):  # PEFT takes the first that matches, PERA the longest name
+            patterns = getattr(lora_config, key) or {}
+            for short, long in ((a, b) for a in patterns for b in patterns if b.endswith(f".{a}")):
+                if patterns[short] != patterns[long]:
+                    raise UserError(f"{key}: {short!r} and {long!r} match the same modules and disagree; keep one.")
         renamed = {"pera_alpha": lora_config.lora_alpha, "pera_dropout": lora_config.lora_dropout}
         own = {f.name for f in fields(cls)}
         for f in fields(LoraConfig):
@@ -223,9 +228,17 @@ class PeraConfig(PeftConfig):
         for key in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, key), str):
                 _check_expression(key, getattr(self, key))
-        if isinstance(self.target_parameters, str):
-            raise UserError(f"target_parameters={self.target_parameters!r} should be a list of names.")
+        for key in ("target_parameters", "modules_to_save"):
+            if isinstance(getattr(self, key), str):
+                raise UserError(f"{key}={getattr(self, key)!r} should be a list of names.")
+        indices = self.layers_to_transform
+        if indices is not None and not all(
+            map(_is_index, indices if isinstance(indices, (list, tuple)) else [indices])
+        ):
+            raise UserError(f"layers_to_transform={indices!r} should be a whole number or a list of them.")
         for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, key), dict):
+                raise UserError(f"{key}={getattr(self, key)!r} should map names, or regular expressions, to numbers.")
             for pattern in getattr(self, key):
                 _check_expression(key, pattern)
         _check_rank("r", self.r, self.terms)
@@ -299,6 +312,10 @@ def _lookup(key: str, pattern: dict[str, Any], name: str, default: Any) -> Any:
     if len(values) > 1:
         raise UserError(f"{key}: {' and '.join(map(repr, matching))} both match {name!r} and disagree; keep one.")
     return values.pop() if values else default
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_number(value: Any) -> bool:

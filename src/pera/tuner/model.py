@@ -32,6 +32,10 @@ from pera.tuner.layers import BASE, ParamWrapper, PeraLayer, keep_unpacked, laye
 from pera.tuner.tying import separate_shared_weights, sharing_the_embedding, with_name, without
 
 
+def _has(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, PeraLayer) and (adapter_name in module.pera_A or adapter_name in module.tied)
+
+
 class PeraModel(BaseTuner):
     """A model with PERA adapters (arXiv 2604.11841); made by ``peft.get_peft_model(model, PeraConfig(…))``.
 
@@ -61,7 +65,24 @@ class PeraModel(BaseTuner):
         if state_dict is None:  # else its keys say what is adapted
             check_names(model, self.peft_config[adapter_name])
         keep_unpacked(model)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        before = {name for name, module in model.named_modules() if _has(module, adapter_name)}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            self._take_out(model, adapter_name, before)
+            raise
+
+    def _take_out(self, model: nn.Module, adapter_name: str, keep: set[str]) -> None:
+        """Undo an injection that was refused half-way: what it added would be trained and saved under the next adapter
+        of that name."""
+        layers = [(name, module) for name, module in model.named_modules() if _has(module, adapter_name)]
+        for name, layer in reversed(layers):  # wrappers of parameters may lie in one another
+            if name in keep:
+                continue
+            layer.delete_adapter(adapter_name)
+            if not layer.pera_A and not layer.tied:
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, layer.base_layer)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         known = model_config["model_type"] in self.target_module_mapping
@@ -288,8 +309,15 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
 
     Raises:
         UserError: a name in a list of ``target_modules``, ``exclude_modules``, ``modules_to_save`` or
-            ``target_parameters`` matches nothing; the nearest name is given.
+            ``target_parameters`` matches nothing; the nearest name is given. Or a token of ``trainable_token_indices``
+            is not in the vocabulary.
     """
+    tokens = getattr(config, "trainable_token_indices", None)
+    embeddings: Any = getattr(model, "get_input_embeddings", None)
+    if isinstance(tokens, list) and embeddings is not None:
+        rows = len(embeddings().weight)
+        if outside := [token for token in tokens if not 0 <= token < rows]:
+            raise UserError(f"trainable_token_indices: {outside[0]} is not in the vocabulary, 0 to {rows - 1}.")
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
     modules = {name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name}
     for key, known, allowed in (
