@@ -54,8 +54,8 @@ class PeraConfig(PeftConfig):
         normalization: "none" as published; the products are then orders of magnitude below the factors
             and hardly take part. "rms" divides a product by the root mean square of its factor, which
             wakes them; use it when the high-order terms are what you want to study or use. "centred" is "rms" with
-            every square less its mean, so that squares have no constant part in common; "column" takes the root mean
-            squares of the two columns in the place of the factor's.
+            every square less its mean, so that squares have no constant part in common; without squares it is "rms".
+            "column" takes the root mean squares of the two columns in the place of the factor's.
         recompute: whether linear layers compute the thin product x Âᵀ, tokens × K, again in backward instead of keeping
             it. None does so where it is larger than the input of the layer; True saves memory for a little time.
         bias: which biases to train: "none", "all", or "pera_only" (those of adapted modules).
