@@ -123,12 +123,16 @@ def test_a_trial_that_another_worker_has_is_left_to_it(study_file, tmp_path):
     with FileLock(folder.locks / f"{first.name}.lock"):
         process = multiprocessing.get_context("fork").Process(target=work, args=(study, folder, math.inf))
         process.start()
-        time.sleep(6)
+        others = [trial.name for trial in all_trials(study, {})[1:]]
+        give_up = time.monotonic() + 120
+        while not set(others) <= folder.outcomes(study).keys() and time.monotonic() < give_up:
+            time.sleep(0.2)
+        time.sleep(2)
         assert process.is_alive()  # it waits, since what is reported depends on the trial
         process.kill()
         process.join()
     assert first.name not in folder.outcomes(study)
-    assert len(folder.outcomes(study)) >= 2
+    assert set(others) <= folder.outcomes(study).keys()
 
 
 def test_a_run_that_fails_is_recorded_and_stops_no_other(study_file, tmp_path, monkeypatch):
