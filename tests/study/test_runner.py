@@ -191,6 +191,7 @@ def test_data_that_cannot_be_had_are_said_before_all_runs_fail(pera, refused, gl
     refused(*wrong, "choose.rows=64", words=["training.held_out=64 leaves nothing of the 64 rows"])
     failed = pera(*wrong, "model=/gone/model")
     assert (failed.code, "'/gone/model'" in failed.out) == (1, True)
+    refused(*wrong, words=["model.name differs", "forget what failed with --retry"])
     assert pera(*wrong, "--retry").code == 0  # what failed is forgotten, its settings too
 
 

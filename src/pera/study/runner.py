@@ -93,9 +93,11 @@ class StudyFolder:
             if retry and outcome is not None and outcome.status == "failed":
                 shutil.rmtree(run.path)
             elif run.recipe_file.is_file() and (changed := difference(run.recipe, trial.recipe())) is not None:
+                failed = outcome is not None and outcome.status == "failed"
+                forget = ", forget what failed with --retry," if failed else ","
                 raise UserError(
                     f"study: {changed} differs from the one that {str(run.path)!r} was made with; "
-                    "undo the change, or give another folder with --output."
+                    f"undo the change{forget} or give another folder with --output."
                 )
         with disk_errors(self.path):
             for folder in (self.runs, self.locks):
