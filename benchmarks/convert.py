@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,7 @@ from pera.convert.fold import fold
 from pera.convert.gguf import ADAPTER
 from pera.convert.llamacpp import complete, log_probabilities, serving
 from pera.convert.truncate import truncate_factors
+from pera.convert.verify import compare, logits
 from pera.evaluation import wilson_interval
 from pera.models import resolve_gguf
 from pera.polynomial import lora_factors, num_coefficients
@@ -122,20 +124,13 @@ def in_plain_peft(run: Run, problems: int, folder: Path) -> dict[str, Any]:
     """The logits of the exported LoRA in a process that never imports pera, beside those of the adapter."""
     export(str(run.path), folder / "lora", to="lora")
     model, tokenizer = open_model(run.location, "float32")
-    prompts = [encode_prompt(tokenizer, example.prompt) for example in run.recipe.build_task().test[:problems]]
-    (folder / "prompts.json").write_text(json.dumps(prompts))
+    prompts = [example.prompt for example in run.recipe.build_task().test[:problems]]
+    (folder / "prompts.json").write_text(json.dumps([encode_prompt(tokenizer, prompt) for prompt in prompts]))
     base = json.loads((folder / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     arguments = [base, folder / "lora", folder / "prompts.json", folder / "logits.pt"]
     subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, arguments)], check=True)
-    found = torch.load(folder / "logits.pt")
-    with torch.no_grad():
-        ours = [model(input_ids=torch.tensor([ids])).logits[0] for ids in prompts]
-    return {
-        "problems": len(prompts),
-        "tokens": sum(map(len, prompts)),
-        "largest logit difference": max(float((a - b).abs().max()) for a, b in zip(ours, found, strict=True)),
-        "other top-1 tokens": sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(ours, found, strict=True)),
-    }
+    agreement = compare(logits(model, tokenizer, prompts), torch.load(folder / "logits.pt"), torch.float32)
+    return {"problems": len(prompts), **asdict(agreement)}
 
 
 def in_llama_cpp(run: Run, problems: int, folder: Path) -> dict[str, Any]:

@@ -84,13 +84,17 @@ def fixed_coefficients(
 def rms(X: Tensor) -> Tensor:
     """ρ(X) = sqrt(mean(X²) + ε²) over the entries of a factor ``(..., r, d)`` in columns that are not all zero,
     ε = 1e-12; of each row, ``(..., r)``, by :func:`rms_of_rows`. A scalar ``(...,)``, float32 or better."""
-    return rms_of_rows(X).square().mean(-1).sqrt()
+    return (_energies(X).mean(-1) / used_columns(X)).sqrt()
 
 
 def rms_of_rows(X: Tensor) -> Tensor:
     """ρ(x_i) = sqrt(mean(x_i²) + ε²) over the columns of ``X`` that are not all zero, ``(..., r)``."""
-    X = working(X)
-    return (X.square().sum(-1) / used_columns(X).unsqueeze(-1) + EPSILON**2).sqrt()
+    return (_energies(X) / used_columns(X).unsqueeze(-1)).sqrt()
+
+
+def _energies(X: Tensor) -> Tensor:
+    """d ρ(x_i)², with d the :func:`used_columns`, ``(..., r)``."""
+    return working(X).square().sum(-1) + used_columns(X).unsqueeze(-1) * EPSILON**2
 
 
 def used_columns(X: Tensor) -> Tensor:
@@ -127,12 +131,12 @@ def through_divisors(
     Returns:
         One number for all rows, or a column ``(r, 1)``.
     """
-    shares, d = shares.to(X.dtype), used_columns(X)
+    shares, energies = shares.to(X.dtype), _energies(X)
     if normalization != "column":
-        return shares.sum() / (len(X) * d * rms(X).square())
+        return shares.sum() / energies.sum()
     left, right = torch.as_tensor(pairs, device=X.device).unbind(1)
     of_rows = X.new_zeros(len(X)).index_add(0, left, shares).index_add(0, right, shares)
-    return (of_rows / (2 * d * rms_of_rows(X).square())).unsqueeze(1)
+    return (of_rows / (2 * energies)).unsqueeze(1)
 
 
 def expand(
