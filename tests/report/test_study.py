@@ -10,6 +10,7 @@ from test_page import adapters, check, write  # noqa: F401
 from pera.errors import UserError
 from pera.report import paper
 from pera.report.study import study_sections, write_study_report
+from pera.report.words import ABSENT
 from pera.runs import Run
 from pera.study import load_study
 from pera.study.results import Results
@@ -37,7 +38,7 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
             method, task = trial.cell.method, trial.cell.task.label
             run = Run.create(trial.recipe(), folder / "runs" / trial.name)
             loss = 0.5 + abs(np.log(trial.learning_rate / 2e-3)) / 10
-            outcome = {"status": "finished", "loss": loss, "seconds": 60.0, "wall_seconds": 70.0}
+            outcome = {"status": "finished", "loss": loss, "seconds": 60.0, "parameters": 5, "wall_seconds": 70.0}
             (run.path / "outcome.json").write_text(json.dumps(outcome))
             if trial.phase == "choose":
                 continue
@@ -209,6 +210,17 @@ def test_ranks_are_swept_with_the_papers_figures(study_file, adapters, tmp_path)
     (picture,) = items(folder, "sweeps", "picture")
     assert picture.table.head == ["method", "2", "3"]
     assert any(axes.get_title().startswith("paper:") for axes in picture.figure.axes)
+
+
+def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folder, tmp_path):
+    copy = StudyFolder(shutil.copytree(folder.path, tmp_path / "copy", symlinks=True))
+    for adapter in copy.runs.glob("*/adapter"):
+        adapter.unlink()
+    scores, costs = ([table.rows for table in items(folder, name, "table")] for name in ("scores", "costs"))
+    assert [[table.rows for table in items(copy, name, "table")] for name in ("scores", "costs")] == [scores, costs]
+    (effects,) = items(copy, "terms", "table")
+    assert [row[-3] for row in effects.rows] == [ABSENT]
+    assert not items(copy, "terms", "picture")
 
 
 def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tmp_path):  # noqa: F811

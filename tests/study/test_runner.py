@@ -8,6 +8,7 @@ import shutil
 import time
 
 import pytest
+from safetensors.torch import load_file
 
 from pera.errors import UserError
 from pera.report.study import study_sections
@@ -63,6 +64,18 @@ def test_a_run_of_a_study_is_a_run_folder(finished):
     assert not (reported / "checkpoints").exists()
     assert "held_out: 16" in (chosen / "recipe.yaml").read_text()
     assert "held_out: 0" in (reported / "recipe.yaml").read_text()
+
+
+def test_the_parameters_of_a_run_are_those_of_its_adapter(finished):
+    """PERA has three coefficients a layer more than LoRA at r = 2; neither counts a head."""
+    outcomes = {
+        cell: json.loads((finished.runs / f"{cell}-report-lr0.03-seed42" / "outcome.json").read_text())
+        for cell in (LORA, PERA)
+    }
+    tensors = load_file(finished.runs / f"{PERA}-report-lr0.03-seed42" / "adapter" / "adapter_model.safetensors")
+    layers = sum(key.endswith("pera_h") for key in tensors)
+    assert outcomes[PERA]["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert outcomes[PERA]["parameters"] - outcomes[LORA]["parameters"] == 3 * layers > 0
 
 
 def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median_high
 from typing import Any
 
 from pera import __version__, methods
@@ -308,15 +308,15 @@ def _terms(results: Results) -> list[Item]:
     rows, items = [], []
     for cell in results.cells:
         effects, layers = results.effects(cell), results.layers(cell)
-        if not effects or not layers:
+        if not effects:
             continue
         changes = [e["without"]["high_order"] for e in effects]
         squares, crosses = (fmean(e["without"][part] for e in effects) for part in ("square", "cross"))
         low, high = min(changes), max(changes)
-        ratios = sorted(d.high_order_ratio for d in layers.values())
+        ratio = number(median_high(d.high_order_ratio for d in layers.values()), 3) if layers else ABSENT
         rows.append([cell.label, number(fmean(e["loss"] for e in effects)), signed(fmean(changes)),
                      f"{signed(low)} to {signed(high)}", signed(squares), signed(crosses),
-                     number(ratios[len(ratios) // 2], 3), str(len(changes)), count(effects[0]["tokens"])])  # fmt: skip
+                     ratio, str(len(changes)), count(effects[0]["tokens"])])  # fmt: skip
     if not rows:
         return []
     head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses", "ratio", "n seeds",

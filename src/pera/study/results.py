@@ -12,8 +12,6 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 
 from pera.diagnose import LayerDiagnosis, diagnose_adapter
 from pera.errors import UserError
@@ -161,10 +159,10 @@ class Results:
     def costs(self, cell: Cell) -> tuple[int | None, float | None, int | None]:
         """Parameters of the adapter, the head apart, median seconds of training, and peak memory in bytes."""
         runs = [scored.run for scored in self.scored(cell)]
-        names = [scored.trial.name for scored in self.scored(cell)]
-        seconds = [s for name in names if (s := self.outcomes[name].seconds) is not None]
+        outcomes = [self.outcomes[scored.trial.name] for scored in self.scored(cell)]
+        seconds = [outcome.seconds for outcome in outcomes if outcome.seconds is not None]
         memory = [m for run in runs if (m := read_json(run.cost_file)["peak_memory"]) is not None]
-        parameters = adapter_size(runs[0]) if runs else None
+        parameters = outcomes[0].parameters if outcomes else None
         return parameters, median(seconds) if seconds else None, max(memory) if memory else None
 
     def effects(self, cell: Cell) -> list[dict[str, Any]]:
@@ -177,10 +175,11 @@ class Results:
         return read_json(files[0])["strength"] if files else None
 
     def layers(self, cell: Cell) -> dict[str, LayerDiagnosis]:
-        """The layers of the first reported run of a PERA cell; empty for other methods."""
+        """The layers of the first reported run of a PERA cell; empty for other methods, and where the adapter was
+        deleted."""
         scored = self.scored(cell)
         is_pera = bool(scored) and isinstance(scored[0].trial.recipe().peft_config(), PeraConfig)
-        return diagnose_adapter(scored[0].run.adapter) if is_pera else {}
+        return diagnose_adapter(scored[0].run.adapter) if is_pera and scored[0].run.adapter.is_dir() else {}
 
     def loss_curve(self, cell: Cell) -> tuple[list[int], list[float]]:
         """Mean training loss over the seeds at each logged step."""
@@ -214,14 +213,6 @@ class Results:
                     "the data changed in between, so one of them has to be run again."
                 )
         return pairs
-
-
-def adapter_size(run: Run) -> int:
-    """Trained parameters without a classification head, which all methods share; for full fine-tuning, all."""
-    with safe_open(run.adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as f:
-        sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
-    own = {key: n for key, n in sizes.items() if any(f".{kind}_" in key for kind in ("pera", "lora", "hira", "delora"))}
-    return sum((own or sizes).values())
 
 
 def _scored(trial: Trial, run: Run) -> Scored | None:

@@ -16,8 +16,10 @@ from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
 
 from pera.diagnose import run_effects, run_interaction
 from pera.diagnose.effect import run_loss
@@ -49,6 +51,8 @@ class Outcome:
     """Mean loss on the rows that are scored."""
     seconds: float | None = None
     """Of training; if it was interrupted, of the part after that, scaled to the whole."""
+    parameters: int | None = None
+    """Trained, without a classification head."""
     wall_seconds: float = 0.0
     """From the start of the run, or of its last continuation, to the end of its scoring."""
 
@@ -345,11 +349,10 @@ def _run(trial: Trial, run: Run) -> Outcome:
     first = (trial.cell.method.seeds or trial.study.report.seeds)[0]
     if reported and trial.seed == first and not run.interaction_file.is_file():
         run_interaction(run)
-    outcome = Outcome("finished", loss=run_loss(run), seconds=_training_seconds(run))
+    ended = {"loss": run_loss(run), "seconds": _training_seconds(run), "parameters": _parameters(run)}
     if losses and losses[-1] > EXPLODED * losses[0]:
-        error = f"the training loss rose from {losses[0]:.4g} to {losses[-1]:.4g}"
-        return Outcome("diverged", error, outcome.loss, outcome.seconds)
-    return outcome
+        return Outcome("diverged", f"the training loss rose from {losses[0]:.4g} to {losses[-1]:.4g}", **ended)
+    return Outcome("finished", **ended)
 
 
 def _training_seconds(run: Run) -> float | None:
@@ -357,6 +360,14 @@ def _training_seconds(run: Run) -> float | None:
     cost = read_json(run.cost_file)
     metrics = run.metrics()
     return cost["seconds"] * metrics[-1]["step"] / cost["steps"] if metrics and cost["steps"] else None
+
+
+def _parameters(run: Run) -> int:
+    """Trained parameters without a classification head, which all methods share; for full fine-tuning, all."""
+    with safe_open(run.adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as f:
+        sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
+    own = {key: n for key, n in sizes.items() if any(f".{kind}_" in key for kind in ("pera", "lora", "hira", "delora"))}
+    return sum((own or sizes).values())
 
 
 def _worker(path: Path, deadline: float, threads: int, parent: int) -> None:
