@@ -22,7 +22,10 @@ import pera
 from pera.polynomial import delta_weight, expanded_rank, num_coefficients
 
 RATES = (3e-3, 1e-2, 3e-2)
-DIFFERENCE = "SmolLM2: what full fine-tuning (40 steps of 8 examples, AdamW at 2e-5) added to a weight."
+DIFFERENCE = (
+    "SmolLM2: what full fine-tuning (40 steps of 8 examples of family_relationships, AdamW at 2e-5) added to a weight of "
+    "block 15."
+)
 METHODS = {  # terms, normalization, initial h
     "LoRA": ("none", "none", 0.0),
     "PERA published": ("all", "none", 0.0),
@@ -87,7 +90,7 @@ def _delta(parameters: list[Tensor], terms: str, normalization: str) -> Tensor:
 
 
 def weight_difference(steps: int, rows: int) -> dict[str, Tensor]:
-    """What full fine-tuning on the task of quickstart, ``steps`` of 8 examples, adds to a weight of SmolLM2-135M."""
+    """What full fine-tuning on the task of quickstart, ``steps`` of 8 examples, adds to weights of SmolLM2-135M."""
     from pera.models import load_model, load_tokenizer
     from pera.recipe import load_recipe
     from pera.tasks.prompts import AnswerCollator, encode_task
@@ -95,7 +98,8 @@ def weight_difference(steps: int, rows: int) -> dict[str, Tensor]:
     task = load_recipe("quickstart", [f"task.train_size={rows}", "task.test_size=1"]).build_task()
     model, tokenizer = load_model("smollm2-135m", dtype="float32"), load_tokenizer("smollm2-135m")
     encoded, collate = encode_task(task, tokenizer, task.train).rows, AnswerCollator(tokenizer, model)
-    layers = {"SmolLM2, q_proj of block 15": model.model.layers[15].self_attn.q_proj}
+    block = model.model.layers[15]
+    layers = {"SmolLM2, q_proj": block.self_attn.q_proj, "SmolLM2, down_proj": block.mlp.down_proj}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
     torch.manual_seed(0)
