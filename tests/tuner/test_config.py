@@ -103,7 +103,7 @@ def test_patterns_set_the_rank_and_alpha_of_a_module():
         ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' should be a list of names"),
         ({"layers_to_transform": "0"}, "layers_to_transform='0' should be a whole number or a list"),
         ({"rank_pattern": [1]}, r"rank_pattern=\[1\] should map names"),
-        ({"init_weights": "gaussian"}, "init_weights='gaussian' should be True or False"),
+        ({"init_weights": "pissa"}, "init_weights='pissa' should be True, False or 'gaussian'"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform needs a list of names"),
         (
             {"target_modules": "q.*", "layers_to_transform": [0], "layers_pattern": "layers"},
@@ -191,6 +191,10 @@ def test_from_lora_translates_bias(lora_bias, bias):
     assert PeraConfig.from_lora(LoraConfig(bias=lora_bias)).bias == bias
 
 
+def test_from_lora_keeps_a_gaussian_start():
+    assert PeraConfig.from_lora(LoraConfig(init_lora_weights="gaussian")).init_weights == "gaussian"
+
+
 def test_from_lora_takes_options_of_pera():
     config = PeraConfig.from_lora(LoraConfig(r=4, lora_alpha=8), terms="square", normalization="rms", pera_alpha=None)
     assert (config.r, config.pera_alpha, config.terms, config.normalization) == (4, None, "square", "rms")
@@ -201,7 +205,7 @@ def test_from_lora_takes_options_of_pera():
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
+        ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal'"),
         ({"lora_bias": True, "bias": "none"}, "lora_bias=True"),
         ({"layer_replication": [(0, 2)]}, "layer_replication="),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),

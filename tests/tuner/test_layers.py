@@ -154,6 +154,20 @@ def test_initialisation_is_that_of_the_paper(dense):
     assert (layer.pera_h["default"] == 0.3).all()
 
 
+def test_a_gaussian_start_is_that_of_lora(dense):
+    """A normal of deviation 1 / r, far beyond the bound of the uniform one; B zero."""
+    layer = dense.layer(r=2, init_weights="gaussian")
+    assert 0.25 < layer.pera_A["default"].std() < 1
+    assert layer.pera_A["default"].abs().max() > dense.shape[1] ** -0.5
+    assert not layer.get_delta_weight("default").any()
+
+
+def test_a_gaussian_start_leaves_an_embedding_as_lora_starts_it():
+    layer = KINDS["embedding"].layer(r=2, init_weights="gaussian")
+    assert not layer.pera_A["default"].any()
+    assert layer.pera_B["default"].all()
+
+
 def test_signs_are_drawn_for_each_coefficient(dense):
     layer = dense.layer(r=16, init_weights=True, init_coefficients=0.3, random_signs=True)
     h = layer.pera_h["default"]

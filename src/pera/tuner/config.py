@@ -64,8 +64,9 @@ class PeraConfig(PeftConfig):
             embedding; use it for a few new tokens.
         ensure_weight_tying: one adapter for the input embedding and the layers that share its weight. Use it when
             you target either in a model with tied embeddings; otherwise a merge separates them.
-        init_weights: True starts with ΔW = 0 (A Kaiming-uniform, B zero); False draws B and h at
-            random as well, for tests only.
+        init_weights: True starts with ΔW = 0 (A Kaiming-uniform, B zero). "gaussian" does so with A normal of standard
+            deviation 1 / r, as LoRA's of that name, embeddings apart: a larger A, which brings products nearer to the
+            factors without normalization. False draws B and h at random as well, for tests only.
         layers_to_transform: index or indices of the layers to adapt; the others are left alone. Not
             together with a regular expression.
         layers_pattern: name of the list of layers, if it is not found by itself.
@@ -121,7 +122,11 @@ class PeraConfig(PeftConfig):
     ensure_weight_tying: bool = _option(
         False, "One adapter for tied input and output embeddings. Without it a merge separates them."
     )
-    init_weights: bool = _option(True, "True starts with a zero update. False is for tests only: B and h are random.")
+    init_weights: bool | Literal["gaussian"] = _option(
+        True,
+        "True starts with a zero update, as does 'gaussian', with A normal of deviation 1 / r. False is for tests only: "
+        "B and h are random.",
+    )
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt. None adapts all.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers, with layers_to_transform only.")
     rank_pattern: dict[str, int] = field(
@@ -184,8 +189,10 @@ class PeraConfig(PeftConfig):
             elif f.name == "bias":
                 renamed["bias"] = {"lora_only": "pera_only"}.get(value, value)
             elif f.name == "init_lora_weights":
-                if not isinstance(value, bool):
-                    raise UserError(f"init_lora_weights={value!r} has no counterpart in PERA; use True or False.")
+                if not _is_initialisation(value):
+                    raise UserError(
+                        f"init_lora_weights={value!r} has no counterpart in PERA; use True, False or 'gaussian'."
+                    )
                 renamed["init_weights"] = value
             elif f.name not in _LORA_WITHOUT_COUNTERPART and value != _default(f):
                 raise UserError(f"{f.name}={value!r} has no counterpart in PERA; leave it at {_default(f)!r}.")
@@ -259,7 +266,9 @@ class PeraConfig(PeftConfig):
             raise UserError(
                 f"init_coefficients={self.init_coefficients} has no effect with coefficients='fixed'; leave it at 0."
             )
-        for key in ("init_weights", "random_signs", "use_rslora", "ensure_weight_tying"):
+        if not _is_initialisation(self.init_weights):
+            raise UserError(f"init_weights={self.init_weights!r} should be True, False or 'gaussian'.")
+        for key in ("random_signs", "use_rslora", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{key}={getattr(self, key)!r} should be True or False.")
         if self.random_signs and not self.init_coefficients:
@@ -327,6 +336,10 @@ def _check_expression(key: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
+
+
+def _is_initialisation(value: Any) -> bool:
+    return isinstance(value, bool) or value == "gaussian"
 
 
 def _check_rank(key: str, r: Any, terms: Terms) -> None:

@@ -148,10 +148,14 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             else:
                 nn.init.normal_(self.pera_h[adapter_name])
 
-    def _reset_factors(self, A: Tensor, B: Tensor, zero: bool) -> None:
-        """A as LoRA's, Kaiming-uniform with a = √5, which is ±1/√columns; B zero or, without ``zero``, likewise."""
-        nn.init.uniform_(A, -1 / math.sqrt(A.shape[-1]), 1 / math.sqrt(A.shape[-1]))
-        if zero:
+    def _reset_factors(self, A: Tensor, B: Tensor, init_weights: bool | str) -> None:
+        """A as LoRA's, Kaiming-uniform with a = √5, which is ±1/√columns, or "gaussian", normal of deviation 1 / r; B
+        zero or, without ``init_weights``, likewise."""
+        if init_weights == "gaussian":
+            nn.init.normal_(A, std=1 / A.shape[-2])
+        else:
+            nn.init.uniform_(A, -1 / math.sqrt(A.shape[-1]), 1 / math.sqrt(A.shape[-1]))
+        if init_weights:
             nn.init.zeros_(B)
         else:
             nn.init.uniform_(B, -1 / math.sqrt(B.shape[-1]), 1 / math.sqrt(B.shape[-1]))

@@ -28,11 +28,11 @@ class PeraEmbedding(PeraLayer):
                 "were never seen; use 'rms', or leave the embedding out of target_modules."
             )
 
-    def _reset_factors(self, A: Tensor, B: Tensor, zero: bool) -> None:
-        """A zero, or, without ``zero``, normal; B normal, as LoRA's for embeddings: a row that was never looked up
+    def _reset_factors(self, A: Tensor, B: Tensor, init_weights: bool | str) -> None:
+        """A zero, or, without ``init_weights``, normal; B normal, as LoRA's for embeddings: a row that was never looked up
         keeps its value."""
         nn.init.normal_(B)
-        if zero:
+        if init_weights:
             nn.init.zeros_(A)
         else:
             nn.init.normal_(A)
