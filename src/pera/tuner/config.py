@@ -124,8 +124,8 @@ class PeraConfig(PeftConfig):
     )
     init_weights: bool | Literal["gaussian"] = _option(
         True,
-        "True starts with a zero update, as does 'gaussian', with A normal of deviation 1 / r. False is for tests only: "
-        "B and h are random.",
+        "True starts with a zero update, as does 'gaussian', with A normal of deviation 1 / r. False, where B and h "
+        "are random, is for tests only.",
     )
     layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt. None adapts all.")
     layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers, with layers_to_transform only.")

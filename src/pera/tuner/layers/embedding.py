@@ -29,8 +29,8 @@ class PeraEmbedding(PeraLayer):
             )
 
     def _reset_factors(self, A: Tensor, B: Tensor, init_weights: bool | str) -> None:
-        """A zero, or, without ``init_weights``, normal; B normal, as LoRA's for embeddings: a row that was never looked up
-        keeps its value."""
+        """A zero, or, without ``init_weights``, normal; B normal, as LoRA's for embeddings: a row that was never looked
+        up keeps its value."""
         nn.init.normal_(B)
         if init_weights:
             nn.init.zeros_(A)
