@@ -23,8 +23,8 @@ from pera.polynomial import delta_weight, expanded_rank, num_coefficients
 
 RATES = (3e-3, 1e-2, 3e-2)
 DIFFERENCE = (
-    "SmolLM2: what full fine-tuning (40 steps of 8 examples of family_relationships, AdamW at 2e-5) added to a weight of "
-    "block 15."
+    "SmolLM2: what full fine-tuning (40 steps of 8 examples of family_relationships, AdamW at 2e-5) added to a weight "
+    "of block 15."
 )
 METHODS = {  # terms, normalization, initial h
     "LoRA": ("none", "none", 0.0),
