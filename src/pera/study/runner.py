@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
@@ -328,7 +328,7 @@ def _perform(trial: Trial, folder: StudyFolder) -> None:
         kind = "" if isinstance(error, PeraError) else f"{type(error).__name__}: "
         outcome = Outcome("failed", f"{kind}{' '.join(str(error).split())}")
     run.path.mkdir(parents=True, exist_ok=True)
-    outcome = Outcome(**{**asdict(outcome), "wall_seconds": round(time.perf_counter() - start, 2)})
+    outcome = replace(outcome, wall_seconds=round(time.perf_counter() - start, 2))
     write_json(run.path / "outcome.json", asdict(outcome))
     shutil.rmtree(run.checkpoints, ignore_errors=True)
 
@@ -349,10 +349,11 @@ def _run(trial: Trial, run: Run) -> Outcome:
     first = (trial.cell.method.seeds or trial.study.report.seeds)[0]
     if reported and trial.seed == first and not run.interaction_file.is_file():
         run_interaction(run)
-    ended = {"loss": run_loss(run), "seconds": _training_seconds(run), "parameters": _parameters(run)}
+    outcome = Outcome("finished", "", run_loss(run), _training_seconds(run), _parameters(run))
     if losses and losses[-1] > EXPLODED * losses[0]:
-        return Outcome("diverged", f"the training loss rose from {losses[0]:.4g} to {losses[-1]:.4g}", **ended)
-    return Outcome("finished", **ended)
+        error = f"the training loss rose from {losses[0]:.4g} to {losses[-1]:.4g}"
+        return replace(outcome, status="diverged", error=error)
+    return outcome
 
 
 def _training_seconds(run: Run) -> float | None:
