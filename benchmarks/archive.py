@@ -8,21 +8,20 @@ adapters and no text of the examples.
 from __future__ import annotations
 
 import io
-import json
 import sys
 import tarfile
 from pathlib import Path
+
+from pera.files import json_line, read_lines
 
 LEFT_OUT = {"adapter", "checkpoints", "locks"}
 
 
 def content(file: Path) -> bytes:
     """What is kept of a file: of predictions, all but the prompts."""
-    data = file.read_bytes()
     if file.parent.name != "predictions":
-        return data
-    rows = [json.loads(line) for line in data.decode().split("\n") if line]
-    return "".join(json.dumps({**row, "prompt": ""}, ensure_ascii=False) + "\n" for row in rows).encode()
+        return file.read_bytes()
+    return "".join(json_line({**row, "prompt": ""}) for row in read_lines(file)).encode()
 
 
 def main() -> None:

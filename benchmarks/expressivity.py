@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("--difference", type=Path, help="weight differences, made there if the file does not exist")
     parser.add_argument("--output", type=Path, default=Path("docs/results/expressivity.md"))
     options = parser.parse_args()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     start = time.perf_counter()
     if options.difference is not None and not options.difference.is_file():
         torch.save(weight_difference(40, 320), options.difference)
@@ -136,8 +138,6 @@ def main() -> None:
             best = [eckart_young(M, r), eckart_young(M, expanded_rank(r))]
             rows.append([f"{name}, {M.shape[0]} × {M.shape[1]}", r, expanded_rank(r), *errors, *best])
             print(*rows[-1], flush=True)
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     command = "python benchmarks/expressivity.py" + (" --difference FILE" if options.difference else "")
     command += f" --r {' '.join(map(str, options.r))} --steps {options.steps} --seeds {options.seeds}"
     head = ["matrix", "r", "K", *METHODS, "best of rank r", "best of rank K"]
