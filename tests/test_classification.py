@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from pera.diagnose import run_effects
 from pera.errors import UserError
 from pera.evaluation import evaluate, evaluate_run
+from pera.models import DTYPES
 from pera.recipe import load_recipe
 from pera.runs import Run, locate, open_model
 from pera.training import train
@@ -45,6 +46,22 @@ def test_it_learns_and_is_scored(glue_run):
     assert {line["output"] for line in lines} == {"negative", "positive"}
     assert sum(line["correct"] for line in lines) == score.correct
     assert all(max(line["scores"], key=line["scores"].get) == line["output"] for line in lines)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_head_is_float32_on_a_base_that_is_not(dtype, glue_recipe, tmp_path, pera):
+    recipe = load_recipe(str(glue_recipe), [f"model.dtype={dtype}"])
+    run = Run.create(recipe, tmp_path / "run")
+    train(recipe, run)
+    assert {weight.dtype for weight in weights(run).values()} == {torch.float32}
+    model, tokenizer = open_model(run.location, dtype)
+    assert model.get_base_model().bert.dtype == DTYPES[dtype]
+    logits = model(**tokenizer("fine film", return_tensors="pt")).logits
+    assert logits.dtype == torch.float32
+    assert evaluate_run(run).value > 0.9
+    assert pera("merge", run.path, "--output", tmp_path / "merged", "--dtype", dtype).code == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.classifier.weight.dtype == DTYPES[dtype]
 
 
 def test_a_batch_gives_what_single_texts_give(glue_run):

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -69,7 +70,8 @@ def load_model(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the model.
         labels: outputs of a head for classification, or 1 for regression, which is drawn anew where the model has
-            none; None loads a causal language model. "auto" is then float32, since the head is trained.
+            none; None loads a causal language model. "auto" is then float32. The head is float32 beside any dtype:
+            it is trained, and bfloat16 would lose its small steps.
 
     Raises:
         UserError: there is no such model, it cannot be read, or it lacks weights other than such a head's.
@@ -97,8 +99,20 @@ def load_model(
             f"model: {name!r} has no weights for {missing[0]}; it cannot be loaded as {auto_class.__name__}."
         )
     keep_unpacked(model)
+    if labels is not None:
+        _keep_head_in_float32(model)
     loaded: PreTrainedModel = model.to(device()).eval()
     return loaded
+
+
+def _keep_head_in_float32(model: PreTrainedModel) -> None:
+    for name, head in model.named_children():
+        if name != model.base_model_prefix and next(head.parameters(), None) is not None:
+            head.float().register_forward_pre_hook(_in_float32)
+
+
+def _in_float32(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(each.float() for each in inputs)
 
 
 def load_tokenizer(
