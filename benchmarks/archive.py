@@ -1,5 +1,5 @@
 """The runs of a study in one small file, to be kept beside its results: outcomes, losses, scores and answers, but no
-adapters and no text of the examples.
+adapters, no text of the examples and no path of this machine. From the folder that the study was run in:
 
     python benchmarks/archive.py studies/NAME docs/results/study/NAME.tar.xz
     tar -xJf docs/results/study/NAME.tar.xz -C studies     # the study, to be reported or gone on with
@@ -12,26 +12,35 @@ import sys
 import tarfile
 from pathlib import Path
 
+import yaml
+
 from pera.files import json_line, read_lines
 
 LEFT_OUT = {"adapter", "checkpoints", "locks"}
 
 
-def content(file: Path) -> bytes:
-    """What is kept of a file: of predictions, all but the prompts."""
-    if file.parent.name != "predictions":
+def content(file: Path, names: dict[str, str]) -> bytes:
+    """What is kept of a file: of predictions, all but the prompts; of paths, the ``names`` that stand for them."""
+    if file.parent.name == "predictions":
+        return "".join(json_line({**row, "prompt": ""}) for row in read_lines(file)).encode()
+    if file.suffix not in {".json", ".yaml"}:
         return file.read_bytes()
-    return "".join(json_line({**row, "prompt": ""}) for row in read_lines(file)).encode()
+    text = file.read_text()
+    for path, name in names.items():
+        text = text.replace(path, name)
+    return text.encode()
 
 
 def main() -> None:
     study, output = map(Path, sys.argv[1:])
+    data = yaml.safe_load((study / "study.yaml").read_text())["settings"]["data"]
+    names = {str(Path(data).resolve()): data, str(study.resolve()): f"studies/{study.name}"}
     files = [study / "study.yaml", *sorted(study.glob("runs/*/**/*"))]
     with tarfile.open(output, "w:xz") as archive:
         for file in files:
             name = file.relative_to(study.parent)
             if file.is_file() and not LEFT_OUT & set(name.parts):
-                data = content(file)
+                data = content(file, names)
                 entry = tarfile.TarInfo(str(name))
                 entry.size, entry.mode = len(data), 0o644
                 archive.addfile(entry, io.BytesIO(data))

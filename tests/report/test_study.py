@@ -128,6 +128,7 @@ def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):
     assert "examples of sst2." in second.replace(")", "")
     (picture,) = items(copy, "summary", "picture")
     assert [row[0] for row in picture.table.rows] == ["lora-again", "pera-rms-0.3 (sst2)"]
+    assert "Largest over 2 tasks: lora-again" in picture.finding
 
 
 def test_rows_that_changed_between_two_runs_are_not_compared(folder, tmp_path):

@@ -51,9 +51,11 @@ def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: s
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
     best = ordered[0]
+    alike = len({gain.tasks for gain in gains.values()}) == 1
+    over = "" if alike else f" over {best[1].tasks} tasks"
     finding = (
         f"Gain over {reference}, mean over the tasks; blue where a difference is shown, grey where none is. "
-        f"Largest: {best[0]} with {points(best[1].mean)} points."
+        f"Largest{over}: {best[0]} with {points(best[1].mean)} points."
     )
     rows = [
         [label, points(g.mean), points(g.low), points(g.high), str(g.seeds), str(g.tasks), number(p[label], 2)]
