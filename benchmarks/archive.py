@@ -33,8 +33,9 @@ def content(file: Path, names: dict[str, str]) -> bytes:
 
 def main() -> None:
     study, output = map(Path, sys.argv[1:])
-    data = yaml.safe_load((study / "study.yaml").read_text())["settings"]["data"]
-    names = {str(Path(data).resolve()): data, str(study.resolve()): f"studies/{study.name}"}
+    names = {str(study.resolve()): f"studies/{study.name}"}
+    if rows := yaml.safe_load((study / "study.yaml").read_text())["settings"].get("data"):
+        names[str(Path(rows).resolve())] = rows
     files = [study / "study.yaml", *sorted(study.glob("runs/*/**/*"))]
     with tarfile.open(output, "w:xz") as archive:
         for file in files:
