@@ -3,8 +3,10 @@
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
+import signal
 import time
 
 import pytest
@@ -125,6 +127,27 @@ def test_two_workers_share_the_runs(finished, study_file, tmp_path):
     folder = StudyFolder(tmp_path / "two")
     run_study(study_of(study_file), folder, workers=2)
     assert whole(folder) == whole(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_process_that_started_them(study_file, tmp_path, sent):
+    """In the middle of a run: nobody's machine goes on computing for a command that was stopped."""
+    folder, study = StudyFolder(tmp_path / "stopped"), study_of(study_file, "settings.training.max_steps=100000")
+    process = multiprocessing.get_context("fork").Process(target=run_study, args=(study, folder), kwargs={"workers": 2})
+    process.start()
+    give_up = time.monotonic() + 120
+    while len(training := list(folder.runs.glob("*/metrics.jsonl"))) < 2 and time.monotonic() < give_up:
+        time.sleep(0.2)
+    assert len(training) == 2
+    os.kill(process.pid, sent)
+    process.join(60)
+    assert process.exitcode is not None
+    time.sleep(2)
+    sizes = [file.stat().st_size for file in training]
+    time.sleep(3)
+    assert [file.stat().st_size for file in training] == sizes
+    assert folder.outcomes(study) == {}
 
 
 def test_a_trial_that_another_worker_has_is_left_to_it(study_file, tmp_path):

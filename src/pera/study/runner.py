@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
+from threading import Thread
 from typing import Literal
 
 import torch
@@ -237,17 +238,19 @@ def run_study(
         return folder.outcomes(study)
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
-    processes = [
-        context.Process(target=_worker, args=(folder.path, deadline, threads, os.getpid())) for _ in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    with _Bar(study, folder, console) as bar:
-        while any(process.is_alive() for process in processes):
-            bar.show("")
-            time.sleep(0.5)
-    for process in processes:
-        process.join()
+    processes = [context.Process(target=_worker, args=(folder.path, deadline, threads)) for _ in range(workers)]
+    try:
+        for process in processes:
+            process.start()
+        with _Bar(study, folder, console) as bar:
+            while any(process.is_alive() for process in processes):
+                bar.show("")
+                time.sleep(0.5)
+    finally:
+        for process in processes:  # only after an interruption are there any
+            if process.is_alive():
+                process.terminate()
+                process.join()
     if codes := [process.exitcode for process in processes if process.exitcode]:
         raise UserError(f"study: {len(codes)} of {workers} workers ended early (exit code {codes[0]}); start it again.")
     return folder.outcomes(study)
@@ -260,11 +263,9 @@ def _check_data(study: Study) -> None:
         Trial(study, cell, "choose", study.choose.learning_rate[0], 0).recipe().build_task()
 
 
-def work(
-    study: Study, folder: StudyFolder, deadline: float, bar: _Bar | None = None, parent: int | None = None
-) -> None:
+def work(study: Study, folder: StudyFolder, deadline: float, bar: _Bar | None = None) -> None:
     """Run trial after trial until none is left, or none that is expected to end before ``deadline``."""
-    while parent is None or os.getppid() == parent:
+    while True:
         outcomes = folder.outcomes(study)
         left = [trial for trial in all_trials(study, outcomes) if trial.name not in outcomes]
         expected = Expectation(study, outcomes)
@@ -371,10 +372,19 @@ def _parameters(run: Run) -> int:
     return sum((own or sizes).values())
 
 
-def _worker(path: Path, deadline: float, threads: int, parent: int) -> None:
+def _worker(path: Path, deadline: float, threads: int) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     folder = StudyFolder(path)
-    work(folder.study, folder, deadline, parent=parent)
+    work(folder.study, folder, deadline)
+
+
+def _end_with_parent() -> None:
+    """End this worker in the middle of its run, which can be gone on with, when the process that started it is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class _Bar:
