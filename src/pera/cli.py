@@ -454,6 +454,7 @@ def _effects(effects: Effects) -> Table:
     table.add_row("loss of the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out answer tokens")
     for part, change in effects.without.items():
         table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")
+    table.add_row("with every ΔW cut to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")
     for group, change in effects.without_high_order.items():
         table.add_row(f"without high-order terms in {group}", f"{change:+.5f}")
     return table

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -11,6 +12,7 @@ from torch import nn
 import tiny
 from pera import PeraConfig
 from pera.diagnose import diagnose_adapter, effects, run_effects, zeroed
+from pera.diagnose.effect import cut_to_r
 from pera.recipe import load_recipe
 from pera.runs import Run
 from pera.training import train
@@ -49,12 +51,14 @@ def test_an_adapter_without_high_order_terms_has_no_effect_and_one_that_needs_th
     without = effects(lora, data)
     assert without.without == {"square": 0, "cross": 0, "high_order": 0}
     assert without.without_high_order == {"matrix": 0}
+    assert without.at_rank_r == pytest.approx(0, abs=1e-5 * without.loss)
 
     pera, data = fit(normalization="rms")
     needed = effects(pera, data)
     assert needed.loss < 0.7 * without.loss
     assert needed.without["high_order"] > 5 * needed.loss
     assert needed.without_high_order["matrix"] == needed.without["high_order"]
+    assert needed.at_rank_r > 0.5 * needed.loss
 
 
 @pytest.mark.parametrize("options", [{}, {"coefficients": "fixed"}, {"terms": "square"}, {"normalization": "rms"}])
@@ -82,6 +86,30 @@ def test_zeroing_is_undone_after_an_error():
     assert torch.equal(tiny.logits(model), before)
 
 
+@pytest.mark.parametrize(
+    "options", [{"normalization": "rms"}, {"coefficients": "fixed"}, {"terms": "square"}, {"pera_alpha": 7}]
+)
+def test_cutting_to_r_leaves_the_leading_directions_of_every_delta_weight_and_is_undone(options):
+    """Against NumPy's decomposition of ΔW, added to the weights of the base."""
+    targets = ["q_proj", "down_proj", "embed_tokens"]
+    model = tiny.adapt(tiny.llama(), target_modules=targets, rank_pattern={"down_proj": 3}, **options)
+    layers = tiny.layers(model)
+    before = tiny.logits(model)
+    with cut_to_r(layers.values()):
+        cut = tiny.logits(model)
+    assert torch.equal(tiny.logits(model), before)
+    expected = tiny.llama()
+    for name, layer in layers.items():
+        U, S, Vh = np.linalg.svd(layer.get_delta_weight("default").detach().double().numpy(), full_matrices=False)
+        r = layer.r["default"]
+        assert r == (3 if "down_proj" in name else model.peft_config["default"].r)
+        assert S[r] > 1e-4 * S[0]
+        weight = expected.get_submodule(name.removeprefix("base_model.model.")).weight
+        weight.data += torch.from_numpy((U[:, :r] * S[:r]) @ Vh[:r]).to(weight.dtype)
+    assert torch.allclose(cut, tiny.logits(expected), atol=1e-5)
+    assert not torch.allclose(cut, before, atol=1e-4)
+
+
 def test_square_and_cross_are_zeroed_separately():
     model = tiny.adapt(tiny.llama(), target_modules=["q_proj"], r=3)
     (layer, *_) = tiny.layers(model).values()
@@ -100,6 +128,8 @@ def test_the_effect_of_a_run_is_measured_on_its_held_out_problems_and_kept(run, 
     assert kept["tokens"] > 8
     assert set(kept["without_high_order"]) == {"q_proj", "v_proj", "up_proj", "down_proj"}
     assert kept["without"]["high_order"] != 0
+    assert kept["at_rank_r"] != 0
+    assert "cut to rank r" in pera("inspect", run.path, "--effect").out
     assert "needs a run folder" in pera("inspect", run.adapter, "--effect").err
 
 

@@ -80,7 +80,8 @@ def full_run(path, adapters, adapter="pera", text="How is Ann related to Bob?", 
         write(run.predictions / f"{which}.jsonl", rows)
     parts = {"square": 0.1, "cross": -0.02, "high_order": 0.09}
     groups = {"q_proj": 0.05, "v_proj": -0.003}
-    write(path / "effect.json", {"tokens": 512, "loss": 0.3, "without": parts, "without_high_order": groups})
+    effect = {"tokens": 512, "loss": 0.3, "without": parts, "without_high_order": groups, "at_rank_r": 0.07}
+    write(path / "effect.json", effect)
     cost = {"seconds": 125.0, "tokens": 5000, "peak_memory": 3 * 2**29, "final_loss": 0.9, "left_out": 2}
     write(path / "cost.json", cost)
     check = {"agree": True, "prompts": 4, "tokens": 80, "max_difference": 2e-5, "tolerance": 1e-3, "dtype": "float32"}
@@ -187,6 +188,7 @@ def test_complete_run(tmp_path, adapters):
         "q_proj 0.01 → 0.04",
         "Over 512 tokens the loss is 0.3. Without the high-order terms it changes by +0.09 (30.0 % of it).",
         "both in v_proj",
+        "all beyond rank r",
         "−0.003",
         "A ratio is no proof of use; the effect is.",
         "training time 2 min 5 s training tokens 5,000 tokens per second 40 peak memory 1.5 GB",

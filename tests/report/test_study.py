@@ -58,7 +58,7 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
                 without = {"square": 0.01, "cross": 0.02, "high_order": 0.03}
                 groups = {"q_proj": 0.02, "v_proj": 0.01}
                 effect = {"tokens": 400, "loss": 0.4, "without": without, "without_high_order": groups}
-                write(run.effect_file, effect)
+                write(run.effect_file, {**effect, "at_rank_r": 0.04})
         if stop:
             break
     return study_folder
@@ -221,6 +221,7 @@ def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folde
     assert [[table.rows for table in items(copy, name, "table")] for name in ("scores", "costs")] == [scores, costs]
     (effects,) = items(copy, "terms", "table")
     assert [row[-3] for row in effects.rows] == [ABSENT, ABSENT]
+    assert [row[-4] for row in effects.rows] == ["+0.04", "+0.04"]
     assert not items(copy, "terms", "picture")
 
 

@@ -1,4 +1,4 @@
-"""What the high-order terms do: the change of the loss when they are zeroed in the trained adapter."""
+"""What the high-order terms do: the change of the loss when they, or the rank that they add, are taken out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pera.convert.truncate import truncate_factors
 from pera.files import write_json
-from pera.polynomial import coefficient_pairs
+from pera.polynomial import coefficient_pairs, lora_factors
 from pera.runs import Run, open_model
 from pera.tasks.prompts import IGNORED, encode_task, task_collator
 from pera.tuner import PeraLayer, adapted_layers
@@ -32,6 +33,10 @@ class Effects:
     """Change of the loss when the terms are zeroed in every layer."""
     without_high_order: dict[str, float]
     """Change of the loss when all high-order terms are zeroed in one group of layers, by group."""
+    at_rank_r: float | None = None
+    """Change of the loss when the ΔW of every layer is cut to its r leading directions, the most of it that a LoRA of
+    equal r can hold. Near zero, the higher rank is not used, however much the adapter relies on its terms. None where it
+    was not measured."""
 
 
 def effects(
@@ -41,7 +46,8 @@ def effects(
     adapter_name: str = "default",
     group: Callable[[str], str] | None = None,
 ) -> Effects:
-    """Zero the square, the cross and all high-order terms, everywhere and group by group, and take the loss.
+    """Zero the square, the cross and all high-order terms, everywhere and group by group, cut ΔW to rank r, and take the
+    loss each time.
 
     Args:
         model: a model with a PERA adapter, in evaluation mode; left as it was.
@@ -61,12 +67,15 @@ def effects(
         with zeroed(chosen, part, adapter_name):
             return mean_loss(model, batches)[0] - loss
 
+    with cut_to_r(layers.values(), adapter_name):
+        at_rank_r = mean_loss(model, batches)[0] - loss
     parts: tuple[Part, ...] = ("square", "cross", "high_order")
     return Effects(
         tokens=tokens,
         loss=loss,
         without={part: change(layers.values(), part) for part in parts},
         without_high_order={name: change(members, "high_order") for name, members in groups.items()},
+        at_rank_r=at_rank_r,
     )
 
 
@@ -118,6 +127,30 @@ def zeroed(layers: Iterable[PeraLayer], part: Part, adapter_name: str = "default
     finally:
         for layer in changed:
             del vars(layer)["coefficients"]
+
+
+@contextmanager
+def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iterator[None]:
+    """Within the block, each layer is the LoRA of its own r whose ΔW is nearest to the layer's (Eckart and Young)."""
+    own = [(layer, layer.expansion[adapter_name], layer.scaling[adapter_name]) for layer in layers]
+    cut = []
+    for layer, expansion, scaling in own:
+        A, B, h = (factor.detach().double() for factor in layer.factors(adapter_name))
+        nearest = truncate_factors(*lora_factors(A, B, h, *expansion, scaling), layer.r[adapter_name])
+        cut.append([factor.to(layer.factors(adapter_name)[0].dtype) for factor in nearest])
+    try:
+        for (layer, expansion, _), (A, B) in zip(own, cut, strict=True):
+            factors = layer.factors
+            vars(layer)["factors"] = lambda name, factors=factors, A=A, B=B: (
+                (A, B, A.new_empty(0)) if name == adapter_name else factors(name)
+            )
+            layer.expansion[adapter_name] = expansion._replace(terms="none", normalization="none")
+            layer.scaling[adapter_name] = 1.0
+        yield
+    finally:
+        for layer, expansion, scaling in own:
+            vars(layer).pop("factors", None)
+            layer.expansion[adapter_name], layer.scaling[adapter_name] = expansion, scaling
 
 
 @torch.no_grad()

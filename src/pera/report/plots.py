@@ -206,6 +206,8 @@ def effect(effects: Effects) -> Picture:
     """Change of the loss without each kind of term, and without those of each group of layers."""
     terms = {"square": "squares", "cross": "crosses", "high_order": "both"}
     parts = {terms[part]: change for part, change in effects.without.items()}
+    if effects.at_rank_r is not None:
+        parts["all beyond rank r"] = effects.at_rank_r
     groups = {f"both in {group}": change for group, change in effects.without_high_order.items()}
     bars = {**parts, **groups}
     with style():
