@@ -35,8 +35,8 @@ class Effects:
     """Change of the loss when all high-order terms are zeroed in one group of layers, by group."""
     at_rank_r: float | None = None
     """Change of the loss when the ΔW of every layer is cut to its r leading directions, the most of it that a LoRA of
-    equal r can hold. Near zero, the higher rank is not used, however much the adapter relies on its terms. None where it
-    was not measured."""
+    equal r can hold. Near zero, the higher rank is not used, however much the adapter relies on its terms. None where
+    it was not measured."""
 
 
 def effects(
@@ -46,8 +46,8 @@ def effects(
     adapter_name: str = "default",
     group: Callable[[str], str] | None = None,
 ) -> Effects:
-    """Zero the square, the cross and all high-order terms, everywhere and group by group, cut ΔW to rank r, and take the
-    loss each time.
+    """Zero the square, the cross and all high-order terms, everywhere and group by group, cut ΔW to rank r, and take
+    the loss each time.
 
     Args:
         model: a model with a PERA adapter, in evaluation mode; left as it was.

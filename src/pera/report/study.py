@@ -317,17 +317,18 @@ def _terms(results: Results) -> list[Item]:
         ratio = number(median_high(d.high_order_ratio for d in layers.values()), 3) if layers else ABSENT
         rows.append([cell.label, number(fmean(e["loss"] for e in effects)), signed(fmean(changes)),
                      f"{signed(low)} to {signed(high)}", signed(squares), signed(crosses),
-                     signed(fmean(cut)) if cut else ABSENT, ratio, str(len(changes)), count(effects[0]["tokens"])])  # fmt: skip
+                     signed(fmean(cut)) if cut else ABSENT, ratio, str(len(changes)),
+                     count(effects[0]["tokens"])])  # fmt: skip
     if not rows:
         return []
-    head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses", "cut to rank r", "ratio",
-            "n seeds", "n labels"]  # fmt: skip
+    head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses", "cut to rank r",
+            "ratio", "n seeds", "n labels"]  # fmt: skip
     items.append(Item("table", Table(head, rows), "Effect of the high-order terms"))
     note = (
         "Change of the loss on test rows when the high-order terms of the trained adapter are set to zero: above zero "
         "the adapter relies on them, near zero they do nothing. Cut to rank r: every ΔW is replaced by its r leading "
-        "directions, as much of it as a LoRA of equal r can hold; near zero, the rank beyond r is not used. The ratio is ‖high-order part‖ / ‖BA‖, the median over the layers of "
-        "the first seed; a ratio is no proof of use."
+        "directions, as much of it as a LoRA of equal r can hold; near zero, the rank beyond r is not used. "
+        "The ratio is ‖high-order part‖ / ‖BA‖, the median over the layers of the first seed; it is no proof of use."
     )
     items.append(Item("note", note))
     for cell in results.cells:
