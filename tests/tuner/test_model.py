@@ -8,16 +8,24 @@ from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
+    TaskType,
     convert_to_lora,
     get_peft_model,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from pera import PeraConfig, PeraModel, UserError
 from pera.polynomial import num_coefficients
+from pera.tuner import check_names
 from reference import NORMALIZATIONS, TERMS, relative_error
 from tiny import VOCABULARY, adapt, gpt2, layers, linear, llama, logits, reference_delta, reference_output, tokens
 
@@ -30,6 +38,12 @@ MODELS = {"llama": (llama, LLAMA_LINEAR), "gpt2": (gpt2, GPT2_LINEAR)}
 def base(request):
     """A function that makes the base model, and the names of its linear layers."""
     return MODELS[request.param]
+
+
+def classifier():
+    """A BERT of one layer with a head named "classifier"."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **sizes))
 
 
 def short_names(model):
@@ -66,6 +80,22 @@ def test_a_refused_first_adapter_leaves_the_base_model():
 def test_a_token_outside_the_vocabulary_is_named():
     with pytest.raises(UserError, match=f"trainable_token_indices: {VOCABULARY} is not in the vocabulary"):
         adapt(llama(), trainable_token_indices=[VOCABULARY])
+
+
+@pytest.mark.parametrize("task_type", [None, TaskType.QUESTION_ANS])
+def test_a_head_that_the_model_lacks_is_named_with_the_nearest(task_type):
+    config = PeraConfig(target_modules=["query"], modules_to_save=["classifer"], task_type=task_type)
+    with pytest.raises(UserError, match=r"modules_to_save: 'classifer' not found.*did you mean 'classifier'\?"):
+        check_names(classifier(), config)
+    config.modules_to_save = ["score"]
+    with pytest.raises(UserError, match="modules_to_save: 'score' not found"):
+        check_names(classifier(), config)
+
+
+@pytest.mark.parametrize("task_type", [TaskType.SEQ_CLS, "TOKEN_CLS"])
+def test_heads_that_peft_names_by_itself_may_be_missing(task_type):
+    model = get_peft_model(classifier(), PeraConfig(target_modules=["query"], task_type=task_type))
+    assert set(model.peft_config["default"].modules_to_save) == {"classifier", "score"}
 
 
 # The start

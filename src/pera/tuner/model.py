@@ -300,8 +300,12 @@ def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], default: Any) -> int
     return max(count("num_beams"), count("num_return_sequences"))
 
 
-_HEADS = ("classifier", "score", "qa_outputs")
-"""Heads that PEFT names in ``modules_to_save`` by itself, whether or not the model has them."""
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT names in ``modules_to_save`` by itself, by task, whether or not the model has them."""
 
 
 def check_names(model: nn.Module, config: PeftConfig) -> None:
@@ -323,7 +327,7 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     for key, known, allowed in (
         ("target_modules", modules, ()),
         ("exclude_modules", modules, ()),
-        ("modules_to_save", modules, _HEADS),
+        ("modules_to_save", modules, _HEADS.get(config.task_type or "", ())),
         ("target_parameters", parameters, ()),
     ):
         names = getattr(config, key, None)
