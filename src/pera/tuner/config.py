@@ -43,7 +43,8 @@ class PeraConfig(PeftConfig):
         exclude_modules: names, or a regular expression, of modules to leave out.
         target_parameters: names (or endings of names) of single parameters to adapt, such as the fused experts
             "mlp.experts.gate_up_proj". Each forward builds their whole update, so use it where there is no layer
-            to name in ``target_modules``. They take ``r`` and ``pera_alpha``, and no dropout.
+            to name in ``target_modules``. They take ``r`` and ``pera_alpha``, and no dropout; ``exclude_modules`` and
+            ``layers_to_transform`` do not act on them.
         terms: products that take part: "all", "square" (K = 2r, cheapest), "cross" (needs r ≥ 2), or
             "none", which is LoRA.
         coefficients: "learned" trains one coefficient h for each product; "fixed" keeps 1 for squares

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -146,6 +147,14 @@ class PeraModel(BaseTuner):
                 "its own; set it to 0."
             )
         names = current_key, current_key.rpartition(".")[0]
+        for key, name in (*(("exclude_modules", name) for name in names), ("layers_to_transform", current_key)):
+            ending, option = name.rpartition(".")[2], getattr(config, key)
+            alone = SimpleNamespace(target_modules=[ending], layers_pattern=config.layers_pattern, **{key: option})
+            if not check_target_module_exists(alone, name):
+                raise UserError(
+                    f"{key}={option!r} would leave out {current_key!r}, but acts on target_modules alone; name in "
+                    "target_parameters those to adapt in full, such as 'layers.0.mlp.experts.down_proj'."
+                )
         for key in ("rank_pattern", "alpha_pattern"):
             if matching := [p for p in getattr(config, key) for n in names if re.match(rf"(.*\.)?({p})$", n)]:
                 raise UserError(
