@@ -210,6 +210,18 @@ def test_a_regular_expression_that_matches_nothing_is_named():
         adapt(llama(), target_modules="q_proj, v_proj")
 
 
+@pytest.mark.parametrize("expression", ["k_proj|o_proj", "all-linear"])
+def test_an_exclusion_that_matches_nothing_is_named(expression):
+    with pytest.raises(UserError, match=r"exclude_modules: '.*', as a regular expression, matches no module"):
+        adapt(llama(), target_modules=["q_proj"], exclude_modules=expression)
+
+
+@pytest.mark.parametrize(("indices", "pattern"), [(2, None), ([0, 2], None), ([1, 2], "layers"), ([2], ["layers"])])
+def test_an_index_beyond_the_layers_is_named(indices, pattern):
+    with pytest.raises(UserError, match="layers_to_transform: 2 is not the index of a layer, 0 to 1"):
+        adapt(llama(), target_modules=["q_proj"], layers_to_transform=indices, layers_pattern=pattern)
+
+
 def test_all_linear_belongs_alone():
     with pytest.raises(UserError, match="target_modules lists 'all-linear' among names; give it alone"):
         adapt(llama(), target_modules=["all-linear", "q_proj"])

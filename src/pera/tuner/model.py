@@ -322,8 +322,9 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
 
     Raises:
         UserError: a name in a list of ``target_modules``, ``exclude_modules``, ``modules_to_save`` or
-            ``target_parameters`` matches nothing; the nearest name is given. Or a token of ``trainable_token_indices``
-            is not in the vocabulary.
+            ``target_parameters`` matches nothing; the nearest name is given. Or a regular expression matches nothing,
+            an index of ``layers_to_transform`` is no layer's, or a token of ``trainable_token_indices`` is not in the
+            vocabulary.
     """
     tokens = getattr(config, "trainable_token_indices", None)
     embeddings: Any = getattr(model, "get_input_embeddings", None)
@@ -341,8 +342,8 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     ):
         names = getattr(config, key, None)
         if isinstance(names, str):
-            unmatched = names != INCLUDE_LINEAR_LAYERS_SHORTHAND and not any(re.fullmatch(names, m) for m in modules)
-            if unmatched and key == "target_modules":
+            shorthand = key == "target_modules" and names == INCLUDE_LINEAR_LAYERS_SHORTHAND
+            if not shorthand and not any(re.fullmatch(names, module) for module in modules):
                 raise UserError(f"{key}: {names!r}, as a regular expression, matches no module; give a list of names.")
             continue
         for wanted in sorted(set(names or ()) - set(allowed)):
@@ -352,3 +353,21 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
                 endings = {ending for name in known if not (ending := name.rpartition(".")[2]).isdigit()}
                 close = nearest(wanted.rpartition(".")[2], endings - {""})
                 raise UserError(f"{key}: {wanted!r} not found in the base model; {close}")
+    _check_layers(modules, config)
+
+
+def _check_layers(modules: set[str], config: PeftConfig) -> None:
+    indices = getattr(config, "layers_to_transform", None)
+    if indices is None:
+        return
+    patterns = getattr(config, "layers_pattern", None) or ()
+    lists = [rf"(?:^|.*?\.){pattern}" for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    found = {
+        int(match["index"])
+        for start in lists or [r".*?\.[^.]*"]  # as PEFT finds them
+        for name in modules
+        if (match := re.match(rf"{start}\.(?P<index>\d+)\.", name))
+    }
+    for index in [indices] if isinstance(indices, int) else indices:
+        if found and index not in found:
+            raise UserError(f"layers_to_transform: {index} is not the index of a layer, {min(found)} to {max(found)}.")
