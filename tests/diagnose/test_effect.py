@@ -10,11 +10,12 @@ from peft import get_peft_model
 from torch import nn
 
 import tiny
-from pera import PeraConfig
+from pera import PeraConfig, UserError
 from pera.diagnose import diagnose_adapter, effects, run_effects, zeroed
 from pera.diagnose.effect import cut_to_r
 from pera.recipe import load_recipe
 from pera.runs import Run
+from pera.tasks.prompts import IGNORED
 from pera.training import train
 
 
@@ -59,6 +60,35 @@ def test_an_adapter_without_high_order_terms_has_no_effect_and_one_that_needs_th
     assert needed.without["high_order"] > 5 * needed.loss
     assert needed.without_high_order["matrix"] == needed.without["high_order"]
     assert needed.at_rank_r > 0.5 * needed.loss
+
+
+BATCH = {"input_ids": tiny.tokens(), "labels": tiny.tokens()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: model.delete_adapter("default"),
+            r"'default' is no PERA adapter of the model; it has \['second'\]",
+        ),
+        (lambda model: model.set_adapter("second"), "'default' is not active; call set_adapter first"),
+        (lambda model: model.merge_adapter(), "'default' is merged; call unmerge_adapter first"),
+        (lambda model: model.base_model.disable_adapter_layers(), "'default' is disabled; enable the adapters first"),
+    ],
+)
+def test_an_adapter_that_takes_no_part_is_refused(change, message):
+    model = tiny.adapt(tiny.llama(), target_modules=["q_proj"])
+    model.add_adapter("second", PeraConfig(target_modules=["q_proj"]))
+    change(model)
+    with pytest.raises(UserError, match=f"adapter_name={message}"):
+        effects(model, [BATCH])
+
+
+@pytest.mark.parametrize("batches", [[], [{**BATCH, "labels": torch.full_like(BATCH["labels"], IGNORED)}]])
+def test_batches_without_a_label_that_counts_are_refused(batches):
+    with pytest.raises(UserError, match=f"batches: none of the {len(batches)} has a label that counts"):
+        effects(tiny.adapt(tiny.llama(), target_modules=["q_proj"]), batches)
 
 
 @pytest.mark.parametrize("options", [{}, {"coefficients": "fixed"}, {"terms": "square"}, {"normalization": "rms"}])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pera.convert.truncate import truncate_factors
+from pera.errors import UserError
 from pera.files import write_json
 from pera.polynomial import coefficient_pairs, lora_factors
 from pera.runs import Run, open_model
@@ -35,8 +36,8 @@ class Effects:
     """Change of the loss when all high-order terms are zeroed in one group of layers, by group."""
     at_rank_r: float | None = None
     """Change of the loss when the ΔW of every layer is cut to its r leading directions, the most of it that a LoRA of
-    equal r can hold. Near zero, the higher rank is not used, however much the adapter relies on its terms. None where it
-    was not measured."""
+    equal r can hold. Near zero, the higher rank is not used, however much the adapter relies on its terms. None where
+    it was not measured."""
 
 
 def effects(
@@ -46,8 +47,8 @@ def effects(
     adapter_name: str = "default",
     group: Callable[[str], str] | None = None,
 ) -> Effects:
-    """Zero the square, the cross and all high-order terms, everywhere and group by group, cut ΔW to rank r, and take the
-    loss each time.
+    """Zero the square, the cross and all high-order terms, everywhere and group by group, cut ΔW to rank r, and take
+    the loss each time.
 
     Args:
         model: a model with a PERA adapter, in evaluation mode; left as it was.
@@ -55,9 +56,13 @@ def effects(
         adapter_name: the adapter to look at.
         group: the group of a layer, by its module name; by default the last part of the name, such as
             "q_proj".
+
+    Raises:
+        UserError: the model has no PERA adapter of that name, it takes no part in the forward, or no label counts.
     """
     group = group or (lambda name: name.rpartition(".")[2])
     layers = adapted_layers(model, adapter_name)
+    _require_in_use(model, layers.values(), adapter_name)
     groups: dict[str, list[PeraLayer]] = {}
     for name, layer in layers.items():
         groups.setdefault(group(name), []).append(layer)
@@ -155,14 +160,32 @@ def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iter
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float, int]:
-    """Loss per label, over all batches, and the number of labels that count."""
+    """Loss per label, over all batches, and the number of labels that count.
+
+    Raises:
+        UserError: no label counts.
+    """
     total, tokens = 0.0, 0
     for batch in batches:
         labels: Any = batch["labels"]
         count = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
         total += model(**batch).loss.item() * count
         tokens += count
+    if not tokens:
+        raise UserError(f"batches: none of the {len(batches)} has a label that counts; give examples with an answer to predict.")
     return total / tokens, tokens
+
+
+def _require_in_use(model: nn.Module, layers: Collection[PeraLayer], adapter_name: str) -> None:
+    if not layers:
+        known = sorted({name for module in model.modules() if isinstance(module, PeraLayer) for name in module.r})
+        raise UserError(f"adapter_name={adapter_name!r} is no PERA adapter of the model; it has {known}.")
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is merged; call unmerge_adapter first.")
+    if any(layer.disable_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is disabled; enable the adapters first.")
+    if any(adapter_name not in layer.active_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is not active; call set_adapter first.")
 
 
 def _kept(layer: PeraLayer, part: Part, adapter_name: str) -> Tensor:
