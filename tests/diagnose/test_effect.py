@@ -143,11 +143,37 @@ def test_cutting_to_r_leaves_the_leading_directions_of_every_delta_weight_and_is
 def test_square_and_cross_are_zeroed_separately():
     model = tiny.adapt(tiny.llama(), target_modules=["q_proj"], r=3)
     (layer, *_) = tiny.layers(model).values()
-    h = layer.coefficients("default").detach().clone()
+    h = coefficients(layer)
     with zeroed([layer], "square"):
-        assert torch.equal(layer.coefficients("default"), torch.cat([torch.zeros(3), h[3:]]))
+        assert torch.equal(coefficients(layer), torch.cat([torch.zeros(3), h[3:]]))
     with zeroed([layer], "cross"):
-        assert torch.equal(layer.coefficients("default"), torch.cat([h[:3], torch.zeros(3)]))
+        assert torch.equal(coefficients(layer), torch.cat([h[:3], torch.zeros(3)]))
+
+
+def coefficients(layer):
+    return layer.factors("default")[2].detach().clone()
+
+
+def test_tied_layers_are_zeroed_one_by_one_and_together():
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "normalization": "rms"}
+    model = tiny.adapt(tiny.llama(tie_word_embeddings=True), **options)
+    embedding, head = (tiny.layers(model)[name] for name in ("model.embed_tokens", "lm_head"))
+    h = coefficients(embedding)
+    with zeroed([head], "high_order", others=[embedding]):
+        assert torch.equal(coefficients(embedding), h)
+        assert not coefficients(head).any()
+    with zeroed([embedding], "high_order", others=[head]):
+        assert not coefficients(embedding).any()
+        assert torch.equal(coefficients(head), h)
+    with zeroed([embedding, head], "square"):
+        assert torch.equal(coefficients(embedding), coefficients(head))
+        assert torch.equal(coefficients(head), torch.cat([torch.zeros(3), h[3:]]))
+    assert torch.equal(coefficients(embedding), coefficients(head))
+
+    found = effects(model, [BATCH])
+    assert set(found.without_high_order) == {"embed_tokens", "lm_head"}
+    assert all(found.without_high_order.values())
+    assert found.without["high_order"] not in found.without_high_order.values()
 
 
 def test_the_effect_of_a_run_is_measured_on_its_held_out_problems_and_kept(run, pera):
