@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pera.diagnose.kinds import kind
 from pera.polynomial import expand_A, expand_B
 from pera.tuner import adapted_layers
 
@@ -43,6 +44,6 @@ def high_order_ratios(model: nn.Module, adapter_name: str = "default") -> dict[s
         r, s = A.shape[-2], layer.scaling[adapter_name]
         A_hat, B_hat = expand_A(A, h, *layer.expansion[adapter_name]), expand_B(B, *layer.expansion[adapter_name])
         gram = s * s * (A_hat @ A_hat.mT) * (B_hat.mT @ B_hat)
-        linear, high_order = norms.get(kind := name.rpartition(".")[2], (0.0, 0.0))
-        norms[kind] = linear + gram[..., :r, :r].sum().item(), high_order + gram[..., r:, r:].sum().item()
-    return {kind: (max(high, 0.0) / linear) ** 0.5 for kind, (linear, high) in norms.items() if linear > 0}
+        linear, high_order = norms.get(key := kind(name, layer), (0.0, 0.0))
+        norms[key] = linear + gram[..., :r, :r].sum().item(), high_order + gram[..., r:, r:].sum().item()
+    return {key: (max(high, 0.0) / linear) ** 0.5 for key, (linear, high) in norms.items() if linear > 0}

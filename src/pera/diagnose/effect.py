@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pera.convert.truncate import truncate_factors
+from pera.diagnose.kinds import kind
 from pera.errors import UserError
 from pera.files import write_json
 from pera.polynomial import coefficient_pairs, lora_factors
@@ -55,18 +56,16 @@ def effects(
         model: a model with a PERA adapter, in evaluation mode; left as it was.
         batches: keyword arguments of its forward, with ``labels``.
         adapter_name: the adapter to look at.
-        group: the group of a layer, by its module name; by default the last part of the name, such as
-            "q_proj".
+        group: the group of a layer, by its module name; by default its kind, such as "q_proj".
 
     Raises:
         UserError: the model has no PERA adapter of that name, it takes no part in the forward, or no label counts.
     """
-    group = group or (lambda name: name.rpartition(".")[2])
     layers = adapted_layers(model, adapter_name)
     _require_in_use(model, layers.values(), adapter_name)
     groups: dict[str, list[PeraLayer]] = {}
     for name, layer in layers.items():
-        groups.setdefault(group(name), []).append(layer)
+        groups.setdefault(group(name) if group else kind(name, layer), []).append(layer)
     loss, tokens = mean_loss(model, batches)
 
     def change(chosen: Iterable[PeraLayer], part: Part) -> float:
