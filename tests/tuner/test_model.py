@@ -77,9 +77,17 @@ def test_a_refused_first_adapter_leaves_the_base_model():
     assert [name for name, _ in base.named_modules()] == before
 
 
-def test_a_token_outside_the_vocabulary_is_named():
-    with pytest.raises(UserError, match=f"trainable_token_indices: {VOCABULARY} is not in the vocabulary"):
-        adapt(llama(), trainable_token_indices=[VOCABULARY])
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+@pytest.mark.parametrize("tokens", [lambda token: [token], lambda token: {"embed_tokens": [0, token]}])
+def test_a_token_outside_the_vocabulary_is_named(tokens, token):
+    with pytest.raises(UserError, match=rf"trainable_token_indices.*: {token} is not in the vocabulary, 0 to 63"):
+        adapt(llama(), trainable_token_indices=tokens(token))
+
+
+def test_a_token_of_a_second_adapter_outside_the_vocabulary_is_named():
+    model = adapt(llama(), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [0]})
+    with pytest.raises(UserError, match=rf"trainable_token_indices\['tokens'\]: {VOCABULARY} is not in the vocabulary"):
+        model.add_adapter("b", PeraConfig(target_modules=["q_proj"], trainable_token_indices={"tokens": [VOCABULARY]}))
 
 
 @pytest.mark.parametrize("task_type", [None, TaskType.QUESTION_ANS])

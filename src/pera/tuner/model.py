@@ -326,12 +326,6 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
             an index of ``layers_to_transform`` is no layer's, or a token of ``trainable_token_indices`` is not in the
             vocabulary.
     """
-    tokens = getattr(config, "trainable_token_indices", None)
-    embeddings: Any = getattr(model, "get_input_embeddings", None)
-    if isinstance(tokens, list) and embeddings is not None:
-        rows = len(embeddings().weight)
-        if outside := [token for token in tokens if not 0 <= token < rows]:
-            raise UserError(f"trainable_token_indices: {outside[0]} is not in the vocabulary, 0 to {rows - 1}.")
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
     modules = {name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name}
     for key, known, allowed in (
@@ -354,6 +348,7 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
                 close = nearest(wanted.rpartition(".")[2], endings - {""})
                 raise UserError(f"{key}: {wanted!r} not found in the base model; {close}")
     _check_layers(modules, config)
+    _check_tokens(model, config)
 
 
 def _check_layers(modules: set[str], config: PeftConfig) -> None:
@@ -371,3 +366,18 @@ def _check_layers(modules: set[str], config: PeftConfig) -> None:
     for index in [indices] if isinstance(indices, int) else indices:
         if found and index not in found:
             raise UserError(f"layers_to_transform: {index} is not the index of a layer, {min(found)} to {max(found)}.")
+
+
+def _check_tokens(model: Any, config: PeftConfig) -> None:
+    key, wanted = "trainable_token_indices", getattr(config, "trainable_token_indices", None) or ()
+    embeddings: list[tuple[str, Any, list[int]]] = []
+    if isinstance(wanted, dict):
+        modules = list(model.named_modules())
+        for ending, tokens in wanted.items():  # as PEFT finds them
+            embeddings += [(f"{key}[{ending!r}]", module, tokens) for name, module in modules if name.endswith(ending)]
+    elif wanted and hasattr(model, "get_input_embeddings"):
+        embeddings = [(key, model.get_input_embeddings(), wanted)]
+    for place, embedding, tokens in embeddings:
+        rows = len(embedding.weight)
+        if outside := [token for token in tokens if not 0 <= token < rows]:
+            raise UserError(f"{place}: {outside[0]} is not in the vocabulary, 0 to {rows - 1}.")
