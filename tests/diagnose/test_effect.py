@@ -10,11 +10,12 @@ from peft import get_peft_model
 from torch import nn
 
 import tiny
-from pera import PeraConfig
+from pera import PeraConfig, UserError
 from pera.diagnose import diagnose_adapter, effects, run_effects, zeroed
 from pera.diagnose.effect import cut_to_r
 from pera.recipe import load_recipe
 from pera.runs import Run
+from pera.tasks.prompts import IGNORED
 from pera.training import train
 
 
@@ -59,6 +60,35 @@ def test_an_adapter_without_high_order_terms_has_no_effect_and_one_that_needs_th
     assert needed.without["high_order"] > 5 * needed.loss
     assert needed.without_high_order["matrix"] == needed.without["high_order"]
     assert needed.at_rank_r > 0.5 * needed.loss
+
+
+BATCH = {"input_ids": tiny.tokens(), "labels": tiny.tokens()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: model.delete_adapter("default"),
+            r"'default' is no PERA adapter of the model; it has \['second'\]",
+        ),
+        (lambda model: model.set_adapter("second"), "'default' is not active; call set_adapter first"),
+        (lambda model: model.merge_adapter(), "'default' is merged; call unmerge_adapter first"),
+        (lambda model: model.base_model.disable_adapter_layers(), "'default' is disabled; enable the adapters first"),
+    ],
+)
+def test_an_adapter_that_takes_no_part_is_refused(change, message):
+    model = tiny.adapt(tiny.llama(), target_modules=["q_proj"])
+    model.add_adapter("second", PeraConfig(target_modules=["q_proj"]))
+    change(model)
+    with pytest.raises(UserError, match=f"adapter_name={message}"):
+        effects(model, [BATCH])
+
+
+@pytest.mark.parametrize("batches", [[], [{**BATCH, "labels": torch.full_like(BATCH["labels"], IGNORED)}]])
+def test_batches_without_a_label_that_counts_are_refused(batches):
+    with pytest.raises(UserError, match=f"batches: none of the {len(batches)} has a label that counts"):
+        effects(tiny.adapt(tiny.llama(), target_modules=["q_proj"]), batches)
 
 
 @pytest.mark.parametrize("options", [{}, {"coefficients": "fixed"}, {"terms": "square"}, {"normalization": "rms"}])
@@ -113,11 +143,37 @@ def test_cutting_to_r_leaves_the_leading_directions_of_every_delta_weight_and_is
 def test_square_and_cross_are_zeroed_separately():
     model = tiny.adapt(tiny.llama(), target_modules=["q_proj"], r=3)
     (layer, *_) = tiny.layers(model).values()
-    h = layer.coefficients("default").detach().clone()
+    h = coefficients(layer)
     with zeroed([layer], "square"):
-        assert torch.equal(layer.coefficients("default"), torch.cat([torch.zeros(3), h[3:]]))
+        assert torch.equal(coefficients(layer), torch.cat([torch.zeros(3), h[3:]]))
     with zeroed([layer], "cross"):
-        assert torch.equal(layer.coefficients("default"), torch.cat([h[:3], torch.zeros(3)]))
+        assert torch.equal(coefficients(layer), torch.cat([h[:3], torch.zeros(3)]))
+
+
+def coefficients(layer):
+    return layer.factors("default")[2].detach().clone()
+
+
+def test_tied_layers_are_zeroed_one_by_one_and_together():
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "normalization": "rms"}
+    model = tiny.adapt(tiny.llama(tie_word_embeddings=True), **options)
+    embedding, head = (tiny.layers(model)[name] for name in ("model.embed_tokens", "lm_head"))
+    h = coefficients(embedding)
+    with zeroed([head], "high_order", others=[embedding]):
+        assert torch.equal(coefficients(embedding), h)
+        assert not coefficients(head).any()
+    with zeroed([embedding], "high_order", others=[head]):
+        assert not coefficients(embedding).any()
+        assert torch.equal(coefficients(head), h)
+    with zeroed([embedding, head], "square"):
+        assert torch.equal(coefficients(embedding), coefficients(head))
+        assert torch.equal(coefficients(head), torch.cat([torch.zeros(3), h[3:]]))
+    assert torch.equal(coefficients(embedding), coefficients(head))
+
+    found = effects(model, [BATCH])
+    assert set(found.without_high_order) == {"embed_tokens", "lm_head"}
+    assert all(found.without_high_order.values())
+    assert found.without["high_order"] not in found.without_high_order.values()
 
 
 def test_the_effect_of_a_run_is_measured_on_its_held_out_problems_and_kept(run, pera):

@@ -217,6 +217,18 @@ def test_from_lora_refuses_what_pera_does_not_have(options, name):
         PeraConfig.from_lora(LoraConfig(**options))
 
 
+def test_from_lora_refuses_an_expression_before_a_name():
+    """LoRA would give layer 0 rank 16 and PERA 4."""
+    with pytest.raises(UserError, match=r"rank_pattern: LoRA takes .* before 'q_proj', .* put the name first"):
+        PeraConfig.from_lora(LoraConfig(rank_pattern={r".*layers\.0\..*": 16, "q_proj": 4}))
+
+
+@pytest.mark.parametrize("patterns", [{"q_proj": 4, r".*layers\.0\..*": 16}, {r".*layers\.0\..*": 4, "q_proj": 4}])
+def test_from_lora_takes_patterns_in_the_order_of_pera(patterns):
+    config = PeraConfig.from_lora(LoraConfig(alpha_pattern=patterns))
+    assert config.layer_settings("layers.0.q_proj") == (8, 4)
+
+
 # Saving and loading
 
 

@@ -8,16 +8,24 @@ from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
+    TaskType,
     convert_to_lora,
     get_peft_model,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from pera import PeraConfig, PeraModel, UserError
 from pera.polynomial import num_coefficients
+from pera.tuner import check_names
 from reference import NORMALIZATIONS, TERMS, relative_error
 from tiny import VOCABULARY, adapt, gpt2, layers, linear, llama, logits, reference_delta, reference_output, tokens
 
@@ -30,6 +38,12 @@ MODELS = {"llama": (llama, LLAMA_LINEAR), "gpt2": (gpt2, GPT2_LINEAR)}
 def base(request):
     """A function that makes the base model, and the names of its linear layers."""
     return MODELS[request.param]
+
+
+def classifier():
+    """A BERT of one layer with a head named "classifier"."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **sizes))
 
 
 def short_names(model):
@@ -63,9 +77,33 @@ def test_a_refused_first_adapter_leaves_the_base_model():
     assert [name for name, _ in base.named_modules()] == before
 
 
-def test_a_token_outside_the_vocabulary_is_named():
-    with pytest.raises(UserError, match=f"trainable_token_indices: {VOCABULARY} is not in the vocabulary"):
-        adapt(llama(), trainable_token_indices=[VOCABULARY])
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+@pytest.mark.parametrize("tokens", [lambda token: [token], lambda token: {"embed_tokens": [0, token]}])
+def test_a_token_outside_the_vocabulary_is_named(tokens, token):
+    with pytest.raises(UserError, match=rf"trainable_token_indices.*: {token} is not in the vocabulary, 0 to 63"):
+        adapt(llama(), trainable_token_indices=tokens(token))
+
+
+def test_a_token_of_a_second_adapter_outside_the_vocabulary_is_named():
+    model = adapt(llama(), target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [0]})
+    with pytest.raises(UserError, match=rf"trainable_token_indices\['tokens'\]: {VOCABULARY} is not in the vocabulary"):
+        model.add_adapter("b", PeraConfig(target_modules=["q_proj"], trainable_token_indices={"tokens": [VOCABULARY]}))
+
+
+@pytest.mark.parametrize("task_type", [None, TaskType.QUESTION_ANS])
+def test_a_head_that_the_model_lacks_is_named_with_the_nearest(task_type):
+    config = PeraConfig(target_modules=["query"], modules_to_save=["classifer"], task_type=task_type)
+    with pytest.raises(UserError, match=r"modules_to_save: 'classifer' not found.*did you mean 'classifier'\?"):
+        check_names(classifier(), config)
+    config.modules_to_save = ["score"]
+    with pytest.raises(UserError, match="modules_to_save: 'score' not found"):
+        check_names(classifier(), config)
+
+
+@pytest.mark.parametrize("task_type", [TaskType.SEQ_CLS, "TOKEN_CLS"])
+def test_heads_that_peft_names_by_itself_may_be_missing(task_type):
+    model = get_peft_model(classifier(), PeraConfig(target_modules=["query"], task_type=task_type))
+    assert set(model.peft_config["default"].modules_to_save) == {"classifier", "score"}
 
 
 # The start
@@ -178,6 +216,18 @@ def test_a_target_of_a_second_adapter_that_matches_nothing_is_named():
 def test_a_regular_expression_that_matches_nothing_is_named():
     with pytest.raises(ValueError, match=r"q_proj, v_proj.*, as a regular expression, matches no module"):
         adapt(llama(), target_modules="q_proj, v_proj")
+
+
+@pytest.mark.parametrize("expression", ["k_proj|o_proj", "all-linear"])
+def test_an_exclusion_that_matches_nothing_is_named(expression):
+    with pytest.raises(UserError, match=r"exclude_modules: '.*', as a regular expression, matches no module"):
+        adapt(llama(), target_modules=["q_proj"], exclude_modules=expression)
+
+
+@pytest.mark.parametrize(("indices", "pattern"), [(2, None), ([0, 2], None), ([1, 2], "layers"), ([2], ["layers"])])
+def test_an_index_beyond_the_layers_is_named(indices, pattern):
+    with pytest.raises(UserError, match="layers_to_transform: 2 is not the index of a layer, 0 to 1"):
+        adapt(llama(), target_modules=["q_proj"], layers_to_transform=indices, layers_pattern=pattern)
 
 
 def test_all_linear_belongs_alone():

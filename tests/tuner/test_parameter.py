@@ -207,11 +207,29 @@ def test_the_projection_of_multihead_attention():
         ({"target_parameters": ["norm.weight"]}, r"'weight' of shape \(32,\) .* cannot be adapted"),
         ({"pera_dropout": 0.1}, "pera_dropout=0.1 cannot act on 'model.layers.0.mlp.experts.gate_up_proj'"),
         ({"rank_pattern": {"gate_up_proj": 4}}, "rank_pattern: 'gate_up_proj' matches .*, which takes r and alpha"),
+        (
+            {"layers_to_transform": 0},
+            r"layers_to_transform=0 would leave out 'model\.layers\.1\.mlp.* in full, such as",
+        ),
+        (
+            {"exclude_modules": ["0.mlp.experts"]},
+            r"exclude_modules=.* would leave out 'model\.layers\.0\.mlp\.experts\.",
+        ),
+        (
+            {"exclude_modules": r".*\.1\..*(down|k)_proj"},
+            r"exclude_modules=.* would leave out 'model\.layers\.1\..*down_proj'",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_sentence(options, message):
     with pytest.raises(UserError, match=message):
         adapt(qwen(), **options)
+
+
+def test_modules_may_be_left_out_beside_parameters_named_in_full():
+    options = {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"], "layers_to_transform": [1]}
+    adapted = adapt(qwen(), target_parameters=["1.mlp.experts.down_proj"], **options)
+    assert set(layers(adapted)) == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.experts"}
 
 
 def test_a_parameter_that_would_be_read_past_the_adapter_is_refused():

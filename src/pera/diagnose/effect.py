@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pera.convert.truncate import truncate_factors
+from pera.diagnose.kinds import kind
+from pera.errors import UserError
 from pera.files import write_json
 from pera.polynomial import coefficient_pairs, lora_factors
 from pera.runs import Run, open_model
@@ -18,6 +20,7 @@ from pera.tasks.prompts import IGNORED, encode_task, task_collator
 from pera.tuner import PeraLayer, adapted_layers
 
 Part = Literal["square", "cross", "high_order"]
+Factors = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,20 @@ def effects(
         model: a model with a PERA adapter, in evaluation mode; left as it was.
         batches: keyword arguments of its forward, with ``labels``.
         adapter_name: the adapter to look at.
-        group: the group of a layer, by its module name; by default the last part of the name, such as
-            "q_proj".
+        group: the group of a layer, by its module name; by default its kind, such as "q_proj".
+
+    Raises:
+        UserError: the model has no PERA adapter of that name, it takes no part in the forward, or no label counts.
     """
-    group = group or (lambda name: name.rpartition(".")[2])
     layers = adapted_layers(model, adapter_name)
+    _require_in_use(model, layers.values(), adapter_name)
     groups: dict[str, list[PeraLayer]] = {}
     for name, layer in layers.items():
-        groups.setdefault(group(name), []).append(layer)
+        groups.setdefault(group(name) if group else kind(name, layer), []).append(layer)
     loss, tokens = mean_loss(model, batches)
 
     def change(chosen: Iterable[PeraLayer], part: Part) -> float:
-        with zeroed(chosen, part, adapter_name):
+        with zeroed(chosen, part, adapter_name, others=layers.values()):
             return mean_loss(model, batches)[0] - loss
 
     with cut_to_r(layers.values(), adapter_name):
@@ -111,63 +116,85 @@ def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list
     return model, batches
 
 
-@contextmanager
-def zeroed(layers: Iterable[PeraLayer], part: Part, adapter_name: str = "default") -> Iterator[None]:
-    """Within the block, the coefficients of ``part``, learned or fixed, are zero in ``layers``."""
-    changed: list[PeraLayer] = []
-    try:
-        for layer in layers:
-            own = layer.coefficients
-            masked = own(adapter_name).detach() * _kept(layer, part, adapter_name)
-            vars(layer)["coefficients"] = lambda name, own=own, masked=masked: (
-                masked if name == adapter_name else own(name)
-            )
-            changed.append(layer)
-        yield
-    finally:
-        for layer in changed:
-            del vars(layer)["coefficients"]
+def zeroed(
+    layers: Iterable[PeraLayer], part: Part, adapter_name: str = "default", *, others: Iterable[PeraLayer] = ()
+) -> AbstractContextManager[None]:
+    """Within the block, the coefficients of ``part``, learned or fixed, are zero in ``layers``, and as they were in
+    ``others``, which may be tied to one of them."""
+    kept = {layer: layer.factors(adapter_name) for layer in others}
+    return _with_factors(kept | {layer: _without(layer, part, adapter_name) for layer in layers}, adapter_name)
 
 
 @contextmanager
 def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iterator[None]:
     """Within the block, each layer is the LoRA of its own r whose ΔW is nearest to the layer's (Eckart and Young)."""
-    own = [(layer, layer.expansion[adapter_name], layer.scaling[adapter_name]) for layer in layers]
-    cut = []
-    for layer, expansion, scaling in own:
-        A, B, h = (factor.detach().double() for factor in layer.factors(adapter_name))
-        nearest = truncate_factors(*lora_factors(A, B, h, *expansion, scaling), layer.r[adapter_name])
-        cut.append([factor.to(layer.factors(adapter_name)[0].dtype) for factor in nearest])
+    cut: dict[PeraLayer, Factors] = {}
+    for layer in layers:
+        A, B, h = (factor.detach() for factor in layer.factors(adapter_name))
+        exact = A.double(), B.double(), h.double(), *layer.expansion[adapter_name], layer.scaling[adapter_name]
+        near_A, near_B = truncate_factors(*lora_factors(*exact), layer.r[adapter_name])
+        cut[layer] = near_A.to(A), near_B.to(B), h.new_empty(0)
+    own = [(layer, layer.expansion[adapter_name], layer.scaling[adapter_name]) for layer in cut]
     try:
-        for (layer, expansion, _), (A, B) in zip(own, cut, strict=True):
-            factors = layer.factors
-            vars(layer)["factors"] = lambda name, factors=factors, A=A, B=B: (
-                (A, B, A.new_empty(0)) if name == adapter_name else factors(name)
-            )
+        for layer, expansion, _ in own:
             layer.expansion[adapter_name] = expansion._replace(terms="none", normalization="none")
             layer.scaling[adapter_name] = 1.0
-        yield
+        with _with_factors(cut, adapter_name):
+            yield
     finally:
         for layer, expansion, scaling in own:
-            vars(layer).pop("factors", None)
             layer.expansion[adapter_name], layer.scaling[adapter_name] = expansion, scaling
+
+
+@contextmanager
+def _with_factors(factors: dict[PeraLayer, Factors], adapter_name: str) -> Iterator[None]:
+    """Within the block, these are the factors of the adapter in these layers."""
+    for layer, values in factors.items():
+        vars(layer)["factors"] = lambda name, own=layer.factors, values=values: (
+            values if name == adapter_name else own(name)
+        )
+    try:
+        yield
+    finally:
+        for layer in factors:
+            del vars(layer)["factors"]
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float, int]:
-    """Loss per label, over all batches, and the number of labels that count."""
+    """Loss per label, over all batches, and the number of labels that count.
+
+    Raises:
+        UserError: no label counts.
+    """
     total, tokens = 0.0, 0
     for batch in batches:
         labels: Any = batch["labels"]
         count = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
         total += model(**batch).loss.item() * count
         tokens += count
+    if not tokens:
+        raise UserError(
+            f"batches: none of the {len(batches)} has a label that counts; give examples with an answer to predict."
+        )
     return total / tokens, tokens
 
 
-def _kept(layer: PeraLayer, part: Part, adapter_name: str) -> Tensor:
-    """1 for each coefficient that stays, 0 for each that belongs to ``part``."""
-    h = layer.coefficients(adapter_name)
+def _require_in_use(model: nn.Module, layers: Collection[PeraLayer], adapter_name: str) -> None:
+    if not layers:
+        known = sorted({name for module in model.modules() if isinstance(module, PeraLayer) for name in module.r})
+        raise UserError(f"adapter_name={adapter_name!r} is no PERA adapter of the model; it has {known}.")
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is merged; call unmerge_adapter first.")
+    if any(layer.disable_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is disabled; enable the adapters first.")
+    if any(adapter_name not in layer.active_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is not active; call set_adapter first.")
+
+
+def _without(layer: PeraLayer, part: Part, adapter_name: str) -> Factors:
+    """The factors of the adapter with 0 for each coefficient that belongs to ``part``."""
+    A, B, h = layer.factors(adapter_name)
     pairs = coefficient_pairs(layer.r[adapter_name], layer.expansion[adapter_name].terms)
-    zeroed = [part == "high_order" or (part == "square") == (i == j) for i, j in pairs]
-    return torch.tensor(zeroed, device=h.device).logical_not().to(h.dtype)
+    kept = [part != "high_order" and (part == "square") != (i == j) for i, j in pairs]
+    return A, B, h.detach() * torch.tensor(kept, dtype=h.dtype, device=h.device)

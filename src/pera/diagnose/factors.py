@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pera.diagnose.kinds import kind
 from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
 from pera.runs import adapter_config, adapter_weights, method_name
@@ -129,10 +130,10 @@ def diagnose_adapter(folder: Path) -> dict[str, LayerDiagnosis]:
 
 
 def by_kind(layers: dict[str, LayerDiagnosis]) -> dict[str, list[LayerDiagnosis]]:
-    """The layers by the last part of their name, such as "q_proj"."""
+    """The layers by kind, such as "q_proj"."""
     kinds: dict[str, list[LayerDiagnosis]] = {}
     for name, layer in layers.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(layer)
+        kinds.setdefault(kind(name), []).append(layer)
     return kinds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import combinations
 from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftConfig
@@ -43,7 +44,8 @@ class PeraConfig(PeftConfig):
         exclude_modules: names, or a regular expression, of modules to leave out.
         target_parameters: names (or endings of names) of single parameters to adapt, such as the fused experts
             "mlp.experts.gate_up_proj". Each forward builds their whole update, so use it where there is no layer
-            to name in ``target_modules``. They take ``r`` and ``pera_alpha``, and no dropout.
+            to name in ``target_modules``. They take ``r`` and ``pera_alpha``, and no dropout; ``exclude_modules`` and
+            ``layers_to_transform`` do not act on them.
         terms: products that take part: "all", "square" (K = 2r, cheapest), "cross" (needs r ≥ 2), or
             "none", which is LoRA.
         coefficients: "learned" trains one coefficient h for each product; "fixed" keeps 1 for squares
@@ -173,13 +175,20 @@ class PeraConfig(PeftConfig):
 
         Raises:
             UserError: the configuration uses an option of LoRA that PERA does not have (DoRA, LoftQ,
-                another initialisation, …).
+                another initialisation, …), or patterns that PERA may read in another order.
         """
         for key in ("rank_pattern", "alpha_pattern"):  # PEFT takes the first that matches, PERA the longest name
             patterns = getattr(lora_config, key) or {}
-            for short, long in ((a, b) for a in patterns for b in patterns if b.endswith(f".{a}")):
-                if patterns[short] != patterns[long]:
-                    raise UserError(f"{key}: {short!r} and {long!r} match the same modules and disagree; keep one.")
+            for first, second in combinations(patterns, 2):
+                if patterns[first] == patterns[second]:
+                    continue
+                if first.endswith(f".{second}") or second.endswith(f".{first}"):
+                    raise UserError(f"{key}: {first!r} and {second!r} match the same modules and disagree; keep one.")
+                if _is_plain(second) and not _is_plain(first):
+                    raise UserError(
+                        f"{key}: LoRA takes {first!r} before {second!r}, and PERA a name before an expression; "
+                        "put the name first, or keep one."
+                    )
         renamed = {"pera_alpha": lora_config.lora_alpha, "pera_dropout": lora_config.lora_dropout}
         own = {f.name for f in fields(cls)}
         for f in fields(LoraConfig):
@@ -314,13 +323,17 @@ def _lookup(key: str, pattern: dict[str, Any], name: str, default: Any) -> Any:
     PEFT takes the first match, and the order of the entries is lost when a configuration is saved.
     """
     matching = [k for k in pattern if re.match(rf"(.*\.)?({k})$", name)]
-    plain = [k for k in matching if re.fullmatch(r"[\w.]+", k)]
+    plain = [k for k in matching if _is_plain(k)]
     if plain:
         return pattern[max(plain, key=len)]
     values = {pattern[k] for k in matching}
     if len(values) > 1:
         raise UserError(f"{key}: {' and '.join(map(repr, matching))} both match {name!r} and disagree; keep one.")
     return values.pop() if values else default
+
+
+def _is_plain(pattern: str) -> bool:
+    return re.fullmatch(r"[\w.]+", pattern) is not None
 
 
 def _is_index(value: Any) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -146,6 +147,14 @@ class PeraModel(BaseTuner):
                 "its own; set it to 0."
             )
         names = current_key, current_key.rpartition(".")[0]
+        for key, name in (*(("exclude_modules", name) for name in names), ("layers_to_transform", current_key)):
+            ending, option = name.rpartition(".")[2], getattr(config, key)
+            alone = SimpleNamespace(target_modules=[ending], layers_pattern=config.layers_pattern, **{key: option})
+            if not check_target_module_exists(alone, name):
+                raise UserError(
+                    f"{key}={option!r} would leave out {current_key!r}, but acts on target_modules alone; name in "
+                    "target_parameters those to adapt in full, such as 'layers.0.mlp.experts.down_proj'."
+                )
         for key in ("rank_pattern", "alpha_pattern"):
             if matching := [p for p in getattr(config, key) for n in names if re.match(rf"(.*\.)?({p})$", n)]:
                 raise UserError(
@@ -300,8 +309,12 @@ def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any], default: Any) -> int
     return max(count("num_beams"), count("num_return_sequences"))
 
 
-_HEADS = ("classifier", "score", "qa_outputs")
-"""Heads that PEFT names in ``modules_to_save`` by itself, whether or not the model has them."""
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT names in ``modules_to_save`` by itself, by task, whether or not the model has them."""
 
 
 def check_names(model: nn.Module, config: PeftConfig) -> None:
@@ -309,27 +322,22 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
 
     Raises:
         UserError: a name in a list of ``target_modules``, ``exclude_modules``, ``modules_to_save`` or
-            ``target_parameters`` matches nothing; the nearest name is given. Or a token of ``trainable_token_indices``
-            is not in the vocabulary.
+            ``target_parameters`` matches nothing; the nearest name is given. Or a regular expression matches nothing,
+            an index of ``layers_to_transform`` is no layer's, or a token of ``trainable_token_indices`` is not in the
+            vocabulary.
     """
-    tokens = getattr(config, "trainable_token_indices", None)
-    embeddings: Any = getattr(model, "get_input_embeddings", None)
-    if isinstance(tokens, list) and embeddings is not None:
-        rows = len(embeddings().weight)
-        if outside := [token for token in tokens if not 0 <= token < rows]:
-            raise UserError(f"trainable_token_indices: {outside[0]} is not in the vocabulary, 0 to {rows - 1}.")
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
     modules = {name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name}
     for key, known, allowed in (
         ("target_modules", modules, ()),
         ("exclude_modules", modules, ()),
-        ("modules_to_save", modules, _HEADS),
+        ("modules_to_save", modules, _HEADS.get(config.task_type or "", ())),
         ("target_parameters", parameters, ()),
     ):
         names = getattr(config, key, None)
         if isinstance(names, str):
-            unmatched = names != INCLUDE_LINEAR_LAYERS_SHORTHAND and not any(re.fullmatch(names, m) for m in modules)
-            if unmatched and key == "target_modules":
+            shorthand = key == "target_modules" and names == INCLUDE_LINEAR_LAYERS_SHORTHAND
+            if not shorthand and not any(re.fullmatch(names, module) for module in modules):
                 raise UserError(f"{key}: {names!r}, as a regular expression, matches no module; give a list of names.")
             continue
         for wanted in sorted(set(names or ()) - set(allowed)):
@@ -339,3 +347,37 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
                 endings = {ending for name in known if not (ending := name.rpartition(".")[2]).isdigit()}
                 close = nearest(wanted.rpartition(".")[2], endings - {""})
                 raise UserError(f"{key}: {wanted!r} not found in the base model; {close}")
+    _check_layers(modules, config)
+    _check_tokens(model, config)
+
+
+def _check_layers(modules: set[str], config: PeftConfig) -> None:
+    indices = getattr(config, "layers_to_transform", None)
+    if indices is None:
+        return
+    patterns = getattr(config, "layers_pattern", None) or ()
+    lists = [rf"(?:^|.*?\.){pattern}" for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    found = {
+        int(match["index"])
+        for start in lists or [r".*?\.[^.]*"]  # as PEFT finds them
+        for name in modules
+        if (match := re.match(rf"{start}\.(?P<index>\d+)\.", name))
+    }
+    for index in [indices] if isinstance(indices, int) else indices:
+        if found and index not in found:
+            raise UserError(f"layers_to_transform: {index} is not the index of a layer, {min(found)} to {max(found)}.")
+
+
+def _check_tokens(model: Any, config: PeftConfig) -> None:
+    key, wanted = "trainable_token_indices", getattr(config, "trainable_token_indices", None) or ()
+    embeddings: list[tuple[str, Any, list[int]]] = []
+    if isinstance(wanted, dict):
+        modules = list(model.named_modules())
+        for ending, tokens in wanted.items():  # as PEFT finds them
+            embeddings += [(f"{key}[{ending!r}]", module, tokens) for name, module in modules if name.endswith(ending)]
+    elif wanted and hasattr(model, "get_input_embeddings"):
+        embeddings = [(key, model.get_input_embeddings(), wanted)]
+    for place, embedding, tokens in embeddings:
+        rows = len(embedding.weight)
+        if outside := [token for token in tokens if not 0 <= token < rows]:
+            raise UserError(f"{place}: {outside[0]} is not in the vocabulary, 0 to {rows - 1}.")
