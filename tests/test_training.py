@@ -159,6 +159,8 @@ def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, fi
         ["method={name: lora, r: 2, target_modules: [q_proj]}", "training.lr_ratio.B=4", "training.weight_decay=0.1"],
         ["training.max_steps=null", "training.epochs=0.75", "training.gradient_accumulation_steps=2"],
         ["training.save_steps=3", "training.lr_scheduler=cosine", "training.warmup_steps=5"],
+        ["training.max_steps=null", "training.epochs=2", "training.save_steps=20", "training.group_by_length=true"],
+        ["training.max_steps=null", "training.epochs=2", "training.save_steps=16", "training.group_by_length=true"],
     ],
 )
 def test_resumed_is_uninterrupted_for_other_recipes(overrides, train_run, tmp_path):
