@@ -89,10 +89,12 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     makes only those that are missing.
 
     Raises:
-        UserError: the scorer does not fit the task, or the base of a classifier is asked for, which has no head.
+        UserError: the scorer does not fit the task, the data are not those of the training, or the base of a classifier
+            is asked for, which has no head.
     """
     recipe = run.recipe.with_scorer(scorer)
     task, spec = recipe.build_task(), recipe.evaluation
+    run.check_data(task.manifest)
     if base and task.labels is not None:
         raise UserError(
             f"--base: the base model of {recipe.task.name!r} has no trained head, so there is nothing to score; "

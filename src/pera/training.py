@@ -69,11 +69,13 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         console: where progress is shown; None shows nothing.
 
     Raises:
-        UserError: the model, a target module or the task cannot be had; the disk refuses.
+        UserError: the model, a target module or the task cannot be had; the data or the base model are not those that
+            a resumed run was begun with; the disk refuses.
         LossNotFinite: the loss is not finite.
     """
     spec = recipe.training
     task = recipe.build_task()
+    run.check_data(task.manifest)
     set_seed(spec.seed)  # a classification head is drawn when the model is loaded
     model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
