@@ -192,7 +192,7 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
         options |= {"metric_for_best_model": "loss" if task.labels is None else task.metric}
     else:
         options |= {"save_strategy": "steps", "save_steps": spec.save_steps}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         **options,
         output_dir=str(run.checkpoints),
         run_name=run.path.name,
@@ -216,6 +216,9 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
+    # One process takes one GPU: DataParallel would multiply the batch size and cut up what batches say of their rows.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _optimizer(
