@@ -87,6 +87,16 @@ def test_an_answer_ends_after_the_number_of_tokens_asked_for(tokenizer):
     assert answer == expected.strip() != ""
 
 
+def test_an_answer_that_leaves_no_room_for_the_question_is_refused(task, tiny_llama, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokens = len(encode_prompt(tokenizer, ""))
+    make_scorer(model, tokenizer, task, task.test, EvaluationSection(max_new_tokens=511 - tokens), None)
+    for length in (512 - tokens, 600):
+        sentence = rf"^evaluation\.max_new_tokens={length} leaves no room for the question in the 512 tokens"
+        with pytest.raises(UserError, match=sentence):
+            make_scorer(model, tokenizer, task, task.test, EvaluationSection(max_new_tokens=length), None)
+
+
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 def test_a_batch_gives_the_answers_of_single_prompts(name, request, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(name), dtype=torch.float64).eval()

@@ -324,18 +324,19 @@ def test_by_task_holds_sections(file):
 
 
 @pytest.mark.parametrize(
-    ("task", "scorer"),
+    ("task", "scorer", "longest"),
     [
-        ("leg_counting", "exact_match"),
-        ("sst2", "classification"),
-        ("commonsense", "generation"),
-        ("ARC-Easy", "generation"),
-        ("gsm8k", "exact_match"),
-        ({"name": "own", "data": "a/b"}, "exact_match"),
+        ("leg_counting", "exact_match", 16),
+        ("sst2", "classification", None),
+        ("commonsense", "generation", 16),
+        ("ARC-Easy", "generation", 16),
+        ("gsm8k", "exact_match", 512),
+        ({"name": "own", "data": "a/b"}, "exact_match", 256),
     ],
 )
-def test_each_kind_of_task_has_its_scorer(task, scorer):
-    assert parse_recipe({**SMALL, "task": task}).evaluation.scorer == scorer
+def test_each_kind_of_task_has_its_scorer_and_its_longest_answer(task, scorer, longest):
+    evaluation = parse_recipe({**SMALL, "task": task}).evaluation
+    assert (evaluation.scorer, evaluation.max_new_tokens) == (scorer, longest)
 
 
 @pytest.mark.parametrize(

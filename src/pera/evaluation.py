@@ -197,6 +197,11 @@ class _Generation(Scorer):
         super().__init__(*arguments)
         room = self.limit - (self.spec.max_new_tokens or 0)
         self.prompts = [encode_question(self.tokenizer, e, self.task.frame, room) for e in self.examples]
+        if any(prompt.shortened and not prompt.text for prompt in self.prompts):
+            raise UserError(
+                f"evaluation.max_new_tokens={self.spec.max_new_tokens} leaves no room for the question in the "
+                f"{self.limit} tokens of the model; give fewer."
+            )
         self.lengths = [len(prompt.ids) for prompt in self.prompts]
 
     def answer(self, rows: list[int]) -> list[Prediction]:

@@ -323,7 +323,7 @@ class EvaluationSection(Section):
     "classification": the class, or the number, of the head. Figures of two scorers are not comparable."""
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int | None = Field(16, ge=1)
-    """Longest answer; nothing for classification."""
+    """Longest answer; by default as :data:`ANSWERS` says, nothing for classification."""
     num_beams: int | None = Field(1, ge=1)
     """Beams of the search for an answer; 1 is greedy. Nothing for classification."""
 
@@ -336,6 +336,9 @@ _SCORERS: dict[str, tuple[str, ...]] = {
     "own": ("exact_match",),
 }
 """The scorers of each kind of task, the default first."""
+
+ANSWERS = {"reasoning": 16, "commonsense": 16, "gsm8k": 512, "own": 256}
+"""Tokens of the longest answer, by default, of each kind of task in which one is written."""
 
 _WRITING = ("max_new_tokens", "num_beams")
 
@@ -354,13 +357,13 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _scorer_of_the_task(cls, content: Any) -> Any:
-        """Fill in the scorer that the kind of task has by default."""
+    def _evaluation_of_the_task(cls, content: Any) -> Any:
+        """Fill in the scorer and the longest answer that the kind of task has by default."""
         if not isinstance(content, dict) or not isinstance(content.get("evaluation", {}), dict):
             return content
         kind = _kind(_name_alone(content.get("task")))
-        defaults = {"scorer": _SCORERS[kind][0], **(dict.fromkeys(_WRITING) if kind == "glue" else {})}
-        return {**content, "evaluation": {**defaults, **content.get("evaluation", {})}}
+        written = {"max_new_tokens": ANSWERS[kind]} if kind in ANSWERS else dict.fromkeys(_WRITING)
+        return {**content, "evaluation": {"scorer": _SCORERS[kind][0], **written, **content.get("evaluation", {})}}
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> Recipe:
