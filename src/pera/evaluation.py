@@ -375,6 +375,7 @@ def _score(task: Task, predictions: list[Prediction], seconds: float) -> Score:
     parts = {
         group: _part([p for p in predictions if p.group == group]) for group in sorted({p.group for p in predictions})
     }
+    grouped = set(parts) != {""}
     correct, unparsed = sum(p.correct for p in parts.values()), sum(p.unparsed for p in parts.values())
     value = sum(p.accuracy for p in parts.values()) / len(parts)
     if len(parts) == 1:
@@ -385,8 +386,8 @@ def _score(task: Task, predictions: list[Prediction], seconds: float) -> Score:
         *(n, correct, "accuracy" if len(parts) == 1 else "mean accuracy", value, low, high, seconds, majority),
         unparsed=unparsed,
         shortened=shortened,
-        parts={} if set(parts) == {""} else parts,
-        missing=tuple(name for name in task.members if name not in parts),
+        parts=parts if grouped else {},
+        missing=tuple(name for name in task.members if grouped and name not in parts),
     )
 
 
