@@ -312,6 +312,18 @@ def test_a_folder_is_kept_as_a_path_from_anywhere(tmp_path, monkeypatch):
     assert load_recipe("glue-minilm", ["data=data"]).task.data == str(tmp_path / "data")
 
 
+def test_a_model_is_kept_as_a_path_from_anywhere_unless_it_is_embedded(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "blob").touch()
+    (tmp_path / "models" / "a.gguf").symlink_to("blob")  # as in the cache of the hub
+    (tmp_path / "smollm2-135m").mkdir()
+    monkeypatch.chdir(tmp_path / "models")
+    for name, kept in [("../models", tmp_path / "models"), ("a.gguf", tmp_path / "models" / "a.gguf"), ("a/b", "a/b")]:
+        assert parse_recipe({**SMALL, "model": name}).model.name == str(kept)
+    monkeypatch.chdir(tmp_path)
+    assert parse_recipe(SMALL).model.name == "smollm2-135m"
+
+
 def test_overrides_win_over_by_task():
     overrides = ["task=mrpc", "training.epochs=1", "method.dropout=0.1"]
     recipe = load_recipe("glue-roberta-base", overrides)

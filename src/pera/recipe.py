@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable
 from importlib import resources
@@ -25,6 +26,7 @@ from pydantic import (
 
 from pera import methods
 from pera.errors import UserError, nearest
+from pera.models import EMBEDDED
 from pera.optim import check_groups
 from pera.tasks import (
     CommonsenseTask,
@@ -54,10 +56,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _absolute(*words: str) -> AfterValidator:
+    """Makes a path of this machine one that holds from every working folder; ``words`` have a meaning of their own."""
+
+    def convert(name: str) -> str:
+        path = Path(name).expanduser()
+        return os.path.abspath(path) if name not in words and path.exists() else name
+
+    return AfterValidator(convert)
+
+
 class ModelSection(Section):
     """The base model. A recipe may give its name alone."""
 
-    name: str
+    name: Annotated[str, _absolute(*EMBEDDED)]
     """An embedded model, a folder, a .gguf file or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -66,13 +78,7 @@ class ModelSection(Section):
     trust_remote_code: bool = False
 
 
-def _absolute(data: str) -> str:
-    """A path of this machine as one that holds from every working folder."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if data != HUB and path.exists() else data
-
-
-Data = Annotated[str, AfterValidator(_absolute)]
+Data = Annotated[str, _absolute(HUB)]
 
 
 class _TaskSection(Section):
