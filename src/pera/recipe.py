@@ -207,7 +207,8 @@ class OwnSection(_TaskSection):
     seed: int = Field(42, ge=0)
 
     def question(self, row: dict[str, Any]) -> Example:
-        return own_example(row, {str(name): column for name, column in self.columns.items()}, answered=False)
+        columns = {str(name): column for name, column in self.columns.items()}
+        return own_example(row, columns, template=self.template, answered=False)
 
     @property
     def frame(self) -> Frame:
