@@ -148,6 +148,14 @@ def test_either_length_can_replace_the_other(file):
         ("training.learning_rate=.nan", "training.learning_rate=nan: "),
         ("training.learning_rate=.inf", "training.learning_rate=inf: "),
         ("training.lr_scheduler=cosin", "training.lr_scheduler='cosin': input should be 'linear', 'cosine'"),
+        (
+            "training={max_steps: 5, lr_scheduler: constant, warmup_steps: 2}",
+            "training: lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up",
+        ),
+        (
+            "training={max_steps: 5, lr_scheduler: constant, warmup_ratio: 0.1}",
+            "training: lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up",
+        ),
         ("training.lr_ratio=16", "training: lr_ratio=16 should give ratios by group, such as {'B': 16}."),
         ("training.lr_ratio.B=-1", "training: lr_ratio['B']=-1 should be a finite number of at least 0."),
         ("training.lr_ratio.b=16", "training: lr_ratio['b'] cannot be set; known: B, h, other."),
@@ -333,6 +341,14 @@ def test_overrides_win_over_by_task():
 def test_by_task_holds_sections(file):
     with pytest.raises(UserError, match=r"^recipe: by_task in '.*' should hold sections of the recipe by name"):
         load_recipe(file({**SMALL, "by_task": {"leg_counting": 3}}))
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("mrcp", "mrpc"), ("leg_countin", "leg_counting")])
+def test_by_task_names_tasks(name, nearest, file):
+    section = {"training": {"warmup_steps": 2}}
+    assert load_recipe(file({**SMALL, "by_task": {nearest: section}}))
+    with pytest.raises(UserError, match=rf"by_task\.{name} in .* not the name of a task; did you mean '{nearest}'\?"):
+        load_recipe(file({**SMALL, "by_task": {name: section}}))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from pera.tasks import (
     divided,
     gsm8k,
     own,
+    reasoning,
 )
 from pera.tasks.base import Asked, AskedLabels
 from pera.tasks.glue import GLUE
@@ -307,6 +308,8 @@ class TrainingSection(Section):
             raise ValueError("give exactly one of max_steps and epochs")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give one of warmup_steps and warmup_ratio")
+        if self.lr_scheduler == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError("lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up")
         if isinstance(self.eval_steps, int) and self.eval_steps < 1:
             raise ValueError(f"eval_steps={self.eval_steps} should be at least 1, or 'epoch'")
         if self.keep == "best" and self.eval_steps is None:
@@ -442,8 +445,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
             for goes before the rest of the file, and after the overrides.
 
     Raises:
-        UserError: no such recipe, not YAML, an unknown key (the nearest known one is named), a value
-            that does not fit.
+        UserError: no such recipe, not YAML, an unknown key or task in ``by_task`` (the nearest known one is named), a
+            value that does not fit.
     """
     if (Path(source) / "recipe.yaml").is_file():
         raise UserError(
@@ -453,6 +456,10 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     by_task = content.pop("by_task", {})
     if not isinstance(by_task, dict) or not all(isinstance(section, dict) for section in by_task.values()):
         raise UserError(f"recipe: by_task in {source!r} should hold sections of the recipe by name of the task.")
+    unknown = [key for key in by_task if key not in _KINDS and key not in reasoning.names()]
+    if unknown:
+        known = nearest(unknown[0], {*_KINDS, *reasoning.names()})
+        raise UserError(f"recipe: by_task.{unknown[0]} in {source!r} is not the name of a task; {known}")
     task = _name_alone(_overridden(content, overrides).get("task"))
     if isinstance(task, dict) and task.get("name") in by_task:
         content = _merged(content, by_task[task["name"]])
