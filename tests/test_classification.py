@@ -166,7 +166,7 @@ def test_it_merges_into_a_plain_classifier(glue_run, tmp_path, pera):
         ("evaluation.max_new_tokens=3", ["evaluation.max_new_tokens=3", "a classifier writes nothing"]),
         ("evaluation.scorer=likelihood", ["evaluation.scorer='likelihood' does not fit task 'sst2'", "classification"]),
         ("training.eval_steps=null", ["keep='best' needs eval_steps"]),
-        ("training.eval_steps=0", ["eval_steps=0 should be at least 1"]),
+        ("training.eval_steps=0", ["training.eval_steps=0: input should be a whole number of at least 1"]),
         ("training.warmup_steps=3", ["give one of warmup_steps and warmup_ratio"]),
     ],
 )

@@ -1,6 +1,7 @@
 """A recipe is one YAML file in which nothing is ignored."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,15 @@ def test_an_option_for_h_needs_a_method_that_learns_it(key, method):
     assert parse_recipe({**SMALL, "training": training}).training.model_dump()[key] == {"B": 0.5, "h": 2.0}
     with pytest.raises(UserError, match=rf"^training\.{key}\.h=2\.0 has no h to act on, which only pera trains"):
         parse_recipe({**SMALL, "method": {"name": "pera", **method}, "training": training})
+
+
+@pytest.mark.parametrize("value", ["foo", 0, 1.5])
+def test_steps_between_measurements_are_named_in_one_sentence(value):
+    sentence = f"training.eval_steps={value!r}: input should be a whole number of at least 1, or 'epoch'"
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        parse_recipe({**SMALL, "training": {"max_steps": 5, "eval_steps": value}})
+    for right in (3, "epoch", None):
+        assert parse_recipe({**SMALL, "training": {"max_steps": 5, "eval_steps": right}}).training.eval_steps == right
 
 
 def test_a_misspelt_key_in_the_file_is_refused_like_one_in_an_override(file):

@@ -21,8 +21,11 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pera import methods
 from pera.errors import UserError, nearest
@@ -263,6 +266,14 @@ TaskSection = Annotated[
 """What is learned and what is asked. A recipe may give the task's name alone."""
 
 
+def _steps(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+    """One sentence on a value that is neither of two kinds, where pydantic has one for each."""
+    try:
+        return known(value)
+    except ValidationError as error:
+        raise PydanticCustomError("steps", "Input should be a whole number of at least 1, or 'epoch'") from error
+
+
 class TrainingSection(Section):
     """How it is learned. Exactly one of ``max_steps`` and ``epochs``."""
 
@@ -294,7 +305,7 @@ class TrainingSection(Section):
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints."""
-    eval_steps: int | Literal["epoch"] | None = Field(None)
+    eval_steps: Annotated[Annotated[int, Field(ge=1)] | Literal["epoch"] | None, WrapValidator(_steps)] = None
     """Steps between measurements on the task's validation rows, or "epoch"; by default there are none."""
     keep: Literal["last", "best"] = "last"
     """The adapter after the last step, or the best one measured on the validation rows: by loss, for classification by
@@ -310,8 +321,6 @@ class TrainingSection(Section):
             raise ValueError("give one of warmup_steps and warmup_ratio")
         if self.lr_scheduler == "constant" and (self.warmup_steps or self.warmup_ratio):
             raise ValueError("lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up")
-        if isinstance(self.eval_steps, int) and self.eval_steps < 1:
-            raise ValueError(f"eval_steps={self.eval_steps} should be at least 1, or 'epoch'")
         if self.keep == "best" and self.eval_steps is None:
             raise ValueError("keep='best' needs eval_steps, the steps between measurements, or 'epoch'")
         return self
