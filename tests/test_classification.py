@@ -36,6 +36,15 @@ def test_the_rows_and_the_measurements_are_on_record(finished_glue_run, glue_fol
     assert all({"loss", "accuracy"} <= set(line) for line in lines)
 
 
+def test_other_rows_are_neither_trained_on_nor_scored(glue_run):
+    record = json.loads(glue_run.data_file.read_text())
+    record["test"]["sha256"] = "0" * 64
+    glue_run.data_file.write_text(json.dumps(record))
+    for command in (evaluate_run, run_effects, lambda run: train(run.recipe, run, resume=True)):
+        with pytest.raises(UserError, match=r"^task\.data: the file of 'test' is not the one that '.*' was begun with"):
+            command(glue_run)
+
+
 def test_it_learns_and_is_scored(glue_run):
     score = evaluate_run(glue_run)
     assert (score.n, score.metric) == (32, "accuracy")
@@ -157,7 +166,7 @@ def test_it_merges_into_a_plain_classifier(glue_run, tmp_path, pera):
         ("evaluation.max_new_tokens=3", ["evaluation.max_new_tokens=3", "a classifier writes nothing"]),
         ("evaluation.scorer=likelihood", ["evaluation.scorer='likelihood' does not fit task 'sst2'", "classification"]),
         ("training.eval_steps=null", ["keep='best' needs eval_steps"]),
-        ("training.eval_steps=0", ["eval_steps=0 should be at least 1"]),
+        ("training.eval_steps=0", ["training.eval_steps=0: input should be a whole number of at least 1"]),
         ("training.warmup_steps=3", ["give one of warmup_steps and warmup_ratio"]),
     ],
 )

@@ -22,7 +22,7 @@ from pera.evaluation import (
 from pera.files import Journal
 from pera.recipe import EvaluationSection
 from pera.runs import Run
-from pera.tasks import CommonsenseTask, ReasoningTask
+from pera.tasks import CommonsenseTask, ReasoningTask, divided
 from pera.tasks.prompts import encode_prompt, encode_question
 from shared import DATA, needs_data
 
@@ -85,6 +85,16 @@ def test_an_answer_ends_after_the_number_of_tokens_asked_for(tokenizer):
     (answer,) = generate(model, tokenizer, ["Who?"], batch_size=1, max_new_tokens=2)
     expected = tokenizer.decode(tokenizer("grandmother and grandfather", add_special_tokens=False).input_ids[:2])
     assert answer == expected.strip() != ""
+
+
+def test_an_answer_that_leaves_no_room_for_the_question_is_refused(task, tiny_llama, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokens = len(encode_prompt(tokenizer, ""))
+    make_scorer(model, tokenizer, task, task.test, EvaluationSection(max_new_tokens=511 - tokens), None)
+    for length in (512 - tokens, 600):
+        sentence = rf"^evaluation\.max_new_tokens={length} leaves no room for the question in the 512 tokens"
+        with pytest.raises(UserError, match=sentence):
+            make_scorer(model, tokenizer, task, task.test, EvaluationSection(max_new_tokens=length), None)
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
@@ -197,6 +207,18 @@ def test_right_wrong_and_unparsed_outputs_are_counted_exactly(options_task, toke
     assert score.majority is not None
     assert score.low < score.value < score.high
     assert (score.parts["boolq"].low, score.parts["boolq"].high) == wilson_interval(4, 6)
+
+
+def test_held_out_rows_of_a_mixed_file_are_judged_by_their_own_options(tokenizer, options_task, tmp_path):
+    rows = [row for file in sorted(tmp_path.glob("*/train.json")) for row in json.loads(file.read_text())]
+    (tmp_path / "mix.json").write_text(json.dumps(rows))
+    mixed = CommonsenseTask(names=["boolq", "winogrande"], data=str(tmp_path / "mix.json"), validation_size=1)
+    task = divided(mixed, held_out=4)
+    model = Frames(tokenizer, task, [*(example.answer for example in task.test[:2]), "option3", "no idea"])
+    spec = EvaluationSection(scorer="generation", batch_size=3, max_new_tokens=32)
+    score, _ = evaluate(model, tokenizer, task, spec)
+    assert (score.n, score.correct, score.unparsed, score.metric) == (4, 2, 2, "accuracy")
+    assert (score.parts, score.missing) == ({}, ())
 
 
 def test_beams_are_asked_for(options_task, tokenizer):

@@ -1,6 +1,7 @@
 """A recipe is one YAML file in which nothing is ignored."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,14 @@ def test_either_length_can_replace_the_other(file):
         ("training.learning_rate=.nan", "training.learning_rate=nan: "),
         ("training.learning_rate=.inf", "training.learning_rate=inf: "),
         ("training.lr_scheduler=cosin", "training.lr_scheduler='cosin': input should be 'linear', 'cosine'"),
+        (
+            "training={max_steps: 5, lr_scheduler: constant, warmup_steps: 2}",
+            "training: lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up",
+        ),
+        (
+            "training={max_steps: 5, lr_scheduler: constant, warmup_ratio: 0.1}",
+            "training: lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up",
+        ),
         ("training.lr_ratio=16", "training: lr_ratio=16 should give ratios by group, such as {'B': 16}."),
         ("training.lr_ratio.B=-1", "training: lr_ratio['B']=-1 should be a finite number of at least 0."),
         ("training.lr_ratio.b=16", "training: lr_ratio['b'] cannot be set; known: B, h, other."),
@@ -176,6 +185,15 @@ def test_an_option_for_h_needs_a_method_that_learns_it(key, method):
     assert parse_recipe({**SMALL, "training": training}).training.model_dump()[key] == {"B": 0.5, "h": 2.0}
     with pytest.raises(UserError, match=rf"^training\.{key}\.h=2\.0 has no h to act on, which only pera trains"):
         parse_recipe({**SMALL, "method": {"name": "pera", **method}, "training": training})
+
+
+@pytest.mark.parametrize("value", ["foo", 0, 1.5])
+def test_steps_between_measurements_are_named_in_one_sentence(value):
+    sentence = f"training.eval_steps={value!r}: input should be a whole number of at least 1, or 'epoch'"
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        parse_recipe({**SMALL, "training": {"max_steps": 5, "eval_steps": value}})
+    for right in (3, "epoch", None):
+        assert parse_recipe({**SMALL, "training": {"max_steps": 5, "eval_steps": right}}).training.eval_steps == right
 
 
 def test_a_misspelt_key_in_the_file_is_refused_like_one_in_an_override(file):
@@ -312,6 +330,18 @@ def test_a_folder_is_kept_as_a_path_from_anywhere(tmp_path, monkeypatch):
     assert load_recipe("glue-minilm", ["data=data"]).task.data == str(tmp_path / "data")
 
 
+def test_a_model_is_kept_as_a_path_from_anywhere_unless_it_is_embedded(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "blob").touch()
+    (tmp_path / "models" / "a.gguf").symlink_to("blob")  # as in the cache of the hub
+    (tmp_path / "smollm2-135m").mkdir()
+    monkeypatch.chdir(tmp_path / "models")
+    for name, kept in [("../models", tmp_path / "models"), ("a.gguf", tmp_path / "models" / "a.gguf"), ("a/b", "a/b")]:
+        assert parse_recipe({**SMALL, "model": name}).model.name == str(kept)
+    monkeypatch.chdir(tmp_path)
+    assert parse_recipe(SMALL).model.name == "smollm2-135m"
+
+
 def test_overrides_win_over_by_task():
     overrides = ["task=mrpc", "training.epochs=1", "method.dropout=0.1"]
     recipe = load_recipe("glue-roberta-base", overrides)
@@ -323,19 +353,28 @@ def test_by_task_holds_sections(file):
         load_recipe(file({**SMALL, "by_task": {"leg_counting": 3}}))
 
 
+@pytest.mark.parametrize(("name", "nearest"), [("mrcp", "mrpc"), ("leg_countin", "leg_counting")])
+def test_by_task_names_tasks(name, nearest, file):
+    section = {"training": {"warmup_steps": 2}}
+    assert load_recipe(file({**SMALL, "by_task": {nearest: section}}))
+    with pytest.raises(UserError, match=rf"by_task\.{name} in .* not the name of a task; did you mean '{nearest}'\?"):
+        load_recipe(file({**SMALL, "by_task": {name: section}}))
+
+
 @pytest.mark.parametrize(
-    ("task", "scorer"),
+    ("task", "scorer", "longest"),
     [
-        ("leg_counting", "exact_match"),
-        ("sst2", "classification"),
-        ("commonsense", "generation"),
-        ("ARC-Easy", "generation"),
-        ("gsm8k", "exact_match"),
-        ({"name": "own", "data": "a/b"}, "exact_match"),
+        ("leg_counting", "exact_match", 16),
+        ("sst2", "classification", None),
+        ("commonsense", "generation", 16),
+        ("ARC-Easy", "generation", 16),
+        ("gsm8k", "exact_match", 512),
+        ({"name": "own", "data": "a/b"}, "exact_match", 256),
     ],
 )
-def test_each_kind_of_task_has_its_scorer(task, scorer):
-    assert parse_recipe({**SMALL, "task": task}).evaluation.scorer == scorer
+def test_each_kind_of_task_has_its_scorer_and_its_longest_answer(task, scorer, longest):
+    evaluation = parse_recipe({**SMALL, "task": task}).evaluation
+    assert (evaluation.scorer, evaluation.max_new_tokens) == (scorer, longest)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pera.errors import UserError
 from pera.models import fingerprint, load_model
 from pera.recipe import load_recipe
 from pera.runs import COMPLETE, Location, Run, adapter_config, load_adapter, locate, open_model, resumable
+from pera.training import train
 
 
 @pytest.fixture
@@ -117,6 +118,34 @@ def test_the_environment_is_recorded(finished_run, tiny_llama):
         "fingerprint": fingerprint(load_model(str(tiny_llama), dtype="float32")),
     }
     assert isinstance(record["command"], list)
+
+
+def test_files_that_are_not_those_a_run_was_begun_with_are_refused(recipe, workplace):
+    run = Run.create(recipe, workplace / "run")
+    files = {"train": {"mix": {"sha256": "1" * 64}}, "validation": {"rows": 3}, "test": {"piqa": {"sha256": "2" * 64}}}
+    run.check_data(files)  # nothing is recorded
+    run.data_file.write_text(json.dumps({**files, "notes": []}))
+    run.check_data({**files, "validation": {"rows": 4}})
+    for change, words in [
+        ({"test": {"piqa": {"sha256": "3" * 64}}}, r"'test\.piqa' is not .* begins with 3+, in data\.json"),
+        ({"validation": {"sha256": "3" * 64}}, r"'validation' is not .* data\.json with none"),
+        ({"train": {}}, r"'train\.mix' is not .* begins with none"),
+    ]:
+        with pytest.raises(UserError, match=rf"^task\.data: the file of {words}"):
+            run.check_data({**files, **change})
+    run.data_file.write_text('{"notes": []}')  # nor is it here
+    run.check_data(files)
+
+
+@pytest.mark.parametrize(("key", "was"), [("dtype", "bfloat16"), ("fingerprint", "0123456789abcdef")])
+def test_a_run_is_not_gone_on_with_on_another_base(key, was, run):
+    record = json.loads(run.environment_file.read_text())
+    record["base_model"][key] = was
+    run.environment_file.write_text(json.dumps(record))
+    shutil.rmtree(run.adapter)
+    with pytest.raises(UserError, match=rf"^--resume: .* was begun with '.*' of the {key} {was}, and here it has "):
+        train(run.recipe, run, resume=True)
+    assert json.loads(run.environment_file.read_text()) == record
 
 
 def test_a_run_says_what_its_adapter_and_base_are(finished_run, tiny_llama):

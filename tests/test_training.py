@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from pera.errors import UserError
 from pera.recipe import load_recipe
 from pera.runs import COMPLETE, Run
 from pera.tasks.prompts import encode_example
-from pera.training import train
+from pera.training import _arguments, train
 
 STEPS = [2, 4, 6, 8, 10, 12]
 
@@ -159,6 +160,8 @@ def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, fi
         ["method={name: lora, r: 2, target_modules: [q_proj]}", "training.lr_ratio.B=4", "training.weight_decay=0.1"],
         ["training.max_steps=null", "training.epochs=0.75", "training.gradient_accumulation_steps=2"],
         ["training.save_steps=3", "training.lr_scheduler=cosine", "training.warmup_steps=5"],
+        ["training.max_steps=null", "training.epochs=2", "training.save_steps=20", "training.group_by_length=true"],
+        ["training.max_steps=null", "training.epochs=2", "training.save_steps=16", "training.group_by_length=true"],
     ],
 )
 def test_resumed_is_uninterrupted_for_other_recipes(overrides, train_run, tmp_path):
@@ -248,6 +251,14 @@ def test_gradient_checkpointing_changes_nothing_but_memory(finished_run, train_r
     found, expected = (load_file(r.adapter / "adapter_model.safetensors") for r in (run, finished_run))
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_takes_one_gpu(recipe_file, monkeypatch, tmp_path):
+    recipe = load_recipe(str(recipe_file))
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(lambda arguments: torch.device("cpu")))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
+    arguments = _arguments(recipe, Run(tmp_path), recipe.build_task())
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
 
 
 def test_the_adapter_of_a_bfloat16_base_is_float32(train_run, tmp_path):

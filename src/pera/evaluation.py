@@ -89,10 +89,12 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     makes only those that are missing.
 
     Raises:
-        UserError: the scorer does not fit the task, or the base of a classifier is asked for, which has no head.
+        UserError: the scorer does not fit the task, the data are not those of the training, or the base of a classifier
+            is asked for, which has no head.
     """
     recipe = run.recipe.with_scorer(scorer)
     task, spec = recipe.build_task(), recipe.evaluation
+    run.check_data(task.manifest)
     if base and task.labels is not None:
         raise UserError(
             f"--base: the base model of {recipe.task.name!r} has no trained head, so there is nothing to score; "
@@ -195,6 +197,11 @@ class _Generation(Scorer):
         super().__init__(*arguments)
         room = self.limit - (self.spec.max_new_tokens or 0)
         self.prompts = [encode_question(self.tokenizer, e, self.task.frame, room) for e in self.examples]
+        if any(prompt.shortened and not prompt.text for prompt in self.prompts):
+            raise UserError(
+                f"evaluation.max_new_tokens={self.spec.max_new_tokens} leaves no room for the question in the "
+                f"{self.limit} tokens of the model; give fewer."
+            )
         self.lengths = [len(prompt.ids) for prompt in self.prompts]
 
     def answer(self, rows: list[int]) -> list[Prediction]:
@@ -368,6 +375,7 @@ def _score(task: Task, predictions: list[Prediction], seconds: float) -> Score:
     parts = {
         group: _part([p for p in predictions if p.group == group]) for group in sorted({p.group for p in predictions})
     }
+    grouped = set(parts) != {""}
     correct, unparsed = sum(p.correct for p in parts.values()), sum(p.unparsed for p in parts.values())
     value = sum(p.accuracy for p in parts.values()) / len(parts)
     if len(parts) == 1:
@@ -378,8 +386,8 @@ def _score(task: Task, predictions: list[Prediction], seconds: float) -> Score:
         *(n, correct, "accuracy" if len(parts) == 1 else "mean accuracy", value, low, high, seconds, majority),
         unparsed=unparsed,
         shortened=shortened,
-        parts={} if set(parts) == {""} else parts,
-        missing=tuple(name for name in task.members if name not in parts),
+        parts=parts if grouped else {},
+        missing=tuple(name for name in task.members if grouped and name not in parts),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable
 from importlib import resources
@@ -20,11 +21,15 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pera import methods
 from pera.errors import UserError, nearest
+from pera.models import EMBEDDED
 from pera.optim import check_groups
 from pera.tasks import (
     CommonsenseTask,
@@ -39,6 +44,7 @@ from pera.tasks import (
     divided,
     gsm8k,
     own,
+    reasoning,
 )
 from pera.tasks.base import Asked, AskedLabels
 from pera.tasks.glue import GLUE
@@ -54,10 +60,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _absolute(*words: str) -> AfterValidator:
+    """Makes a path of this machine one that holds from every working folder; ``words`` have a meaning of their own."""
+
+    def convert(name: str) -> str:
+        path = Path(name).expanduser()
+        return os.path.abspath(path) if name not in words and path.exists() else name
+
+    return AfterValidator(convert)
+
+
 class ModelSection(Section):
     """The base model. A recipe may give its name alone."""
 
-    name: str
+    name: Annotated[str, _absolute(*EMBEDDED)]
     """An embedded model, a folder, a .gguf file or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -66,13 +82,7 @@ class ModelSection(Section):
     trust_remote_code: bool = False
 
 
-def _absolute(data: str) -> str:
-    """A path of this machine as one that holds from every working folder."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if data != HUB and path.exists() else data
-
-
-Data = Annotated[str, AfterValidator(_absolute)]
+Data = Annotated[str, _absolute(HUB)]
 
 
 class _TaskSection(Section):
@@ -201,7 +211,8 @@ class OwnSection(_TaskSection):
     seed: int = Field(42, ge=0)
 
     def question(self, row: dict[str, Any]) -> Example:
-        return own_example(row, {str(name): column for name, column in self.columns.items()}, answered=False)
+        columns = {str(name): column for name, column in self.columns.items()}
+        return own_example(row, columns, template=self.template, answered=False)
 
     @property
     def frame(self) -> Frame:
@@ -255,6 +266,14 @@ TaskSection = Annotated[
 """What is learned and what is asked. A recipe may give the task's name alone."""
 
 
+def _steps(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+    """One sentence on a value that is neither of two kinds, where pydantic has one for each."""
+    try:
+        return known(value)
+    except ValidationError as error:
+        raise PydanticCustomError("steps", "Input should be a whole number of at least 1, or 'epoch'") from error
+
+
 class TrainingSection(Section):
     """How it is learned. Exactly one of ``max_steps`` and ``epochs``."""
 
@@ -286,7 +305,7 @@ class TrainingSection(Section):
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints."""
-    eval_steps: int | Literal["epoch"] | None = Field(None)
+    eval_steps: Annotated[Annotated[int, Field(ge=1)] | Literal["epoch"] | None, WrapValidator(_steps)] = None
     """Steps between measurements on the task's validation rows, or "epoch"; by default there are none."""
     keep: Literal["last", "best"] = "last"
     """The adapter after the last step, or the best one measured on the validation rows: by loss, for classification by
@@ -300,8 +319,8 @@ class TrainingSection(Section):
             raise ValueError("give exactly one of max_steps and epochs")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give one of warmup_steps and warmup_ratio")
-        if isinstance(self.eval_steps, int) and self.eval_steps < 1:
-            raise ValueError(f"eval_steps={self.eval_steps} should be at least 1, or 'epoch'")
+        if self.lr_scheduler == "constant" and (self.warmup_steps or self.warmup_ratio):
+            raise ValueError("lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up")
         if self.keep == "best" and self.eval_steps is None:
             raise ValueError("keep='best' needs eval_steps, the steps between measurements, or 'epoch'")
         return self
@@ -323,7 +342,7 @@ class EvaluationSection(Section):
     "classification": the class, or the number, of the head. Figures of two scorers are not comparable."""
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int | None = Field(16, ge=1)
-    """Longest answer; nothing for classification."""
+    """Longest answer; by default as :data:`ANSWERS` says, nothing for classification."""
     num_beams: int | None = Field(1, ge=1)
     """Beams of the search for an answer; 1 is greedy. Nothing for classification."""
 
@@ -336,6 +355,9 @@ _SCORERS: dict[str, tuple[str, ...]] = {
     "own": ("exact_match",),
 }
 """The scorers of each kind of task, the default first."""
+
+ANSWERS = {"reasoning": 16, "commonsense": 16, "gsm8k": 512, "own": 256}
+"""Tokens of the longest answer, by default, of each kind of task in which one is written."""
 
 _WRITING = ("max_new_tokens", "num_beams")
 
@@ -354,13 +376,13 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _scorer_of_the_task(cls, content: Any) -> Any:
-        """Fill in the scorer that the kind of task has by default."""
+    def _evaluation_of_the_task(cls, content: Any) -> Any:
+        """Fill in the scorer and the longest answer that the kind of task has by default."""
         if not isinstance(content, dict) or not isinstance(content.get("evaluation", {}), dict):
             return content
         kind = _kind(_name_alone(content.get("task")))
-        defaults = {"scorer": _SCORERS[kind][0], **(dict.fromkeys(_WRITING) if kind == "glue" else {})}
-        return {**content, "evaluation": {**defaults, **content.get("evaluation", {})}}
+        written = {"max_new_tokens": ANSWERS[kind]} if kind in ANSWERS else dict.fromkeys(_WRITING)
+        return {**content, "evaluation": {"scorer": _SCORERS[kind][0], **written, **content.get("evaluation", {})}}
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> Recipe:
@@ -432,8 +454,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
             for goes before the rest of the file, and after the overrides.
 
     Raises:
-        UserError: no such recipe, not YAML, an unknown key (the nearest known one is named), a value
-            that does not fit.
+        UserError: no such recipe, not YAML, an unknown key or task in ``by_task`` (the nearest known one is named), a
+            value that does not fit.
     """
     if (Path(source) / "recipe.yaml").is_file():
         raise UserError(
@@ -443,6 +465,10 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     by_task = content.pop("by_task", {})
     if not isinstance(by_task, dict) or not all(isinstance(section, dict) for section in by_task.values()):
         raise UserError(f"recipe: by_task in {source!r} should hold sections of the recipe by name of the task.")
+    unknown = [key for key in by_task if key not in _KINDS and key not in reasoning.names()]
+    if unknown:
+        known = nearest(unknown[0], {*_KINDS, *reasoning.names()})
+        raise UserError(f"recipe: by_task.{unknown[0]} in {source!r} is not the name of a task; {known}")
     task = _name_alone(_overridden(content, overrides).get("task"))
     if isinstance(task, dict) and task.get("name") in by_task:
         content = _merged(content, by_task[task["name"]])

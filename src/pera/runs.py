@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from itertools import chain, count
@@ -137,9 +137,42 @@ class Run:
         body: torch.nn.Module = model if self.recipe.task_type == "CAUSAL_LM" else model.base_model  # type: ignore
         return body
 
+    def check_data(self, manifest: Mapping[str, Any]) -> None:
+        """Raise UserError if the files of a task are not those that the run was begun with: other rows would be drawn,
+        and what was trained on would be scored. Nothing is said where no file was recorded."""
+        recorded = _hashes(read_json(self.data_file)) if self.data_file.is_file() else {}
+        found = _hashes(manifest)
+        for split in {**recorded, **found} if recorded else {}:
+            if recorded.get(split) != found.get(split):
+                was, now = (hashes.get(split, "none")[:16] for hashes in (recorded, found))
+                raise UserError(
+                    f"task.data: the file of {split!r} is not the one that {str(self.path)!r} was begun with: its "
+                    f"SHA-256 begins with {now}, in data.json with {was}; restore the file, or train anew."
+                )
+
+    def _check_base(self, base: dict[str, str]) -> None:
+        """Raise UserError if the base model is not the one that the run was begun with, or in another dtype."""
+        recorded = read_json(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
+        for key in ("dtype", "fingerprint"):
+            if (was := recorded.get(key, base[key])) != base[key]:
+                raise UserError(
+                    f"--resume: {str(self.path)!r} was begun with {base['name']!r} of the {key} {was}, and here it has "
+                    f"{base[key]}; go on with the same model on the same kind of machine, or train anew."
+                )
+
     def write_environment(self, model: torch.nn.Module, command: list[str]) -> None:
-        """Record versions, hardware, seed, dtype and the fingerprint of the base model."""
+        """Record versions, hardware, seed, dtype and the fingerprint of the base model.
+
+        Raises:
+            UserError: the run was begun with another base model, or with it in another dtype.
+        """
         recipe = self.recipe
+        base = {
+            "name": recipe.model.name,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "fingerprint": models.fingerprint(self.body(model)),
+        }
+        self._check_base(base)
         write_json(
             self.environment_file,
             {
@@ -147,13 +180,18 @@ class Run:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 **environment(),
                 "seed": recipe.training.seed,
-                "base_model": {
-                    "name": recipe.model.name,
-                    "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-                    "fingerprint": models.fingerprint(self.body(model)),
-                },
+                "base_model": base,
             },
         )
+
+
+def _hashes(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """The SHA-256 of each file in a manifest by its place there, such as "train" or "test.piqa"."""
+    found: dict[str, str] = {}
+    for key, entry in manifest.items():
+        if isinstance(entry, Mapping):
+            found |= {prefix + key: entry["sha256"]} if entry.get("sha256") else _hashes(entry, f"{prefix}{key}.")
+    return found
 
 
 def _unused(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -26,6 +28,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pera import methods, models
 from pera.card import write_card
@@ -66,11 +69,13 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         console: where progress is shown; None shows nothing.
 
     Raises:
-        UserError: the model, a target module or the task cannot be had; the disk refuses.
+        UserError: the model, a target module or the task cannot be had; the data or the base model are not those that
+            a resumed run was begun with; the disk refuses.
         LossNotFinite: the loss is not finite.
     """
     spec = recipe.training
     task = recipe.build_task()
+    run.check_data(task.manifest)
     set_seed(spec.seed)  # a classification head is drawn when the model is loaded
     model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
@@ -93,9 +98,11 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     arguments = _arguments(recipe, run, task)
     optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
-    progress = _Progress(run, console, since=checkpoint)
+    order = _ByLength(encoded.rows, arguments, checkpoint) if spec.group_by_length else None
+    progress = _Progress(run, console, since=checkpoint, order=order)
     try:
-        trainer = Trainer(
+        trainer = _Trainer(
+            order,
             model=adapted,
             args=arguments,
             train_dataset=encoded.rows,
@@ -185,7 +192,7 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
         options |= {"metric_for_best_model": "loss" if task.labels is None else task.metric}
     else:
         options |= {"save_strategy": "steps", "save_steps": spec.save_steps}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         **options,
         output_dir=str(run.checkpoints),
         run_name=run.path.name,
@@ -195,7 +202,6 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
         warmup_steps=spec.warmup_steps or spec.warmup_ratio,  # below 1 it is a share
-        train_sampling_strategy="group_by_length" if spec.group_by_length else "random",
         lr_scheduler_type=spec.lr_scheduler,
         weight_decay=0.0 if isinstance(spec.weight_decay, dict) else spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
@@ -210,6 +216,9 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
+    # One process takes one GPU: DataParallel would multiply the batch size and cut up what batches say of their rows.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _optimizer(
@@ -245,11 +254,49 @@ def _checkpointing_option() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
+class _ByLength(LengthGroupedSampler):
+    """Rows in batches of about one length, in an order drawn from PyTorch's generator as it stands.
+
+    A resumed run would draw another order, because the Trainer restores the generator after the draw only. So a
+    checkpoint within an epoch keeps the state from which the order of that epoch was drawn.
+    """
+
+    FILE = "order.safetensors"
+
+    def __init__(self, rows: list[dict[str, Any]], arguments: TrainingArguments, checkpoint: Path | None) -> None:
+        size = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        super().__init__(size, lengths=[len(row["input_ids"]) for row in rows])
+        file = checkpoint / self.FILE if checkpoint is not None else None
+        self._kept = load_file(file)["state"] if file is not None and file.is_file() else None
+
+    def __iter__(self) -> Iterator[int]:
+        if self._kept is not None:
+            torch.set_rng_state(self._kept)
+        self._state, self._kept = torch.get_rng_state(), None
+        order: Iterator[int] = super().__iter__()  # type: ignore[no-untyped-call]
+        return order
+
+    def save(self, checkpoint: Path) -> None:
+        """Keep what the order of the epoch was drawn from."""
+        save_file({"state": self._state}, checkpoint / self.FILE)
+
+
+class _Trainer(Trainer):
+    """A Trainer that takes the rows in the order of a sampler; without one, in a random order of its own."""
+
+    def __init__(self, order: Sampler[int] | None, **options: Any) -> None:
+        self._order = order
+        super().__init__(**options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
+
+
 class _Progress(TrainerCallback):
     """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, stops when the loss is lost."""
 
-    def __init__(self, run: Run, console: Console | None, since: Path | None) -> None:
-        self._run = run
+    def __init__(self, run: Run, console: Console | None, since: Path | None, order: _ByLength | None) -> None:
+        self._run, self._order = run, order
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -319,4 +366,7 @@ class _Progress(TrainerCallback):
             f.write(json_line({"step": state.global_step, "epoch": state.epoch, **values}))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._order is not None and not float(state.epoch or 0).is_integer():
+            self._order.save(checkpoint)
+        (checkpoint / COMPLETE).touch()

@@ -1,5 +1,8 @@
 """Rows carved from the training set, and shares of it."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 from pera.errors import UserError
@@ -15,6 +18,7 @@ class Counting:
     def __init__(self, size=100):
         self.train = [Example(f"question {i}", str(i)) for i in range(size)]
         self.test = [Example(f"test {i}", str(i)) for i in range(10)]
+        self.manifest = {"train": {"rows": 120, "used": size}, "test": {"rows": 10, "used": 10}, "seed": 42}
 
 
 def test_held_out_rows_take_the_place_of_the_test_rows_and_are_not_trained_on():
@@ -38,6 +42,29 @@ def test_a_smaller_share_is_part_of_a_larger_one_in_the_order_of_the_data():
     assert shares[2] == task.train
     assert [int(e.answer) for e in shares[1]] == sorted(int(e.answer) for e in shares[1])
     assert divided(task, share=0.5).test == task.test
+
+
+def test_the_manifest_counts_the_rows_that_are_left():
+    task = Counting()
+    assert divided(task, share=0.5).manifest == {**task.manifest, "train": {"rows": 120, "used": 50}}
+    assert divided(task, share=0.5, held_out=20).manifest == {
+        "train": {"rows": 120, "used": 40},
+        "test": {"rows": 10, "used": 0},
+        "seed": 42,
+        "held_out": {"rows": 20, "of": "train"},
+    }
+
+
+def test_the_manifest_of_a_mix_counts_by_member():
+    task = Counting()
+    for i, example in enumerate(task.train):
+        task.train[i] = replace(example, group="boolq" if i < 60 else "piqa")
+    task.manifest = {"train": {"boolq": {"used": 63}, "piqa": {"used": 40}}}  # 3 of them validate
+    found = divided(task, share=0.5)
+    of = Counter(example.group for example in found.train)
+    assert found.manifest == {"train": {"boolq": {"used": 3 + of["boolq"]}, "piqa": {"used": of["piqa"]}}}
+    task.manifest = {"train": {"mix": {"used": 103}}}
+    assert divided(task, share=0.5).manifest == {"train": {"mix": {"used": 53}}}
 
 
 def test_nothing_left_to_train_on_is_refused():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pera.errors import UserError
+from pera.recipe import OwnSection
 from pera.tasks import OwnTask
 from pera.tasks.own import own_example
 from pera.tasks.prompts import encode_example
@@ -47,6 +48,16 @@ def test_a_plain_completion_follows_its_prompt(tokenizer, tmp_path):
     task = OwnTask(data=lines(tmp_path / "a.jsonl", rows(9)), template="plain", test_size=1)
     encoded = encode_example(tokenizer, own_example({"prompt": "Who? ", "completion": "Zoe"}), task.frame)
     assert tokenizer.decode(encoded["input_ids"]) == "Who? Zoe</s>"
+
+
+@pytest.mark.parametrize("row", [{"messages": [USER, ASSISTANT]}, {"prompt": [USER], "completion": [ASSISTANT]}])
+def test_messages_are_not_put_plainly(row, tmp_path):
+    data, field = lines(tmp_path / "a.jsonl", [row] * 9), next(iter(row))
+    with pytest.raises(UserError, match=rf"line 1: field '{field}' holds messages, and task\.template='plain' "):
+        OwnTask(data=data, template="plain", test_size=1)
+    section = OwnSection(name="own", data=data, template="plain")
+    with pytest.raises(BadRow, match=rf"^field '{field}' holds messages"):
+        section.question(row)
 
 
 def test_without_a_test_file_rows_are_taken_off(tmp_path):
@@ -93,6 +104,8 @@ def test_a_hub_set_is_read_by_its_id(tmp_path, monkeypatch):
         ({"messages": [ASSISTANT]}, "field 'messages' should end with an assistant's message behind a user's."),
         ({"messages": ["hello"]}, "field 'messages' should hold messages such as"),
         ({"messages": "hello"}, "field 'messages'='hello' should be a list of messages."),
+        ({"prompt": [USER], "completion": [ASSISTANT, USER, ASSISTANT]}, "field 'completion' should hold one message"),
+        ({"prompt": [USER], "completion": [USER]}, "field 'completion' should hold one message, the assistant's."),
     ],
 )
 def test_a_bad_row_is_named(row, sentence):

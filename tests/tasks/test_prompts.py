@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pera import PeraConfig
+from pera.errors import UserError
 from pera.tasks import Example
-from pera.tasks.prompts import IGNORED, AnswerCollator, encode_example, encode_prompt
+from pera.tasks.prompts import IGNORED, AnswerCollator, encode_chat, encode_example, encode_prompt
 
 EXAMPLES = [
     Example("How is Liam related to Zoe?", "father"),
@@ -34,6 +35,19 @@ def plain(tokenizer):
 def test_a_prompt_is_put_into_the_chat_template(tokenizer):
     ids = encode_prompt(tokenizer, "How is Liam related to Zoe?")
     assert tokenizer.decode(ids) == "<s>user\nHow is Liam related to Zoe?</s><s>assistant\n"
+
+
+def test_messages_that_the_template_refuses_are_a_mistake_with_its_reason(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported.') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    assert encode_chat(strict, messages[1:])
+    sentence = "messages of the roles system, user are refused by the model's chat template: System role not supported;"
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        encode_chat(strict, messages)
 
 
 def test_without_a_template_a_prompt_is_a_line_that_is_not_ended(plain):

@@ -7,7 +7,12 @@ import pytest
 from pera.errors import UserError
 from pera.tasks.sources import BadRow, field, overlap_notes, read_file, read_hub, take, validation_split
 
-ROWS = [{"prompt": "a, b", "completion": "c\nd"}, {"prompt": "é", "completion": "1"}]
+BREAKS = "these end no line: \u2028 \x85 \x1c \x0b \x0c"
+ROWS = [
+    {"prompt": "a, b", "completion": "c\nd"},
+    {"prompt": "é", "completion": "1"},
+    {"prompt": BREAKS, "completion": "e\r\nf"},
+]
 
 
 def write(folder, suffix):
@@ -21,9 +26,10 @@ def write(folder, suffix):
             {
                 "json": json.dumps(ROWS),
                 "jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
-                "csv": 'prompt,completion\n"a, b","c\nd"\né,1\n',
+                "csv": f'prompt,completion\n"a, b","c\nd"\né,1\n{BREAKS},"e\r\nf"\n',
             }[suffix],
             encoding="utf-8",
+            newline="",
         )
     return file
 

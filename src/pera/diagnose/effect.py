@@ -105,6 +105,7 @@ def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list
     recipe = run.recipe
     model, tokenizer = open_model(run.location, "float32")
     task = recipe.build_task()
+    run.check_data(task.manifest)
     encoded = encode_task(task, tokenizer, task.test[:examples], recipe.training.max_length).rows
     encoded.sort(key=lambda row: len(row["input_ids"]))
     collate = task_collator(task, tokenizer, model.get_base_model())

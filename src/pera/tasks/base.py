@@ -128,7 +128,8 @@ def divided(task: T, *, share: float = 1.0, held_out: int = 0) -> T:
     """The task with other examples: ``held_out`` rows of its training set in the place of its test rows, so that
     settings can be chosen without a look at those, and ``share`` of the other rows to train on.
 
-    Which rows they are depends on the task alone, and a smaller share is part of a larger one.
+    Which rows they are depends on the task alone, and a smaller share is part of a larger one. The manifest counts the
+    rows that are left as used.
 
     Raises:
         UserError: too few training rows.
@@ -142,9 +143,25 @@ def divided(task: T, *, share: float = 1.0, held_out: int = 0) -> T:
     rest = rows[held_out:]
     kept = rest[: max(1, round(share * len(rest)))]
     chosen.train = [task.train[i] for i in sorted(kept)]
+    gone = {"train": _groups(task.train) - _groups(chosen.train), "test": _groups(task.test if held_out else [])}
+    manifest = {key: _less(record, gone[key]) if key in gone else record for key, record in task.manifest.items()}
     if held_out:
         chosen.test = [task.train[i] for i in sorted(rows[:held_out])]
+        manifest["held_out"] = {"rows": held_out, "of": "train"}
+    chosen.manifest = manifest
     return chosen
+
+
+def _groups(rows: Sequence[Any]) -> Counter[str]:
+    return Counter(getattr(row, "group", "") for row in rows)
+
+
+def _less(records: Mapping[str, Any], gone: Counter[str]) -> dict[str, Any]:
+    """A record of a manifest, or those of the members of a mix, without the rows of each group that are gone."""
+    if "used" in records:
+        return {**records, "used": records["used"] - gone.total()}
+    alone = len(records) == 1  # a mixed file does not say whose its rows are
+    return {name: _less(record, gone if alone else Counter({name: gone[name]})) for name, record in records.items()}
 
 
 class Asked(GenerationTask):

@@ -253,8 +253,10 @@ class CommonsenseTask(GenerationTask):
         }
 
     def judge(self, example: Example, output: str) -> Verdict:
-        """The first match of the task's pattern; an output without one is wrong."""
-        found = re.search(MEMBERS[example.group].pattern, output)
+        """The first match of the task's pattern, or of the options of a row from a mixed file; an output without one is
+        wrong."""
+        options = (re.escape(option.removeprefix(TARGET)) for option in example.options)
+        found = re.search(MEMBERS[example.group].pattern if example.group else "|".join(options), output)
         return Verdict(found[0], found[0] == example.answer.removeprefix(TARGET)) if found else Verdict(None, False)
 
 

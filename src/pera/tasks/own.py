@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,8 @@ class OwnTask(GenerationTask):
         self.frame = frame_of(template)
         known = dict(columns or {})
         splits = _splits(data)
-        converted = {split: rows.convert(lambda row: own_example(row, known)) for split, rows in splits.items()}
+        read = partial(own_example, columns=known, template=template)
+        converted = {split: rows.convert(read) for split, rows in splits.items()}
         rows = converted["train"]
         if "test" in converted:
             self.test = take(converted["test"], test_size, seed)
@@ -86,14 +88,21 @@ class OwnTask(GenerationTask):
         return float(output.strip() == example.answer.strip())
 
 
-def own_example(row: dict[str, Any], columns: Mapping[str, str] | None = None, *, answered: bool = True) -> Example:
+def own_example(
+    row: dict[str, Any], columns: Mapping[str, str] | None = None, *, template: str = "chat", answered: bool = True
+) -> Example:
     """A row as an example; without ``answered`` it needs no completion.
 
     Raises:
-        BadRow: it has neither a prompt with a completion nor messages, or they are not as they should be.
+        BadRow: it has neither a prompt with a completion nor messages, they are not as they should be, or there are
+            messages for the template "plain".
     """
     names = {name: name for name in ("prompt", "completion", "messages")} | dict(columns or {})
-    if names["messages"] in row and row[names["messages"]] is not None:
+    conversation = row.get(names["messages"]) is not None
+    asked = names["messages" if conversation else "prompt"]
+    if template == "plain" and isinstance(row.get(asked), list):
+        raise BadRow(f"field {asked!r} holds messages, and task.template='plain' has no roles; give texts, or 'chat'.")
+    if conversation:
         messages = _messages(row, names["messages"])
         answer = ""
         if answered or messages[-1]["role"] == "assistant":
@@ -104,10 +113,17 @@ def own_example(row: dict[str, Any], columns: Mapping[str, str] | None = None, *
         return Example(messages[-1]["content"], answer, row, messages=tuple(messages))
     if isinstance(row.get(names["prompt"]), list):
         messages = _messages(row, names["prompt"])
-        answer = _messages(row, names["completion"])[-1]["content"] if answered else ""
+        answer = _answer(row, names["completion"]) if answered else ""
         return Example(messages[-1]["content"], answer, row, messages=tuple(messages))
     prompt = field(row, names["prompt"])
     return Example(prompt, field(row, names["completion"]) if answered else "", row)
+
+
+def _answer(row: dict[str, Any], name: str) -> str:
+    messages = _messages(row, name)
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise BadRow(f"field {name!r} should hold one message, the assistant's.")
+    return messages[0]["content"]
 
 
 def _messages(row: dict[str, Any], name: str) -> list[dict[str, str]]:

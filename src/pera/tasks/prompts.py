@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from pera.errors import UserError
 
 if TYPE_CHECKING:
     from pera.tasks.base import Example, Labelled, Task
@@ -48,10 +51,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, frame: Frame 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation up to where the model's next answer begins, in the model's chat template; without
-    one, the messages line by line."""
+    one, the messages line by line.
+
+    Raises:
+        UserError: the template refuses the messages.
+    """
     if tokenizer.chat_template is None:
         return _unended(tokenizer, "".join(f"{m['content']}\n" for m in messages))
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        roles, reason = ", ".join(m["role"] for m in messages), " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"messages of the roles {roles} are refused by the model's chat template: {reason}; give others."
+        ) from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

@@ -13,6 +13,15 @@ _HELD_OUT = 1_000_000_000
 _GIVE_UP_AFTER = 50  # draws for each problem wanted
 
 
+def names() -> frozenset[str]:
+    """The names of reasoning-gym's data sets; none if it is not installed."""
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        return frozenset()
+    return frozenset(DATASETS)
+
+
 class ReasoningTask(GenerationTask):
     """One reasoning-gym data set, divided into training and held-out problems.
 

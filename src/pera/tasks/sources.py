@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ def read_file(file: Path) -> Rows:
             raise UserError(f"{file}, line 1: should be an array of objects, [{{…}}, …].")
         return Rows(str(file), rows, "row", digest)
     if file.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             table = list(reader)
         except csv.Error as error:
