@@ -105,6 +105,20 @@ def test_adapters_of_other_methods_are_merged_too(tiny_llama, tmp_path, logits):
         assert (logits(model) - logits(folder / "merged")).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_an_initialisation_took_from_the_base_is_not_added_again(init, tiny_llama, tmp_path, logits):
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    assert relative_error(logits(tmp_path / "merged"), logits(model)) <= 1e-4
+    assert relative_error(logits(tiny_llama), logits(model)) > 1e-2
+
+
 def test_an_adapter_that_is_no_change_of_weights_is_refused(tiny_llama, tmp_path):
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(tmp_path / "prompt")

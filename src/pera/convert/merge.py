@@ -50,8 +50,9 @@ def merge(source: str, output: Path, *, dtype: str = "stored", dequantised: bool
     check. The folder is kept when the check fails, so that it can be looked at.
 
     A PERA or LoRA adapter is merged file by file, and the check reads each weight when it is wanted, so that memory
-    stays near the largest file. In memory as a whole are merged: other methods, adapters on parameters, on weights
-    that are shared, and on tokens; bases whose files transformers rearranges when it loads them, or that are quantised.
+    stays near the largest file. In memory as a whole are merged: other methods, LoRA with an initialisation that
+    changes the base, adapters on parameters, on weights that are shared, and on tokens; bases whose files transformers
+    rearranges when it loads them, or that are quantised.
     A layer that shares its weight, as tied embeddings do, gets one of its own if the adapter is on it alone.
 
     Args:
@@ -91,7 +92,11 @@ def _streamed(
     location: Location, folder: Path, config: PeftConfig, dtype: str
 ) -> tuple[Any, Checkpoint, torch.dtype] | None:
     """The model without its base's weights, and where they are; None if it has to be merged in memory."""
-    factors_alone = isinstance(config, PeraConfig) or (isinstance(config, LoraConfig) and not config.use_dora)
+    factors_alone = isinstance(config, PeraConfig) or (
+        isinstance(config, LoraConfig)
+        and not config.use_dora
+        and config.init_lora_weights in (True, False, "gaussian")  # others change the base as they are loaded
+    )
     if config.task_type == TaskType.SEQ_CLS:  # its head is no part of the base's files
         return None
     whole = getattr(config, "trainable_token_indices", None) or getattr(config, "target_parameters", None)
