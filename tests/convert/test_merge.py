@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import DeloraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, MambaConfig, TorchAoConfig
 
 from pera import PeraConfig
 from pera.convert.export import export
@@ -212,6 +212,36 @@ def test_a_sharded_base_is_merged_file_by_file(dtype, sharded, save_adapter, tmp
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["max_new_tokens"] == 7
     if dtype == "stored":
         assert (logits(tmp_path / "merged") - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2, "pad_token_id": 2, "eos_token_id": 1}
+READERS = {
+    "Mamba": (MambaConfig(state_size=4, **SMALL), ["in_proj"]),
+    "LFM2": (
+        Lfm2Config(
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+            **SMALL,
+        ),
+        ["in_proj", "q_proj"],
+    ),
+}
+"""Models of which a module reads the weight of one within it."""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_module_may_read_the_weights_within_it(name, tokenizer, save_adapter, tmp_path, logits, monkeypatch):
+    monkeypatch.setattr("pera.convert.merge.load_model", None)  # never loaded as a whole
+    config, targets = READERS[name]
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    expected = logits(save_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=targets))
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    assert relative_error(logits(tmp_path / "merged"), expected) <= 1e-5
+    assert relative_error(logits(tmp_path / "base"), expected) > 1e-2
 
 
 def test_a_sum_beyond_the_range_of_float16_is_refused(tiny_llama, save_adapter, change_weights, tmp_path):
