@@ -65,13 +65,16 @@ class Checkpoint:
             raise UserError(f"model: {str(self.folder / name)!r} is not a whole safetensors file: {error}.") from error
 
 
-def empty_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of a folder without its weights, in evaluation mode; buffers are there."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of a checkpoint without its weights, in evaluation mode; buffers are there."""
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     with init_empty_weights(include_buffers=False):
         build: Any = AutoModelForCausalLM.from_config
         model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
+    for name, buffer in model.state_dict().items():
+        if not buffer.is_meta and name in checkpoint:
+            buffer.copy_(checkpoint.read(name))
     empty: PreTrainedModel = model.eval()
     return empty
 

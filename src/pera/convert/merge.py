@@ -107,7 +107,7 @@ def _streamed(
     checkpoint = Checkpoint(folder)
     first = next(key for keys in checkpoint.shards.values() for key in keys)
     computed = DTYPES[dtype] if dtype in DTYPES else checkpoint.read(first).dtype
-    base = empty_model(folder, computed, trust_remote_code=location.trust_remote_code)
+    base = empty_model(checkpoint, computed, trust_remote_code=location.trust_remote_code)
     shared, found = _shared(base), sources(base, checkpoint)
     if found is None or not {key for keys in checkpoint.shards.values() for key in keys} <= set(base.state_dict()):
         return None
@@ -161,7 +161,7 @@ def _merge_by_files(
         del model
         gc.collect()
         written = Checkpoint(folder)
-        plain = empty_model(folder, computed, trust_remote_code=location.trust_remote_code)
+        plain = empty_model(written, computed, trust_remote_code=location.trust_remote_code)
         with weights_on_demand(plain, written, computed):
             after = logits(plain, tokenizer, prompts)
         return _finish(folder, source, location, compare(before, after, computed))
