@@ -8,7 +8,14 @@ import pytest
 import torch
 from peft import DeloraConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, MambaConfig, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Lfm2Config,
+    MambaConfig,
+    TorchAoConfig,
+)
 
 from pera import PeraConfig
 from pera.convert.export import export
@@ -193,7 +200,7 @@ def sharded(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["stored", "bfloat16", "float16"])
 def test_a_sharded_base_is_merged_file_by_file(dtype, sharded, save_adapter, tmp_path, logits, monkeypatch):
-    monkeypatch.setattr("pera.convert.merge.load_model", None)  # never loaded as a whole
+    monkeypatch.setattr("pera.convert.merge.open_model", None)  # never loaded as a whole
     expected = logits(save_adapter(tmp_path / "adapter", sharded, target_modules=["q_proj", "down_proj", "lm_head"]))
     assert merge(str(tmp_path / "adapter"), tmp_path / "merged", dtype=dtype).agree
     files = [{file.name for file in folder.glob("*.safetensors*")} for folder in (sharded, tmp_path / "merged")]
@@ -233,7 +240,7 @@ READERS = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_module_may_read_the_weights_within_it(name, tokenizer, save_adapter, tmp_path, logits, monkeypatch):
-    monkeypatch.setattr("pera.convert.merge.load_model", None)  # never loaded as a whole
+    monkeypatch.setattr("pera.convert.merge.open_model", None)  # never loaded as a whole
     config, targets = READERS[name]
     config.vocab_size = len(tokenizer)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
@@ -307,6 +314,41 @@ def test_a_quantised_base_is_dequantised_on_request_alone(tiny_llama, save_adapt
     assert merge(str(tmp_path / "adapter"), tmp_path / "merged", dequantised=True).agree
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (logits(tmp_path / "merged") - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
+
+
+def test_a_classifier_on_a_quantised_base_is_dequantised_with_its_head(tiny_llama, tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config, device_map="cpu")
+    base.save_pretrained(tmp_path / "quantised")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "quantised")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "quantised", num_labels=3)
+    config = PeraConfig(r=2, target_modules=["q_proj"], init_weights=False, task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged", dequantised=True).agree
+    assert load_file(tmp_path / "merged" / "model.safetensors")["score.weight"].shape == (3, 32)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_merged_in_memory_if_it_is_trusted(run, tiny_llama, tmp_path, monkeypatch):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    code = {"AutoConfig": "code_of_its_own.OwnConfig", "AutoModelForCausalLM": "code_of_its_own.Own"}
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
+    (base / "code_of_its_own.py").write_text(CODE)
+    recipe = run.recipe_file.read_text().replace(str(tiny_llama), str(base))
+    run.recipe_file.write_text(recipe.replace("trust_remote_code: false", "trust_remote_code: true"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("pera.convert.merge._streamed", lambda *_: None)
+    assert merge(str(run.path), tmp_path / "merged").agree
 
 
 def test_a_plain_base_is_not_dequantised(adapter, tmp_path):

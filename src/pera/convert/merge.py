@@ -27,10 +27,11 @@ from pera.convert.checkpoint import (
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, read_json, require_free, write_json
-from pera.models import DTYPES, dequantise, load_model, load_tokenizer, local_folder, saved_labels
+from pera.models import DTYPES, dequantise, load_tokenizer, local_folder
 from pera.runs import (
     Location,
     adapter_config,
+    adapter_labels,
     adapter_weights,
     check_fingerprint,
     load_adapter,
@@ -205,8 +206,9 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
     if quantised:
         before = logits(model, tokenizer, prompts)
         del model
-        plain: Any = dequantise(load_model(location.base, dtype="stored", revision=location.revision))
         assert location.adapter is not None
+        base, _ = open_model(location._replace(adapter=None), labels=adapter_labels(location.adapter))
+        plain: Any = dequantise(base)
         model = load_adapter(plain.to(DTYPES.get(dtype, plain.dtype)), location.adapter)
     separate_shared_weights(model.base_model.model)
     if not quantised:
@@ -220,7 +222,8 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
         tokenizer.save_pretrained(str(folder))
         torch_dtype = next(merged.parameters()).dtype
         del model, merged
-        after = logits(load_model(str(folder), dtype="stored", labels=saved_labels(str(folder))), tokenizer, prompts)
+        written = Location(None, None, str(folder), trust_remote_code=location.trust_remote_code)
+        after = logits(*open_model(written), prompts)
         return _finish(folder, source, location, compare(before, after, torch_dtype))
 
 
