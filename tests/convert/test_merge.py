@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import DeloraConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import DeloraConfig, KasaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -124,6 +124,35 @@ def test_what_an_initialisation_took_from_the_base_is_not_added_again(init, tiny
     assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
     assert relative_error(logits(tmp_path / "merged"), logits(model)) <= 1e-4
     assert relative_error(logits(tiny_llama), logits(model)) > 1e-2
+
+
+VARIANTS = {"bias": {"lora_bias": True}, "DoRA": {"use_dora": True}, "KaSA": {"kasa_config": KasaConfig()}}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_lora_are_merged(variant, biased_llama, tmp_path, logits):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **VARIANTS[variant])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(biased_llama), config)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    assert relative_error(logits(tmp_path / "merged"), logits(model)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_bias": True}, r"the base layer has no bias\.$"),
+        ({"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}, r"aLoRA does not support safe merging\.$"),
+    ],
+    ids=["bias", "aLoRA"],
+)
+def test_a_variant_of_lora_that_weights_cannot_take_is_refused(options, words, tiny_llama, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], **options)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"cannot be merged: .*{words}") as error:
+        merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_that_is_no_change_of_weights_is_refused(tiny_llama, tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +54,9 @@ def merge(source: str, output: Path, *, dtype: str = "stored", dequantised: bool
     check. The folder is kept when the check fails, so that it can be looked at.
 
     A PERA or LoRA adapter is merged file by file, and the check reads each weight when it is wanted, so that memory
-    stays near the largest file. In memory as a whole are merged: other methods, LoRA with an initialisation that
-    changes the base, adapters on parameters, on weights that are shared, and on tokens; bases whose files transformers
-    rearranges when it loads them, or that are quantised.
+    stays near the largest file. In memory as a whole are merged: other methods, variants of LoRA and its
+    initialisations that change the base, adapters on parameters, on weights that are shared, and on tokens; bases
+    whose files transformers rearranges when it loads them, or that are quantised.
     A layer that shares its weight, as tied embeddings do, gets one of its own if the adapter is on it alone.
 
     Args:
@@ -93,15 +96,9 @@ def _streamed(
     location: Location, folder: Path, config: PeftConfig, dtype: str
 ) -> tuple[Any, Checkpoint, torch.dtype] | None:
     """The model without its base's weights, and where they are; None if it has to be merged in memory."""
-    factors_alone = isinstance(config, PeraConfig) or (
-        isinstance(config, LoraConfig)
-        and not config.use_dora
-        and config.init_lora_weights in (True, False, "gaussian")  # others change the base as they are loaded
-    )
     if config.task_type == TaskType.SEQ_CLS:  # its head is no part of the base's files
         return None
-    whole = getattr(config, "trainable_token_indices", None) or getattr(config, "target_parameters", None)
-    if not factors_alone or whole or getattr(config, "ensure_weight_tying", False):
+    if not _factors_alone(config):
         return None
     if not any(folder.glob("*.safetensors")):
         return None
@@ -121,6 +118,17 @@ def _streamed(
         if isinstance(module, ParamWrapper) or (changed and base_name(f"{name}.weight") in shared):
             return None
     return model, checkpoint, computed
+
+
+def _factors_alone(config: PeftConfig) -> bool:
+    """Whether an adapter is PERA or plain LoRA on modules, with which the base stays as its files have it."""
+    variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
+    further = ("trainable_token_indices", "target_parameters", "ensure_weight_tying", "lora_bias", *variants)
+    return (
+        isinstance(config, (PeraConfig, LoraConfig))
+        and getattr(config, "init_lora_weights", True) in (True, False, "gaussian")  # others change it
+        and not any(getattr(config, key, None) for key in further)
+    )
 
 
 def _shared(model: nn.Module) -> set[str]:
@@ -181,10 +189,8 @@ def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, source: str) 
         empty = layer._parameters[attribute]
         if attribute == "weight":
             layer.weight = nn.Parameter(weight.to(torch.promote_types(stored, torch.float32)), requires_grad=False)
-            try:
+            with _refusal(source):
                 owner.merge(safe_merge=True)
-            except ValueError as error:
-                raise UserError(f"{source!r} cannot be merged: {error}.") from error
             weight, layer.weight = layer.weight.detach(), empty
             owner.merged_adapters.clear()
         elif not empty.is_meta:  # a trained bias
@@ -213,10 +219,8 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
     separate_shared_weights(model.base_model.model)
     if not quantised:
         before = logits(model, tokenizer, prompts)
-    try:
+    with _refusal(source):
         merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise UserError(f"{source!r} cannot be merged: {error}.") from error
     with atomic_folder(output) as folder:
         merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
@@ -225,6 +229,15 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
         written = Location(None, None, str(folder), trust_remote_code=location.trust_remote_code)
         after = logits(*open_model(written), prompts)
         return _finish(folder, source, location, compare(before, after, torch_dtype))
+
+
+@contextmanager
+def _refusal(source: str) -> Iterator[None]:
+    """Turn what PEFT raises on weights that cannot take the adapter into one :class:`UserError`."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{source!r} cannot be merged: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
 def _finish(folder: Path, source: str, location: Location, agreement: Agreement) -> Agreement:
