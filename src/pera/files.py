@@ -98,8 +98,9 @@ def read_json(path: Path) -> Any:
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """One line of JSON, also for readers that take other characters than a newline for the end of a line."""
-    text = json.dumps(value, ensure_ascii=False)
+    """One line of JSON, also for readers that take other characters than a newline for the end of a line. What JSON has
+    no form for, such as a time, is written as text."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
