@@ -160,7 +160,8 @@ def _check(model: PeftModel, adapter_names: list[str] | None) -> None:
 
 
 def folded_layers(model: PeftModel, weights: dict[str, float]) -> dict[str, Folded]:
-    """The layers of a weighted sum of adapters, by their name in the base model, each as the LoRA it equals.
+    """The layers of a weighted sum of adapters, by their name in the base model, each as the LoRA it equals, on the
+    CPU, since not every accelerator has float64.
 
     Raises:
         UserError: LoRA computes something else for a layer of this kind.
@@ -169,7 +170,7 @@ def folded_layers(model: PeftModel, weights: dict[str, float]) -> dict[str, Fold
     for adapter, weight in weights.items():
         for name, layer in adapted_layers(model.get_base_model(), adapter).items():
             layer.check_lora(name)
-            A, B, h = (factor.detach().double() for factor in layer.factors(adapter))
+            A, B, h = (factor.detach().cpu().double() for factor in layer.factors(adapter))
             A, B = lora_factors(A, B, h, *layer.expansion[adapter], weight * layer.scaling[adapter])
             if name in sums:
                 A, B = torch.cat([sums[name].A, A], -2), torch.cat([sums[name].B, B], -1)

@@ -135,9 +135,10 @@ def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iter
     own = [(layer, layer.expansion[adapter_name], layer.scaling[adapter_name]) for layer in layers]
     cut = []
     for layer, expansion, scaling in own:
-        A, B, h = (factor.detach().double() for factor in layer.factors(adapter_name))
+        trained = layer.factors(adapter_name)
+        A, B, h = (factor.detach().cpu().double() for factor in trained)  # not every accelerator has float64
         nearest = truncate_factors(*lora_factors(A, B, h, *expansion, scaling), layer.r[adapter_name])
-        cut.append([factor.to(layer.factors(adapter_name)[0].dtype) for factor in nearest])
+        cut.append([factor.to(trained[0]) for factor in nearest])
     try:
         for (layer, expansion, _), (A, B) in zip(own, cut, strict=True):
             factors = layer.factors
