@@ -64,7 +64,7 @@ class Run:
             UserError: the folder exists and is not empty, or cannot be made.
         """
         path = output or _unused(Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        require_free(path)
+        require_free(path, replaced=False)
         run = cls(path)
         run._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with disk_errors(path):
