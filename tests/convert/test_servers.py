@@ -64,6 +64,12 @@ def test_targets_keep_their_full_names_where_the_short_ones_would_mean_more(made
     assert config["layers_to_transform"] == [1]
 
 
+def test_targets_are_never_an_expression(made, tmp_path):
+    made("sglang", target_modules=r".*layers\.1\..*\.(q|v)_proj")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
 @pytest.mark.parametrize("server", [name for name in SERVERS if name != "peft"])
 @pytest.mark.parametrize(
     ("base", "options", "words"),

@@ -174,7 +174,8 @@ def refuse_trained_whole(reader: str, config: LoraConfig) -> None:
 
 
 def short_names(config: LoraConfig, layers: dict[str, Folded], modules: list[str]) -> None:
-    """Name the targets as servers want them, by the last parts of their names, wherever that says the same.
+    """Name the targets as servers want them, by the last parts of their names, wherever that says the same, and not by
+    an expression.
 
     Args:
         config: the configuration, changed in place.
@@ -185,6 +186,8 @@ def short_names(config: LoraConfig, layers: dict[str, Folded], modules: list[str
     if {name for name in modules if name.rpartition(".")[2] in endings} == layers.keys():
         config.target_modules, config.exclude_modules = sorted(endings), None
         config.layers_to_transform = config.layers_pattern = None
+    elif isinstance(config.target_modules, str):  # which they would take for a name
+        config.target_modules, config.exclude_modules = sorted(layers), None
 
 
 def _kind(layer: PeraLayer) -> str:
