@@ -4,6 +4,7 @@ import json
 import shlex
 
 import pytest
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from pera.convert.export import export
 from pera.convert.servers import SERVERS, check_rank
@@ -68,6 +69,18 @@ def test_targets_are_never_an_expression(made, tmp_path):
     made("sglang", target_modules=r".*layers\.1\..*\.(q|v)_proj")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_targets_and_parameters_are_named_apart(tokenizer, save_adapter, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    save_adapter(tmp_path / "adapter", tmp_path / "base", **targets)
+    assert export(str(tmp_path / "adapter"), tmp_path / "out", server="peft").agreement.agree
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in targets} == targets
 
 
 @pytest.mark.parametrize("server", [name for name in SERVERS if name != "peft"])

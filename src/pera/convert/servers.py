@@ -182,12 +182,13 @@ def short_names(config: LoraConfig, layers: dict[str, Folded], modules: list[str
         layers: the adapted layers by their names in the base model.
         modules: the names of all modules of the base model.
     """
-    endings = {name.rpartition(".")[2] for name in layers}
-    if {name for name in modules if name.rpartition(".")[2] in endings} == layers.keys():
+    targets = {name for name, (layer, *_) in layers.items() if not isinstance(layer, ParamWrapper)}
+    endings = {name.rpartition(".")[2] for name in targets}
+    if {name for name in modules if name.rpartition(".")[2] in endings} == targets:
         config.target_modules, config.exclude_modules = sorted(endings), None
         config.layers_to_transform = config.layers_pattern = None
     elif isinstance(config.target_modules, str):  # which they would take for a name
-        config.target_modules, config.exclude_modules = sorted(layers), None
+        config.target_modules, config.exclude_modules = sorted(targets), None
 
 
 def _kind(layer: PeraLayer) -> str:
