@@ -4,11 +4,16 @@ import json
 import shlex
 
 import pytest
-from transformers import MixtralConfig, MixtralForCausalLM
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
+from pera import PeraConfig
 from pera.convert.export import export
 from pera.convert.servers import SERVERS, check_rank
 from pera.errors import UserError
+from reference import relative_error
+from tiny import evaluate
 
 
 @pytest.fixture
@@ -31,6 +36,19 @@ def test_every_server_gets_an_export_that_agrees_and_the_line_that_starts_it(ser
     assert shlex.split(done.start)
     if server in ("vllm", "sglang", "lorax"):
         assert str(tiny_llama) in done.start
+
+
+def test_the_line_for_peft_loads_a_classifier_with_its_head(tiny_bert, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    config = PeraConfig(r=2, target_modules=["query"], init_weights=False, task_type="SEQ_CLS")
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    program, option, code = shlex.split(export(str(tmp_path / "adapter"), tmp_path / "out", server="peft").start)
+    assert (program, option) == ("python", "-c")
+    found = {}
+    exec(code, found)
+    ids = torch.arange(3, 13).unsqueeze(0)
+    assert relative_error(evaluate(found["model"].eval(), ids).logits, evaluate(adapted, ids).logits) <= 1e-5
 
 
 @pytest.mark.parametrize(("r", "rank", "option"), [(3, 9, 16), (2, 5, 8), (8, 44, 64), (1, 2, 8)])

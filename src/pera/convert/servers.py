@@ -18,6 +18,7 @@ from pera.convert.fold import Folded
 from pera.convert.gguf import ADAPTER
 from pera.errors import UserError, nearest
 from pera.models import hub_name, resolve_gguf
+from pera.runs import adapter_labels
 from pera.tuner.layers import ParamWrapper, PeraConv1DLinear, PeraEmbedding, PeraLayer, PeraLinear
 
 Form = Literal["lora", "gguf"]
@@ -92,7 +93,9 @@ def _ollama(base: str, output: Path, rank: int) -> str:
 
 
 def _peft(base: str, output: Path, rank: int) -> str:
-    code = f"from peft import AutoPeftModelForCausalLM as M; model = M.from_pretrained({str(output)!r})"
+    labels = adapter_labels(output)
+    kind, head = ("CausalLM", "") if labels is None else ("SequenceClassification", f", num_labels={labels}")
+    code = f"from peft import AutoPeftModelFor{kind} as M; model = M.from_pretrained({str(output)!r}{head})"
     return f"python -c {shlex.quote(code)}"
 
 
