@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import DeloraConfig, KasaConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, DeloraConfig, KasaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -103,13 +103,14 @@ def test_a_base_in_float64_is_merged_too(save_llama, save_adapter, tmp_path):
 
 
 def test_adapters_of_other_methods_are_merged_too(tiny_llama, tmp_path, logits):
-    for config in (LoraConfig(r=2, init_lora_weights=False), DeloraConfig(r=2, init_weights=False)):
+    adalora = AdaLoraConfig(init_r=2, total_step=10, init_lora_weights=False)
+    for config in (LoraConfig(r=2, init_lora_weights=False), adalora, DeloraConfig(r=2, init_weights=False)):
         config.target_modules, config.task_type = {"q_proj"}, "CAUSAL_LM"
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
         folder = tmp_path / type(config).__name__
         model.save_pretrained(folder)
         assert merge(str(folder), folder / "merged").agree
-        assert (logits(model) - logits(folder / "merged")).abs().max() < 1e-5
+        assert relative_error(logits(folder / "merged"), logits(model)) <= 1e-5
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -125,7 +125,7 @@ def _factors_alone(config: PeftConfig) -> bool:
     variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
     further = ("trainable_token_indices", "target_parameters", "ensure_weight_tying", "lora_bias", *variants)
     return (
-        isinstance(config, (PeraConfig, LoraConfig))
+        type(config) in (PeraConfig, LoraConfig)  # not AdaLoRA's, which is a LoraConfig too
         and getattr(config, "init_lora_weights", True) in (True, False, "gaussian")  # others change it
         and not any(getattr(config, key, None) for key in further)
     )
