@@ -35,6 +35,32 @@ def test_an_empty_folder_is_replaced(tmp_path):
     assert [path.name for path in target.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_link_leads_to_is_replaced(there, tmp_path):
+    target = tmp_path / "disk" / "target"
+    target.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(target)
+    if not there:
+        target.rmdir()
+    with atomic_folder(tmp_path / "link") as partial:
+        (partial / "file").touch()
+        assert partial.parent == target.parent
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in target.iterdir()] == ["file"]
+
+
+def test_a_mount_point_is_refused_where_it_would_be_replaced(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "mounted")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
+    for name in ("mounted", "link"):
+        with pytest.raises(UserError, match=rf"{name}' is a mount point, .*; give a folder inside it\.$"):
+            require_free(tmp_path / name)
+        require_free(tmp_path / name, replaced=False)
+    with atomic_folder(tmp_path / "mounted" / "inside"):
+        pass
+
+
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt()])
 def test_an_error_leaves_no_folder(tmp_path, error):
     with pytest.raises(type(error)):

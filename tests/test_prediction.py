@@ -1,6 +1,8 @@
 """A run answers the rows of a file, each once."""
 
 import json
+from datetime import datetime
+from decimal import Decimal
 
 import pytest
 
@@ -39,6 +41,15 @@ def test_conversations_are_answered_and_csv_is_read(run, tmp_path):
     predict(run, tmp_path / "b.csv", tmp_path / "b.out")
     answers = [[row["prediction"] for row in read(tmp_path / name)] for name in ("a.out", "b.out")]
     assert answers[0] == answers[1]
+
+
+def test_columns_of_parquet_that_json_has_no_form_for_are_written_as_text(run, tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    row = {"prompt": "Who is Zoe?", "at": datetime(2026, 11, 27, 1, 2), "price": Decimal("1.50"), "raw": b"\x00a"}
+    parquet.write_table(arrow.Table.from_pylist([row]), tmp_path / "in.parquet")
+    predict(run, tmp_path / "in.parquet", tmp_path / "out.jsonl")
+    (found,) = read(tmp_path / "out.jsonl")
+    assert (found["at"], found["price"], found["raw"]) == ("2026-11-27 01:02:00", "1.50", r"b'\x00a'")
 
 
 def test_a_restart_answers_only_what_is_missing(run, tmp_path, interrupt):

@@ -33,13 +33,14 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place when the block ends without an error.
+    """A temporary folder beside ``target``, or what it links to, that takes its place when the block ends without an
+    error.
 
     Raises:
         UserError: ``target`` exists and is not an empty folder, or the disk refuses what is written.
     """
     require_free(target)
-    target = target.absolute()
+    target = target.resolve()
     try:
         partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
         partial.mkdir(parents=True)
@@ -57,11 +58,16 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_free(target: Path) -> None:
-    """Raise :class:`UserError` unless ``target`` is absent or an empty folder."""
+def require_free(target: Path, *, replaced: bool = True) -> None:
+    """Raise :class:`UserError` unless ``target`` is absent or an empty folder, and, to be ``replaced`` by another as
+    :func:`atomic_folder` does, no mount point."""
     if target.is_dir():
         if any(target.iterdir()):
             raise UserError(f"output: {str(target)!r} exists and is not empty; give another folder or remove it.")
+        if replaced and os.path.ismount(target.resolve()):
+            raise UserError(
+                f"output: {str(target)!r} is a mount point, which cannot be replaced; give a folder inside it."
+            )
     elif target.exists():
         raise UserError(f"output: {str(target)!r} is a file; give a folder.")
 
@@ -98,8 +104,9 @@ def read_json(path: Path) -> Any:
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """One line of JSON, also for readers that take other characters than a newline for the end of a line."""
-    text = json.dumps(value, ensure_ascii=False)
+    """One line of JSON, also for readers that take other characters than a newline for the end of a line. What JSON has
+    no form for, such as a time, is written as text."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 

@@ -337,7 +337,8 @@ def _unquantised(model: Any) -> Any:
         plain = type(model)(config)
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
+    if model.can_generate():
+        plain.generation_config = model.generation_config
     return plain
 
 

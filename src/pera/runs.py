@@ -64,7 +64,7 @@ class Run:
             UserError: the folder exists and is not empty, or cannot be made.
         """
         path = output or _unused(Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        require_free(path)
+        require_free(path, replaced=False)
         run = cls(path)
         run._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with disk_errors(path):
@@ -280,7 +280,7 @@ def open_model(
     """
     source: dict[str, Any] = {"revision": location.revision, "trust_remote_code": location.trust_remote_code}
     if location.adapter is not None:
-        labels = _adapter_labels(location.adapter)
+        labels = adapter_labels(location.adapter)
     elif labels is None:
         labels = models.saved_labels(location.base)
     base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
@@ -293,8 +293,12 @@ def open_model(
     return model, tokenizer
 
 
-def _adapter_labels(folder: Path) -> int | None:
-    """Outputs of the classification head in an adapter folder; None if the adapter is for a causal language model."""
+def adapter_labels(folder: Path) -> int | None:
+    """Outputs of the classification head in an adapter folder; None if the adapter is for a causal language model.
+
+    Raises:
+        UserError: it is for classification, and holds no head.
+    """
     if adapter_config(folder).task_type != TaskType.SEQ_CLS:
         return None
     for key, weight in adapter_weights(folder).items():

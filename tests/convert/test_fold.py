@@ -316,6 +316,16 @@ def test_combined_saved_and_loaded(tmp_path):
     assert torch.equal(logits(loaded), logits(lora))
 
 
+def test_combine_adapters_on_layers_of_their_own():
+    """More than twenty modules, whose names PEFT shortens to endings."""
+    targets = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"], "layers_pattern": "layers"}
+    model = adapt(llama(num_hidden_layers=4), layers_to_transform=[0, 1], **targets)
+    model.add_adapter("second", PeraConfig(r=2, init_weights=False, layers_to_transform=[2, 3], **targets))
+    weights = {"default": 0.5, "second": -2}
+    expected = logits(explicit_sum(llama(num_hidden_layers=4), model, weights))
+    assert relative_error(logits(combine(model, weights)), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "grouped"])
 def test_combine_each_kind_of_layer(kind):
     kind = KINDS[kind]

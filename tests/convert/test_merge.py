@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import DeloraConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, DeloraConfig, KasaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Lfm2Config,
+    MambaConfig,
+    TorchAoConfig,
+)
 
 from pera import PeraConfig
 from pera.convert.export import export
@@ -96,13 +103,57 @@ def test_a_base_in_float64_is_merged_too(save_llama, save_adapter, tmp_path):
 
 
 def test_adapters_of_other_methods_are_merged_too(tiny_llama, tmp_path, logits):
-    for config in (LoraConfig(r=2, init_lora_weights=False), DeloraConfig(r=2, init_weights=False)):
+    adalora = AdaLoraConfig(init_r=2, total_step=10, init_lora_weights=False)
+    for config in (LoraConfig(r=2, init_lora_weights=False), adalora, DeloraConfig(r=2, init_weights=False)):
         config.target_modules, config.task_type = {"q_proj"}, "CAUSAL_LM"
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
         folder = tmp_path / type(config).__name__
         model.save_pretrained(folder)
         assert merge(str(folder), folder / "merged").agree
-        assert (logits(model) - logits(folder / "merged")).abs().max() < 1e-5
+        assert relative_error(logits(folder / "merged"), logits(model)) <= 1e-5
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_an_initialisation_took_from_the_base_is_not_added_again(init, tiny_llama, tmp_path, logits):
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    assert relative_error(logits(tmp_path / "merged"), logits(model)) <= 1e-4
+    assert relative_error(logits(tiny_llama), logits(model)) > 1e-2
+
+
+VARIANTS = {"bias": {"lora_bias": True}, "DoRA": {"use_dora": True}, "KaSA": {"kasa_config": KasaConfig()}}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_lora_are_merged(variant, biased_llama, tmp_path, logits):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **VARIANTS[variant])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(biased_llama), config)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    assert relative_error(logits(tmp_path / "merged"), logits(model)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_bias": True}, r"the base layer has no bias\.$"),
+        ({"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}, r"aLoRA does not support safe merging\.$"),
+    ],
+    ids=["bias", "aLoRA"],
+)
+def test_a_variant_of_lora_that_weights_cannot_take_is_refused(options, words, tiny_llama, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], **options)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"cannot be merged: .*{words}") as error:
+        merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_that_is_no_change_of_weights_is_refused(tiny_llama, tmp_path):
@@ -179,7 +230,7 @@ def sharded(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["stored", "bfloat16", "float16"])
 def test_a_sharded_base_is_merged_file_by_file(dtype, sharded, save_adapter, tmp_path, logits, monkeypatch):
-    monkeypatch.setattr("pera.convert.merge.load_model", None)  # never loaded as a whole
+    monkeypatch.setattr("pera.convert.merge.open_model", None)  # never loaded as a whole
     expected = logits(save_adapter(tmp_path / "adapter", sharded, target_modules=["q_proj", "down_proj", "lm_head"]))
     assert merge(str(tmp_path / "adapter"), tmp_path / "merged", dtype=dtype).agree
     files = [{file.name for file in folder.glob("*.safetensors*")} for folder in (sharded, tmp_path / "merged")]
@@ -198,6 +249,36 @@ def test_a_sharded_base_is_merged_file_by_file(dtype, sharded, save_adapter, tmp
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["max_new_tokens"] == 7
     if dtype == "stored":
         assert (logits(tmp_path / "merged") - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2, "pad_token_id": 2, "eos_token_id": 1}
+READERS = {
+    "Mamba": (MambaConfig(state_size=4, **SMALL), ["in_proj"]),
+    "LFM2": (
+        Lfm2Config(
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+            **SMALL,
+        ),
+        ["in_proj", "q_proj"],
+    ),
+}
+"""Models of which a module reads the weight of one within it."""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_module_may_read_the_weights_within_it(name, tokenizer, save_adapter, tmp_path, logits, monkeypatch):
+    monkeypatch.setattr("pera.convert.merge.open_model", None)  # never loaded as a whole
+    config, targets = READERS[name]
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    expected = logits(save_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=targets))
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    assert relative_error(logits(tmp_path / "merged"), expected) <= 1e-5
+    assert relative_error(logits(tmp_path / "base"), expected) > 1e-2
 
 
 def test_a_sum_beyond_the_range_of_float16_is_refused(tiny_llama, save_adapter, change_weights, tmp_path):
@@ -263,6 +344,41 @@ def test_a_quantised_base_is_dequantised_on_request_alone(tiny_llama, save_adapt
     assert merge(str(tmp_path / "adapter"), tmp_path / "merged", dequantised=True).agree
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (logits(tmp_path / "merged") - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
+
+
+def test_a_classifier_on_a_quantised_base_is_dequantised_with_its_head(tiny_llama, tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config, device_map="cpu")
+    base.save_pretrained(tmp_path / "quantised")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "quantised")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "quantised", num_labels=3)
+    config = PeraConfig(r=2, target_modules=["q_proj"], init_weights=False, task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged", dequantised=True).agree
+    assert load_file(tmp_path / "merged" / "model.safetensors")["score.weight"].shape == (3, 32)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_merged_in_memory_if_it_is_trusted(run, tiny_llama, tmp_path, monkeypatch):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    code = {"AutoConfig": "code_of_its_own.OwnConfig", "AutoModelForCausalLM": "code_of_its_own.Own"}
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
+    (base / "code_of_its_own.py").write_text(CODE)
+    recipe = run.recipe_file.read_text().replace(str(tiny_llama), str(base))
+    run.recipe_file.write_text(recipe.replace("trust_remote_code: false", "trust_remote_code: true"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("pera.convert.merge._streamed", lambda *_: None)
+    assert merge(str(run.path), tmp_path / "merged").agree
 
 
 def test_a_plain_base_is_not_dequantised(adapter, tmp_path):

@@ -4,10 +4,16 @@ import json
 import shlex
 
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
+from pera import PeraConfig
 from pera.convert.export import export
 from pera.convert.servers import SERVERS, check_rank
 from pera.errors import UserError
+from reference import relative_error
+from tiny import evaluate
 
 
 @pytest.fixture
@@ -30,6 +36,19 @@ def test_every_server_gets_an_export_that_agrees_and_the_line_that_starts_it(ser
     assert shlex.split(done.start)
     if server in ("vllm", "sglang", "lorax"):
         assert str(tiny_llama) in done.start
+
+
+def test_the_line_for_peft_loads_a_classifier_with_its_head(tiny_bert, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    config = PeraConfig(r=2, target_modules=["query"], init_weights=False, task_type="SEQ_CLS")
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    program, option, code = shlex.split(export(str(tmp_path / "adapter"), tmp_path / "out", server="peft").start)
+    assert (program, option) == ("python", "-c")
+    found = {}
+    exec(code, found)
+    ids = torch.arange(3, 13).unsqueeze(0)
+    assert relative_error(evaluate(found["model"].eval(), ids).logits, evaluate(adapted, ids).logits) <= 1e-5
 
 
 @pytest.mark.parametrize(("r", "rank", "option"), [(3, 9, 16), (2, 5, 8), (8, 44, 64), (1, 2, 8)])
@@ -62,6 +81,24 @@ def test_targets_keep_their_full_names_where_the_short_ones_would_mean_more(made
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj"]
     assert config["layers_to_transform"] == [1]
+
+
+def test_targets_are_never_an_expression(made, tmp_path):
+    made("sglang", target_modules=r".*layers\.1\..*\.(q|v)_proj")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_targets_and_parameters_are_named_apart(tokenizer, save_adapter, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    save_adapter(tmp_path / "adapter", tmp_path / "base", **targets)
+    assert export(str(tmp_path / "adapter"), tmp_path / "out", server="peft").agreement.agree
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in targets} == targets
 
 
 @pytest.mark.parametrize("server", [name for name in SERVERS if name != "peft"])

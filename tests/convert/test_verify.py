@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import gguf
 import pytest
@@ -124,6 +125,36 @@ def test_logits_are_those_of_every_token_of_the_encoded_prompts(tiny_llama):
     for prompt, values in zip(["Who?", "What is Zoe?"], found, strict=True):
         assert values.shape == (len(encode_prompt(tokenizer, prompt)), 400)
         assert values.dtype == torch.float32
+
+
+def test_a_prompt_longer_than_the_model_loses_its_beginning(tiny_gpt2):
+    model, tokenizer = load_model(str(tiny_gpt2), dtype="float32"), load_tokenizer(str(tiny_gpt2))
+    (found,) = logits(model, tokenizer, ["Who is Zoe? " * 200])
+    ids = encode_prompt(tokenizer, "Who is Zoe? " * 200)
+    assert len(found) == 512 < len(ids)
+    with torch.no_grad():
+        assert torch.equal(found, model(input_ids=torch.tensor([ids[-512:]])).logits[0])
+
+
+def test_llama_cpp_gets_the_same_tokens_and_room_for_them(tiny_gpt2, tmp_path, monkeypatch):
+    asked = []
+
+    def serving(model, adapter, *, context):
+        asked.append(context)
+        return nullcontext("address")
+
+    def log_probabilities(address, prompt, vocabulary, last):
+        asked.append(len(prompt))
+        return torch.zeros(last, vocabulary)
+
+    for function in (serving, log_probabilities):
+        monkeypatch.setattr(f"pera.convert.verify.{function.__name__}", function)
+    monkeypatch.setattr("pera.convert.verify.weights_of", lambda model: "float32")
+    monkeypatch.setattr("pera.models.resolve_gguf", lambda name: tmp_path / "model.gguf")
+    (tmp_path / "prompts.txt").write_text("Who?\n" + "Who is Zoe? " * 200)
+    verify(str(tiny_gpt2), str(tiny_gpt2), prompts=tmp_path / "prompts.txt", in_llama_cpp=True)
+    context, short, long = asked
+    assert short < long == 512 < context
 
 
 def test_a_run_brings_the_prompts_of_its_task(finished_run, recipe_file):

@@ -65,13 +65,16 @@ class Checkpoint:
             raise UserError(f"model: {str(self.folder / name)!r} is not a whole safetensors file: {error}.") from error
 
 
-def empty_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of a folder without its weights, in evaluation mode; buffers are there."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of a checkpoint without its weights, in evaluation mode; buffers are there."""
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     with init_empty_weights(include_buffers=False):
         build: Any = AutoModelForCausalLM.from_config
         model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
+    for name, buffer in model.state_dict().items():
+        if not buffer.is_meta and name in checkpoint:
+            buffer.copy_(checkpoint.read(name))
     empty: PreTrainedModel = model.eval()
     return empty
 
@@ -122,30 +125,45 @@ def base_name(name: str) -> str:
 
 @contextmanager
 def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[None]:
-    """While the block lasts, a module of an :func:`empty_model` has its weights, in ``dtype``, as long as it runs."""
+    """While the block lasts, a module of an :func:`empty_model` has its weights, in ``dtype``, as long as it runs; one
+    that stands in a list, as a model's layers do, those of all modules in it too, since a module may read another's."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = sources(base, checkpoint) or {}
+    listed = {each for module in base.modules() if isinstance(module, nn.ModuleList) for each in module}
     with ExitStack() as stack:
         for name, module in base.named_modules():
-            empty = {attribute: weight for attribute, weight in module._parameters.items() if weight is not None}
-            keys = {a: found[path] for a in empty if (path := f"{name}.{a}".lstrip(".")) in found}
+            inner = module.named_modules(prefix=name) if module in listed else [(name, module)]
+            keys = {
+                (owner, attribute): found[weight]
+                for path, owner in inner
+                for attribute in owner._parameters
+                if (weight := f"{path}.{attribute}".lstrip(".")) in found
+            }
             if keys:
-                fill, clear = _filling(checkpoint, keys, {a: empty[a] for a in keys}, dtype)
+                fill, clear = _filling(checkpoint, keys, dtype)
                 stack.callback(module.register_forward_pre_hook(fill).remove)
                 stack.callback(module.register_forward_hook(clear, always_call=True).remove)
         yield
 
 
-def _filling(checkpoint: Checkpoint, keys: dict[str, str], empty: dict[str, Any], dtype: torch.dtype) -> Any:
-    def fill(module: nn.Module, _: Any) -> None:
-        for attribute, key in keys.items():
-            weight = checkpoint.read(key)
-            module._parameters[attribute] = nn.Parameter(
-                weight.to(dtype) if weight.is_floating_point() else weight, requires_grad=False
-            )
+def _filling(checkpoint: Checkpoint, keys: dict[tuple[nn.Module, str], str], dtype: torch.dtype) -> Any:
+    """Hooks that give modules the weights they lack, and take those away again."""
+    filled: list[tuple[nn.Module, str, Any]] = []
 
-    def clear(module: nn.Module, *_: Any) -> None:
-        module._parameters.update(empty)
+    def fill(*_: Any) -> None:
+        for (owner, attribute), key in keys.items():
+            empty: Any = owner._parameters[attribute]
+            if empty.is_meta:
+                weight = checkpoint.read(key)
+                owner._parameters[attribute] = nn.Parameter(
+                    weight.to(dtype) if weight.is_floating_point() else weight, requires_grad=False
+                )
+                filled.append((owner, attribute, empty))
+
+    def clear(*_: Any) -> None:
+        while filled:
+            owner, attribute, empty = filled.pop()
+            owner._parameters[attribute] = empty
 
     return fill, clear
 

@@ -84,7 +84,7 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
     targets = {
         "target_modules": [name for name, (layer, *_) in folded.items() if not isinstance(layer, ParamWrapper)],
         "target_parameters": sorted({name for c in configs for name in c.target_parameters or ()}),
-        "exclude_modules": None,
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
     config = lora_config(configs[0], _rank(folded), **targets)
     return _replaced(model, {adapter_name: (config, _state(folded))})
@@ -160,7 +160,8 @@ def _check(model: PeftModel, adapter_names: list[str] | None) -> None:
 
 
 def folded_layers(model: PeftModel, weights: dict[str, float]) -> dict[str, Folded]:
-    """The layers of a weighted sum of adapters, by their name in the base model, each as the LoRA it equals.
+    """The layers of a weighted sum of adapters, by their name in the base model, each as the LoRA it equals, on the
+    CPU, since not every accelerator has float64.
 
     Raises:
         UserError: LoRA computes something else for a layer of this kind.
@@ -169,7 +170,7 @@ def folded_layers(model: PeftModel, weights: dict[str, float]) -> dict[str, Fold
     for adapter, weight in weights.items():
         for name, layer in adapted_layers(model.get_base_model(), adapter).items():
             layer.check_lora(name)
-            A, B, h = (factor.detach().double() for factor in layer.factors(adapter))
+            A, B, h = (factor.detach().cpu().double() for factor in layer.factors(adapter))
             A, B = lora_factors(A, B, h, *layer.expansion[adapter], weight * layer.scaling[adapter])
             if name in sums:
                 A, B = torch.cat([sums[name].A, A], -2), torch.cat([sums[name].B, B], -1)
@@ -191,6 +192,10 @@ def _state(folded: dict[str, Folded]) -> dict[str, Tensor]:
     return state
 
 
+def _factor_names(state: dict[str, Tensor]) -> set[str]:
+    return {key for key in state if ".lora_" in key}
+
+
 def _replaced(model: PeftModel, adapters: dict[str, tuple[LoraConfig, dict[str, Tensor]]]) -> PeftModel:
     first, *others = adapters
     active = [name for name in model.active_adapters if name in adapters] or [first]
@@ -203,6 +208,8 @@ def _replaced(model: PeftModel, adapters: dict[str, tuple[LoraConfig, dict[str, 
         lora.add_adapter(name, adapters[name][0])
     for name, (_, state) in adapters.items():
         set_peft_model_state_dict(lora, state, adapter_name=name)
+        made = get_peft_model_state_dict(lora, adapter_name=name, save_embedding_layers=False)
+        assert _factor_names(made) == _factor_names(state), "PEFT adapts other layers than the factors are for"
     lora.base_model.set_adapter(active)
     lora.active_adapter = active[0]
     lora.train(training)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,11 @@ from pera.convert.checkpoint import (
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, read_json, require_free, write_json
-from pera.models import DTYPES, dequantise, load_model, load_tokenizer, local_folder, saved_labels
+from pera.models import DTYPES, dequantise, load_tokenizer, local_folder
 from pera.runs import (
     Location,
     adapter_config,
+    adapter_labels,
     adapter_weights,
     check_fingerprint,
     load_adapter,
@@ -50,8 +54,9 @@ def merge(source: str, output: Path, *, dtype: str = "stored", dequantised: bool
     check. The folder is kept when the check fails, so that it can be looked at.
 
     A PERA or LoRA adapter is merged file by file, and the check reads each weight when it is wanted, so that memory
-    stays near the largest file. In memory as a whole are merged: other methods, adapters on parameters, on weights
-    that are shared, and on tokens; bases whose files transformers rearranges when it loads them, or that are quantised.
+    stays near the largest file. In memory as a whole are merged: other methods, variants of LoRA and its
+    initialisations that change the base, adapters on parameters, on weights that are shared, and on tokens; bases
+    whose files transformers rearranges when it loads them, or that are quantised.
     A layer that shares its weight, as tied embeddings do, gets one of its own if the adapter is on it alone.
 
     Args:
@@ -91,18 +96,16 @@ def _streamed(
     location: Location, folder: Path, config: PeftConfig, dtype: str
 ) -> tuple[Any, Checkpoint, torch.dtype] | None:
     """The model without its base's weights, and where they are; None if it has to be merged in memory."""
-    factors_alone = isinstance(config, PeraConfig) or (isinstance(config, LoraConfig) and not config.use_dora)
     if config.task_type == TaskType.SEQ_CLS:  # its head is no part of the base's files
         return None
-    whole = getattr(config, "trainable_token_indices", None) or getattr(config, "target_parameters", None)
-    if not factors_alone or whole or getattr(config, "ensure_weight_tying", False):
+    if not _factors_alone(config):
         return None
     if not any(folder.glob("*.safetensors")):
         return None
     checkpoint = Checkpoint(folder)
     first = next(key for keys in checkpoint.shards.values() for key in keys)
     computed = DTYPES[dtype] if dtype in DTYPES else checkpoint.read(first).dtype
-    base = empty_model(folder, computed, trust_remote_code=location.trust_remote_code)
+    base = empty_model(checkpoint, computed, trust_remote_code=location.trust_remote_code)
     shared, found = _shared(base), sources(base, checkpoint)
     if found is None or not {key for keys in checkpoint.shards.values() for key in keys} <= set(base.state_dict()):
         return None
@@ -115,6 +118,17 @@ def _streamed(
         if isinstance(module, ParamWrapper) or (changed and base_name(f"{name}.weight") in shared):
             return None
     return model, checkpoint, computed
+
+
+def _factors_alone(config: PeftConfig) -> bool:
+    """Whether an adapter is PERA or plain LoRA on modules, with which the base stays as its files have it."""
+    variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
+    further = ("trainable_token_indices", "target_parameters", "ensure_weight_tying", "lora_bias", *variants)
+    return (
+        type(config) in (PeraConfig, LoraConfig)  # not AdaLoRA's, which is a LoraConfig too
+        and getattr(config, "init_lora_weights", True) in (True, False, "gaussian")  # others change it
+        and not any(getattr(config, key, None) for key in further)
+    )
 
 
 def _shared(model: nn.Module) -> set[str]:
@@ -156,7 +170,7 @@ def _merge_by_files(
         del model
         gc.collect()
         written = Checkpoint(folder)
-        plain = empty_model(folder, computed, trust_remote_code=location.trust_remote_code)
+        plain = empty_model(written, computed, trust_remote_code=location.trust_remote_code)
         with weights_on_demand(plain, written, computed):
             after = logits(plain, tokenizer, prompts)
         return _finish(folder, source, location, compare(before, after, computed))
@@ -175,10 +189,8 @@ def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, source: str) 
         empty = layer._parameters[attribute]
         if attribute == "weight":
             layer.weight = nn.Parameter(weight.to(torch.promote_types(stored, torch.float32)), requires_grad=False)
-            try:
+            with _refusal(source):
                 owner.merge(safe_merge=True)
-            except ValueError as error:
-                raise UserError(f"{source!r} cannot be merged: {error}.") from error
             weight, layer.weight = layer.weight.detach(), empty
             owner.merged_adapters.clear()
         elif not empty.is_meta:  # a trained bias
@@ -200,23 +212,32 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
     if quantised:
         before = logits(model, tokenizer, prompts)
         del model
-        plain: Any = dequantise(load_model(location.base, dtype="stored", revision=location.revision))
         assert location.adapter is not None
+        base, _ = open_model(location._replace(adapter=None), labels=adapter_labels(location.adapter))
+        plain: Any = dequantise(base)
         model = load_adapter(plain.to(DTYPES.get(dtype, plain.dtype)), location.adapter)
     separate_shared_weights(model.base_model.model)
     if not quantised:
         before = logits(model, tokenizer, prompts)
-    try:
+    with _refusal(source):
         merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise UserError(f"{source!r} cannot be merged: {error}.") from error
     with atomic_folder(output) as folder:
         merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         torch_dtype = next(merged.parameters()).dtype
         del model, merged
-        after = logits(load_model(str(folder), dtype="stored", labels=saved_labels(str(folder))), tokenizer, prompts)
+        written = Location(None, None, str(folder), trust_remote_code=location.trust_remote_code)
+        after = logits(*open_model(written), prompts)
         return _finish(folder, source, location, compare(before, after, torch_dtype))
+
+
+@contextmanager
+def _refusal(source: str) -> Iterator[None]:
+    """Turn what PEFT raises on weights that cannot take the adapter into one :class:`UserError`."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{source!r} cannot be merged: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
 def _finish(folder: Path, source: str, location: Location, agreement: Agreement) -> Agreement:

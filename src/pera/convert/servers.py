@@ -18,6 +18,7 @@ from pera.convert.fold import Folded
 from pera.convert.gguf import ADAPTER
 from pera.errors import UserError, nearest
 from pera.models import hub_name, resolve_gguf
+from pera.runs import adapter_labels
 from pera.tuner.layers import ParamWrapper, PeraConv1DLinear, PeraEmbedding, PeraLayer, PeraLinear
 
 Form = Literal["lora", "gguf"]
@@ -92,7 +93,9 @@ def _ollama(base: str, output: Path, rank: int) -> str:
 
 
 def _peft(base: str, output: Path, rank: int) -> str:
-    code = f"from peft import AutoPeftModelForCausalLM as M; model = M.from_pretrained({str(output)!r})"
+    labels = adapter_labels(output)
+    kind, head = ("CausalLM", "") if labels is None else ("SequenceClassification", f", num_labels={labels}")
+    code = f"from peft import AutoPeftModelFor{kind} as M; model = M.from_pretrained({str(output)!r}{head})"
     return f"python -c {shlex.quote(code)}"
 
 
@@ -174,17 +177,21 @@ def refuse_trained_whole(reader: str, config: LoraConfig) -> None:
 
 
 def short_names(config: LoraConfig, layers: dict[str, Folded], modules: list[str]) -> None:
-    """Name the targets as servers want them, by the last parts of their names, wherever that says the same.
+    """Name the targets as servers want them, by the last parts of their names, wherever that says the same, and not by
+    an expression.
 
     Args:
         config: the configuration, changed in place.
         layers: the adapted layers by their names in the base model.
         modules: the names of all modules of the base model.
     """
-    endings = {name.rpartition(".")[2] for name in layers}
-    if {name for name in modules if name.rpartition(".")[2] in endings} == layers.keys():
+    targets = {name for name, (layer, *_) in layers.items() if not isinstance(layer, ParamWrapper)}
+    endings = {name.rpartition(".")[2] for name in targets}
+    if {name for name in modules if name.rpartition(".")[2] in endings} == targets:
         config.target_modules, config.exclude_modules = sorted(endings), None
         config.layers_to_transform = config.layers_pattern = None
+    elif isinstance(config.target_modules, str):  # which they would take for a name
+        config.target_modules, config.exclude_modules = sorted(targets), None
 
 
 def _kind(layer: PeraLayer) -> str:

@@ -135,10 +135,10 @@ def measured(layers: dict[str, Folded], cut: dict[str, Folded]) -> Iterator[dict
         (_, A, B), (_, A_cut, B_cut) = layers[name], cut[name]
 
         def measure(module: Any, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().double()
+            x = args[0].detach().cpu().double()
             output = x @ A.mT @ B.mT
             change = output - x @ A_cut.mT @ B_cut.mT
-            sums[name] += torch.stack([change.square().sum(), output.square().sum()]).cpu()
+            sums[name] += torch.stack([change.square().sum(), output.square().sum()])
 
         return measure
 

@@ -108,7 +108,7 @@ def verify(
     reference = logits(model, tokenizer, asked)
     if not in_llama_cpp:
         return compare(reference, logits(*second.open(dtype), asked), models.DTYPES[dtype])
-    return _compare_with_llama_cpp(reference, tokenizer, asked, second, b)
+    return _compare_with_llama_cpp(reference, [_ids(model, tokenizer, prompt) for prompt in asked], second, b)
 
 
 class _Side(NamedTuple):
@@ -140,9 +140,7 @@ def _gguf_adapter(name: str) -> Path | None:
     return path if path.suffix == ".gguf" and path.is_file() and is_adapter(path) else None
 
 
-def _compare_with_llama_cpp(
-    reference: list[Tensor], tokenizer: PreTrainedTokenizerBase, prompts: list[str], side: _Side, name: str
-) -> Agreement:
+def _compare_with_llama_cpp(reference: list[Tensor], prompts: list[list[int]], side: _Side, name: str) -> Agreement:
     base = side.location.base
     model = models.resolve_gguf(base)
     if model is None or side.location.adapter is not None:
@@ -151,9 +149,9 @@ def _compare_with_llama_cpp(
             "and with --base the .gguf file of its base model."
         )
     kept = [log_p[-COMPARED_IN_LLAMA_CPP:].log_softmax(-1).clamp(min=LEAST) for log_p in reference]
-    with serving(model, side.gguf) as address:
+    with serving(model, side.gguf, context=max(map(len, prompts)) + 1) as address:
         found = [
-            log_probabilities(address, encode_prompt(tokenizer, prompt), rows.shape[1], len(rows))
+            log_probabilities(address, prompt, rows.shape[1], len(rows))
             for prompt, rows in zip(prompts, kept, strict=True)
         ]
     weights = weights_of(model)
@@ -188,13 +186,17 @@ def prompts_of(*locations: Location, count: int = 6) -> list[str]:
 @torch.no_grad()
 def logits(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[Tensor]:
     """Logits of every token of every prompt, one ``(tokens, vocabulary)`` tensor each, in float32 on the CPU; of a
-    classifier ``(1, labels)``."""
+    classifier ``(1, labels)``. Of a prompt longer than what the model takes, the end counts."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     results = []
     for prompt in prompts:
-        ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
+        ids = torch.tensor([_ids(model, tokenizer, prompt)], device=device)
         results.append(model(input_ids=ids).logits.flatten(0, -2).float().cpu())
     return results
+
+
+def _ids(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    return encode_prompt(tokenizer, prompt)[-models.longest_input(model, tokenizer) :]
 
 
 def compare(

@@ -131,10 +131,11 @@ def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iter
     """Within the block, each layer is the LoRA of its own r whose ΔW is nearest to the layer's (Eckart and Young)."""
     cut: dict[PeraLayer, Factors] = {}
     for layer in layers:
-        A, B, h = (factor.detach() for factor in layer.factors(adapter_name))
-        exact = A.double(), B.double(), h.double(), *layer.expansion[adapter_name], layer.scaling[adapter_name]
-        near_A, near_B = truncate_factors(*lora_factors(*exact), layer.r[adapter_name])
-        cut[layer] = near_A.to(A), near_B.to(B), h.new_empty(0)
+        factors = layer.factors(adapter_name)
+        A, B, h = (factor.detach().cpu().double() for factor in factors)  # not every accelerator has float64
+        exact = lora_factors(A, B, h, *layer.expansion[adapter_name], layer.scaling[adapter_name])
+        near_A, near_B = (factor.to(factors[0]) for factor in truncate_factors(*exact, layer.r[adapter_name]))
+        cut[layer] = near_A, near_B, near_A.new_empty(0)
     own = [(layer, layer.expansion[adapter_name], layer.scaling[adapter_name]) for layer in cut]
     try:
         for layer, expansion, _ in own:
