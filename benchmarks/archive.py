@@ -1,5 +1,5 @@
 """The runs of a study in one small file, to be kept beside its results: outcomes, losses, scores and answers, but no
-adapters, no text of the examples and no path of this machine. From the folder that the study was run in:
+adapters, no text of the examples, no logits and no path of this machine. From the folder that the study was run in:
 
     python benchmarks/archive.py studies/NAME docs/results/study/NAME.tar.xz
     tar -xJf docs/results/study/NAME.tar.xz -C studies     # the study, to be reported or gone on with
@@ -20,9 +20,9 @@ LEFT_OUT = {"adapter", "checkpoints", "locks"}
 
 
 def content(file: Path, names: dict[str, str]) -> bytes:
-    """What is kept of a file: of predictions, all but the prompts; of paths, the ``names`` that stand for them."""
+    """What is kept of a file: of predictions, no prompts and logits; of paths, the ``names`` that stand for them."""
     if file.parent.name == "predictions":
-        return "".join(json_line({**row, "prompt": ""}) for row in read_lines(file)).encode()
+        return "".join(json_line({**row, "prompt": "", "scores": None}) for row in read_lines(file)).encode()
     if file.suffix not in {".json", ".yaml"}:
         return file.read_bytes()
     text = file.read_text()
