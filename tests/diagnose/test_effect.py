@@ -12,7 +12,7 @@ from torch import nn
 import tiny
 from pera import PeraConfig, UserError
 from pera.diagnose import diagnose_adapter, effects, run_effects, zeroed
-from pera.diagnose.effect import cut_to_r
+from pera.diagnose.effect import cut_to_r, mean_loss
 from pera.recipe import load_recipe
 from pera.runs import Run
 from pera.tasks.prompts import IGNORED
@@ -89,6 +89,12 @@ def test_an_adapter_that_takes_no_part_is_refused(change, message):
 def test_batches_without_a_label_that_counts_are_refused(batches):
     with pytest.raises(UserError, match=f"batches: none of the {len(batches)} has a label that counts"):
         effects(tiny.adapt(tiny.llama(), target_modules=["q_proj"]), batches)
+
+
+def test_a_batch_without_a_label_that_counts_adds_nothing():
+    model = tiny.adapt(tiny.llama(), target_modules=["q_proj"])
+    unlabelled = {**BATCH, "labels": torch.full_like(BATCH["labels"], IGNORED)}
+    assert mean_loss(model, [BATCH, unlabelled]) == mean_loss(model, [BATCH])
 
 
 @pytest.mark.parametrize("options", [{}, {"coefficients": "fixed"}, {"terms": "square"}, {"normalization": "rms"}])

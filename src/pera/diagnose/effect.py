@@ -173,8 +173,9 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float
     for batch in batches:
         labels: Any = batch["labels"]
         count = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
-        total += model(**batch).loss.item() * count
-        tokens += count
+        if count:  # the mean over no label is NaN
+            total += model(**batch).loss.item() * count
+            tokens += count
     if not tokens:
         raise UserError(
             f"batches: none of the {len(batches)} has a label that counts; give examples with an answer to predict."
