@@ -230,6 +230,12 @@ def test_from_lora_takes_patterns_in_the_order_of_pera(patterns):
 
 
 # Saving and loading
+@pytest.mark.parametrize("other", [{"r": 8}, PeraConfig(), None])
+def test_from_lora_takes_nothing_else(other):
+    with pytest.raises(UserError, match=rf"^from_lora takes a LoraConfig of PEFT, not a {type(other).__name__}\.$"):
+        PeraConfig.from_lora(other)
+
+
 
 
 def full_config(**changes):

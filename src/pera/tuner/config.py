@@ -174,10 +174,12 @@ class PeraConfig(PeftConfig):
         """Carry a LoRA configuration over to PERA; ``options`` are PERA's own (terms, normalization, …).
 
         Raises:
-            UserError: the configuration uses an option of LoRA that PERA does not have (DoRA, LoftQ,
+            UserError: it is no LoRA configuration, it uses an option of LoRA that PERA does not have (DoRA, LoftQ,
                 another initialisation, …), or patterns that PERA may read in another order.
         """
         for key in ("rank_pattern", "alpha_pattern"):  # PEFT takes the first that matches, PERA the longest name
+        if not isinstance(lora_config, LoraConfig):
+            raise UserError(f"from_lora takes a LoraConfig of PEFT, not a {type(lora_config).__name__}.")
             patterns = getattr(lora_config, key) or {}
             for first, second in combinations(patterns, 2):
                 if patterns[first] == patterns[second]:
