@@ -325,6 +325,49 @@ def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
         refused("verify", name, tiny_llama, words=words)
 
 
+def test_what_is_for_lm_eval_alone(refused, run):
+    refused("evaluate", "run", "--limit", "3", words=["--limit", "--lm-eval", "task.test_size", "when it is trained"])
+    words = ["--include-path='nope' is not a folder"]
+    refused("evaluate", "run", "--lm-eval", "arc_easy", "--include-path", "nope", words=words)
+
+
+def test_a_report_is_html(refused, run, tmp_path):
+    (tmp_path / "x.pdf").write_text("mine")
+    refused("report", "run", "--output", "x.pdf", words=["--output='x.pdf'", "should end in .html"])
+
+
+def test_what_scores_need_is_asked_for_first(refused, run, tiny_llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    words = ["'scipy'", "pip install 'pera[eval]'"]
+    refused("evaluate", "run", words=words)
+    refused("quickstart", f"model.name={tiny_llama}", *SMALL_QUICKSTART, "--output", "out", words=words)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(error, refused, recipe_file, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pera.training.get_peft_model", fail)
+    words = ["pera: out of memory; lower training.batch_size", "training.gradient_checkpointing=true"]
+    refused("train", recipe_file, "--output", "run", words=words)
+
+
+def test_another_error_is_not_taken_for_too_little_memory(pera, recipe_file, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("pera.training.get_peft_model", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        pera("train", recipe_file, "--output", "run")
+
+
 def test_only_a_run_is_evaluated(refused, finished_run, tiny_llama):
     for name in (finished_run.adapter, tiny_llama):
         refused("evaluate", name, words=[f"'{name}' is not a run folder"])
