@@ -128,6 +128,15 @@ def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
         ("method.target_modules=[input_layernorm]", ["target_modules", "input_layernorm", "LlamaRMSNorm"]),
         ("method={name: lora, target_modules: [nope]}", ["target_modules", "'nope'"]),
         ("method={name: lora, target_modules: [q_proj, nope]}", ["target_modules", "'nope'"]),
+        ("method={name: lora, target_modules: [q_proj, 5]}", ["method: target_modules=", "should be a list of names"]),
+        ("method={name: lora, rank_pattern: {q_prj: 2}}", ["method: rank_pattern: 'q_prj'", "'q_proj'"]),
+        ("method={name: lora, bias: foo}", ["method: PEFT cannot take {", "'bias': 'foo'", "NotImplementedError: "]),
+        ("method={name: lora, layer_replication: [[0, 9]]}", ["'layer_replication': [[0, 9]]", "IndexError: "]),
+        ("method={name: lora, loftq_config: 5, init_lora_weights: loftq}", ["method: ", "loftq_config"]),
+        (
+            "method.name=lora",
+            ["method.normalization is not an option of lora, but of pera", "'method={name: lora, …}'"],
+        ),
         ("model.name=./missing", ["model", "'./missing'"]),
         ("model.name=nobodys-model", ["model", "'nobodys-model'"]),
         ("task.name=family", ["task.name='family'"]),
@@ -314,6 +323,49 @@ def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
     }.items():
         refused("verify", tiny_llama, name, words=words)
         refused("verify", name, tiny_llama, words=words)
+
+
+def test_what_is_for_lm_eval_alone(refused, run):
+    refused("evaluate", "run", "--limit", "3", words=["--limit", "--lm-eval", "task.test_size", "when it is trained"])
+    words = ["--include-path='nope' is not a folder"]
+    refused("evaluate", "run", "--lm-eval", "arc_easy", "--include-path", "nope", words=words)
+
+
+def test_a_report_is_html(refused, run, tmp_path):
+    (tmp_path / "x.pdf").write_text("mine")
+    refused("report", "run", "--output", "x.pdf", words=["--output='x.pdf'", "should end in .html"])
+
+
+def test_what_scores_need_is_asked_for_first(refused, run, tiny_llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    words = ["'scipy'", "pip install 'pera[eval]'"]
+    refused("evaluate", "run", words=words)
+    refused("quickstart", f"model.name={tiny_llama}", *SMALL_QUICKSTART, "--output", "out", words=words)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(error, refused, recipe_file, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pera.training.get_peft_model", fail)
+    words = ["pera: out of memory; lower training.batch_size", "training.gradient_checkpointing=true"]
+    refused("train", recipe_file, "--output", "run", words=words)
+
+
+def test_another_error_is_not_taken_for_too_little_memory(pera, recipe_file, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("pera.training.get_peft_model", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        pera("train", recipe_file, "--output", "run")
 
 
 def test_only_a_run_is_evaluated(refused, finished_run, tiny_llama):

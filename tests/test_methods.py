@@ -1,6 +1,7 @@
 """Every method under the same words."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -100,11 +101,9 @@ def test_one_option_under_two_names_is_refused():
         ("pera", "normalisation", "did you mean 'normalization'?"),
         ("pera", "lora_alpha", "did you mean 'pera_alpha'?"),
         ("lora", "target_module", "did you mean 'target_modules'?"),
-        ("hira", "alpha", "known: "),
-        ("rslora", "use_rslora", "did you mean 'use_"),
-        ("dora", "use_dora", "did you mean 'use_"),
+        ("lora", "pera_dropout", "did you mean 'lora_dropout'?"),
         ("pera", "peft_type", ""),
-        ("lora", "base_model_name_or_path", ""),
+        ("lora", "base_model_name_or_path", "known: "),
     ],
 )
 def test_an_unknown_option_is_refused_with_the_nearest_known(name, option, near):
@@ -112,6 +111,23 @@ def test_an_unknown_option_is_refused_with_the_nearest_known(name, option, near)
         peft_config(name, **{option: "x"})
     assert str(caught.value).startswith(f"method.{option} is not an option of {name}; ")
     assert near in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "other"),
+    [
+        ("lora", "normalization", "pera"),
+        ("lora", "recompute", "pera"),
+        ("hira", "alpha", "pera"),
+        ("pera-rms", "terms", "pera"),
+        ("rslora", "use_rslora", "pera"),
+        ("pera", "use_dora", "lora"),
+    ],
+)
+def test_an_option_of_another_method_says_whose_it_is(name, option, other):
+    sentence = f"but of {other}; give the whole method, such as 'method={{name: {name}, …}}'."
+    with pytest.raises(UserError, match=f"^method.{option} is not an option of {name}, {re.escape(sentence)}$"):
+        peft_config(name, **{option: "x"})
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_known():
@@ -125,6 +141,20 @@ def test_an_unknown_method_is_refused_with_the_nearest_known():
 def test_a_value_that_the_method_refuses_is_named(options, words):
     with pytest.raises(UserError, match=f"^method: .*{words}"):
         peft_config("pera", **options)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_rank])
+@pytest.mark.parametrize("r", ["abc", None, True, 0])
+def test_a_rank_that_is_none_is_named(name, r):
+    with pytest.raises(UserError, match=rf"^method: r={r!r} should be a whole number of at least 1\.$"):
+        peft_config(name, r=r)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "pera"])
+@pytest.mark.parametrize("alpha", ["abc", 0, math.inf])
+def test_an_alpha_that_is_none_is_named(name, alpha):
+    with pytest.raises(UserError, match=rf"^method: (lora|pera)_alpha={alpha!r} should be a finite number, not 0"):
+        peft_config(name, alpha=alpha)
 
 
 def test_full_trains_every_parameter_and_comes_back_from_the_disk(tiny_llama, logits, tmp_path):
@@ -142,7 +172,9 @@ def test_full_trains_every_parameter_and_comes_back_from_the_disk(tiny_llama, lo
 
 
 def test_full_has_no_options():
-    with pytest.raises(UserError, match=r"^method\.r: 'full' has no options; leave it out\.$"):
+    with pytest.raises(
+        UserError, match=r"^method\.r is not an option of full, which has none; .* 'method=\{name: full\}'\.$"
+    ):
         peft_config("full", r=8)
 
 

@@ -95,6 +95,7 @@ def test_the_task_is_built_from_its_section():
         ("training.weight_decay=0.1", {"training": {"max_steps": 5, "weight_decay": 0.1}}),
         ("training.weight_decay={A: 0.1}", {"training": {"max_steps": 5, "weight_decay": {"A": 0.1}}}),
         ("training.gradient_checkpointing=true", {"training": {"max_steps": 5, "gradient_checkpointing": True}}),
+        ("training.seed=4294967295", {"training": {"max_steps": 5, "seed": 2**32 - 1}}),
         (
             "method.target_modules=[q_proj, v_proj]",
             {"method": {**SMALL["method"], "target_modules": ["q_proj", "v_proj"]}},
@@ -137,6 +138,7 @@ def test_either_length_can_replace_the_other(file):
         ("method.name=loar", "method.name='loar' is not known; did you mean 'lora'?"),
         ("method={r: 4}", "method.name is missing; known: "),
         ("method=pera", "method='pera': input should be a valid dictionary"),
+        ("method={name: pera, alpha: 0}", "method: pera_alpha=0 should be a finite number, not 0"),
         ("method.r=0", "method: r=0 should be a whole number of at least 1."),
         ("method.r=-1", "method: r=-1 should be a whole number of at least 1."),
         ("method.r=two", "method: r='two' should be a whole number of at least 1."),
@@ -144,6 +146,11 @@ def test_either_length_can_replace_the_other(file):
         ("method={name: pera, r: 1, terms: cross}", "method: r=1 with terms='cross' leaves no products"),
         ("training.epochs=1", "training: give exactly one of max_steps and epochs"),
         ("training.max_steps=null", "training: give exactly one of max_steps and epochs"),
+        ("training.max_steps=true", "training.max_steps=True: input should be a number"),
+        ("training.learning_rate=true", "training.learning_rate=True: input should be a number"),
+        ("training.eval_steps=true", "training.eval_steps=True: input should be a number"),
+        ("training.seed=4294967296", "training.seed=4294967296: input should be less than 4294967296"),
+        ("model.revision=main", "model: revision='main' is for a hub id, and 'smollm2-135m' is none; leave it out"),
         ("training.max_steps=0", "training.max_steps=0: input should be greater than or equal to 1"),
         ("training.learning_rate=fast", "training.learning_rate='fast': input should be a valid number"),
         ("training.learning_rate=.nan", "training.learning_rate=nan: "),
@@ -168,7 +175,12 @@ def test_either_length_can_replace_the_other(file):
         ("max_steps", "override 'max_steps' should have the form key.subkey=value."),
         ("=5", "override '=5' should have the form key.subkey=value."),
         ("task.name.x=1", "override 'task.name.x=1': name is a value, not a section."),
-        ("task.name=[", "override 'task.name=[': the value is not valid YAML."),
+        ("task.name=[", "override 'task.name=[': the value is not valid YAML: expected the node content, but found "),
+        (
+            "training.lr_ratio={B:16,h:2}",
+            "override 'training.lr_ratio={B:16,h:2}': the value is not valid YAML: 'B:16' has no value; "
+            "a space belongs behind its colon.",
+        ),
     ],
 )
 def test_a_mistake_in_an_override_is_named_with_what_would_be_right(override, sentence, file):
@@ -320,7 +332,7 @@ def test_every_task_of_glue_resolves(name, task, file):
 def test_data_and_task_stand_for_keys_of_the_task(tmp_path):
     recipe = load_recipe("glue-minilm", [f"data={tmp_path}", "task=mrpc", "task.train_size=9"])
     assert (recipe.task.name, recipe.task.data, recipe.task.train_size) == ("mrpc", str(tmp_path), 9)
-    mix = load_recipe("commonsense-smollm2", ["task.names=[boolq, piqa]", "task.shares=null"])
+    mix = load_recipe("commonsense-smollm2", ["task.names=[boolq, piqa]"])
     assert mix.task.names == ["boolq", "piqa"]
 
 
@@ -340,6 +352,12 @@ def test_a_model_is_kept_as_a_path_from_anywhere_unless_it_is_embedded(tmp_path,
         assert parse_recipe({**SMALL, "model": name}).model.name == str(kept)
     monkeypatch.chdir(tmp_path)
     assert parse_recipe(SMALL).model.name == "smollm2-135m"
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    with pytest.raises(UserError, match=r"^model: revision='main' is for a hub id, and '.*' is none; leave it out$"):
+        parse_recipe({**SMALL, "model": {"name": str(tmp_path), "revision": "main"}})
+    assert parse_recipe({**SMALL, "model": {"name": "a/b", "revision": "main"}}).model.revision == "main"
 
 
 def test_overrides_win_over_by_task():
@@ -389,6 +407,12 @@ def test_each_kind_of_task_has_its_scorer_and_its_longest_answer(task, scorer, l
         ({"task": {"name": "gsm8k", "options": {}}}, "task.options is not a key of a recipe; "),
         ({"task": {"name": "commonsense", "protocol": "dora"}}, "task.protocol='dora': input should be 'llm-adapters'"),
         ({"task": {"name": "boolq", "caps": {"boolq": 0}}}, "task.caps.boolq=0: input should be greater than or equal"),
+        ({"task": {"name": "boolq", "caps": {"boolq": True}}}, "task.caps.boolq=True: input should be a valid integer"),
+        (
+            {"task": {"name": "boolq", "shares": {"boolq": -1}}},
+            "task.shares={'boolq': -1}: input should be a number of at least 0 for each task, "
+            "such as {boolq: 1, piqa: 3}, or 'equal'",
+        ),
         ({"evaluation": {"scorer": "likelihood"}}, "evaluation.scorer='likelihood' does not fit task 'leg_counting'"),
         ({"evaluation": {"max_new_tokens": None}}, "evaluation.max_new_tokens=None should be a number"),
         ({"task": "sst2", "evaluation": {"num_beams": 4}}, "evaluation.num_beams=4: a classifier writes nothing"),

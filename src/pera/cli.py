@@ -48,8 +48,27 @@ def main() -> None:
     try:
         app()
     except PeraError as error:
-        Console(stderr=True).print(f"[red]pera:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        _leave(error)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        _leave(
+            UserError(
+                "out of memory; lower training.batch_size, training.max_length or method.r, or set "
+                "training.gradient_checkpointing=true; for answers lower evaluation.batch_size in the recipe."
+            )
+        )
+
+
+def _leave(error: PeraError) -> None:
+    Console(stderr=True).print(f"[red]pera:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @app.callback(invoke_without_command=True)
@@ -70,7 +89,7 @@ def quickstart(
     """Fine-tune the embedded model on a reasoning task; score, merge and export it; say what to do next."""
     from pera.convert.export import export as export_adapter
     from pera.convert.merge import merge as merge_adapter
-    from pera.evaluation import evaluate_run
+    from pera.evaluation import evaluate_run, require_packages
     from pera.recipe import load_recipe
     from pera.report.pictures import loss_picture
     from pera.runs import Run
@@ -82,6 +101,7 @@ def quickstart(
         raise UserError(
             f"method.name={recipe.method['name']!r} is not for quickstart, which shows PERA; use: pera train"
         )
+    require_packages(recipe)
     run = Run.create(recipe, output)
     steps = recipe.training.max_steps or f"{recipe.training.epochs:g} epochs of"
     progress.print(f"PERA on {recipe.model.name}, task {recipe.task.name}, {steps} steps")
@@ -158,7 +178,10 @@ def evaluate(
         out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
         return
     if limit is not None or include_path is not None:
-        raise UserError("--limit and --include-path are for --lm-eval; for the run's task give task.test_size.")
+        raise UserError(
+            "--limit and --include-path are for --lm-eval; a run is scored on all the test rows of its recipe, "
+            "task.test_size, which is given when it is trained."
+        )
     score = evaluate_run(location.run, base=base, scorer=scorer, console=progress)
     table = _table()
     table.add_row(which, _accuracy(score))

@@ -32,7 +32,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown ``name``: the closest known one, or all of them, if they are not too many
     to read."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(known[:MOST])}" + (f" and {len(known) - MOST} more." if len(known) > MOST else ".")

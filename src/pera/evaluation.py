@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from pera.card import write_card
 from pera.errors import UserError, missing_extra
 from pera.files import Journal, json_line, write_atomic, write_json
 from pera.models import longest_input
-from pera.recipe import EvaluationSection
+from pera.recipe import EvaluationSection, Recipe
 from pera.runs import Run, open_model
 from pera.tasks import ClassificationTask, Example, GenerationTask, Labelled, Task
 from pera.tasks.prompts import Prompt, encode_answered, encode_prompt, encode_question, encode_texts
@@ -90,9 +91,10 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
 
     Raises:
         UserError: the scorer does not fit the task, the data are not those of the training, or the base of a classifier
-            is asked for, which has no head.
+            is asked for, which has no head. Or as :func:`require_packages`.
     """
     recipe = run.recipe.with_scorer(scorer)
+    require_packages(recipe)
     task, spec = recipe.build_task(), recipe.evaluation
     run.check_data(task.manifest)
     if base and task.labels is not None:
@@ -117,6 +119,14 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     if run.adapter.is_dir():
         write_card(run.adapter, "adapter", run.location)
     return score
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raise UserError if a package that the scores of ``recipe`` need is not installed; call it before the work."""
+    needed = {"scipy": "scipy"} | ({"sklearn": "scikit-learn"} if recipe.task_type == "SEQ_CLS" else {})
+    for module, package in needed.items():
+        if find_spec(module) is None:
+            raise missing_extra(package, "eval")
 
 
 def evaluate(

@@ -32,8 +32,10 @@ def run_harness(
         The results by task, with ``n`` and ``shots``.
 
     Raises:
-        UserError: lm-eval is not installed, a task is unknown, or its data cannot be had.
+        UserError: lm-eval is not installed, a task is unknown, its data cannot be had, or there is no such folder.
     """
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path={str(include_path)!r} is not a folder; give one with tasks for lm-eval.")
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM

@@ -12,7 +12,7 @@ from torch import nn
 
 from pera.errors import UserError, nearest
 from pera.polynomial import expanded_rank
-from pera.tuner import PeraConfig, check_names
+from pera.tuner import PeraConfig, check_alpha, check_names, check_rank
 
 
 class Method(NamedTuple):
@@ -29,6 +29,11 @@ class Method(NamedTuple):
     def has_rank(self) -> bool:
         """Whether the method has a rank and target modules to choose."""
         return "r" not in self.fixed
+
+    @property
+    def options(self) -> set[str]:
+        """What a recipe can set, in the common words and in the method's own."""
+        return ({f.name for f in fields(self.config)} | set(self.words)) - set(self.fixed) - _FILLED_IN
 
 
 def _pera(terms: str, normalization: str = "none", init_coefficients: float = 0.0, **fixed: Any) -> Method:
@@ -83,25 +88,47 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
     if name not in METHODS:
         raise UserError(f"method.name={name!r} is not known; {nearest(name, METHODS)}")
     method = METHODS[name]
-    known = ({f.name for f in fields(method.config)} | set(method.words)) - set(method.fixed) - _FILLED_IN
     for key in options:
-        if not known:
-            raise UserError(f"method.{key}: {name!r} has no options; leave it out.")
-        if key not in known:
-            raise UserError(f"method.{key} is not an option of {name}; {nearest(key, known)}")
+        if key not in method.options:
+            raise UserError(f"method.{key} {_not_an_option(key, name)}")
     for word, own in method.words.items():
         if word in options and own in options:
             raise UserError(f"method.{word} and method.{own} are one option of {name}; keep one.")
     renamed = {method.words.get(key, key): value for key, value in options.items()}
     fixed = {key: value for key, value in method.fixed.items() if value is not None}
-    if method.rank is not int and isinstance(renamed.setdefault("r", 8), int):
-        renamed["r"] = method.rank(renamed["r"])
-    if method.config is LoraConfig and method.has_rank:
-        renamed.setdefault("lora_alpha", renamed.get("r", LoraConfig().r))
     try:
+        check_rank("r", renamed.get("r", 8))
+        check_alpha("lora_alpha", renamed.get("lora_alpha", 1))
+        if method.rank is not int:
+            renamed["r"] = method.rank(renamed.get("r", 8))
+        if method.config is LoraConfig and method.has_rank:
+            renamed.setdefault("lora_alpha", renamed.get("r", LoraConfig().r))
         return method.config(task_type=TaskType(task_type), **renamed, **fixed)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"method: {error}") from error
+    except REFUSALS as error:
+        raise refusal({"name": name, **options}, error) from error
+
+
+REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
+"""What PEFT raises on options that it cannot take."""
+
+
+def refusal(method: dict[str, Any], error: Exception) -> UserError:
+    """The error for the section ``method`` of a recipe, on which PEFT or pera raised one of :data:`REFUSALS`."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, ValueError):  # names no option
+        said = f"PEFT cannot take {method}: {type(error).__name__}: {said}"
+    return UserError(f"method: {said}")
+
+
+def _not_an_option(key: str, name: str) -> str:
+    """The end of a sentence about an option that the method ``name`` lacks."""
+    if not METHODS[name].options:
+        return f"is not an option of {name}, which has none; give the whole method, 'method={{name: {name}}}'."
+    others = [other for other, method in METHODS.items() if key in method.options and key not in method.words.values()]
+    if others:
+        whole = f"'method={{name: {name}, …}}'"
+        return f"is not an option of {name}, but of {others[0]}; give the whole method, such as {whole}."
+    return f"is not an option of {name}; {nearest(key, METHODS[name].options)}"
 
 
 def fit_to(model: nn.Module, config: PeftConfig) -> PeftConfig:

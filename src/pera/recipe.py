@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -55,9 +56,17 @@ from pera.tuner import PeraConfig
 
 
 class Section(BaseModel):
-    """A part of a recipe or of a study: unknown keys are refused."""
+    """A part of a recipe or of a study: unknown keys are refused, and booleans where numbers are meant."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _no_boolean_is_a_number(cls, value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+        found = known(value)
+        if isinstance(value, bool) and found is not value:
+            raise PydanticCustomError("number", "Input should be a number")
+        return found
 
 
 def _absolute(*words: str) -> AfterValidator:
@@ -80,6 +89,24 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is bfloat16 where the machine computes in it natively, else float32. Adapters are float32."""
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check_revision(self) -> ModelSection:
+        if self.revision is not None and (self.name in EMBEDDED or Path(self.name).expanduser().exists()):
+            raise ValueError(f"revision={self.revision!r} is for a hub id, and {self.name!r} is none; leave it out")
+        return self
+
+
+def _either(sentence: str) -> WrapValidator:
+    """One sentence on a value that is neither of two kinds, where pydantic has one for each."""
+
+    def check(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return known(value)
+        except ValidationError as error:
+            raise PydanticCustomError("either", sentence) from error
+
+    return WrapValidator(check)
 
 
 Data = Annotated[str, _absolute(HUB)]
@@ -161,8 +188,11 @@ class CommonsenseSection(_TaskSection):
     data: Data = HUB
     """A folder, a mixed file, or "hub"."""
     train_size: int | None = Field(None, ge=1)
-    shares: dict[str, Annotated[float, Field(ge=0)]] | None = None
-    caps: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    shares: Annotated[
+        dict[str, Annotated[float, Field(ge=0, strict=True)]] | Literal["equal"] | None,
+        _either("Input should be a number of at least 0 for each task, such as {boolq: 1, piqa: 3}, or 'equal'"),
+    ] = None
+    caps: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = None
     test_size: int | None = Field(None, ge=1)
     validation_size: int = Field(commonsense.VALIDATION, ge=0)
     validation_seed: int | None = Field(None, ge=0)
@@ -266,14 +296,6 @@ TaskSection = Annotated[
 """What is learned and what is asked. A recipe may give the task's name alone."""
 
 
-def _steps(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
-    """One sentence on a value that is neither of two kinds, where pydantic has one for each."""
-    try:
-        return known(value)
-    except ValidationError as error:
-        raise PydanticCustomError("steps", "Input should be a whole number of at least 1, or 'epoch'") from error
-
-
 class TrainingSection(Section):
     """How it is learned. Exactly one of ``max_steps`` and ``epochs``."""
 
@@ -300,12 +322,15 @@ class TrainingSection(Section):
     """Batches of examples of about one length, drawn at random: less padding, another order."""
     max_length: int = Field(1024, ge=1)
     """Longer training examples, in tokens, are left out and counted; texts to classify are cut and counted."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Covers initialisation, data order and dropout."""
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(50, ge=1)
     """Steps between checkpoints."""
-    eval_steps: Annotated[Annotated[int, Field(ge=1)] | Literal["epoch"] | None, WrapValidator(_steps)] = None
+    eval_steps: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["epoch"] | None,
+        _either("Input should be a whole number of at least 1, or 'epoch'"),
+    ] = None
     """Steps between measurements on the task's validation rows, or "epoch"; by default there are none."""
     keep: Literal["last", "best"] = "last"
     """The adapter after the last step, or the best one measured on the validation rows: by loss, for classification by
@@ -563,9 +588,13 @@ def shipped_files(folder: str) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML, in which 1e-3 is a number, as in YAML 1.2, and a key given twice is a mistake."""
+    """Safe YAML, in which 1e-3 is a number, as in YAML 1.2, and a key given twice is a mistake, as is {boolq:1}, which
+    has the key "boolq:1" and no value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, value in node.value:
+            if value.value == "" and value.style is key.style is None and ":" in key.value:
+                raise yaml.YAMLError(f"{key.value!r} has no value; a space belongs behind its colon")
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -595,7 +624,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     try:
         new = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML.") from error
+        reason = getattr(error, "problem", None) or error
+        raise UserError(f"override {override!r}: the value is not valid YAML: {reason}.") from error
     if key == "task" and isinstance(new, str) and isinstance(section.get("task"), dict):
         section["task"]["name"] = new  # another task of the same recipe
     else:

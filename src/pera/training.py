@@ -92,8 +92,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     try:
         config = methods.fit_to(model, recipe.peft_config())
         adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"method: {' '.join(str(error).split())}") from error
+    except methods.REFUSALS as error:
+        raise methods.refusal(recipe.method, error) from error
 
     arguments = _arguments(recipe, run, task)
     optimizer = _optimizer(spec, arguments, adapted)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pera.errors import UserError
+from pera.recipe import load_recipe
 from pera.tasks import CommonsenseTask, Verdict, commonsense
 from pera.tasks.commonsense import MEMBERS, PROTOCOLS, instruction_row
 from pera.tasks.prompts import encode_example, encode_question
@@ -282,7 +283,18 @@ def test_caps_and_shares_decide_how_many_rows_of_each_are_mixed(folder):
     assert sorted(counts(equal).values()) == [10, 10, 11]
     assert equal.manifest["train"]["boolq"]["rows"] == 100
     assert sum(part["used"] for part in equal.manifest["train"].values()) == 31
+    assert CommonsenseTask(**few, train_size=31, shares="equal").train == equal.train
     assert sum(counts(CommonsenseTask(**few, train_size=40)).values()) == 40
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [(["task.names=[boolq, piqa]"], {"boolq": 10, "piqa": 10}), (["task=boolq"], {"boolq": 20})],
+)
+def test_the_shipped_mix_can_have_other_members(overrides, expected, folder):
+    data = folder(boolq=30, piqa=20)
+    sizes = [f"data={data}", "task.train_size=20", "task.validation_size=4"]
+    assert counts(load_recipe("commonsense-smollm2", [*sizes, *overrides]).build_task()) == expected
 
 
 def test_a_mix_is_drawn_by_seed(folder):

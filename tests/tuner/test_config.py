@@ -88,8 +88,10 @@ def test_patterns_set_the_rank_and_alpha_of_a_module():
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0 should be a whole number of at least 1"),
         ({"terms": "cross", "r": 1}, "r=1 with terms='cross' leaves no products"),
         ({"terms": "cross", "rank_pattern": {"q_proj": 1}}, r"rank_pattern\['q_proj'\]=1 with terms='cross'"),
-        ({"pera_alpha": "16"}, "pera_alpha='16' should be a finite number, or None"),
-        ({"pera_alpha": float("inf")}, "pera_alpha=inf should be a finite number, or None"),
+        ({"pera_alpha": "16"}, "pera_alpha='16' should be a finite number, not 0"),
+        ({"pera_alpha": float("inf")}, "pera_alpha=inf should be a finite number, not 0"),
+        ({"pera_alpha": 0}, "pera_alpha=0 should be a finite number, not 0; leave it out for the layer's own rank"),
+        ({"alpha_pattern": {"q_proj": 0.0}}, r"alpha_pattern\['q_proj'\]=0\.0 should be a finite number, not 0"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, r"alpha_pattern\['q_proj'\]=nan should be a finite number"),
         ({"pera_dropout": 1.0}, r"pera_dropout=1\.0 should be at least 0 and below 1"),
         ({"pera_dropout": -0.1}, r"pera_dropout=-0\.1 should be at least 0 and below 1"),
@@ -101,8 +103,19 @@ def test_patterns_set_the_rank_and_alpha_of_a_module():
         ({"random_signs": True}, "random_signs=True has no effect with init_coefficients=0"),
         ({"random_signs": 1, "init_coefficients": 0.3}, "random_signs=1 should be True or False"),
         ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' should be a list of names"),
+        ({"modules_to_save": 3}, "modules_to_save=3 should be a list of names"),
+        ({"target_parameters": [1]}, r"target_parameters=\[1\] should be a list of names"),
+        ({"target_modules": 5}, "target_modules=5 should be a list of names, or a regular expression"),
+        ({"target_modules": ["q_proj", 5]}, r"target_modules=\['q_proj', 5\] should be a list of names"),
+        ({"target_modules": [["q_proj"]]}, r"target_modules=\[\['q_proj'\]\] should be a list of names"),
+        ({"exclude_modules": {"q_proj": 1}}, r"exclude_modules=\{'q_proj': 1\} should be a list of names"),
+        ({"layers_pattern": [1], "layers_to_transform": 0}, r"layers_pattern=\[1\] should be a list of names"),
+        ({"trainable_token_indices": ["a"]}, r"trainable_token_indices=\['a'\] should be a list of token ids"),
+        ({"trainable_token_indices": 3}, "trainable_token_indices=3 should be a list of token ids"),
+        ({"trainable_token_indices": {"wte": 3}}, r"trainable_token_indices=\{'wte': 3\} should be .* map names"),
         ({"layers_to_transform": "0"}, "layers_to_transform='0' should be a whole number or a list"),
         ({"rank_pattern": [1]}, r"rank_pattern=\[1\] should map names"),
+        ({"alpha_pattern": {1: 2}}, r"alpha_pattern=\{1: 2\} should map names"),
         ({"init_weights": "pissa"}, "init_weights='pissa' should be True, False or 'gaussian'"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform needs a list of names"),
         (
@@ -215,6 +228,12 @@ def test_from_lora_takes_options_of_pera():
 def test_from_lora_refuses_what_pera_does_not_have(options, name):
     with pytest.raises(UserError, match=f"{name}.* has no counterpart in PERA"):
         PeraConfig.from_lora(LoraConfig(**options))
+
+
+@pytest.mark.parametrize("other", [{"r": 8}, PeraConfig(), None])
+def test_from_lora_takes_nothing_else(other):
+    with pytest.raises(UserError, match=rf"^from_lora takes a LoraConfig of PEFT, not a {type(other).__name__}\.$"):
+        PeraConfig.from_lora(other)
 
 
 def test_from_lora_refuses_an_expression_before_a_name():

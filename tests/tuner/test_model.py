@@ -90,6 +90,14 @@ def test_a_token_of_a_second_adapter_outside_the_vocabulary_is_named():
         model.add_adapter("b", PeraConfig(target_modules=["q_proj"], trainable_token_indices={"tokens": [VOCABULARY]}))
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("config", [PeraConfig, LoraConfig])
+def test_a_pattern_that_matches_no_layer_is_named_with_the_nearest(config, key):
+    check_names(llama(), config(target_modules=["q_proj"], **{key: {"q_proj": 2, r"layers\.1\..*v_proj": 3}}))
+    with pytest.raises(UserError, match=rf"^{key}: 'q_prj' matches nothing in the base model; did you mean 'q_proj'\?"):
+        check_names(llama(), config(target_modules=["q_proj"], **{key: {"v_proj": 2, "q_prj": 3}}))
+
+
 @pytest.mark.parametrize("task_type", [None, TaskType.QUESTION_ANS])
 def test_a_head_that_the_model_lacks_is_named_with_the_nearest(task_type):
     config = PeraConfig(target_modules=["query"], modules_to_save=["classifer"], task_type=task_type)

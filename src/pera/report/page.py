@@ -32,9 +32,11 @@ def write_report(runs: list[Run], file: Path) -> None:
         file: the HTML file.
 
     Raises:
-        UserError: no run is given, a recipe cannot be read, an optional package is missing, or the file cannot
-            be written.
+        UserError: no run is given, a recipe cannot be read, an optional package is missing, or the file has another
+            ending or cannot be written.
     """
+    if file.suffix not in (".html", ".htm"):
+        raise UserError(f"--output={str(file)!r} should end in .html.")
     if not runs:
         raise UserError("report: give at least one run folder.")
     write_atomic(file, render(runs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pera.errors import UserError, nearest
 from pera.tasks.base import Example, GenerationTask, Verdict
@@ -170,7 +170,7 @@ class CommonsenseTask(GenerationTask):
         data: "hub" (the original data sets, worded here), a folder with ``<task>/{train,test}.json``, or one mixed file
             to train on, beside which such folders hold the test rows. Fields: instruction, input, output, answer.
         train_size: rows of the mix, drawn by ``seed``; all by default.
-        shares: how ``train_size`` is divided among the members; by default as their rows are.
+        shares: how ``train_size`` is divided among the members, or "equal"; by default as their rows are.
         caps: the most rows of a member, by name.
         test_size: test rows of each member at most, drawn by ``seed``.
         validation_size: rows that are taken off the mix to choose the checkpoint by.
@@ -195,7 +195,7 @@ class CommonsenseTask(GenerationTask):
         names: Sequence[str] | None = None,
         data: str = HUB,
         train_size: int | None = None,
-        shares: Mapping[str, float] | None = None,
+        shares: Mapping[str, float] | Literal["equal"] | None = None,
         caps: Mapping[str, int] | None = None,
         test_size: int | None = None,
         validation_size: int = VALIDATION,
@@ -207,6 +207,8 @@ class CommonsenseTask(GenerationTask):
         if name != ALL and names is not None:
             raise UserError(f"task.names={list(names)!r} are the members of {ALL!r}; task {name!r} has none.")
         wanted = tuple(names if names is not None else MEMBERS) if name == ALL else (name,)
+        if shares == "equal":
+            shares = dict.fromkeys(wanted, 1.0)
         for member in (*wanted, *(shares or {}), *(caps or {})):
             if member not in MEMBERS:
                 raise UserError(f"task: {member!r} is not a commonsense task; {nearest(member, MEMBERS)}")

@@ -1,6 +1,6 @@
 """The PEFT plug-in: configuration, layers and model, and their registration with PEFT."""
 
-from pera.tuner.config import PeraConfig
+from pera.tuner.config import PeraConfig, check_alpha, check_rank
 from pera.tuner.hotswap import hotswap_adapter
 from pera.tuner.layers import (
     ParamWrapper,
@@ -24,7 +24,9 @@ __all__ = [
     "PeraLinear",
     "PeraModel",
     "adapted_layers",
+    "check_alpha",
     "check_names",
+    "check_rank",
     "hotswap_adapter",
     "register",
 ]

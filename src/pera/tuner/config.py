@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from itertools import combinations
 from typing import Any, Literal, get_args
@@ -144,11 +145,11 @@ class PeraConfig(PeftConfig):
         self.peft_type = PeftType("PERA")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        self._check()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self._check()
 
     @classmethod
     def published(cls, **options: Any) -> PeraConfig:
@@ -174,9 +175,11 @@ class PeraConfig(PeftConfig):
         """Carry a LoRA configuration over to PERA; ``options`` are PERA's own (terms, normalization, …).
 
         Raises:
-            UserError: the configuration uses an option of LoRA that PERA does not have (DoRA, LoftQ,
+            UserError: it is no LoRA configuration, it uses an option of LoRA that PERA does not have (DoRA, LoftQ,
                 another initialisation, …), or patterns that PERA may read in another order.
         """
+        if not isinstance(lora_config, LoraConfig):
+            raise UserError(f"from_lora takes a LoraConfig of PEFT, not a {type(lora_config).__name__}.")
         for key in ("rank_pattern", "alpha_pattern"):  # PEFT takes the first that matches, PERA the longest name
             patterns = getattr(lora_config, key) or {}
             for first, second in combinations(patterns, 2):
@@ -241,30 +244,15 @@ class PeraConfig(PeftConfig):
             value = getattr(self, key)
             if value not in choices:
                 raise UserError(f"{key}={value!r} is not known; {nearest(value, choices)}")
-        for key in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, key), str):
-                _check_expression(key, getattr(self, key))
-        for key in ("target_parameters", "modules_to_save"):
-            if isinstance(getattr(self, key), str):
-                raise UserError(f"{key}={getattr(self, key)!r} should be a list of names.")
-        indices = self.layers_to_transform
-        if indices is not None and not all(
-            map(_is_index, indices if isinstance(indices, (list, tuple)) else [indices])
-        ):
-            raise UserError(f"layers_to_transform={indices!r} should be a whole number or a list of them.")
-        for key in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, key), dict):
-                raise UserError(f"{key}={getattr(self, key)!r} should map names, or regular expressions, to numbers.")
-            for pattern in getattr(self, key):
-                _check_expression(key, pattern)
-        _check_rank("r", self.r, self.terms)
+        check_lists(self)
+        check_rank("r", self.r, self.terms)
         for pattern, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank, self.terms)
+            check_rank(f"rank_pattern[{pattern!r}]", rank, self.terms)
         for key, alpha in [("pera_alpha", self.pera_alpha)] + [
             (f"alpha_pattern[{pattern!r}]", alpha) for pattern, alpha in self.alpha_pattern.items()
         ]:
-            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha)):
-                raise UserError(f"{key}={alpha!r} should be a finite number, or None for the layer's own rank.")
+            if alpha is not None:
+                check_alpha(key, alpha)
         if not (_is_number(self.pera_dropout) and 0 <= self.pera_dropout < 1):
             raise UserError(f"pera_dropout={self.pera_dropout!r} should be at least 0 and below 1.")
         if not (_is_number(self.init_coefficients) and math.isfinite(self.init_coefficients)):
@@ -336,8 +324,20 @@ def _is_plain(pattern: str) -> bool:
     return re.fullmatch(r"[\w.]+", pattern) is not None
 
 
+def _is_list(value: Any, each: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(map(each, value))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return _is_whole(value) and value >= 0
 
 
 def _is_number(value: Any) -> bool:
@@ -355,8 +355,47 @@ def _is_initialisation(value: Any) -> bool:
     return isinstance(value, bool) or value == "gaussian"
 
 
-def _check_rank(key: str, r: Any, terms: Terms) -> None:
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+def check_rank(key: str, r: Any, terms: Terms = "none") -> None:
+    """Raise UserError if ``r``, the value of ``key``, is no rank, or none for ``terms``."""
+    if not _is_whole(r) or r < 1:
         raise UserError(f"{key}={r!r} should be a whole number of at least 1.")
     if terms == "cross" and r == 1:
         raise UserError(f"{key}=1 with terms='cross' leaves no products; use r of at least 2, or terms='square'.")
+
+
+def check_alpha(key: str, alpha: Any) -> None:
+    """Raise UserError if ``alpha``, the value of ``key``, is no numerator of a scale; with 0, ΔW is always zero."""
+    if not (_is_number(alpha) and math.isfinite(alpha) and alpha):
+        raise UserError(f"{key}={alpha!r} should be a finite number, not 0; leave it out for the layer's own rank.")
+
+
+def check_lists(config: PeftConfig) -> None:
+    """Refuse, in a configuration of any PEFT method, what is no list of names or of indices and no pattern.
+
+    Raises:
+        UserError: such a value, by the name of its option.
+    """
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = getattr(config, key, None)
+        if isinstance(value, str):
+            _check_expression(key, value)
+        elif value is not None and not _is_list(value, _is_name):
+            raise UserError(f"{key}={value!r} should be a list of names, or a regular expression.")
+    for key in ("target_parameters", "modules_to_save"):
+        value = getattr(config, key, None)
+        if value is not None and not _is_list(value, _is_name):
+            raise UserError(f"{key}={value!r} should be a list of names.")
+    indices = getattr(config, "layers_to_transform", None)
+    if indices is not None and not _is_index(indices) and not _is_list(indices, _is_index):
+        raise UserError(f"layers_to_transform={indices!r} should be a whole number or a list of them.")
+    tokens = getattr(config, "trainable_token_indices", None) or []
+    if not all(_is_list(ids, _is_whole) for ids in (tokens.values() if isinstance(tokens, dict) else [tokens])):
+        raise UserError(
+            f"trainable_token_indices={tokens!r} should be a list of token ids, or map names to such lists."
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, key, None) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_name, patterns)):
+            raise UserError(f"{key}={patterns!r} should map names, or regular expressions, to numbers.")
+        for pattern in patterns:
+            _check_expression(key, pattern)

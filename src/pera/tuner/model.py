@@ -29,6 +29,7 @@ from transformers import GenerationConfig
 
 from pera.errors import UserError, nearest
 from pera.tuner.call import one_call
+from pera.tuner.config import check_lists
 from pera.tuner.layers import BASE, ParamWrapper, PeraLayer, keep_unpacked, layer_class, require_one_name_each
 from pera.tuner.tying import separate_shared_weights, sharing_the_embedding, with_name, without
 
@@ -322,10 +323,11 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
 
     Raises:
         UserError: a name in a list of ``target_modules``, ``exclude_modules``, ``modules_to_save`` or
-            ``target_parameters`` matches nothing; the nearest name is given. Or a regular expression matches nothing,
-            an index of ``layers_to_transform`` is no layer's, or a token of ``trainable_token_indices`` is not in the
-            vocabulary.
+            ``target_parameters`` matches nothing; the nearest name is given. Or a regular expression or an entry of
+            ``rank_pattern`` or ``alpha_pattern`` matches nothing, an index of ``layers_to_transform`` is no layer's, or
+            a token of ``trainable_token_indices`` is not in the vocabulary. Or as :func:`check_lists`.
     """
+    check_lists(config)
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
     modules = {name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name}
     for key, known, allowed in (
@@ -344,11 +346,24 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
             if wanted == INCLUDE_LINEAR_LAYERS_SHORTHAND:
                 raise UserError(f"{key} lists {wanted!r} among names; give it alone, as a string.")
             if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
-                endings = {ending for name in known if not (ending := name.rpartition(".")[2]).isdigit()}
-                close = nearest(wanted.rpartition(".")[2], endings - {""})
-                raise UserError(f"{key}: {wanted!r} not found in the base model; {close}")
+                raise UserError(f"{key}: {wanted!r} not found in the base model; {_nearest_ending(wanted, known)}")
+    _check_patterns(modules | parameters if getattr(config, "target_parameters", None) else modules, config)
     _check_layers(modules, config)
     _check_tokens(model, config)
+
+
+def _nearest_ending(wanted: str, names: set[str]) -> str:
+    endings = {ending for name in names if not (ending := name.rpartition(".")[2]).isdigit()}
+    return nearest(wanted.rpartition(".")[2], endings - {""})
+
+
+def _check_patterns(names: set[str], config: PeftConfig) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key, None) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):  # as PEFT finds them
+                raise UserError(
+                    f"{key}: {pattern!r} matches nothing in the base model; {_nearest_ending(pattern, names)}"
+                )
 
 
 def _check_layers(modules: set[str], config: PeftConfig) -> None:
