@@ -68,6 +68,18 @@ def test_a_run_that_fails_at_once_takes_away_what_it_made_and_nothing_else(recip
         assert (workplace / "runs").exists() == bool(other)
 
 
+def test_a_run_is_kept_once_something_was_saved_or_measured(recipe, workplace):
+    run = Run.create(recipe, Path("runs/run"))
+    run.validation_file.write_text('{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(UserError), run.discarded_on_error():
+        raise UserError("mistake")
+    run.validation_file.unlink()
+    (run.checkpoints / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(UserError), run.discarded_on_error():
+        raise UserError("mistake")
+    assert run.recipe_file.is_file()
+
+
 def test_the_newest_unfinished_run_of_a_recipe_is_found(recipe, started):
     started(recipe, "small-20260101-000001", age=30)
     newest = started(recipe, "small-20260101-000002", age=20)

@@ -74,15 +74,16 @@ class Run:
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """If the block fails before anything was trained or scored, take away again what :meth:`create` made."""
+        """If the block fails before anything was logged, saved or scored, take away again what :meth:`create` made."""
         try:
             yield
         except BaseException:
-            begun = self.checkpoints.is_dir() or self.scores_file.is_file() or self.metrics()
+            saved = any(self.checkpoints.glob("*"))  # the folder itself is there before the first step
+            begun = saved or self.scores_file.is_file() or self.metrics() or self.validation()
             if self._made is not None and not begun:
                 for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
                     file.unlink(missing_ok=True)
-                for folder in self._made:
+                for folder in (self.checkpoints, *self._made):
                     with suppress(OSError):  # another run may have come to lie in a parent
                         folder.rmdir()
             raise
