@@ -112,6 +112,30 @@ def test_checkpoints_that_were_not_saved_completely_are_removed(recipe, workplac
     assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-8", "checkpoint-12"}
 
 
+def test_what_is_no_checkpoint_is_left_alone(recipe, workplace):
+    run = Run.create(recipe, workplace / "run")
+    (run.checkpoints / "checkpoint-1x").mkdir(parents=True)
+    (run.checkpoints / "checkpoint-2").write_text("mine")
+    assert run.last_checkpoint() is None
+    assert len(list(run.checkpoints.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', "3"])
+def test_a_record_that_is_no_object_is_refused(content, run):
+    for file in (run.scores_file, run.data_file, run.environment_file):
+        file.write_text(content)
+    for read in (run.scores, lambda: run.check_data({}), lambda: open_model(run.location)):
+        with pytest.raises(UserError, match=r"json' should hold a JSON object, and holds .*; restore or remove it\.$"):
+            read()
+
+
+@pytest.mark.parametrize("base", [None, ["x"], {"dtype": ["float32"]}])
+def test_a_record_of_the_base_that_cannot_be_is_refused(base, run):
+    run.environment_file.write_text(json.dumps({"base_model": base}))
+    with pytest.raises(UserError, match=r"environment.json': base_model=.* should hold name, dtype and fingerprint"):
+        open_model(run.location)
+
+
 def test_a_line_that_was_cut_off_is_left_out_of_the_metrics(recipe, workplace):
     run = Run.create(recipe, workplace / "run")
     assert run.metrics() == []

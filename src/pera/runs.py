@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pera import models
 from pera.errors import UserError
-from pera.files import disk_errors, read_json, read_lines, require_free, write_atomic, write_json
+from pera.files import disk_errors, read_json, read_lines, read_object, require_free, write_atomic, write_json
 from pera.recipe import Recipe, difference, load_recipe
 
 PACKAGES = (
@@ -114,7 +114,8 @@ class Run:
 
     def last_checkpoint(self) -> Path | None:
         """The last checkpoint that was saved completely; later, broken ones are removed."""
-        steps = {int(p.name.rpartition("-")[2]): p for p in self.checkpoints.glob("checkpoint-[0-9]*")}
+        found = ((p.name.removeprefix("checkpoint-"), p) for p in self.checkpoints.glob("checkpoint-*") if p.is_dir())
+        steps = {int(step): path for step, path in found if step.isdecimal()}
         for step in sorted(steps, reverse=True):
             if (steps[step] / COMPLETE).is_file():
                 return steps[step]
@@ -131,7 +132,7 @@ class Run:
 
     def scores(self) -> dict[str, Any]:
         """The content of ``scores.json``: ``base`` and ``adapter``, as far as they were measured."""
-        return read_json(self.scores_file) if self.scores_file.is_file() else {}
+        return read_object(self.scores_file) if self.scores_file.is_file() else {}
 
     def body(self, model: torch.nn.Module) -> torch.nn.Module:
         """What the fingerprint of a base model is of: all but a new classification head, which differs by seed."""
@@ -141,7 +142,7 @@ class Run:
     def check_data(self, manifest: Mapping[str, Any]) -> None:
         """Raise UserError if the files of a task are not those that the run was begun with: other rows would be drawn,
         and what was trained on would be scored. Nothing is said where no file was recorded."""
-        recorded = _hashes(read_json(self.data_file)) if self.data_file.is_file() else {}
+        recorded = _hashes(read_object(self.data_file)) if self.data_file.is_file() else {}
         found = _hashes(manifest)
         for split in {**recorded, **found} if recorded else {}:
             if recorded.get(split) != found.get(split):
@@ -151,9 +152,19 @@ class Run:
                     f"SHA-256 begins with {now}, in data.json with {was}; restore the file, or train anew."
                 )
 
+    def recorded_base(self) -> dict[str, str]:
+        """Name, dtype and fingerprint of the base model as ``environment.json`` has them; empty if it is not there."""
+        recorded = read_object(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
+        if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
+            raise UserError(
+                f"{str(self.environment_file)!r}: base_model={recorded!r} should hold name, dtype and fingerprint; "
+                "restore or remove the file."
+            )
+        return recorded
+
     def _check_base(self, base: dict[str, str]) -> None:
         """Raise UserError if the base model is not the one that the run was begun with, or in another dtype."""
-        recorded = read_json(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
+        recorded = self.recorded_base()
         for key in ("dtype", "fingerprint"):
             if (was := recorded.get(key, base[key])) != base[key]:
                 raise UserError(
@@ -319,18 +330,16 @@ def check_fingerprint(
     if location.adapter is None:
         return
     run = location.run or Run(location.adapter.absolute().parent)
-    if not (run.recipe_file.is_file() and run.environment_file.is_file()):
-        return
-    recorded = read_json(run.environment_file).get("base_model", {})
-    trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype")), next(base.parameters()).dtype
+    recorded = run.recorded_base() if run.recipe_file.is_file() else {}
+    trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype", "")), next(base.parameters()).dtype
     if trained_in is None or getattr(base, "hf_quantizer", None) is not None:
         return
     if loaded_in != trained_in and torch.promote_types(loaded_in, trained_in) != loaded_in:
         return
     found = models.fingerprint(run.body(base), trained_in, read)
-    if found != recorded["fingerprint"]:
+    if found != recorded.get("fingerprint", found):
         raise UserError(
-            f"{str(location.adapter)!r} was trained on {recorded['name']!r} with the fingerprint "
+            f"{str(location.adapter)!r} was trained on {recorded.get('name')!r} with the fingerprint "
             f"{recorded['fingerprint']}, and the base model {location.base!r} has {found}; give the one it was "
             "trained on."
         )
