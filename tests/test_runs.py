@@ -214,6 +214,12 @@ def test_an_adapter_without_a_base_is_refused(run):
         (lambda c: {**c, "peft_type": "NOTHING"}, "peft_type='NOTHING' is not a method"),
         (lambda c: {**c, "r": 0}, "adapter_config.json: r=0 should be"),
         (lambda c: {**c, "terms": "cubes"}, "adapter_config.json: terms='cubes' is not known"),
+        (lambda c: {**c, "target_modules": 5}, "adapter_config.json: target_modules=5 should be a list of names"),
+        (lambda c: {**c, "target_modules": [5]}, r"adapter_config.json: target_modules=\[5\] should be a list"),
+        (lambda c: {**c, "exclude_modules": 3}, "adapter_config.json: exclude_modules=3 should be a list"),
+        (lambda c: {**c, "modules_to_save": 3}, "adapter_config.json: modules_to_save=3 should be a list"),
+        (lambda c: {**c, "base_model_name_or_path": 5}, "adapter_config.json: base_model_name_or_path=5 should be a"),
+        (lambda c: {**c, "revision": ["main"]}, r"adapter_config.json: revision=\['main'\] should be a string"),
         (lambda c: {**c, "pera_version": 99}, "adapter_config.json: pera_version=99 is a newer adapter layout"),
     ],
 )
@@ -222,6 +228,30 @@ def test_a_configuration_that_cannot_be_is_refused(change, sentence, run):
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(UserError, match=f"^{str(run.adapter)!r}: {sentence}"):
         adapter_config(run.adapter)
+
+
+def test_an_adapter_saved_as_bin_says_how_to_write_it_anew(run):
+    torch.save({}, run.adapter / "adapter_model.bin")
+    (run.adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"weights in adapter_model\.bin, and only safetensors is read; .*save_pretrained"
+    ):
+        open_model(run.location)
+
+
+def test_weights_in_float8_are_read(run, change_weights):
+    change_weights(
+        run.adapter / "adapter_model.safetensors", lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}
+    )
+    open_model(run.location)
+
+
+@pytest.mark.parametrize(("tokens", "sentence"), [([0], "the weights file lacks '.*tokens_delta'"), ("ab", "'<='")])
+def test_tokens_that_were_not_trained_are_refused(tokens, sentence, run):
+    file = run.adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": tokens}))
+    with pytest.raises(UserError, match=rf"does not fit its .*configuration: .*{sentence}"):
+        open_model(run.location)
 
 
 def test_a_run_is_opened_with_its_adapter(finished_run, tiny_llama, logits):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -354,6 +354,13 @@ def adapter_config(folder: Path) -> PeftConfig:
     content = read_json(folder / "adapter_config.json")
     if not isinstance(content, dict) or "peft_type" not in content:
         raise UserError(f"{str(folder)!r}: adapter_config.json names no peft_type.")
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(value := content.get(key), str | None):
+            raise UserError(f"{str(folder)!r}: adapter_config.json: {key}={value!r} should be a string.")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        value = content.get(key) or []
+        if not isinstance(value, str | list) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{str(folder)!r}: adapter_config.json: {key}={value!r} should be a list of names.")
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except KeyError as error:
@@ -375,6 +382,11 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
         UserError: the weights file is missing, cut off, or holds NaN or infinity.
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file() and (folder / WEIGHTS_NAME).is_file():
+        raise UserError(
+            f"{str(folder)!r} has its weights in {WEIGHTS_NAME}, and only safetensors is read; if you trust the file, "
+            f"write it anew: PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
     if not file.is_file():
         raise UserError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; the adapter's weights are missing.")
     try:
@@ -383,7 +395,7 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(file)!r} is not a whole safetensors file: {error}.") from error
     for key, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(weight.float() if weight.itemsize == 1 else weight).all():  # float8 cannot say itself
             raise UserError(f"{str(folder)!r}: NaNs detected in the weights of {key}. The adapter seems to be broken.")
     return weights
 
@@ -399,7 +411,11 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         empty = any(weight.is_meta for weight in base.parameters())  # the adapter's weights are there all the same
         model = PeftModel.from_pretrained(base, str(folder), config=config, low_cpu_mem_usage=empty)
-    except (RuntimeError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(
+            f"{str(folder)!r} does not fit its own configuration: the weights file lacks {error}."
+        ) from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         first, *others = " ".join(str(error).split()).split(" size mismatch for ")
         reason = " size mismatch for ".join([first, *others[:1]]) + (
             f" ({len(others)} such)" if len(others) > 1 else ""
