@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera.errors import UserError
 from pera.models import fingerprint, load_model
@@ -252,6 +252,14 @@ def test_tokens_that_were_not_trained_are_refused(tokens, sentence, run):
     file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": tokens}))
     with pytest.raises(UserError, match=rf"does not fit its .*configuration: .*{sentence}"):
         open_model(run.location)
+
+
+def test_a_tokenizer_saved_with_the_adapter_takes_the_place_of_the_bases(run, tiny_llama):
+    own = AutoTokenizer.from_pretrained(tiny_llama)
+    own.chat_template = "{{ messages[0]['content'] }}"
+    own.save_pretrained(run.adapter)
+    for name in (run.path, run.adapter):
+        assert open_model(locate(str(name)))[1].chat_template == own.chat_template
 
 
 def test_a_run_is_opened_with_its_adapter(finished_run, tiny_llama, logits):

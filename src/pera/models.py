@@ -21,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -121,17 +122,34 @@ def _in_float32(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, padding on the left; see :func:`load_model`."""
-    location = resolve(name)
-    with reading(name):
+    """The tokenizer of a base model, see :func:`load_model`, or in the folder ``source``, if it is a path; padding on
+    the left."""
+    location = source if isinstance(source, Path) else resolve(source)
+    with reading(str(source)):
         tokenizer = AutoTokenizer.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
+    """How many tokens a base model has, as its configuration says."""
+    location = resolve(name)
+    with reading(name):
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer in a folder, its chat template included."""
+    names = ("tokenizer", "special_tokens_map.", "added_tokens.", "chat_template.", "vocab.", "merges.")
+    endings = (".jinja", ".model", ".tiktoken")
+    wanted = (file for file in folder.iterdir() if file.name.startswith(names) or file.suffix in endings)
+    return sorted(file for file in wanted if file.is_file())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import sys
 import time
@@ -30,6 +31,9 @@ PACKAGES = (
     "triton",
 )
 """What :func:`environment` reports on: the core, then what is optional."""
+
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save)\b")
+"""What PEFT puts into the names of the modules of a base model."""
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint whose saving has ended."""
@@ -109,8 +113,8 @@ class Run:
     @property
     def location(self) -> Location:
         """The run's adapter on its base model, for :func:`open_model`."""
-        base = self.recipe.model
-        return Location(self, self.adapter, base.name, base.revision, base.trust_remote_code)
+        base, tokenizer = self.recipe.model, _own_tokenizer(self.adapter)
+        return Location(self, self.adapter, base.name, base.revision, base.trust_remote_code, tokenizer)
 
     def last_checkpoint(self) -> Path | None:
         """The last checkpoint that was saved completely; later, broken ones are removed."""
@@ -238,13 +242,15 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None) -> 
 
 
 class Location(NamedTuple):
-    """What a command was pointed at: the run, if it is one, the adapter folder, if there is one, the base model."""
+    """What a command was pointed at: the run, if it is one, the adapter folder, if there is one, the base model, and
+    the folder of a tokenizer that was saved with the adapter and takes the place of the base's."""
 
     run: Run | None
     adapter: Path | None
     base: str
     revision: str | None = None
     trust_remote_code: bool = False
+    tokenizer: Path | None = None
 
 
 def locate(name: str) -> Location:
@@ -263,10 +269,16 @@ def locate(name: str) -> Location:
         config = adapter_config(path)
         if not config.base_model_name_or_path:
             raise UserError(f"{name!r}: adapter_config.json names no base_model_name_or_path; add it.")
-        return Location(None, path, config.base_model_name_or_path, config.revision)
+        base, revision = config.base_model_name_or_path, config.revision
+        return Location(None, path, base, revision, tokenizer=_own_tokenizer(path))
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name!r} is neither a run folder, nor an adapter folder, nor a model folder.")
     return Location(None, None, name)
+
+
+def _own_tokenizer(adapter: Path) -> Path | None:
+    """The folder of an adapter if a tokenizer was saved in it, as TRL, Axolotl and LLaMA-Factory do."""
+    return adapter if (adapter / "tokenizer_config.json").is_file() else None
 
 
 def locate_adapter(name: str) -> tuple[Location, Path]:
@@ -298,11 +310,28 @@ def open_model(
     base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
     check_fingerprint(location, base)
     model = base if location.adapter is None else load_adapter(base, location.adapter)
-    tokenizer = models.load_tokenizer(location.base, **source)
+    tokenizer = open_tokenizer(location)
+    if location.tokenizer is not None and len(tokenizer) > (rows := _rows(base)):
+        raise UserError(
+            f"{str(location.tokenizer)!r} has a tokenizer of {len(tokenizer)} tokens, and the model embeds {rows}; "
+            "save the adapter with save_embedding_layers=True, or with the tokenizer of its base."
+        )
     if labels is not None:
         tokenizer.padding_side = "right"  # positions of an encoder are counted from the left, padding included
         base.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def open_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+    """The tokenizer of a :class:`Location`: the one that was saved with the adapter, else the base's."""
+    source: dict[str, Any] = {"revision": location.revision, "trust_remote_code": location.trust_remote_code}
+    return models.load_tokenizer(location.tokenizer or location.base, **source)
+
+
+def copy_tokenizer(location: Location, folder: Path) -> None:
+    """Copy the tokenizer that was saved with an adapter, if one was, to ``folder``."""
+    for file in models.tokenizer_files(location.tokenizer) if location.tokenizer else ():
+        shutil.copyfile(file, folder / file.name)
 
 
 def adapter_labels(folder: Path) -> int | None:
@@ -400,14 +429,64 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def resized_to(base: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> int | None:
+    """How many tokens an adapter was trained with, if they are not those of its base: PEFT saves embeddings whole with
+    it after ``resize_token_embeddings``.
+
+    Args:
+        base: the base model as it was loaded.
+        weights: the weights of the adapter.
+        folder: its folder, for the message.
+
+    Raises:
+        UserError: the weights lack the new rows of the embeddings or of the head.
+    """
+    embeddings, rows = _embeddings(base), _rows(base)
+    saved = {_base_name(key): len(weight) for key, weight in saved_embeddings(base, weights).items()}
+    resized = max((found for found in saved.values() if found != rows), default=None)
+    shared = len({id(weight) for weight in embeddings.values()}) == 1
+    if resized and not shared and (missing := sorted(embeddings.keys() - saved.keys())):
+        raise UserError(
+            f"{str(folder)!r} was trained with {resized} tokens, and its base has {rows}; its file lacks "
+            f"{missing[0]!r}, so merge it where it was trained."
+        )
+    return resized
+
+
+def saved_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the token embeddings and of the head that PEFT saves whole with some adapters."""
+    embeddings = _embeddings(base)
+    return {key: weight for key, weight in weights.items() if _base_name(key) in embeddings}
+
+
+def _rows(base: Any) -> int:
+    return len(base.get_input_embeddings().weight)
+
+
+def _embeddings(base: Any) -> dict[str, torch.Tensor]:
+    """The weights of the token embeddings and of the head by their names."""
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    return {f"{name}.weight": module.weight for name, module in base.named_modules() if module in ends}
+
+
+def _base_name(key: str) -> str:
+    """The name in the base model of a weight that PEFT saved."""
+    return _WRAPPERS.sub("", key.removeprefix("base_model.model."))
+
+
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter of any PEFT method on its base model, for inference.
+    """Put a saved adapter of any PEFT method on its base model, for inference. The base gets as many tokens as the
+    adapter was trained with.
 
     Raises:
         UserError: the folder is broken, or the adapter was trained on another base model.
     """
     config = adapter_config(folder)
     weights = adapter_weights(folder)
+    saved = saved_embeddings(base, weights)
+    whole = tuple(f"base_model.model.{_base_name(key).removesuffix('weight')}" for key in saved)
+    if rows := resized_to(base, weights, folder):
+        base.resize_token_embeddings(rows, mean_resizing=False)
     try:
         empty = any(weight.is_meta for weight in base.parameters())  # the adapter's weights are there all the same
         model = PeftModel.from_pretrained(base, str(folder), config=config, low_cpu_mem_usage=empty)
@@ -421,9 +500,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
             f" ({len(others)} such)" if len(others) > 1 else ""
         )
         raise UserError(f"{str(folder)!r} does not fit its base model or its own configuration: {reason}") from error
-    expected = get_peft_model_state_dict(model)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     for key in sorted(expected.keys() ^ weights.keys()):
-        if ".base_layer." in key:  # PEFT saves the base weights of some embeddings with the adapter, by their names
+        if key not in expected and key.startswith(whole):  # all that is in embeddings which PEFT saved whole
             continue
         where = "the weights file lacks" if key in expected else "the base model has no place for"
         raise UserError(f"{str(folder)!r} does not fit the base model: {where} {key!r}.")

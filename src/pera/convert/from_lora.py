@@ -17,7 +17,7 @@ from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
 from pera.polynomial import Normalization, Terms
-from pera.runs import adapter_config, adapter_weights, locate_adapter, method_name, open_model
+from pera.runs import adapter_config, adapter_weights, copy_tokenizer, locate_adapter, method_name, open_model
 from pera.tuner import PeraConfig
 
 _RENAMED = {
@@ -76,6 +76,7 @@ def import_lora(
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         ours.inference_mode = True
         ours.save_pretrained(str(folder))
+        copy_tokenizer(location, folder)
         del model, base, fresh
         after = logits(*open_model(location._replace(run=None, adapter=folder), dtype), prompts)
         agreement = compare(before, after, models.DTYPES[dtype])
