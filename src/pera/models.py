@@ -380,5 +380,10 @@ def _digest(path: Path) -> str:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
+    if "the argument `trust_remote_code=True`" in str(error):
+        return UserError(
+            f"model: {name!r} comes with code of its own; if you trust it, add --trust-remote-code, or in a recipe "
+            "model.trust_remote_code=true."
+        )
     reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
     return UserError(f"model: {name!r} cannot be loaded: {'it lacks the key ' * isinstance(error, KeyError)}{reason}")

@@ -253,12 +253,21 @@ class Location(NamedTuple):
     tokenizer: Path | None = None
 
 
-def locate(name: str) -> Location:
+def locate(name: str, *, trust_remote_code: bool = False) -> Location:
     """Find out what ``name`` is: a run folder, an adapter folder, or a model (see :func:`pera.models.resolve`).
+
+    Args:
+        name: a path, or the name of a model.
+        trust_remote_code: run code that comes with the model, also where no recipe says so.
 
     Raises:
         UserError: nothing is there, the run is unfinished, or the adapter does not say what its base is.
     """
+    location = _located(name)
+    return location._replace(trust_remote_code=True) if trust_remote_code else location
+
+
+def _located(name: str) -> Location:
     path = Path(name).expanduser()
     if (path / "recipe.yaml").is_file():
         run = Run(path)
@@ -281,13 +290,13 @@ def _own_tokenizer(adapter: Path) -> Path | None:
     return adapter if (adapter / "tokenizer_config.json").is_file() else None
 
 
-def locate_adapter(name: str) -> tuple[Location, Path]:
+def locate_adapter(name: str, *, trust_remote_code: bool = False) -> tuple[Location, Path]:
     """:func:`locate` for what needs an adapter, and the folder of that adapter.
 
     Raises:
         UserError: as :func:`locate`, or ``name`` is a model.
     """
-    location = locate(name)
+    location = locate(name, trust_remote_code=trust_remote_code)
     if location.adapter is None:
         raise UserError(f"{name!r} has no adapter; give a run or an adapter folder.")
     return location, location.adapter

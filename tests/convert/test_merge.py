@@ -369,17 +369,33 @@ class Own(LlamaForCausalLM):
 """
 
 
-def test_a_model_with_code_of_its_own_is_merged_in_memory_if_it_is_trusted(run, tiny_llama, tmp_path, monkeypatch):
-    base = shutil.copytree(tiny_llama, tmp_path / "base")
+def own_code(model, folder, monkeypatch):
+    """A copy of a LLaMA that comes with code of its own."""
+    base = shutil.copytree(model, folder)
     config = json.loads((base / "config.json").read_text())
     code = {"AutoConfig": "code_of_its_own.OwnConfig", "AutoModelForCausalLM": "code_of_its_own.Own"}
     (base / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
     (base / "code_of_its_own.py").write_text(CODE)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
+    return base
+
+
+def test_a_model_with_code_of_its_own_is_merged_in_memory_if_it_is_trusted(run, tiny_llama, tmp_path, monkeypatch):
+    base = own_code(tiny_llama, tmp_path / "base", monkeypatch)
     recipe = run.recipe_file.read_text().replace(str(tiny_llama), str(base))
     run.recipe_file.write_text(recipe.replace("trust_remote_code: false", "trust_remote_code: true"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("pera.convert.merge._streamed", lambda *_: None)
     assert merge(str(run.path), tmp_path / "merged").agree
+
+
+def test_code_is_trusted_at_a_word_where_there_is_no_recipe(tiny_llama, adapter, tmp_path, monkeypatch):
+    base = own_code(tiny_llama, tmp_path / "base", monkeypatch)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    with pytest.raises(UserError, match=r"comes with code of its own; if you trust it, add --trust-remote-code"):
+        merge(str(adapter), tmp_path / "merged")
+    assert merge(str(adapter), tmp_path / "merged", trust_remote_code=True).agree
+    assert verify(str(adapter), str(tmp_path / "merged"), trust_remote_code=True).agree
 
 
 @pytest.mark.parametrize("streamed", [True, False])

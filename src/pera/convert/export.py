@@ -60,6 +60,7 @@ def export(
     energy: float | None = None,
     server: str | None = None,
     dtype: str = "float32",
+    trust_remote_code: bool = False,
 ) -> Export:
     """Write the adapter of a run or an adapter folder as a LoRA, and compare its outputs with the adapter's.
 
@@ -79,6 +80,7 @@ def export(
         server: a key of :data:`pera.convert.servers.SERVERS`, whose limits are kept; what it would not take is
             refused.
         dtype: what the check is computed in, a key of :data:`pera.models.DTYPES`.
+        trust_remote_code: run code that comes with the base, also where no recipe says so.
 
     Raises:
         UserError: there is no PERA adapter, it is broken or not finite; the form or the server cannot carry a part of
@@ -87,7 +89,7 @@ def export(
     form = _form(to, server)
     _check_options(max_rank, energy, server)
     require_free(output)
-    location, adapter = locate_adapter(source)
+    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
     config = adapter_config(adapter)
     if not isinstance(config, PeraConfig):
         raise UserError(f"{source!r} is a {method_name(config)} adapter; only a PERA adapter is exported.")

@@ -49,7 +49,9 @@ from pera.tuner import ParamWrapper, PeraConfig
 from pera.tuner.tying import separate_shared_weights
 
 
-def merge(source: str, output: Path, *, dtype: str = "stored", dequantised: bool = False) -> Agreement:
+def merge(
+    source: str, output: Path, *, dtype: str = "stored", dequantised: bool = False, trust_remote_code: bool = False
+) -> Agreement:
     """Merge the adapter of a run or an adapter folder into its base model and check that the outputs agree.
 
     The additions are made in float32 or better; the merged model, of the same architecture as the base and in
@@ -67,13 +69,14 @@ def merge(source: str, output: Path, *, dtype: str = "stored", dequantised: bool
         output: folder to write: model, tokenizer, ``verification.json``, model card.
         dtype: dtype of the merged model, a key of :data:`pera.models.DTYPES`, or "stored".
         dequantised: dequantise a quantised base first, and write a plain model.
+        trust_remote_code: run code that comes with the base, also where no recipe says so.
 
     Raises:
         UserError: the adapter is broken or holds NaN, or is for another base; the base is quantised, unless
             ``dequantised``, or it is not, with it; the sum is not finite in ``dtype``; the output cannot be written.
     """
     require_free(output)
-    location, adapter = locate_adapter(source)
+    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
     config = adapter_config(adapter)
     if config.is_prompt_learning:
         raise UserError(
