@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pera.chat import Conversation, chat
 from pera.errors import UserError
@@ -44,6 +45,26 @@ def test_an_answer_is_what_the_model_generates_and_both_sides_are_remembered(fin
     ids = torch.tensor([encode_chat(tokenizer, talk.messages[:3])])
     expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip() == second
+
+
+def test_the_oldest_turns_make_room_where_the_model_reads_no_further(tokenizer):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    talk = Conversation(model, tokenizer, max_new_tokens=200)
+    for i in range(4):
+        assert talk.answer(f"message {i}")
+    assert [m["content"] for m in talk.messages if m["role"] == "user"][-1] == "message 3"
+    assert len(talk.messages) < 8
+    remembered = list(talk.messages)
+    with pytest.raises(UserError, match=r"^the message has \d+ tokens, and the model reads 96; give a shorter one"):
+        talk.answer("too long " * 40)
+    assert talk.messages == remembered
+
+
+def test_a_message_that_is_too_long_does_not_end_the_chat(finished_run, talk):
+    shown = talk(finished_run.path, "word " * 600, "/new")
+    assert "and the model reads 512; give a shorter one" in " ".join(shown.split())
+    assert "forgotten" in shown
 
 
 def test_comparing_shows_the_answers_of_base_and_adapter(finished_run, talk):

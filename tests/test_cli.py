@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import pera as package
 from pera import PeraConfig
+from pera.errors import UserError
 from pera.recipe import load_recipe
 from pera.runs import Run
 
@@ -405,6 +406,16 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(refused, run):
     base = run.recipe.model.name
     run.recipe_file.write_text(run.recipe_file.read_text().replace(base, "/gone/model"))
     refused("train", "run", "--resume", words=["model", "'/gone/model'"])
+
+
+def test_a_training_that_fails_before_its_first_step_leaves_nothing(pera, recipe_file, tree, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("no memory")
+
+    monkeypatch.setattr("pera.training.Trainer.train", fail)
+    before = tree()
+    assert pera("train", recipe_file, "--output", "run").code == 2
+    assert tree() == before
 
 
 def test_a_quickstart_with_a_mistake_leaves_nothing(pera, tiny_llama, tree):

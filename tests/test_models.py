@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera import models
 from pera.errors import UserError
-from pera.models import EMBEDDED, cache_folder, fast_dtype, fingerprint, load_model, load_tokenizer, resolve
+from pera.models import EMBEDDED, cache_folder, fast_dtype, fingerprint, load_model, load_tokenizer, reading, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -243,9 +243,26 @@ def widen(file):
     file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": 64}))
 
 
+def give_odd_heads(file):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 5}))
+
+
+def quantise(file):
+    """Without the package that it names."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+
+
+def shard_badly(file):
+    file.rename(file.with_name("model-1.safetensors"))
+    file.with_name("model.safetensors.index.json").write_text("[]")
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
+        ("config.json", give_odd_heads),
+        ("config.json", quantise),
+        ("model.safetensors", shard_badly),
         ("model.safetensors", cut),
         ("model.safetensors", Path.unlink),
         ("config.json", cut),
@@ -261,6 +278,21 @@ def test_a_broken_folder_is_refused_in_one_sentence(name, damage, copy):
     message = str(caught.value)
     assert message.startswith(f"model: {str(copy)!r} cannot be loaded: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("vocab_size"), "it lacks the key 'vocab_size'"),
+        (ValueError("Validation error:\n    the hidden size\n"), "Validation error: the hidden size"),
+        (ImportError(), "ImportError"),
+        (OSError("word " * 100), " ".join(["word"] * 59) + " …"),
+    ],
+)
+def test_the_reason_is_given_on_one_line(error, reason):
+    with pytest.raises(UserError) as caught, reading("x"):
+        raise error
+    assert str(caught.value) == f"model: 'x' cannot be loaded: {reason}"
 
 
 def test_weights_that_are_missing_from_the_file_are_not_made_up(copy, change_weights):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera.errors import UserError
 from pera.models import fingerprint, load_model
@@ -68,6 +68,18 @@ def test_a_run_that_fails_at_once_takes_away_what_it_made_and_nothing_else(recip
         assert (workplace / "runs").exists() == bool(other)
 
 
+def test_a_run_is_kept_once_something_was_saved_or_measured(recipe, workplace):
+    run = Run.create(recipe, Path("runs/run"))
+    run.validation_file.write_text('{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(UserError), run.discarded_on_error():
+        raise UserError("mistake")
+    run.validation_file.unlink()
+    (run.checkpoints / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(UserError), run.discarded_on_error():
+        raise UserError("mistake")
+    assert run.recipe_file.is_file()
+
+
 def test_the_newest_unfinished_run_of_a_recipe_is_found(recipe, started):
     started(recipe, "small-20260101-000001", age=30)
     newest = started(recipe, "small-20260101-000002", age=20)
@@ -98,6 +110,30 @@ def test_checkpoints_that_were_not_saved_completely_are_removed(recipe, workplac
     (run.checkpoints / "checkpoint-12" / COMPLETE).touch()
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-12"
     assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-8", "checkpoint-12"}
+
+
+def test_what_is_no_checkpoint_is_left_alone(recipe, workplace):
+    run = Run.create(recipe, workplace / "run")
+    (run.checkpoints / "checkpoint-1x").mkdir(parents=True)
+    (run.checkpoints / "checkpoint-2").write_text("mine")
+    assert run.last_checkpoint() is None
+    assert len(list(run.checkpoints.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', "3"])
+def test_a_record_that_is_no_object_is_refused(content, run):
+    for file in (run.scores_file, run.data_file, run.environment_file):
+        file.write_text(content)
+    for read in (run.scores, lambda: run.check_data({}), lambda: open_model(run.location)):
+        with pytest.raises(UserError, match=r"json' should hold a JSON object, and holds .*; restore or remove it\.$"):
+            read()
+
+
+@pytest.mark.parametrize("base", [None, ["x"], {"dtype": ["float32"]}])
+def test_a_record_of_the_base_that_cannot_be_is_refused(base, run):
+    run.environment_file.write_text(json.dumps({"base_model": base}))
+    with pytest.raises(UserError, match=r"environment.json': base_model=.* should hold name, dtype and fingerprint"):
+        open_model(run.location)
 
 
 def test_a_line_that_was_cut_off_is_left_out_of_the_metrics(recipe, workplace):
@@ -178,6 +214,12 @@ def test_an_adapter_without_a_base_is_refused(run):
         (lambda c: {**c, "peft_type": "NOTHING"}, "peft_type='NOTHING' is not a method"),
         (lambda c: {**c, "r": 0}, "adapter_config.json: r=0 should be"),
         (lambda c: {**c, "terms": "cubes"}, "adapter_config.json: terms='cubes' is not known"),
+        (lambda c: {**c, "target_modules": 5}, "adapter_config.json: target_modules=5 should be a list of names"),
+        (lambda c: {**c, "target_modules": [5]}, r"adapter_config.json: target_modules=\[5\] should be a list"),
+        (lambda c: {**c, "exclude_modules": 3}, "adapter_config.json: exclude_modules=3 should be a list"),
+        (lambda c: {**c, "modules_to_save": 3}, "adapter_config.json: modules_to_save=3 should be a list"),
+        (lambda c: {**c, "base_model_name_or_path": 5}, "adapter_config.json: base_model_name_or_path=5 should be a"),
+        (lambda c: {**c, "revision": ["main"]}, r"adapter_config.json: revision=\['main'\] should be a string"),
         (lambda c: {**c, "pera_version": 99}, "adapter_config.json: pera_version=99 is a newer adapter layout"),
     ],
 )
@@ -186,6 +228,38 @@ def test_a_configuration_that_cannot_be_is_refused(change, sentence, run):
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
     with pytest.raises(UserError, match=f"^{str(run.adapter)!r}: {sentence}"):
         adapter_config(run.adapter)
+
+
+def test_an_adapter_saved_as_bin_says_how_to_write_it_anew(run):
+    torch.save({}, run.adapter / "adapter_model.bin")
+    (run.adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"weights in adapter_model\.bin, and only safetensors is read; .*save_pretrained"
+    ):
+        open_model(run.location)
+
+
+def test_weights_in_float8_are_read(run, change_weights):
+    change_weights(
+        run.adapter / "adapter_model.safetensors", lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}
+    )
+    open_model(run.location)
+
+
+@pytest.mark.parametrize(("tokens", "sentence"), [([0], "the weights file lacks '.*tokens_delta'"), ("ab", "'<='")])
+def test_tokens_that_were_not_trained_are_refused(tokens, sentence, run):
+    file = run.adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": tokens}))
+    with pytest.raises(UserError, match=rf"does not fit its .*configuration: .*{sentence}"):
+        open_model(run.location)
+
+
+def test_a_tokenizer_saved_with_the_adapter_takes_the_place_of_the_bases(run, tiny_llama):
+    own = AutoTokenizer.from_pretrained(tiny_llama)
+    own.chat_template = "{{ messages[0]['content'] }}"
+    own.save_pretrained(run.adapter)
+    for name in (run.path, run.adapter):
+        assert open_model(locate(str(name)))[1].chat_template == own.chat_template
 
 
 def test_a_run_is_opened_with_its_adapter(finished_run, tiny_llama, logits):

@@ -151,6 +151,19 @@ def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, fi
         assert measured(run) == measured(finished_run)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_complete_checkpoint_that_is_broken_is_named(step, name, run):
+    shutil.rmtree(run.adapter)
+    if step == 8:
+        without_last_checkpoint(run)
+    checkpoint = run.checkpoints / f"checkpoint-{step}"
+    cut(checkpoint / name)
+    with pytest.raises(UserError, match=rf"^--resume: {str(checkpoint / name)!r} .* delete {str(checkpoint)!r} to go"):
+        train(run.recipe, run, resume=True)
+    assert checkpoint.is_dir()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

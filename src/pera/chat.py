@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from pera.errors import UserError
+from pera.models import longest_input
 from pera.runs import Location, open_model
 from pera.tasks.prompts import encode_chat
 from pera.text import visible
@@ -22,13 +23,13 @@ HELP = "Type a message; /new forgets the conversation, /quit or Ctrl-D ends it."
 
 
 class Conversation:
-    """A chat that remembers what was said.
+    """A chat that remembers what was said, as far back as the model can read.
 
     Args:
         model: the model that answers, in evaluation mode.
         tokenizer: its tokenizer.
         base: let the base model answer, with the adapter disabled.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer, if the model can read as far.
         temperature: 0 decodes greedily.
     """
 
@@ -42,27 +43,41 @@ class Conversation:
         temperature: float = 0.0,
     ) -> None:
         self._model, self._tokenizer, self._base = model, tokenizer, base
-        self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        self._longest, self._max_new_tokens = longest_input(model, tokenizer), max_new_tokens
+        self._options: dict[str, Any] = {"do_sample": temperature > 0}
         if temperature > 0:
             self._options["temperature"] = temperature
         self.messages: list[dict[str, str]] = []
 
     @torch.no_grad()
     def answer(self, message: str, streamer: TextStreamer | None = None) -> str:
-        """The model's answer to ``message``; both are remembered."""
-        self.messages.append({"role": "user", "content": message})
-        device = next(self._model.parameters()).device
-        ids = torch.tensor([encode_chat(self._tokenizer, self.messages)], device=device)
+        """The model's answer to ``message``; both are remembered, and the oldest turns are forgotten to make room.
+
+        Raises:
+            UserError: the message alone is longer than what the model reads.
+        """
+        messages = [*self.messages, {"role": "user", "content": message}]
+        encoded = encode_chat(self._tokenizer, messages)
+        room = min(self._max_new_tokens, self._longest // 4)
+        while len(encoded) + room > self._longest and len(messages) > 1:
+            messages = messages[2:]
+            encoded = encode_chat(self._tokenizer, messages)
+        if len(encoded) >= self._longest:
+            raise UserError(
+                f"the message has {len(encoded)} tokens, and the model reads {self._longest}; give a shorter one."
+            )
+        ids = torch.tensor([encoded], device=next(self._model.parameters()).device)
         with self._model.disable_adapter() if self._base else nullcontext():
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pad_token_id=self._tokenizer.pad_token_id,
                 streamer=streamer,
+                max_new_tokens=min(self._max_new_tokens, self._longest - len(encoded)),
                 **self._options,
             )
         text = str(self._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages = [*messages, {"role": "assistant", "content": text}]
         return text
 
 
@@ -103,15 +118,18 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
             return
         if message == "/quit":
             return
-        if message == "/new":
-            talks = start()
-            console.print("The conversation is forgotten.", style="dim")
-        elif message and compare:
-            answers = {name: talk.answer(message) for name, talk in talks.items()}
-            width = max(20, console.width // 2 - 1)
-            console.print(Columns([Panel(Text(visible(a)), title=n, width=width) for n, a in answers.items()]))
-        elif message:
-            talks[names[0]].answer(message, _Streamer(tokenizer, console))
+        try:
+            if message == "/new":
+                talks = start()
+                console.print("The conversation is forgotten.", style="dim")
+            elif message and compare:
+                answers = {name: talk.answer(message) for name, talk in talks.items()}
+                width = max(20, console.width // 2 - 1)
+                console.print(Columns([Panel(Text(visible(a)), title=n, width=width) for n, a in answers.items()]))
+            elif message:
+                talks[names[0]].answer(message, _Streamer(tokenizer, console))
+        except UserError as error:  # a message that is too long
+            console.print(Text(str(error)), style="yellow")
 
 
 class _Streamer(TextStreamer):

@@ -40,6 +40,7 @@ progress = Console(stderr=True, highlight=False)
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override a key of the recipe.")]
 Source = Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="A run folder or an adapter folder.")]
 Output = Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -341,12 +342,14 @@ def chat(
     compare: Annotated[bool, typer.Option("--compare", help="Base and adapted model side by side.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk to a model in the terminal."""
     from pera.chat import chat as talk
     from pera.runs import locate
 
-    talk(locate(source), out, compare=compare, max_new_tokens=max_new_tokens, temperature=temperature)
+    location = locate(source, trust_remote_code=trust_remote_code)
+    talk(location, out, compare=compare, max_new_tokens=max_new_tokens, temperature=temperature)
 
 
 @app.command()
@@ -369,11 +372,14 @@ def merge(
     dequantise: Annotated[
         bool, typer.Option("--dequantise", help="Dequantise a quantised base first; the result is a plain model.")
     ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Merge an adapter into its base model and check that the outputs agree."""
     from pera.convert.merge import merge as merge_adapter
 
-    agreement = merge_adapter(source, output, dtype=dtype or "stored", dequantised=dequantise)
+    agreement = merge_adapter(
+        source, output, dtype=dtype or "stored", dequantised=dequantise, trust_remote_code=trust_remote_code
+    )
     how = " (its base was dequantised first)" if dequantise else ""
     _report(agreement, f"merged model written to {output}{how}")
 
@@ -393,13 +399,22 @@ def export(
         str | None,
         typer.Option("--for", help="Keep the limits of vllm, sglang, lorax, llama.cpp, ollama or peft; say its start."),
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a PERA adapter as the LoRA it equals, readable without pera, and check that the outputs agree."""
     from pera.convert.export import export as export_adapter
 
     if to is None and server is None:
         raise UserError("export needs --to lora, --to gguf, or --for with the server it is for.")
-    done = export_adapter(source, output, to=to, max_rank=max_rank, energy=energy, server=server)
+    done = export_adapter(
+        source,
+        output,
+        to=to,
+        max_rank=max_rank,
+        energy=energy,
+        server=server,
+        trust_remote_code=trust_remote_code,
+    )
     out.print(escape(f"{'GGUF adapter' if (output / 'adapter.gguf').is_file() else 'LoRA'} written to {output}"))
     if done.truncation:
         out.print(escape(done.truncation.sentence()), soft_wrap=True)
@@ -419,11 +434,14 @@ def import_(
     normalization: Annotated[
         Literal["rms", "centred", "column", "none"], typer.Option(help="rms gives a product the scale of one factor.")
     ] = "rms",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a trained LoRA as a PERA adapter with equal outputs (h = 0), to go on training from."""
     from pera.convert.from_lora import import_lora
 
-    agreement = import_lora(source, output, terms=terms, normalization=normalization)
+    agreement = import_lora(
+        source, output, terms=terms, normalization=normalization, trust_remote_code=trust_remote_code
+    )
     _report(agreement, f"PERA adapter written to {output}")
 
 
@@ -439,11 +457,14 @@ def verify(
     llama_cpp: Annotated[
         bool, typer.Option("--llama-cpp", help="Compute B in llama.cpp itself; needs the package xllamacpp.")
     ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Run the same prompts through two models and compare their outputs."""
     from pera.convert.verify import verify as compare_models
 
-    agreement = compare_models(a, b, dtype=dtype, prompts=prompts, base=base, in_llama_cpp=llama_cpp)
+    agreement = compare_models(
+        a, b, dtype=dtype, prompts=prompts, base=base, in_llama_cpp=llama_cpp, trust_remote_code=trust_remote_code
+    )
     _report(agreement, f"{b} against {a}")
 
 

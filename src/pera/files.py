@@ -103,6 +103,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{str(path)!r} is not valid JSON ({error}); it may have been cut off.") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: as :func:`read_json`, or the file holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} should hold a JSON object, and holds {content!r:.40}; restore or remove it.")
+    return content
+
+
 def json_line(value: dict[str, Any]) -> str:
     """One line of JSON, also for readers that take other characters than a newline for the end of a line. What JSON has
     no form for, such as a time, is written as text."""

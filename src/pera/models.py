@@ -7,7 +7,9 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,8 +30,12 @@ from transformers import (
 )
 
 from pera.errors import UserError, missing_extra, nearest
-from pera.files import atomic_folder, disk_errors, read_json
+from pera.files import atomic_folder, disk_errors, read_object
 from pera.tuner.layers import keep_unpacked
+
+_ANY = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
+_UNREADABLE = (*_ANY, SafetensorError, StrictDataclassError)
+"""What transformers raises on a broken folder, a configuration that cannot be, or a quantiser that is missing."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +88,7 @@ def load_model(
     torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
     auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     head = {} if labels is None else {"num_labels": labels}
-    try:
+    with reading(name):
         model, loading = auto_class.from_pretrained(
             location,
             dtype=torch_dtype,
@@ -90,8 +98,6 @@ def load_model(
             output_loading_info=True,
             **head,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise _unreadable(name, error) from error
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in loading["missing_keys"] if labels is None or key.startswith(body))
     if missing:
@@ -116,24 +122,49 @@ def _in_float32(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, padding on the left; see :func:`load_model`."""
-    try:
+    """The tokenizer of a base model, see :func:`load_model`, or in the folder ``source``, if it is a path; padding on
+    the left."""
+    location = source if isinstance(source, Path) else resolve(source)
+    with reading(str(source)):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(name), revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
+            location, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(name, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
+    """How many tokens a base model has, as its configuration says."""
+    location = resolve(name)
+    with reading(name):
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer in a folder, its chat template included."""
+    names = ("tokenizer", "special_tokens_map.", "added_tokens.", "chat_template.", "vocab.", "merges.")
+    endings = (".jinja", ".model", ".tiktoken")
+    wanted = (file for file in folder.iterdir() if file.name.startswith(names) or file.suffix in endings)
+    return sorted(file for file in wanted if file.is_file())
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn what the libraries raise on the files of a model that they cannot read into one :class:`UserError`."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise _unreadable(name, error) from error
+
+
 def saved_labels(name: str) -> int | None:
     """Outputs of the classification head of a local model, as its ``config.json`` says; None if it has none."""
     file = Path(name).expanduser() / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_object(file) if file.is_file() else {}
     if not any(str(each).endswith("ForSequenceClassification") for each in config.get("architectures") or []):
         return None
     return len(config.get("id2label") or "01")  # transformers does not write a head of two
@@ -235,11 +266,9 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     location = resolve(name)
     if Path(location).is_dir():
         return Path(location)
-    try:
+    with reading(name):
         wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]
         return Path(snapshot_download(location, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from error
 
 
 def dequantise(model: PreTrainedModel) -> PreTrainedModel:
@@ -351,5 +380,10 @@ def _digest(path: Path) -> str:
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"model: {name!r} cannot be loaded: {reason}")
+    if "the argument `trust_remote_code=True`" in str(error):
+        return UserError(
+            f"model: {name!r} comes with code of its own; if you trust it, add --trust-remote-code, or in a recipe "
+            "model.trust_remote_code=true."
+        )
+    reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+    return UserError(f"model: {name!r} cannot be loaded: {'it lacks the key ' * isinstance(error, KeyError)}{reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import sys
 import time
@@ -15,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pera import models
 from pera.errors import UserError
-from pera.files import disk_errors, read_json, read_lines, require_free, write_atomic, write_json
+from pera.files import disk_errors, read_json, read_lines, read_object, require_free, write_atomic, write_json
 from pera.recipe import Recipe, difference, load_recipe
 
 PACKAGES = (
@@ -30,6 +31,9 @@ PACKAGES = (
     "triton",
 )
 """What :func:`environment` reports on: the core, then what is optional."""
+
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save)\b")
+"""What PEFT puts into the names of the modules of a base model."""
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint whose saving has ended."""
@@ -74,15 +78,16 @@ class Run:
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """If the block fails before anything was trained or scored, take away again what :meth:`create` made."""
+        """If the block fails before anything was logged, saved or scored, take away again what :meth:`create` made."""
         try:
             yield
         except BaseException:
-            begun = self.checkpoints.is_dir() or self.scores_file.is_file() or self.metrics()
+            saved = any(self.checkpoints.glob("*"))  # the folder itself is there before the first step
+            begun = saved or self.scores_file.is_file() or self.metrics() or self.validation()
             if self._made is not None and not begun:
                 for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
                     file.unlink(missing_ok=True)
-                for folder in self._made:
+                for folder in (self.checkpoints, *self._made):
                     with suppress(OSError):  # another run may have come to lie in a parent
                         folder.rmdir()
             raise
@@ -108,12 +113,13 @@ class Run:
     @property
     def location(self) -> Location:
         """The run's adapter on its base model, for :func:`open_model`."""
-        base = self.recipe.model
-        return Location(self, self.adapter, base.name, base.revision, base.trust_remote_code)
+        base, tokenizer = self.recipe.model, _own_tokenizer(self.adapter)
+        return Location(self, self.adapter, base.name, base.revision, base.trust_remote_code, tokenizer)
 
     def last_checkpoint(self) -> Path | None:
         """The last checkpoint that was saved completely; later, broken ones are removed."""
-        steps = {int(p.name.rpartition("-")[2]): p for p in self.checkpoints.glob("checkpoint-[0-9]*")}
+        found = ((p.name.removeprefix("checkpoint-"), p) for p in self.checkpoints.glob("checkpoint-*") if p.is_dir())
+        steps = {int(step): path for step, path in found if step.isdecimal()}
         for step in sorted(steps, reverse=True):
             if (steps[step] / COMPLETE).is_file():
                 return steps[step]
@@ -130,7 +136,7 @@ class Run:
 
     def scores(self) -> dict[str, Any]:
         """The content of ``scores.json``: ``base`` and ``adapter``, as far as they were measured."""
-        return read_json(self.scores_file) if self.scores_file.is_file() else {}
+        return read_object(self.scores_file) if self.scores_file.is_file() else {}
 
     def body(self, model: torch.nn.Module) -> torch.nn.Module:
         """What the fingerprint of a base model is of: all but a new classification head, which differs by seed."""
@@ -140,7 +146,7 @@ class Run:
     def check_data(self, manifest: Mapping[str, Any]) -> None:
         """Raise UserError if the files of a task are not those that the run was begun with: other rows would be drawn,
         and what was trained on would be scored. Nothing is said where no file was recorded."""
-        recorded = _hashes(read_json(self.data_file)) if self.data_file.is_file() else {}
+        recorded = _hashes(read_object(self.data_file)) if self.data_file.is_file() else {}
         found = _hashes(manifest)
         for split in {**recorded, **found} if recorded else {}:
             if recorded.get(split) != found.get(split):
@@ -150,9 +156,19 @@ class Run:
                     f"SHA-256 begins with {now}, in data.json with {was}; restore the file, or train anew."
                 )
 
+    def recorded_base(self) -> dict[str, str]:
+        """Name, dtype and fingerprint of the base model as ``environment.json`` has them; empty if it is not there."""
+        recorded = read_object(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
+        if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
+            raise UserError(
+                f"{str(self.environment_file)!r}: base_model={recorded!r} should hold name, dtype and fingerprint; "
+                "restore or remove the file."
+            )
+        return recorded
+
     def _check_base(self, base: dict[str, str]) -> None:
         """Raise UserError if the base model is not the one that the run was begun with, or in another dtype."""
-        recorded = read_json(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
+        recorded = self.recorded_base()
         for key in ("dtype", "fingerprint"):
             if (was := recorded.get(key, base[key])) != base[key]:
                 raise UserError(
@@ -226,21 +242,32 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None) -> 
 
 
 class Location(NamedTuple):
-    """What a command was pointed at: the run, if it is one, the adapter folder, if there is one, the base model."""
+    """What a command was pointed at: the run, if it is one, the adapter folder, if there is one, the base model, and
+    the folder of a tokenizer that was saved with the adapter and takes the place of the base's."""
 
     run: Run | None
     adapter: Path | None
     base: str
     revision: str | None = None
     trust_remote_code: bool = False
+    tokenizer: Path | None = None
 
 
-def locate(name: str) -> Location:
+def locate(name: str, *, trust_remote_code: bool = False) -> Location:
     """Find out what ``name`` is: a run folder, an adapter folder, or a model (see :func:`pera.models.resolve`).
+
+    Args:
+        name: a path, or the name of a model.
+        trust_remote_code: run code that comes with the model, also where no recipe says so.
 
     Raises:
         UserError: nothing is there, the run is unfinished, or the adapter does not say what its base is.
     """
+    location = _located(name)
+    return location._replace(trust_remote_code=True) if trust_remote_code else location
+
+
+def _located(name: str) -> Location:
     path = Path(name).expanduser()
     if (path / "recipe.yaml").is_file():
         run = Run(path)
@@ -251,19 +278,25 @@ def locate(name: str) -> Location:
         config = adapter_config(path)
         if not config.base_model_name_or_path:
             raise UserError(f"{name!r}: adapter_config.json names no base_model_name_or_path; add it.")
-        return Location(None, path, config.base_model_name_or_path, config.revision)
+        base, revision = config.base_model_name_or_path, config.revision
+        return Location(None, path, base, revision, tokenizer=_own_tokenizer(path))
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name!r} is neither a run folder, nor an adapter folder, nor a model folder.")
     return Location(None, None, name)
 
 
-def locate_adapter(name: str) -> tuple[Location, Path]:
+def _own_tokenizer(adapter: Path) -> Path | None:
+    """The folder of an adapter if a tokenizer was saved in it, as TRL, Axolotl and LLaMA-Factory do."""
+    return adapter if (adapter / "tokenizer_config.json").is_file() else None
+
+
+def locate_adapter(name: str, *, trust_remote_code: bool = False) -> tuple[Location, Path]:
     """:func:`locate` for what needs an adapter, and the folder of that adapter.
 
     Raises:
         UserError: as :func:`locate`, or ``name`` is a model.
     """
-    location = locate(name)
+    location = locate(name, trust_remote_code=trust_remote_code)
     if location.adapter is None:
         raise UserError(f"{name!r} has no adapter; give a run or an adapter folder.")
     return location, location.adapter
@@ -286,11 +319,28 @@ def open_model(
     base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
     check_fingerprint(location, base)
     model = base if location.adapter is None else load_adapter(base, location.adapter)
-    tokenizer = models.load_tokenizer(location.base, **source)
+    tokenizer = open_tokenizer(location)
+    if location.tokenizer is not None and len(tokenizer) > (rows := _rows(base)):
+        raise UserError(
+            f"{str(location.tokenizer)!r} has a tokenizer of {len(tokenizer)} tokens, and the model embeds {rows}; "
+            "save the adapter with save_embedding_layers=True, or with the tokenizer of its base."
+        )
     if labels is not None:
         tokenizer.padding_side = "right"  # positions of an encoder are counted from the left, padding included
         base.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def open_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+    """The tokenizer of a :class:`Location`: the one that was saved with the adapter, else the base's."""
+    source: dict[str, Any] = {"revision": location.revision, "trust_remote_code": location.trust_remote_code}
+    return models.load_tokenizer(location.tokenizer or location.base, **source)
+
+
+def copy_tokenizer(location: Location, folder: Path) -> None:
+    """Copy the tokenizer that was saved with an adapter, if one was, to ``folder``."""
+    for file in models.tokenizer_files(location.tokenizer) if location.tokenizer else ():
+        shutil.copyfile(file, folder / file.name)
 
 
 def adapter_labels(folder: Path) -> int | None:
@@ -318,18 +368,16 @@ def check_fingerprint(
     if location.adapter is None:
         return
     run = location.run or Run(location.adapter.absolute().parent)
-    if not (run.recipe_file.is_file() and run.environment_file.is_file()):
-        return
-    recorded = read_json(run.environment_file).get("base_model", {})
-    trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype")), next(base.parameters()).dtype
+    recorded = run.recorded_base() if run.recipe_file.is_file() else {}
+    trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype", "")), next(base.parameters()).dtype
     if trained_in is None or getattr(base, "hf_quantizer", None) is not None:
         return
     if loaded_in != trained_in and torch.promote_types(loaded_in, trained_in) != loaded_in:
         return
     found = models.fingerprint(run.body(base), trained_in, read)
-    if found != recorded["fingerprint"]:
+    if found != recorded.get("fingerprint", found):
         raise UserError(
-            f"{str(location.adapter)!r} was trained on {recorded['name']!r} with the fingerprint "
+            f"{str(location.adapter)!r} was trained on {recorded.get('name')!r} with the fingerprint "
             f"{recorded['fingerprint']}, and the base model {location.base!r} has {found}; give the one it was "
             "trained on."
         )
@@ -344,6 +392,13 @@ def adapter_config(folder: Path) -> PeftConfig:
     content = read_json(folder / "adapter_config.json")
     if not isinstance(content, dict) or "peft_type" not in content:
         raise UserError(f"{str(folder)!r}: adapter_config.json names no peft_type.")
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(value := content.get(key), str | None):
+            raise UserError(f"{str(folder)!r}: adapter_config.json: {key}={value!r} should be a string.")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        value = content.get(key) or []
+        if not isinstance(value, str | list) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{str(folder)!r}: adapter_config.json: {key}={value!r} should be a list of names.")
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except KeyError as error:
@@ -365,6 +420,11 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
         UserError: the weights file is missing, cut off, or holds NaN or infinity.
     """
     file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file() and (folder / WEIGHTS_NAME).is_file():
+        raise UserError(
+            f"{str(folder)!r} has its weights in {WEIGHTS_NAME}, and only safetensors is read; if you trust the file, "
+            f"write it anew: PeftModel.from_pretrained(base, {str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
     if not file.is_file():
         raise UserError(f"{str(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}; the adapter's weights are missing.")
     try:
@@ -373,31 +433,85 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(file)!r} is not a whole safetensors file: {error}.") from error
     for key, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(weight.float() if weight.itemsize == 1 else weight).all():  # float8 cannot say itself
             raise UserError(f"{str(folder)!r}: NaNs detected in the weights of {key}. The adapter seems to be broken.")
     return weights
 
 
+def resized_to(base: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> int | None:
+    """How many tokens an adapter was trained with, if they are not those of its base: PEFT saves embeddings whole with
+    it after ``resize_token_embeddings``.
+
+    Args:
+        base: the base model as it was loaded.
+        weights: the weights of the adapter.
+        folder: its folder, for the message.
+
+    Raises:
+        UserError: the weights lack the new rows of the embeddings or of the head.
+    """
+    embeddings, rows = _embeddings(base), _rows(base)
+    saved = {_base_name(key): len(weight) for key, weight in saved_embeddings(base, weights).items()}
+    resized = max((found for found in saved.values() if found != rows), default=None)
+    shared = len({id(weight) for weight in embeddings.values()}) == 1
+    if resized and not shared and (missing := sorted(embeddings.keys() - saved.keys())):
+        raise UserError(
+            f"{str(folder)!r} was trained with {resized} tokens, and its base has {rows}; its file lacks "
+            f"{missing[0]!r}, so merge it where it was trained."
+        )
+    return resized
+
+
+def saved_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the token embeddings and of the head that PEFT saves whole with some adapters."""
+    embeddings = _embeddings(base)
+    return {key: weight for key, weight in weights.items() if _base_name(key) in embeddings}
+
+
+def _rows(base: Any) -> int:
+    return len(base.get_input_embeddings().weight)
+
+
+def _embeddings(base: Any) -> dict[str, torch.Tensor]:
+    """The weights of the token embeddings and of the head by their names."""
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    return {f"{name}.weight": module.weight for name, module in base.named_modules() if module in ends}
+
+
+def _base_name(key: str) -> str:
+    """The name in the base model of a weight that PEFT saved."""
+    return _WRAPPERS.sub("", key.removeprefix("base_model.model."))
+
+
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter of any PEFT method on its base model, for inference.
+    """Put a saved adapter of any PEFT method on its base model, for inference. The base gets as many tokens as the
+    adapter was trained with.
 
     Raises:
         UserError: the folder is broken, or the adapter was trained on another base model.
     """
     config = adapter_config(folder)
     weights = adapter_weights(folder)
+    saved = saved_embeddings(base, weights)
+    whole = tuple(f"base_model.model.{_base_name(key).removesuffix('weight')}" for key in saved)
+    if rows := resized_to(base, weights, folder):
+        base.resize_token_embeddings(rows, mean_resizing=False)
     try:
         empty = any(weight.is_meta for weight in base.parameters())  # the adapter's weights are there all the same
         model = PeftModel.from_pretrained(base, str(folder), config=config, low_cpu_mem_usage=empty)
-    except (RuntimeError, ValueError) as error:
+    except KeyError as error:
+        raise UserError(
+            f"{str(folder)!r} does not fit its own configuration: the weights file lacks {error}."
+        ) from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         first, *others = " ".join(str(error).split()).split(" size mismatch for ")
         reason = " size mismatch for ".join([first, *others[:1]]) + (
             f" ({len(others)} such)" if len(others) > 1 else ""
         )
         raise UserError(f"{str(folder)!r} does not fit its base model or its own configuration: {reason}") from error
-    expected = get_peft_model_state_dict(model)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     for key in sorted(expected.keys() ^ weights.keys()):
-        if ".base_layer." in key:  # PEFT saves the base weights of some embeddings with the adapter, by their names
+        if key not in expected and key.startswith(whole):  # all that is in embeddings which PEFT saved whole
             continue
         where = "the weights file lacks" if key in expected else "the base model has no place for"
         raise UserError(f"{str(folder)!r} does not fit the base model: {where} {key!r}.")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
@@ -15,6 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import (
@@ -98,6 +100,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     arguments = _arguments(recipe, run, task)
     optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
+    if checkpoint is not None:
+        _check_whole(checkpoint)
     order = _ByLength(encoded.rows, arguments, checkpoint) if spec.group_by_length else None
     progress = _Progress(run, console, since=checkpoint, order=order)
     try:
@@ -118,6 +122,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     start = time.perf_counter()
     if checkpoint is not None and _ended(checkpoint):  # only the saving of the adapter was missed
         kept = _best(checkpoint) if spec.keep == "best" else checkpoint
+        _check_whole(kept)
         set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
     else:
         if console is not None:
@@ -234,6 +239,24 @@ def _optimizer(
         raise UserError(f"training: {error}") from error
     optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return optimizer, {**options, "params": groups}
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Raise UserError if a file of a complete checkpoint is missing or was cut off since, as by a broken disk."""
+    found = {file.name: file for file in checkpoint.glob("*")}
+    for name in sorted({SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE_NAME, *found}):
+        try:
+            if name == TRAINER_STATE_NAME:
+                TrainerState.load_from_json(str(checkpoint / name))
+            elif name.endswith(".safetensors"):
+                safe_open(checkpoint / name, framework="pt")
+            elif name.endswith((".pt", ".pth")) and not is_zipfile(found[name]):
+                raise ValueError("its end is missing")
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise UserError(
+                f"--resume: {str(checkpoint / name)!r} is not whole ({error}); delete {str(checkpoint)!r} to go on "
+                "from the checkpoint before it, or else from the start."
+            ) from error
 
 
 def _ended(checkpoint: Path) -> bool:

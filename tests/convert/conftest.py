@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pera
 
@@ -22,11 +22,15 @@ def tied_llama(save_llama, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def save_adapter():
-    """Saves a random adapter that changes the base's outputs far, and returns the model it is on."""
+    """Saves a random adapter that changes the base's outputs far, and returns the model it is on. Given a tokenizer,
+    it is saved too, and the base gets as many tokens, as in TRL."""
 
-    def save(folder, base, **options):
+    def save(folder, base, tokenizer=None, **options):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(base)
+        if tokenizer is not None:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            tokenizer.save_pretrained(folder)
         chosen = {"task_type": "CAUSAL_LM", "r": 3, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
         adapted = get_peft_model(model, pera.PeraConfig(**{**chosen, **options}))
         with torch.no_grad():
@@ -37,6 +41,15 @@ def save_adapter():
         return adapted.eval()
 
     return save
+
+
+@pytest.fixture
+def own_tokenizer(tiny_llama):
+    """The tokenizer of the tiny models with another chat template and two more tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens(["<|user|>", "<|end|>"], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    return tokenizer
 
 
 @pytest.fixture

@@ -1,10 +1,31 @@
 """A model folder whose weights are read when they are wanted is the model that it holds."""
 
+import json
+import shutil
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from pera.convert.checkpoint import Checkpoint, empty_model, sources, weights_on_demand
+from pera.errors import UserError
 from pera.models import fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": None}, "Unrecognized model"),
+        ({"model_type": "new"}, "model type `new`"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_refused(change, reason, tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "copy")
+    config = {**json.loads((folder / "config.json").read_text()), **change}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(UserError, match=rf"^model: {str(folder)!r} cannot be loaded: .*{reason}"):
+        empty_model(Checkpoint(folder), torch.float32)
 
 
 def test_saved_buffers_are_read_with_the_model(tmp_path, logits):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera import PeraConfig
 from pera.convert.export import _write_lora
@@ -189,6 +189,20 @@ def test_weights_and_configuration_that_disagree_are_refused(key, value, message
     with pytest.raises(UserError, match=message):
         export_adapter(str(adapter), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_the_tokenizer_and_the_tokens_of_an_adapter_go_with_it(
+    save_adapter, own_tokenizer, tiny_llama, tmp_path, logits
+):
+    adapted = save_adapter(tmp_path / "adapter", tiny_llama, own_tokenizer)
+    adapter, out = str(tmp_path / "adapter"), tmp_path / "out"
+    assert export_adapter(adapter, out, server="peft").agreement.agree
+    exported = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert (logits(exported) - logits(adapted)).abs().max() < 1e-4
+    assert AutoTokenizer.from_pretrained(out).chat_template == own_tokenizer.chat_template
+    for options, reader in (({"to": "gguf"}, "a GGUF adapter"), ({"server": "vllm"}, "vllm")):
+        with pytest.raises(UserError, match=f"402 tokens, and its base has 400, which cannot be carried to {reader}"):
+            export_adapter(adapter, tmp_path / "other", **options)
 
 
 def test_a_lora_is_not_exported(tiny_llama, tmp_path):

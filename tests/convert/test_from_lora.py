@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera import PeraConfig
 from pera.convert.from_lora import import_lora
@@ -50,6 +50,18 @@ def test_the_outputs_are_those_of_the_lora(variant, normalization, request, save
     h = [weight for name, weight in found.named_parameters() if "pera_h" in name]
     assert h
     assert all((weight == 0).all() for weight in h)
+
+
+def test_the_tokenizer_and_the_tokens_of_a_lora_go_with_it(save_lora, own_tokenizer, tiny_llama, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    base.resize_token_embeddings(len(own_tokenizer), mean_resizing=False)
+    base.save_pretrained(tmp_path / "grown")
+    save_lora(tmp_path / "lora", tmp_path / "grown", modules_to_save=["embed_tokens", "lm_head"])
+    own_tokenizer.save_pretrained(tmp_path / "lora")
+    config = (tmp_path / "lora" / "adapter_config.json").read_text()
+    (tmp_path / "lora" / "adapter_config.json").write_text(config.replace(str(tmp_path / "grown"), str(tiny_llama)))
+    assert import_lora(str(tmp_path / "lora"), tmp_path / "pera").agree
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "pera")) == len(own_tokenizer)
 
 
 def test_training_goes_on_and_the_coefficients_wake(save_lora, tiny_llama, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -246,6 +247,14 @@ def test_an_export_is_written_checked_and_verified_again(save_adapter, tiny_llam
         assert verify(str(tmp_path / "adapter"), str(name)).agree
         assert verify(str(name), str(tmp_path / "adapter")).agree
         assert not verify(str(tiny_llama), str(name)).agree
+
+
+def test_an_adapter_with_a_tokenizer_of_its_own_is_compared_on_the_tokens_of_it(adapter, tiny_llama, tmp_path):
+    own = AutoTokenizer.from_pretrained(tiny_llama)
+    own.chat_template = "{{ messages[0]['content'] }}"
+    own.save_pretrained(adapter)
+    assert export(str(adapter), tmp_path / "out", to="gguf").agreement.agree
+    assert verify(str(adapter), str(tmp_path / "out")).agree
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from transformers import (
 from pera import PeraConfig
 from pera.convert.export import export
 from pera.convert.merge import merge
+from pera.convert.verify import verify
 from pera.errors import UserError
 from reference import relative_error
 
@@ -368,17 +369,74 @@ class Own(LlamaForCausalLM):
 """
 
 
-def test_a_model_with_code_of_its_own_is_merged_in_memory_if_it_is_trusted(run, tiny_llama, tmp_path, monkeypatch):
-    base = shutil.copytree(tiny_llama, tmp_path / "base")
+def own_code(model, folder, monkeypatch):
+    """A copy of a LLaMA that comes with code of its own."""
+    base = shutil.copytree(model, folder)
     config = json.loads((base / "config.json").read_text())
     code = {"AutoConfig": "code_of_its_own.OwnConfig", "AutoModelForCausalLM": "code_of_its_own.Own"}
     (base / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
     (base / "code_of_its_own.py").write_text(CODE)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))
+    return base
+
+
+def test_a_model_with_code_of_its_own_is_merged_in_memory_if_it_is_trusted(run, tiny_llama, tmp_path, monkeypatch):
+    base = own_code(tiny_llama, tmp_path / "base", monkeypatch)
     recipe = run.recipe_file.read_text().replace(str(tiny_llama), str(base))
     run.recipe_file.write_text(recipe.replace("trust_remote_code: false", "trust_remote_code: true"))
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("pera.convert.merge._streamed", lambda *_: None)
     assert merge(str(run.path), tmp_path / "merged").agree
+
+
+def test_code_is_trusted_at_a_word_where_there_is_no_recipe(tiny_llama, adapter, tmp_path, monkeypatch):
+    base = own_code(tiny_llama, tmp_path / "base", monkeypatch)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    with pytest.raises(UserError, match=r"comes with code of its own; if you trust it, add --trust-remote-code"):
+        merge(str(adapter), tmp_path / "merged")
+    assert merge(str(adapter), tmp_path / "merged", trust_remote_code=True).agree
+    assert verify(str(adapter), str(tmp_path / "merged"), trust_remote_code=True).agree
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", None])
+def test_the_tokenizer_of_the_adapter_goes_with_it(template, streamed, adapter, tiny_llama, tmp_path, monkeypatch):
+    own = AutoTokenizer.from_pretrained(tiny_llama)
+    own.chat_template, own.model_max_length = template, 77
+    own.save_pretrained(adapter)
+    if not streamed:
+        monkeypatch.setattr("pera.convert.merge._streamed", lambda *_: None)
+    assert merge(str(adapter), tmp_path / "merged").agree
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (merged.chat_template, merged.model_max_length) == (template, 77)
+    assert (tmp_path / "merged" / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize("base", ["tiny_llama", "tied_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("further", [{}, {"trainable_token_indices": [5]}, {"modules_to_save": ["HEAD"]}])
+def test_an_adapter_with_more_tokens_than_its_base_is_merged(
+    further, base, request, save_adapter, own_tokenizer, tmp_path, logits
+):
+    targets = ["c_attn"] if base == "tiny_gpt2" else ["q_proj", "v_proj"]
+    if further == {"modules_to_save": ["HEAD"]}:
+        further = {"modules_to_save": ["wte" if base == "tiny_gpt2" else "embed_tokens", "lm_head"]}
+    folder = request.getfixturevalue(base)
+    adapted = save_adapter(tmp_path / "adapter", folder, own_tokenizer, target_modules=targets, **further)
+    assert merge(str(tmp_path / "adapter"), tmp_path / "merged").agree
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == len(own_tokenizer) == len(AutoTokenizer.from_pretrained(tmp_path / "merged"))
+    assert (logits(merged) - logits(adapted)).abs().max() < 1e-4
+    assert verify(str(tmp_path / "adapter"), str(tmp_path / "merged")).agree
+
+
+def test_more_tokens_of_which_the_rows_were_not_saved_are_refused(save_adapter, own_tokenizer, tiny_llama, tmp_path):
+    save_adapter(tmp_path / "adapter", tiny_llama, own_tokenizer, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(UserError, match=r"trained with 402 tokens, and its base has 400; .* lacks 'lm_head.weight'"):
+        merge(str(tmp_path / "adapter"), tmp_path / "merged")
+    save_adapter(tmp_path / "other", tiny_llama)
+    own_tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"has a tokenizer of 402 tokens, and the model embeds 400; save"):
+        verify(str(tmp_path / "other"), str(tmp_path / "other"))
 
 
 def test_a_plain_base_is_not_dequantised(adapter, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +51,13 @@ def test_the_line_for_peft_loads_a_classifier_with_its_head(tiny_bert, tmp_path)
     exec(code, found)
     ids = torch.arange(3, 13).unsqueeze(0)
     assert relative_error(evaluate(found["model"].eval(), ids).logits, evaluate(adapted, ids).logits) <= 1e-5
+
+
+def test_the_modelfile_of_ollama_has_the_paths_as_they_are(tmp_path):
+    """Its parser takes a path to the end of the line, with any quotes that are not double."""
+    line = SERVERS["ollama"].start("base", Path("50 % of 'mine'"), 8)
+    subprocess.run(line.partition(" && ")[0], shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "Modelfile").read_text() == "FROM BASE.gguf\nADAPTER 50 % of 'mine'/adapter.gguf\n"
 
 
 @pytest.mark.parametrize(("r", "rank", "option"), [(3, 9, 16), (2, 5, 8), (8, 44, 64), (1, 2, 8)])

@@ -62,6 +62,10 @@ LAYER = f"{PREFIX}model.layers.1.self_attn.q_proj"
         (lambda weights: weights.update({f"{LAYER}.pera_A": torch.ones(4, 32)}), f"{LAYER} do not have the rank"),
         (lambda weights: weights.update({f"{LAYER}.pera_B": torch.ones(32, 4)}), f"{LAYER} do not have the rank"),
         (lambda weights: weights.update({f"{LAYER}.pera_h": torch.ones(5)}), f"{LAYER} do not have the rank"),
+        (lambda weights: weights.update({f"{LAYER}.pera_A": torch.ones(96)}), f"{LAYER} do not have the rank"),
+        (lambda weights: weights.update({f"{LAYER}.pera_B": torch.ones(3)}), f"{LAYER} do not have the rank"),
+        (lambda weights: weights.update({f"{LAYER}.pera_B": torch.ones(2, 32, 3)}), f"{LAYER} do not have the rank"),
+        (lambda weights: weights.update({f"{LAYER}.pera_h": torch.tensor(1.0)}), f"{LAYER} do not have the rank"),
     ],
 )
 def test_a_broken_file_is_refused_with_the_layer(change, message):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pera.errors import UserError
-from pera.files import read_json, write_json
+from pera.files import read_object, write_json
+from pera.models import reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,7 +40,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if (folder / INDEX).is_file():
-            names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+            names = sorted(set(read_object(folder / INDEX).get("weight_map", {}).values()))
         else:
             names = [SINGLE]
         self.shards: dict[str, list[str]] = {}
@@ -66,9 +67,13 @@ class Checkpoint:
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of a checkpoint without its weights, in evaluation mode; buffers are there."""
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
+    """The causal language model of a checkpoint without its weights, in evaluation mode; buffers are there.
+
+    Raises:
+        UserError: its configuration or its code cannot be read.
+    """
+    with reading(str(checkpoint.folder)), init_empty_weights(include_buffers=False):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         build: Any = AutoModelForCausalLM.from_config
         model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()

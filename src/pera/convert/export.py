@@ -21,7 +21,16 @@ from pera.convert.truncate import Truncation, measured, truncate
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
-from pera.runs import Location, adapter_config, adapter_weights, locate_adapter, method_name, open_model
+from pera.runs import (
+    Location,
+    adapter_config,
+    adapter_weights,
+    copy_tokenizer,
+    locate_adapter,
+    method_name,
+    open_model,
+    saved_embeddings,
+)
 from pera.tuner import PeraConfig
 
 
@@ -51,6 +60,7 @@ def export(
     energy: float | None = None,
     server: str | None = None,
     dtype: str = "float32",
+    trust_remote_code: bool = False,
 ) -> Export:
     """Write the adapter of a run or an adapter folder as a LoRA, and compare its outputs with the adapter's.
 
@@ -70,6 +80,7 @@ def export(
         server: a key of :data:`pera.convert.servers.SERVERS`, whose limits are kept; what it would not take is
             refused.
         dtype: what the check is computed in, a key of :data:`pera.models.DTYPES`.
+        trust_remote_code: run code that comes with the base, also where no recipe says so.
 
     Raises:
         UserError: there is no PERA adapter, it is broken or not finite; the form or the server cannot carry a part of
@@ -78,18 +89,20 @@ def export(
     form = _form(to, server)
     _check_options(max_rank, energy, server)
     require_free(output)
-    location, adapter = locate_adapter(source)
+    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
     config = adapter_config(adapter)
     if not isinstance(config, PeraConfig):
         raise UserError(f"{source!r} is a {method_name(config)} adapter; only a PERA adapter is exported.")
-    adapter_weights(adapter)  # refuses what is broken or not finite
+    saved = adapter_weights(adapter)  # refuses what is broken or not finite
     model, tokenizer = open_model(location, dtype)
+    _check_tokens(source, location, model, form, server)
     layers, truncation = folded_layers(model, {"default": 1.0}), None
     written, rank = layers, max(layer.A.shape[-2] for layer in layers.values())
     if energy is not None or (max_rank is not None and max_rank < rank):
         written, truncation = truncate(layers, max_rank=max_rank, energy=energy)
     lora, weights = lora_of(model, written, "default")
     base = model.get_base_model()
+    weights |= saved_embeddings(base, saved)
     if server is not None:
         servers.check_rank(server, lora.r, chosen=max_rank is not None or energy is not None)
         servers.check(server, layers, lora, getattr(base.config, "num_hidden_layers", None))
@@ -99,6 +112,7 @@ def export(
     with atomic_folder(output) as folder:
         if form == "lora":
             _write_lora(folder, lora, weights)
+            copy_tokenizer(location, folder)
         else:
             gguf.write_adapter(folder / ADAPTER, weights, lora.lora_alpha, base.config)
             if file := models.resolve_gguf(location.base):
@@ -140,6 +154,20 @@ def _check_options(max_rank: int | None, energy: float | None, server: str | Non
         raise UserError(f"--max-rank={max_rank} should be at least 1.")
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"--energy={energy} should be a share above 0, at most 1, such as 0.999.")
+
+
+def _check_tokens(source: str, location: Location, model: Any, form: Form, server: str | None) -> None:
+    """Raise UserError if the adapter was trained with other tokens than its base's, for a reader that takes none."""
+    if form == "lora" and (server is None or servers.find(server).trained_whole):
+        return
+    own = models.vocabulary(location.base, revision=location.revision, trust_remote_code=location.trust_remote_code)
+    trained = len(model.get_input_embeddings().weight)
+    if trained != own:
+        reader = server or "a GGUF adapter"
+        raise UserError(
+            f"{source!r} was trained with {trained} tokens, and its base has {own}, which cannot be carried to "
+            f"{reader}; merge it: pera merge"
+        )
 
 
 def _check_gguf(lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:

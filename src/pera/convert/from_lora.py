@@ -17,7 +17,7 @@ from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
 from pera.files import atomic_folder, require_free
 from pera.polynomial import Normalization, Terms
-from pera.runs import adapter_config, adapter_weights, locate_adapter, method_name, open_model
+from pera.runs import adapter_config, adapter_weights, copy_tokenizer, locate_adapter, method_name, open_model
 from pera.tuner import PeraConfig
 
 _RENAMED = {
@@ -35,6 +35,7 @@ def import_lora(
     terms: Terms = "all",
     normalization: Normalization = "rms",
     dtype: str = "float32",
+    trust_remote_code: bool = False,
 ) -> Agreement:
     """Write the LoRA of a run or an adapter folder as a PERA adapter, and check that the outputs agree.
 
@@ -48,13 +49,14 @@ def import_lora(
         terms: products that take part from now on, "all", "square" or "cross".
         normalization: of the products: "rms", "centred", "column" or "none".
         dtype: what the check is computed in, a key of :data:`pera.models.DTYPES`.
+        trust_remote_code: run code that comes with the base, also where no recipe says so.
 
     Raises:
         UserError: there is no LoRA, it is broken, it uses what PERA lacks (DoRA, fused experts, …), or ``terms`` leave
             no product; the output cannot be written.
     """
     require_free(output)
-    location, adapter = locate_adapter(source)
+    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
     config = adapter_config(adapter)
     if not isinstance(config, LoraConfig):
         raise UserError(f"{source!r} is a {method_name(config)} adapter; only a LoRA adapter is imported.")
@@ -76,6 +78,7 @@ def import_lora(
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         ours.inference_mode = True
         ours.save_pretrained(str(folder))
+        copy_tokenizer(location, folder)
         del model, base, fresh
         after = logits(*open_model(location._replace(run=None, adapter=folder), dtype), prompts)
         agreement = compare(before, after, models.DTYPES[dtype])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -29,24 +29,29 @@ from pera.convert.checkpoint import (
 )
 from pera.convert.verify import Agreement, compare, logits, prompts_of
 from pera.errors import UserError
-from pera.files import atomic_folder, read_json, require_free, write_json
-from pera.models import DTYPES, dequantise, load_tokenizer, local_folder
+from pera.files import atomic_folder, read_object, require_free, write_json
+from pera.models import DTYPES, dequantise, local_folder, tokenizer_files
 from pera.runs import (
     Location,
     adapter_config,
     adapter_labels,
     adapter_weights,
     check_fingerprint,
+    copy_tokenizer,
     load_adapter,
     locate_adapter,
     method_name,
     open_model,
+    open_tokenizer,
+    resized_to,
 )
 from pera.tuner import ParamWrapper, PeraConfig
 from pera.tuner.tying import separate_shared_weights
 
 
-def merge(source: str, output: Path, *, dtype: str = "stored", dequantised: bool = False) -> Agreement:
+def merge(
+    source: str, output: Path, *, dtype: str = "stored", dequantised: bool = False, trust_remote_code: bool = False
+) -> Agreement:
     """Merge the adapter of a run or an adapter folder into its base model and check that the outputs agree.
 
     The additions are made in float32 or better; the merged model, of the same architecture as the base and in
@@ -55,8 +60,8 @@ def merge(source: str, output: Path, *, dtype: str = "stored", dequantised: bool
 
     A PERA or LoRA adapter is merged file by file, and the check reads each weight when it is wanted, so that memory
     stays near the largest file. In memory as a whole are merged: other methods, variants of LoRA and its
-    initialisations that change the base, adapters on parameters, on weights that are shared, and on tokens; bases
-    whose files transformers rearranges when it loads them, or that are quantised.
+    initialisations that change the base, adapters on parameters, on weights that are shared, on tokens, and with other
+    tokens than the base's; bases whose files transformers rearranges when it loads them, or that are quantised.
     A layer that shares its weight, as tied embeddings do, gets one of its own if the adapter is on it alone.
 
     Args:
@@ -64,20 +69,21 @@ def merge(source: str, output: Path, *, dtype: str = "stored", dequantised: bool
         output: folder to write: model, tokenizer, ``verification.json``, model card.
         dtype: dtype of the merged model, a key of :data:`pera.models.DTYPES`, or "stored".
         dequantised: dequantise a quantised base first, and write a plain model.
+        trust_remote_code: run code that comes with the base, also where no recipe says so.
 
     Raises:
         UserError: the adapter is broken or holds NaN, or is for another base; the base is quantised, unless
             ``dequantised``, or it is not, with it; the sum is not finite in ``dtype``; the output cannot be written.
     """
     require_free(output)
-    location, adapter = locate_adapter(source)
+    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
     config = adapter_config(adapter)
     if config.is_prompt_learning:
         raise UserError(
             f"{source!r} is a {method_name(config)} adapter, which is no change of weights and cannot be merged."
         )
     folder = local_folder(location.base, location.revision)
-    quantised = "quantization_config" in read_json(folder / "config.json")
+    quantised = "quantization_config" in read_object(folder / "config.json")
     if quantised and not dequantised:
         raise UserError(
             f"{source!r} sits on a quantised base, {location.base!r}, which would lose most of what was learned to "
@@ -111,8 +117,11 @@ def _streamed(
         return None
     assert location.adapter is not None
     check_fingerprint(location, base, lambda name: checkpoint.read(found[name]))
+    weights = adapter_weights(location.adapter)
+    if resized_to(base, weights, location.adapter):
+        return None
     model = load_adapter(base, location.adapter)
-    fill_adapter(model, adapter_weights(location.adapter), computed)
+    fill_adapter(model, weights, computed)
     for name, module in model.get_base_model().named_modules():
         changed = isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
         if isinstance(module, ParamWrapper) or (changed and base_name(f"{name}.weight") in shared):
@@ -149,7 +158,7 @@ def _merge_by_files(
     computed: torch.dtype,
     dtype: str,
 ) -> Agreement:
-    tokenizer = load_tokenizer(location.base, revision=location.revision, trust_remote_code=location.trust_remote_code)
+    tokenizer = open_tokenizer(location)
     prompts = prompts_of(location)
     with weights_on_demand(model, checkpoint, computed):
         before = logits(model, tokenizer, prompts)
@@ -161,8 +170,9 @@ def _merge_by_files(
             size += sum(weight.nbytes for weight in merged.values())
             del merged
         write_index(folder, checkpoint.shards, size)
-        _copy_companions(base, folder)
-        config = read_json(base / "config.json")
+        _copy_companions(base, folder, () if location.tokenizer is None else tokenizer_files(base))
+        copy_tokenizer(location, folder)
+        config = read_object(base / "config.json")
         if dtype != "stored":
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
@@ -213,7 +223,7 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
         before = logits(model, tokenizer, prompts)
         del model
         assert location.adapter is not None
-        base, _ = open_model(location._replace(adapter=None), labels=adapter_labels(location.adapter))
+        base, _ = open_model(location._replace(adapter=None, tokenizer=None), labels=adapter_labels(location.adapter))
         plain: Any = dequantise(base)
         model = load_adapter(plain.to(DTYPES.get(dtype, plain.dtype)), location.adapter)
     separate_shared_weights(model.base_model.model)
@@ -246,11 +256,11 @@ def _finish(folder: Path, source: str, location: Location, agreement: Agreement)
     return agreement
 
 
-def _copy_companions(base: Path, folder: Path) -> None:
+def _copy_companions(base: Path, folder: Path, left_out: Collection[Path]) -> None:
     """Copy what belongs to the model beside its weights and configuration: tokenizer, chat template, generation
-    settings, code."""
+    settings, code; but not what is ``left_out``."""
     for file in sorted(base.iterdir()):
         wanted = file.suffix in (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
         own = file.name in ("config.json", "verification.json") or file.name.endswith(".index.json")
-        if file.is_file() and wanted and not own:
+        if file.is_file() and wanted and not own and file not in left_out:
             shutil.copyfile(file, folder / file.name)

@@ -49,8 +49,7 @@ def _base(base: str) -> str:
 
 
 def _gguf_base(base: str) -> str:
-    file = resolve_gguf(base)
-    return shlex.quote(str(file)) if file else "BASE.gguf"
+    return shlex.quote(str(resolve_gguf(base) or "BASE.gguf"))
 
 
 def _path(output: Path) -> str:
@@ -88,8 +87,9 @@ def _llama_cpp(base: str, output: Path, rank: int) -> str:
 
 
 def _ollama(base: str, output: Path, rank: int) -> str:
-    lines = rf"FROM {_gguf_base(base)}\nADAPTER {_path(output / ADAPTER)}\n"
-    return f"printf {shlex.quote(lines)} > Modelfile && ollama create {shlex.quote(output.name)} -f Modelfile"
+    # In a Modelfile a path runs to the end of its line, and quotes of the shell would belong to it.
+    lines = rf"'FROM %s\nADAPTER %s\n' {_gguf_base(base)} {_path(output / ADAPTER)}"
+    return f"printf {lines} > Modelfile && ollama create {shlex.quote(output.name)} -f Modelfile"
 
 
 def _peft(base: str, output: Path, rank: int) -> str:

@@ -86,6 +86,7 @@ def verify(
     prompts: Path | None = None,
     base: str | None = None,
     in_llama_cpp: bool = False,
+    trust_remote_code: bool = False,
 ) -> Agreement:
     """Compare two of: run folder, adapter folder (of any PEFT method), model, GGUF adapter. B is judged against A.
 
@@ -96,11 +97,12 @@ def verify(
         base: the base model of a GGUF adapter, such as a .gguf file; None takes that of the other side.
         in_llama_cpp: compute B, a GGUF adapter or model, in llama.cpp itself, by its HTTP endpoint, and compare
             log-probabilities at the last tokens of each prompt. On a quantised base llama.cpp rounds activations too.
+        trust_remote_code: run code that comes with either model, also where no recipe says so.
 
     Raises:
         UserError: one of them cannot be opened, or their vocabularies differ.
     """
-    first, second = (_side(name, other, base) for name, other in ((a, b), (b, a)))
+    first, second = (_side(name, other, base, trust_remote_code) for name, other in ((a, b), (b, a)))
     if base is not None and not (first.gguf or second.gguf):
         raise UserError(f"--base={base!r} is for a GGUF adapter, and neither {a!r} nor {b!r} is one.")
     asked = prompts_in(prompts) if prompts else prompts_of(first.location, second.location)
@@ -122,13 +124,13 @@ class _Side(NamedTuple):
         return (model if self.gguf is None else read_adapter(self.gguf, model)), tokenizer
 
 
-def _side(name: str, other: str, base: str | None) -> _Side:
+def _side(name: str, other: str, base: str | None, trust_remote_code: bool) -> _Side:
     file = _gguf_adapter(name)
     if file is None:
-        return _Side(locate(name), None)
+        return _Side(locate(name, trust_remote_code=trust_remote_code), None)
     if base is None and _gguf_adapter(other) is not None:
         raise UserError(f"{name!r} and {other!r} are GGUF adapters, which do not name their base; add --base.")
-    location = locate(other if base is None else base)
+    location = locate(other if base is None else base, trust_remote_code=trust_remote_code)
     return _Side(Location(None, None, *location[2:]), file)
 
 

@@ -45,7 +45,9 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         B = weights.get(f"{layer}.pera_B")
         if B is None or h is None:
             raise UserError(f"the weights file lacks {layer}.{'pera_B' if B is None else 'pera_h'}.")
-        if (A.shape[-2], B.shape[-1], h.shape[-1]) != (r, r, num_coefficients(r, config.terms)):
+        experts, n = A.shape[:-2], num_coefficients(r, config.terms)
+        fits = A.ndim == B.ndim and (*A.shape[:-1], *B.shape[:-2], *B.shape[-1:]) == (*experts, r, *experts, r)
+        if not fits or len(experts) > 1 or h.shape not in ((n,), (*experts, n)):
             raise UserError(f"the weights of {layer} do not have the rank of adapter_config.json, {r}.")
         shared = config.terms, config.normalization, config.scaling(r, alpha)
         A, B, h = A.double(), B.double(), h.double()
