@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pera.errors import UserError
 from pera.report.study import study_sections
+from pera.runs import Run
 from pera.study import load_study
 from pera.study.results import Results
 from pera.study.runner import Expectation, Outcome, StudyFolder, all_trials, best_rate, run_study, work
@@ -214,6 +215,16 @@ def test_nor_where_its_runs_would_come_in_later(finished, study_file, tmp_path):
     grid = ["choose.learning_rate=[2.5e-4,5e-4]", "choose.extend=1", "training.batch_size=2"]
     with pytest.raises(UserError, match=r"training\.batch_size differs from the one that .* was made with"):
         run_study(study_of(study_file, *grid), StudyFolder(tmp_path / "copy"))
+
+
+def test_a_rate_of_many_digits_is_gone_on_with(study_file, tmp_path):
+    rates = [10**-2.5, 0.01]
+    study, folder = study_of(study_file, f"choose.learning_rate={rates}", "grid.method=[lora]"), StudyFolder(tmp_path)
+    folder.prepare(study)
+    for trial in all_trials(study, {}):
+        Run.create(trial.recipe(), folder.run(trial).path)
+    folder.prepare(study)
+    assert {path.name for path in folder.runs.iterdir()} == {f"{LORA}-choose-lr{rate}-seed1" for rate in rates}
 
 
 def test_data_that_cannot_be_had_are_said_before_all_runs_fail(pera, refused, glue_recipe, tmp_path):

@@ -47,6 +47,12 @@ def test_names_hold_what_a_run_is_and_stay_when_the_grid_grows(study_file):
     assert names < {trial.name for trial in all_trials(grown, {})}
 
 
+def test_shares_that_are_almost_alike_have_names_of_their_own(study_file):
+    study = load_study(str(study_file), ["grid.train_share=[0.5,0.12345678,0.12345679]", "grid.method=[lora]"])
+    shares = [cell.label.rpartition("-")[2] for cell in study.cells()]
+    assert shares == ["share0.5", "share0.12345678", "share0.12345679"]
+
+
 def test_a_method_without_a_rank_stands_once_for_all_ranks(study_file):
     study = load_study(str(study_file), ["grid.method=[lora,full]", "grid.r=[2,4]"])
     assert [cell.label for cell in study.cells()] == [

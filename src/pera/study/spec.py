@@ -225,7 +225,7 @@ class Cell:
         """Task, method and setting, as in the names of runs."""
         parts = [self.task.label, self.method.label, *([f"r{self.r}"] if self.r else [])]
         parts += [self.placement] if self.placement else []
-        return "-".join([*parts, *([f"share{self.train_share:g}"] if self.train_share < 1 else [])])
+        return "-".join([*parts, *([f"share{_digits(self.train_share)}"] if self.train_share < 1 else [])])
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Trial:
     @property
     def name(self) -> str:
         """The name of the run's folder; the same whatever else the study holds."""
-        return f"{self.cell.label}-{self.phase}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.cell.label}-{self.phase}-lr{_digits(self.learning_rate)}-seed{self.seed}"
 
     def recipe(self) -> Recipe:
         """The recipe of the run.
@@ -290,6 +290,11 @@ def load_study(source: str, overrides: list[str] | None = None) -> Study:
         own = override.partition("=")[0].partition(".")[0] in Study.model_fields
         apply_override(content, override if own else f"settings.{override}")
     return parse(Study, {"name": name, **content}, "study")
+
+
+def _digits(value: float) -> str:
+    """A number in a name: short where that reads back as the same number, else all its digits."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
