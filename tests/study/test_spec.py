@@ -99,6 +99,7 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("grid.method=[{name: lora, label: a/b}]", "label='a/b' names folders"),
         ("grid.method=[{name: lora, ranks: 3}]", "method.ranks is not an option of lora"),
         ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2, as in report"),
+        ("grid.method=[{name: lora, r: 4}]", "grid.method lora.r is the study's own to set: ranks stand in grid.r"),
         ("against=dora", "against='dora' is no method of the grid"),
         ("report.seeds=[1,1]", "seeds=[1, 1] should differ"),
         ("report.seeds=[-1]", "report.seeds.0=-1: input should be greater than or equal to 0"),
@@ -118,6 +119,14 @@ def test_a_mistake_is_named_with_what_would_be_right(override, sentence, study_f
     with pytest.raises(UserError) as caught:
         load_study(str(study_file), [override])
     assert sentence in str(caught.value)
+
+
+def test_targets_of_a_methods_own_are_refused_only_where_there_are_placements(study_file):
+    method = "grid.method=[{name: lora, target_modules: [q_proj]}]"
+    study = load_study(str(study_file), [method])
+    assert Trial(study, study.cells()[0], "report", 1e-3, 1).recipe().method["target_modules"] == ["q_proj"]
+    with pytest.raises(UserError, match=r"lora\.target_modules: placements stand in grid\.placement"):
+        load_study(str(study_file), [method, "grid.placement={V: [v_proj]}"])
 
 
 def test_an_unknown_study_is_refused():

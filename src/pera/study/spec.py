@@ -169,6 +169,10 @@ class Study(Section):
             if method.seeds and len(method.seeds) != seeds:
                 raise ValueError(f"grid.method {method.label}: seeds={method.seeds} should be {seeds}, as in report")
             _check_differ(f"grid.method {method.label}: seeds", method.seeds)
+            if "r" in method.more:
+                raise ValueError(f"grid.method {method.label}.r is the study's own to set: ranks stand in grid.r")
+            if self.grid.placement and "target_modules" in method.more:
+                raise ValueError(f"grid.method {method.label}.target_modules: placements stand in grid.placement")
         _check_differ("choose.seeds", self.choose.seeds)
         _check_settings("settings", self.settings)
         for task in self.grid.task:
