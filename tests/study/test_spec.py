@@ -6,7 +6,7 @@ from pera.errors import UserError
 from pera.polynomial import expanded_rank
 from pera.recipe import shipped_files
 from pera.study import load_study
-from pera.study.runner import all_trials
+from pera.study.runner import StudyFolder, all_trials
 from pera.study.spec import Trial
 
 
@@ -127,6 +127,22 @@ def test_targets_of_a_methods_own_are_refused_only_where_there_are_placements(st
     assert Trial(study, study.cells()[0], "report", 1e-3, 1).recipe().method["target_modules"] == ["q_proj"]
     with pytest.raises(UserError, match=r"lora\.target_modules: placements stand in grid\.placement"):
         load_study(str(study_file), [method, "grid.placement={V: [v_proj]}"])
+
+
+def test_two_combinations_of_one_name_are_refused(study_file):
+    tasks = "grid.task=[family_relationships,{name: leg_counting, label: family_relationships-pera}]"
+    methods = "grid.method=[pera-rms,{name: lora, label: rms}]"
+    with pytest.raises(UserError, match="have one name, 'family_relationships-pera-rms-r2'; give one another label"):
+        load_study(str(study_file), [tasks, methods])
+
+
+def test_a_base_that_is_a_file_is_found_from_every_working_folder(study_file, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(recipe_file.parent)
+    folder = StudyFolder(tmp_path / "study")
+    folder.prepare(load_study(str(study_file), [f"base={recipe_file.name}"]))
+    monkeypatch.chdir(tmp_path)
+    assert folder.study.base == str(recipe_file)
+    assert load_study("glue-screen").base == "glue-minilm"
 
 
 def test_an_unknown_study_is_refused():

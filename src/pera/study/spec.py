@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -188,7 +190,11 @@ class Study(Section):
 
     def cells(self) -> list[Cell]:
         """All combinations but for rate and seed, by setting; a method without a rank stands once for all ranks and
-        placements."""
+        placements.
+
+        Raises:
+            ValueError: two different ones have one name.
+        """
         cells = [
             Cell(task, method, r if method.has_rank else None, placement if method.has_rank else None, share)
             for task in self.grid.task
@@ -197,7 +203,12 @@ class Study(Section):
             for share in self.grid.train_share
             for method in self.grid.method
         ]
-        return list({cell.label: cell for cell in cells}.values())
+        named: dict[str, Cell] = {}
+        for cell in cells:
+            if (other := named.setdefault(cell.label, cell)) != cell:
+                a, b = (f"task {c.task.label!r} with method {c.method.label!r}" for c in (other, cell))
+                raise ValueError(f"grid: {a} and {b} have one name, {cell.label!r}; give one another label")
+        return list(named.values())
 
     def to_yaml(self) -> str:
         """The study with every default filled in."""
@@ -293,6 +304,9 @@ def load_study(source: str, overrides: list[str] | None = None) -> Study:
     for override in overrides or []:
         own = override.partition("=")[0].partition(".")[0] in Study.model_fields
         apply_override(content, override if own else f"settings.{override}")
+    base = content.get("base")
+    if isinstance(base, str) and Path(base).is_file():  # holds from every working folder
+        content["base"] = os.path.abspath(base)
     return parse(Study, {"name": name, **content}, "study")
 
 
