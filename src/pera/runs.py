@@ -137,10 +137,18 @@ class Run:
         body: torch.nn.Module = model if self.recipe.task_type == "CAUSAL_LM" else model.base_model  # type: ignore
         return body
 
+    def data_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each data file by its place in ``data.json``, such as "test.piqa", as far as recorded."""
+        return _hashes(read_json(self.data_file)) if self.data_file.is_file() else {}
+
+    def base_model(self) -> dict[str, Any]:
+        """Name, dtype and fingerprint of the base model, as far as recorded."""
+        return read_json(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
+
     def check_data(self, manifest: Mapping[str, Any]) -> None:
         """Raise UserError if the files of a task are not those that the run was begun with: other rows would be drawn,
         and what was trained on would be scored. Nothing is said where no file was recorded."""
-        recorded = _hashes(read_json(self.data_file)) if self.data_file.is_file() else {}
+        recorded = self.data_hashes()
         found = _hashes(manifest)
         for split in {**recorded, **found} if recorded else {}:
             if recorded.get(split) != found.get(split):
@@ -152,7 +160,7 @@ class Run:
 
     def _check_base(self, base: dict[str, str]) -> None:
         """Raise UserError if the base model is not the one that the run was begun with, or in another dtype."""
-        recorded = read_json(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
+        recorded = self.base_model()
         for key in ("dtype", "fingerprint"):
             if (was := recorded.get(key, base[key])) != base[key]:
                 raise UserError(
@@ -318,9 +326,9 @@ def check_fingerprint(
     if location.adapter is None:
         return
     run = location.run or Run(location.adapter.absolute().parent)
-    if not (run.recipe_file.is_file() and run.environment_file.is_file()):
+    if not run.recipe_file.is_file():
         return
-    recorded = read_json(run.environment_file).get("base_model", {})
+    recorded = run.base_model()
     trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype")), next(base.parameters()).dtype
     if trained_in is None or getattr(base, "hf_quantizer", None) is not None:
         return

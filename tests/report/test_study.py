@@ -131,12 +131,44 @@ def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):
     assert "Largest over 2 tasks: lora-again" in picture.finding
 
 
-def test_rows_that_changed_between_two_runs_are_not_compared(folder, tmp_path):
-    copy = damaged(folder, tmp_path)
-    file = Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42").predictions / "adapter.jsonl"
+def lose_a_row(run):
+    file = run.predictions / "adapter.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match="were scored on different rows"):
-        study_sections(Results(copy))
+
+
+def expect_another_answer(run):
+    file = run.predictions / "adapter.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    write(file, [{**row, "expected": "b"} if i == 3 else row for i, row in enumerate(rows)])
+
+
+def record(run, digest="1", fingerprint="1"):
+    write(run.data_file, {"train": {"sha256": digest, "rows": 9}, "notes": []})
+    write(run.environment_file, {"base_model": {"name": "tiny", "dtype": "float32", "fingerprint": fingerprint}})
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lose_a_row, "rows that were scored"),
+        (expect_another_answer, "rows that were scored"),
+        (lambda run: record(run, digest="2"), "file of 'train' in data.json"),
+        (lambda run: record(run, fingerprint="2"), "fingerprint of the base model"),
+    ],
+)
+def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, change, what):
+    copy = damaged(folder, tmp_path)
+
+    def gain():
+        results = Results(copy)
+        cell = next(c for c in results.cells if c.label == "mrpc-lora-again-r3")
+        return results.difference(cell, results.settings[0])
+
+    record(Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42"))
+    assert gain() is not None  # the others say nothing of their data and models
+    change(Run(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46"))
+    with pytest.raises(UserError, match=rf"-seed4\d' and .*-again-.*-seed46' differ in the {what}, so they cannot"):
+        gain()
 
 
 def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
