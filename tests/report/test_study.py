@@ -117,6 +117,27 @@ def test_a_method_that_diverged_is_not_compared_by_its_lucky_seeds(folder, tmp_p
     assert third == "pera-rms-0.3, sst2: 1 reported runs diverged, so it is not compared there."
     (table,) = items(copy, "scores", "table")
     assert "(n = 2, 1 diverged)" in table.rows[2][2]
+    assert [row[-1] == ABSENT for row in table.rows[:3]] == [False, False, True]
+    for picture in items(copy, "costs", "picture"):
+        assert [row[0] for row in picture.table.rows] == ["lora", "lora-again"]
+
+
+def test_nor_does_it_stand_in_a_sweep(study_file, adapters, tmp_path):  # noqa: F811
+    copy = made_up(tmp_path / "sweep", load_study(str(study_file), ["grid.r=[2,3]"]), adapters)
+    write(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43" / "outcome.json", {"status": "diverged"})
+    (picture,) = items(copy, "sweeps", "picture")
+    assert [[cell == ABSENT for cell in row[1:]] for row in picture.table.rows] == [
+        [False] * 2,
+        [False] * 2,
+        [False, True],
+    ]
+
+
+def test_methods_of_which_runs_are_to_do_stand_in_no_picture_of_costs(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    shutil.rmtree(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46")
+    for picture in items(copy, "costs", "picture"):
+        assert [row[0] for row in picture.table.rows] == ["lora", "pera-rms-0.3"]
 
 
 def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):

@@ -161,8 +161,8 @@ def _scores(results: Results) -> list[Item]:
             if not any(mean.n or results.diverged(cells[task]) for task, mean in means.items()):
                 continue
             size_ = next((results.costs(c)[0] for c in cells.values() if means[c.task.label].n), None)
-            whole = all(task in means and means[task].n for task in tasks)
-            average = percent(fmean(means[task].mean for task in tasks)) if whole else ABSENT
+            over_tasks = _over_tasks(results, list(cells.values()))
+            average = ABSENT if math.isnan(over_tasks) else percent(over_tasks)
             cells_ = [_mean(means[t], results.diverged(cells[t])) if t in means else ABSENT for t in tasks]
             rows.append([method.label, count(size_), *cells_, average])
         marked = frozenset(range(len(rows), len(rows) + len(published)))
@@ -182,8 +182,8 @@ def _scores(results: Results) -> list[Item]:
     said = ", ".join(f"{task} {metric}" for task, metric in metrics.items())
     note = (
         f"Mean over the seeds ± standard deviation, and n, the number of seeds. Metrics: {said}. The mean over the "
-        "tasks stands only where every task was scored, and of the paper's rows it is over the same tasks. Parameters "
-        "are those of the adapter; the head, equal for all, is left out."
+        "tasks stands only where every task was scored and no run diverged, and of the paper's rows it is over the "
+        "same tasks. Parameters are those of the adapter; the head, equal for all, is left out."
     )
     return [*items, Item("note", note)] if metrics else []
 
@@ -259,8 +259,8 @@ def _costs(results: Results) -> list[Item]:
             n = sum(results.mean(cell).n for cell in cells)
             rows.append([f"{method.label}, {_setting(setting)}", count(costs[0][0]), duration(sum(seconds)),
                          size(max(memory, default=None)), str(len(cells)), str(n)])  # fmt: skip
-            if len(cells) == len(results.study.grid.task):
-                gain = fmean(results.mean(cell).mean for cell in cells)
+            if len(cells) == len(results.study.grid.task) and all(map(results.complete, cells)):
+                gain = _over_tasks(results, cells)
                 by_parameters[method.label] = (float(costs[0][0] or math.nan), gain)
                 by_time[method.label] = (sum(seconds) if len(seconds) == len(cells) else math.nan, gain)
         for costs_, axis in ((by_parameters, "trainable parameters"), (by_time, "seconds of training, all tasks")):
@@ -432,6 +432,9 @@ def _protocol(results: Results) -> list[Item]:
 
 
 def _over_tasks(results: Results, cells: list[Cell]) -> float:
+    """Mean score of cells; NaN unless each was scored, and where a run diverged: it would be that of lucky seeds."""
+    if any(map(results.diverged, cells)):
+        return math.nan
     means = [results.mean(cell).mean for cell in cells if results.mean(cell).n]
     return fmean(means) if means and len(means) == len(cells) else math.nan
 

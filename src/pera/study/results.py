@@ -129,6 +129,10 @@ class Results:
         trials = report_trials(self.study, cell, self.outcomes)
         return sum(t.name in self.outcomes and self.outcomes[t.name].status == "diverged" for t in trials)
 
+    def complete(self, cell: Cell) -> bool:
+        """Whether all its reported runs were scored."""
+        return self.mean(cell).n == len(self.study.report.seeds)
+
     def difference(self, cell: Cell, setting: Setting) -> Difference | None:
         """What a cell gains over the reference method in a setting, over the seeds that both have. None if there is
         nothing to compare, or a run of either diverged: what is left would be the lucky seeds.
