@@ -73,7 +73,8 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
         name: a key of :data:`METHODS`.
         task_type: PEFT's task type.
         options: options of the method's configuration class. ``alpha`` and ``dropout`` mean the same for
-            every method that has them; without ``alpha`` the scale of LoRA and PERA is 1 (for rsLoRA √r).
+            every method that has them; without ``alpha`` the scale of LoRA and PERA is 1 (for rsLoRA √r), by each
+            layer's own r where there is a ``rank_pattern``.
 
     Raises:
         UserError: unknown method, unknown option or a value that the method refuses.
@@ -94,11 +95,15 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
             raise UserError(f"method.{word} and method.{own} are one option of {name}; keep one.")
     renamed = {method.words.get(key, key): value for key, value in options.items()}
     fixed = {key: value for key, value in method.fixed.items() if value is not None}
-    if method.rank is not int and isinstance(renamed.setdefault("r", 8), int):
-        renamed["r"] = method.rank(renamed["r"])
-    if method.config is LoraConfig and method.has_rank:
-        renamed.setdefault("lora_alpha", renamed.get("r", LoraConfig().r))
     try:
+        if method.config is LoraConfig and method.has_rank:
+            r, ranks = renamed.get("r", LoraConfig().r), dict(renamed.get("rank_pattern") or {})
+            if method.rank is not int:
+                r, ranks = method.rank(r), {key: method.rank(rank) for key, rank in ranks.items()}
+            renamed |= {"r": r, "rank_pattern": ranks}
+            if "lora_alpha" not in renamed:
+                alphas = renamed.get("alpha_pattern") or {}  # its keys stay first; PEFT takes the first that matches
+                renamed |= {"lora_alpha": r, "alpha_pattern": {**alphas, **ranks, **alphas}}
         return method.config(task_type=TaskType(task_type), **renamed, **fixed)
     except (ValueError, TypeError) as error:
         raise UserError(f"method: {error}") from error
