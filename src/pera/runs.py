@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shutil
 import sys
@@ -384,6 +385,14 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
         if not torch.isfinite(weight).all():
             raise UserError(f"{str(folder)!r}: NaNs detected in the weights of {key}. The adapter seems to be broken.")
     return weights
+
+
+def trained_sizes(folder: Path) -> dict[str, int]:
+    """Number of values of each trained tensor in an adapter folder, from the header of the file. Left out is what PEFT
+    saves beside: the base weights of some embeddings, and DeLoRA's norms of the base's columns."""
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as f:
+        sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
+    return {key: n for key, n in sizes.items() if not key.endswith((".base_layer.weight", ".delora_w_norm"))}
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import DeloraConfig, LoraConfig, get_peft_model
 
 import tiny
 from pera.errors import UserError
@@ -279,7 +279,15 @@ def test_lora_adapter(tmp_path, adapters):
     assert "only PERA adapters can be diagnosed" in found.text
     assert "The adapter is not a PERA adapter; it has no high-order terms." in found.text
     assert "pera export" not in found.text
-    assert "parameters in the adapter" in found.text
+    assert "trained parameters" in found.text
+
+
+def test_what_is_not_trained_is_no_parameter(tmp_path):
+    """DeLoRA saves the norms of the base's columns."""
+    model = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=KINDS))
+    run = bare_run(tmp_path / "demo", method="delora")
+    model.save_pretrained(str(run.adapter))
+    assert Contents(run).parameters == model.num_parameters(only_trainable=True)
 
 
 def test_adapter_without_high_order_terms(tmp_path, adapters):

@@ -165,7 +165,7 @@ def _costs(contents: Contents) -> Table:
             ["examples left out as too long", words.count(cost.left_out)],
         ]
     if contents.parameters is not None:
-        rows.append(["parameters in the adapter", words.count(contents.parameters)])
+        rows.append(["trained parameters", words.count(contents.parameters)])
     for which, name in {"base": "base model", "adapter": "adapter"}.items():
         if score := contents.score(which):
             rows.append([f"scoring the {name}", f"{words.duration(score.seconds)} for {score.n} problems"])

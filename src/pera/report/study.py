@@ -183,7 +183,8 @@ def _scores(results: Results) -> list[Item]:
     note = (
         f"Mean over the seeds ± standard deviation, and n, the number of seeds. Metrics: {said}. The mean over the "
         "tasks stands only where every task was scored and no run diverged, and of the paper's rows it is over the "
-        "same tasks. Parameters are those of the adapter; the head, equal for all, is left out."
+        "same tasks. Parameters are those of the adapter, without the head, which is equal for all; of full "
+        "fine-tuning they are all, the head's too."
     )
     return [*items, Item("note", note)] if metrics else []
 

@@ -164,7 +164,7 @@ class Results:
         return dict(zip(differences, adjusted([d.p for d in differences.values()]), strict=True))
 
     def costs(self, cell: Cell) -> tuple[int | None, float | None, int | None]:
-        """Parameters of the adapter, the head apart, median seconds of training, and peak memory in bytes."""
+        """Parameters as in :class:`Outcome`, median seconds of training, and peak memory in bytes."""
         runs = [scored.run for scored in self.scored(cell)]
         outcomes = [self.outcomes[scored.trial.name] for scored in self.scored(cell)]
         seconds = [outcome.seconds for outcome in outcomes if outcome.seconds is not None]
