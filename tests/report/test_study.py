@@ -278,6 +278,15 @@ def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folde
     assert not items(copy, "terms", "picture")
 
 
+def test_effects_over_the_seeds_say_where_seeds_differ(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    effect = Run(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43").effect_file
+    write(effect, {**json.loads(effect.read_text()), "tokens": 390, "at_rank_r": None})
+    (table,) = items(copy, "terms", "table")
+    assert [row[table.head.index("cut to rank r")] for row in table.rows] == [ABSENT, "+0.04"]
+    assert [row[-1] for row in table.rows] == ["390 to 400", "400"]
+
+
 def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tmp_path):  # noqa: F811
     folder = made_up(tmp_path / "begun", load_study(str(study_file)), adapters, stop=4)
     assert items(folder, "scores", "table") == []

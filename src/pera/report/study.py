@@ -315,11 +315,12 @@ def _terms(results: Results) -> list[Item]:
         squares, crosses = (fmean(e["without"][part] for e in effects) for part in ("square", "cross"))
         low, high = min(changes), max(changes)
         cut = [e["at_rank_r"] for e in effects if e.get("at_rank_r") is not None]
+        labels = sorted({e["tokens"] for e in effects})
         ratio = number(median_high(d.high_order_ratio for d in layers.values()), 3) if layers else ABSENT
         rows.append([cell.label, number(fmean(e["loss"] for e in effects)), signed(fmean(changes)),
                      f"{signed(low)} to {signed(high)}", signed(squares), signed(crosses),
-                     signed(fmean(cut)) if cut else ABSENT, ratio, str(len(changes)),
-                     count(effects[0]["tokens"])])  # fmt: skip
+                     signed(fmean(cut)) if len(cut) == len(effects) else ABSENT, ratio, str(len(changes)),
+                     " to ".join(map(count, dict.fromkeys([labels[0], labels[-1]])))])  # fmt: skip
     if not rows:
         return []
     head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses", "cut to rank r",
