@@ -25,7 +25,7 @@ grid:
   r: RANKS
 choose: {learning_rate: [1e-3, 2e-3, 4e-3], rows: 20}
 """
-GAIN = {"lora": 0.0, "lora-again": 0.0, "full": 0.0, "pera-rms-0.3": 0.12}
+GAIN = {"pera-rms-0.3": 0.12}
 
 
 def made_up(folder, study, adapters, stop=None):  # noqa: F811
@@ -44,7 +44,7 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
                 continue
             kind = "pera" if method.name.startswith("pera") else "lora"
             (run.path / "adapter").symlink_to(adapters / kind)
-            chance = np.clip(difficulty[task] + GAIN[method.label] + rng.normal(scale=0.005), 0, 1)
+            chance = np.clip(difficulty[task] + GAIN.get(method.label, 0.0) + rng.normal(scale=0.005), 0, 1)
             right = rng.random(400) < chance
             rows = [{"prompt": str(i), "expected": "a", "output": "b", "correct": bool(x)} for i, x in enumerate(right)]
             write(run.predictions / "adapter.jsonl", rows)
@@ -264,6 +264,17 @@ def test_ranks_are_swept_with_the_papers_figures(study_file, adapters, tmp_path)
     (picture,) = items(folder, "sweeps", "picture")
     assert picture.table.head == ["method", "2", "3"]
     assert any(axes.get_title().startswith("paper:") for axes in picture.figure.axes)
+
+
+def test_terms_are_swept_by_methods_as_they_come(study_file, adapters, tmp_path):  # noqa: F811
+    """Not by one with options, seeds or a label of its own, which would take the place of another of its name."""
+    methods = "{name: lora, label: lora-again, bias: lora_only},{name: lora, label: lora-more, seeds: [1,2,3]}"
+    study = load_study(str(study_file), [f"grid.method=[pera-published,lora,{methods}]"])
+    results = Results(made_up(tmp_path / "terms", study, adapters))
+    (picture,) = items(results.folder, "sweeps", "picture")
+    lora = [results.mean(cell).mean for cell in results.cells if cell.method.label == "lora"]
+    assert picture.table.head == ["method", "all (PERA)", "none (LoRA)"]
+    assert picture.table.rows[0][2] == f"{100 * np.mean(lora):.1f}"
 
 
 def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folder, tmp_path):

@@ -392,7 +392,7 @@ def _sweeps(results: Results) -> list[Item]:
     found = {
         kinds[m.name]: _over_tasks(results, [c for c in results.cells if c.method == m])
         for m in grid.method
-        if m.name in kinds
+        if m.name in kinds and m.label == m.name and not (m.more or m.seeds)
     }
     found = {name: value for name, value in found.items() if math.isfinite(value)}
     if len(found) > 1:
