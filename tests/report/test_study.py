@@ -100,6 +100,7 @@ def test_every_comparison_has_its_numbers(folder):
     ours, lora = (np.mean([s.value for s in results.scored(c)]) for c in (cell, results.cells[0]))
     assert float(by_task.rows[1][2]) == pytest.approx(100 * (ours - lora), abs=0.01)
     assert len(by_example.rows) == 4 * 3
+    assert [row[2] for row in by_example.rows[::3]] == ["45 against 42", "42", "45 against 42", "42"]
 
 
 def damaged(folder, tmp_path):
@@ -304,6 +305,26 @@ def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tm
     assert items(folder, "summary", "text") == ["No method can be compared with lora yet; seeds are lacking."]
     assert any("14 known runs are to do" in text for text in items(folder, "gaps", "text"))
     write_study_report(folder, tmp_path / "report.html")
+
+
+def test_two_pairs_of_seeds_have_neither_interval_nor_p(study_file, adapters, tmp_path):  # noqa: F811
+    overrides = ["grid.method=[lora,pera-rms-0.3]", "report.seeds=[42,43]"]
+    folder = made_up(tmp_path / "two", load_study(str(study_file), overrides), adapters)
+    by_task, _ = items(folder, "differences", "table")
+    (picture,) = items(folder, "summary", "picture")
+    assert {cell for row in by_task.rows for cell in (*row[3:5], *row[7:9])} == {ABSENT}
+    assert [*picture.table.rows[0][2:4], picture.table.rows[0][6]] == [ABSENT] * 3
+
+
+def test_the_protocol_names_all_seeds_and_versions(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    machine = {"processor": "x", "threads": 1, "accelerator": "cpu"}
+    for seed, torch in ((42, "2.0"), (43, "2.1")):
+        run = Run(copy.runs / f"sst2-lora-r3-report-lr0.002-seed{seed}")
+        write(run.environment_file, {**machine, "versions": {"python": "3.11", "torch": torch, "gguf": None}})
+    method, machines = items(copy, "protocol", "text")
+    assert "with each seed of report (42, 43, 44; lora-again: 45, 46, 47) and" in method
+    assert machines == "Machine: x, 1 threads, cpu. Versions: python 3.11, torch 2.0 and 2.1."
 
 
 def test_a_folder_without_runs_is_refused(study_file, tmp_path):

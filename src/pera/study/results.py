@@ -147,10 +147,11 @@ class Results:
         a, b = (np.stack([pair[i].weights * pair[i].predicted for pair in pairs]) for i in (0, 1))
         return compare(a, b, pairs[0][0].expected if metric else None, metric)
 
-    def by_example(self, cell: Cell, setting: Setting) -> list[tuple[int, int, float]]:
-        """McNemar's test against the reference for each pair of runs, where answers are right or wrong."""
-        pairs = self._pairs(cell, setting)
-        return [mcnemar(a.predicted, b.predicted) for a, b in pairs if a.metric not in _METRICS]
+    def by_example(self, cell: Cell, setting: Setting) -> dict[tuple[int, int], tuple[int, int, float]]:
+        """McNemar's test against the reference for each pair of runs, by their seeds, where answers are right or
+        wrong."""
+        pairs = [(a, b) for a, b in self._pairs(cell, setting) if a.metric not in _METRICS]
+        return {(a.trial.seed, b.trial.seed): mcnemar(a.predicted, b.predicted) for a, b in pairs}
 
     def gains(self, method: str, setting: Setting) -> dict[str, Difference]:
         """The gain of a method over the reference by task: on the tasks where seeds suffice, else on all that both
