@@ -330,7 +330,7 @@ def check_fingerprint(
     if not run.recipe_file.is_file():
         return
     recorded = run.base_model()
-    trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype")), next(base.parameters()).dtype
+    trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype", "")), next(base.parameters()).dtype
     if trained_in is None or getattr(base, "hf_quantizer", None) is not None:
         return
     if loaded_in != trained_in and torch.promote_types(loaded_in, trained_in) != loaded_in:
