@@ -8,6 +8,7 @@ adapters, no text of the examples, no logits and no path of this machine. From t
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -34,7 +35,10 @@ def content(file: Path, names: dict[str, str]) -> bytes:
 def main() -> None:
     study, output = map(Path, sys.argv[1:])
     names = {str(study.resolve()): f"studies/{study.name}"}
-    if rows := yaml.safe_load((study / "study.yaml").read_text())["settings"].get("data"):
+    described = yaml.safe_load((study / "study.yaml").read_text())
+    if os.path.isabs(base := described["base"]):
+        names[base] = os.path.relpath(base)
+    if rows := described["settings"].get("data"):
         names[str(Path(rows).resolve())] = rows
     files = [study / "study.yaml", *sorted(study.glob("runs/*/**/*"))]
     with tarfile.open(output, "w:xz") as archive:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor
 from torch.nn.functional import pad
 
 from pera import to_lora
@@ -26,15 +27,19 @@ from pera.runs import Run
 from pera.tuner import PeraModel
 
 
+def factors_of(lora: PeftModel, name: str) -> list[tuple[Tensor, Tensor]]:
+    """A and B of every layer. Ends the program where there are none, or a layer's ΔW is not their product."""
+    layers = {key: layer for key, layer in lora.named_modules() if isinstance(layer, LoraLayer)}
+    others = [key for key, layer in layers.items() if not isinstance(layer, Linear) or layer.lora_magnitude_vector]
+    if others or not layers:
+        said = f"{others[0]} is none" if others else "this adapter has none"
+        raise SystemExit(f"{name}: only linear layers of a LoRA or PERA can be cut to a rank; {said}.")
+    return [(layer.lora_A[key].weight, layer.lora_B[key].weight) for layer in layers.values() for key in layer.lora_A]
+
+
 @contextmanager
-def cut(lora: PeftModel, rank: int) -> Iterator[None]:
-    """Within the block, B A of each layer is the best approximation of itself of that rank."""
-    factors = [
-        (layer.lora_A[name].weight, layer.lora_B[name].weight)
-        for layer in lora.modules()
-        if isinstance(layer, LoraLayer)
-        for name in layer.lora_A
-    ]
+def cut(factors: list[tuple[Tensor, Tensor]], rank: int) -> Iterator[None]:
+    """Within the block, each B A is the best approximation of itself of that rank."""
     own = [(A.data, B.data) for A, B in factors]
     try:
         for A, B in factors:
@@ -58,10 +63,11 @@ def main() -> None:
     for path in arguments.run:
         model, batches = held_out(Run(path), arguments.examples, batch_size=8)
         lora = to_lora(model) if isinstance(model.base_model, PeraModel) else model
+        factors = factors_of(lora, path.name)
         loss, labels = mean_loss(lora, batches)
         changes = []
         for rank in arguments.ranks:
-            with torch.no_grad(), cut(lora, rank):
+            with torch.no_grad(), cut(factors, rank):
                 changes.append(f"{mean_loss(lora, batches)[0] - loss:+.4f}")
         print(f"| {path.name} | {labels} | {loss:.4f} |", " | ".join(changes), "|", flush=True)
 

@@ -66,6 +66,32 @@ def test_the_scale_is_1_unless_alpha_is_given(name, scale, r, adapted):
     assert with_alpha == pytest.approx(3 * (scale or math.sqrt(r)))
 
 
+@pytest.mark.parametrize("name", ["pera", "lora", "lora-K", "rslora", "dora"])
+def test_without_alpha_the_scale_is_by_each_layers_own_rank(name, tiny_llama):
+    config = peft_config(name, r=4, rank_pattern={"v_proj": 2}, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    rank = METHODS[name].rank
+    assert {module.r["default"] for module in layers} == {rank(4), rank(2)}
+    for module in layers:
+        own = math.sqrt(module.r["default"]) if name == "rslora" else 1
+        assert module.scaling["default"] == pytest.approx(own)
+
+
+def test_an_alpha_that_is_given_for_some_layers_is_kept():
+    ranks, alphas = {"v_proj": 2, "k_proj": 2}, {r"1\..*_proj": 8, "v_proj": 6}
+    config = peft_config("lora", r=4, rank_pattern=ranks, alpha_pattern=alphas)
+    assert list(config.alpha_pattern.items()) == [(r"1\..*_proj", 8), ("v_proj", 6), ("k_proj", 2)]
+    assert peft_config("lora", alpha=4, rank_pattern={"v_proj": 2}).alpha_pattern == {}
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-K"])
+def test_ranks_that_are_no_mapping_are_refused(name):
+    with pytest.raises(UserError, match=r"^method: "):
+        peft_config(name, rank_pattern=3)
+    assert peft_config(name, rank_pattern=None).r == METHODS[name].rank(8)
+
+
 def test_without_r_the_scale_is_1_too(adapted):
     assert layer(adapted("lora")).scaling["default"] == 1
 
@@ -136,7 +162,13 @@ def test_an_unknown_method_is_refused_with_the_nearest_known():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"r": 0}, "r=0"), ({"terms": "cubes"}, "terms='cubes'"), ({"dropout": 1}, "dropout=1")]
+    ("options", "words"),
+    [
+        ({"r": 0}, "r=0"),
+        ({"terms": "cubes"}, "terms='cubes'"),
+        ({"dropout": 1}, "dropout=1"),
+        ({"rank_pattern": 3}, "rank_pattern=3"),
+    ],
 )
 def test_a_value_that_the_method_refuses_is_named(options, words):
     with pytest.raises(UserError, match=f"^method: .*{words}"):

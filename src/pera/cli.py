@@ -495,7 +495,7 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
 
 def _effects(effects: Effects) -> Table:
     table = _table()
-    table.add_row("loss of the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out answer tokens")
+    table.add_row("loss of the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out labels")
     for part, change in effects.without.items():
         table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")
     table.add_row("with every ΔW cut to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")

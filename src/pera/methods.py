@@ -78,7 +78,8 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
         name: a key of :data:`METHODS`.
         task_type: PEFT's task type.
         options: options of the method's configuration class. ``alpha`` and ``dropout`` mean the same for
-            every method that has them; without ``alpha`` the scale of LoRA and PERA is 1 (for rsLoRA √r).
+            every method that has them; without ``alpha`` the scale of LoRA and PERA is 1 (for rsLoRA √r), by each
+            layer's own r where there is a ``rank_pattern``.
 
     Raises:
         UserError: unknown method, unknown option or a value that the method refuses.
@@ -99,10 +100,14 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
     try:
         check_rank("r", renamed.get("r", 8))
         check_alpha("lora_alpha", renamed.get("lora_alpha", 1))
-        if method.rank is not int:
-            renamed["r"] = method.rank(renamed.get("r", 8))
         if method.config is LoraConfig and method.has_rank:
-            renamed.setdefault("lora_alpha", renamed.get("r", LoraConfig().r))
+            r, ranks = renamed.get("r", LoraConfig().r), dict(renamed.get("rank_pattern") or {})
+            if method.rank is not int:
+                r, ranks = method.rank(r), {key: method.rank(rank) for key, rank in ranks.items()}
+            renamed |= {"r": r, "rank_pattern": ranks}
+            if "lora_alpha" not in renamed:
+                alphas = renamed.get("alpha_pattern") or {}  # its keys stay first; PEFT takes the first that matches
+                renamed |= {"lora_alpha": r, "alpha_pattern": {**alphas, **ranks, **alphas}}
         return method.config(task_type=TaskType(task_type), **renamed, **fixed)
     except REFUSALS as error:
         raise refusal({"name": name, **options}, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import shutil
@@ -143,10 +144,14 @@ class Run:
         body: torch.nn.Module = model if self.recipe.task_type == "CAUSAL_LM" else model.base_model  # type: ignore
         return body
 
+    def data_hashes(self) -> dict[str, str]:
+        """The SHA-256 of each data file by its place in ``data.json``, such as "test.piqa", as far as recorded."""
+        return _hashes(read_object(self.data_file)) if self.data_file.is_file() else {}
+
     def check_data(self, manifest: Mapping[str, Any]) -> None:
         """Raise UserError if the files of a task are not those that the run was begun with: other rows would be drawn,
         and what was trained on would be scored. Nothing is said where no file was recorded."""
-        recorded = _hashes(read_object(self.data_file)) if self.data_file.is_file() else {}
+        recorded = self.data_hashes()
         found = _hashes(manifest)
         for split in {**recorded, **found} if recorded else {}:
             if recorded.get(split) != found.get(split):
@@ -481,6 +486,14 @@ def _embeddings(base: Any) -> dict[str, torch.Tensor]:
 def _base_name(key: str) -> str:
     """The name in the base model of a weight that PEFT saved."""
     return _WRAPPERS.sub("", key.removeprefix("base_model.model."))
+
+
+def trained_sizes(folder: Path) -> dict[str, int]:
+    """Number of values of each trained tensor in an adapter folder, from the header of the file. Left out is what PEFT
+    saves beside: the base weights of some embeddings, and DeLoRA's norms of the base's columns."""
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as f:
+        sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
+    return {key: n for key, n in sizes.items() if not key.endswith((".base_layer.weight", ".delora_w_norm"))}
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -156,6 +156,16 @@ def test_square_and_cross_are_zeroed_separately():
         assert torch.equal(coefficients(layer), torch.cat([h[:3], torch.zeros(3)]))
 
 
+def test_within_a_block_a_second_one_is_undone_alone():
+    (layer, *_) = tiny.layers(tiny.adapt(tiny.llama(), target_modules=["q_proj"], r=3)).values()
+    h = coefficients(layer)
+    with zeroed([layer], "square"):
+        with zeroed([layer], "cross"):
+            assert not coefficients(layer).any()
+        assert torch.equal(coefficients(layer), torch.cat([torch.zeros(3), h[3:]]))
+    assert torch.equal(coefficients(layer), h)
+
+
 def coefficients(layer):
     return layer.factors("default")[2].detach().clone()
 

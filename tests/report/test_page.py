@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import DeloraConfig, LoraConfig, get_peft_model
 
 import tiny
 from pera.errors import UserError
@@ -180,13 +180,14 @@ def test_complete_run(tmp_path, adapters):
     assert 'class="missing"' not in render([run])
     for sentence in (
         "25.0 % base model → 50.0 % with adapter",
+        "loss per label",
         "Accuracy with 95 % interval: base model 25.0 % (4.6 % to 69.9 %), with adapter 50.0 % (15.0 % to 85.0 %). "
         "The intervals overlap.",
         "Loss 4 at step 10, 0.25 at step 40; lowest 0.25 at step 40.",
         "4 problems were answered by the base model and by the tuned model. 2 newly right, 1 newly wrong, "
         "0 still right, 1 still wrong.",
         "q_proj 0.01 → 0.04",
-        "Over 512 tokens the loss is 0.3. Without the high-order terms it changes by +0.09 (30.0 % of it).",
+        "Over 512 labels the loss is 0.3. Without the high-order terms it changes by +0.09 (30.0 % of it).",
         "both in v_proj",
         "all beyond rank r",
         "−0.003",
@@ -279,7 +280,15 @@ def test_lora_adapter(tmp_path, adapters):
     assert "only PERA adapters can be diagnosed" in found.text
     assert "The adapter is not a PERA adapter; it has no high-order terms." in found.text
     assert "pera export" not in found.text
-    assert "parameters in the adapter" in found.text
+    assert "trained parameters" in found.text
+
+
+def test_what_is_not_trained_is_no_parameter(tmp_path):
+    """DeLoRA saves the norms of the base's columns."""
+    model = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=KINDS))
+    run = bare_run(tmp_path / "demo", method="delora")
+    model.save_pretrained(str(run.adapter))
+    assert Contents(run).parameters == model.num_parameters(only_trainable=True)
 
 
 def test_adapter_without_high_order_terms(tmp_path, adapters):
@@ -359,13 +368,15 @@ def test_lines_end_at_newlines_only(tmp_path, adapters):
 def test_two_runs_side_by_side(tmp_path, adapters):
     first = full_run(tmp_path / "first", adapters)
     second = full_run(tmp_path / "second", adapters, learning_rate=2e-3)
+    scores = second.scores()
+    write(second.scores_file, {**scores, "adapter": {**scores["adapter"], "metric": "matthews"}})
     found = page(first, second)
     assert figures(found) == ["losses", *FIGURES, *FIGURES]
     assert "2 runs side by side" in found.text
     assert "Run 2: second" in found.text
     for row in (
         "folder first second",
-        "accuracy 50.0 % 50.0 %",
+        "metric accuracy matthews score 50.0 % 50.0 %",
         "95 % interval 15.0 % to 85.0 % 15.0 % to 85.0 %",
         "last loss 0.25 0.25",
         "training time 2 min 5 s 2 min 5 s",
@@ -382,8 +393,13 @@ def test_runs_that_cannot_be_compared_say_so(tmp_path, adapters):
     recipe = second.recipe_file.read_text().replace("test_size: 4", "test_size: 5")
     second.recipe_file.write_text(recipe)
     found = page(first, second)
-    assert "These runs differ in task.test_size; their accuracies do not measure the same thing." in found.text
+    assert "These runs differ in task.test_size; their scores do not measure the same thing." in found.text
     assert "base model 25.0 % – last loss 0.25 – training time 2 min 5 s – peak memory 1.5 GB –" in found.text
+
+
+def test_rows_held_out_are_other_rows_to_score(tmp_path):
+    found = page(bare_run(tmp_path / "a"), bare_run(tmp_path / "b", held_out=16))
+    assert "These runs differ in training.held_out; their scores do not measure the same thing." in found.text
 
 
 def test_two_bare_runs(tmp_path):

@@ -25,7 +25,7 @@ grid:
   r: RANKS
 choose: {learning_rate: [1e-3, 2e-3, 4e-3], rows: 20}
 """
-GAIN = {"lora": 0.0, "lora-again": 0.0, "full": 0.0, "pera-rms-0.3": 0.12}
+GAIN = {"pera-rms-0.3": 0.12}
 
 
 def made_up(folder, study, adapters, stop=None):  # noqa: F811
@@ -44,7 +44,7 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
                 continue
             kind = "pera" if method.name.startswith("pera") else "lora"
             (run.path / "adapter").symlink_to(adapters / kind)
-            chance = np.clip(difficulty[task] + GAIN[method.label] + rng.normal(scale=0.005), 0, 1)
+            chance = np.clip(difficulty[task] + GAIN.get(method.label, 0.0) + rng.normal(scale=0.005), 0, 1)
             right = rng.random(400) < chance
             rows = [{"prompt": str(i), "expected": "a", "output": "b", "correct": bool(x)} for i, x in enumerate(right)]
             write(run.predictions / "adapter.jsonl", rows)
@@ -100,6 +100,7 @@ def test_every_comparison_has_its_numbers(folder):
     ours, lora = (np.mean([s.value for s in results.scored(c)]) for c in (cell, results.cells[0]))
     assert float(by_task.rows[1][2]) == pytest.approx(100 * (ours - lora), abs=0.01)
     assert len(by_example.rows) == 4 * 3
+    assert [row[2] for row in by_example.rows[::3]] == ["45 against 42", "42", "45 against 42", "42"]
 
 
 def damaged(folder, tmp_path):
@@ -117,6 +118,27 @@ def test_a_method_that_diverged_is_not_compared_by_its_lucky_seeds(folder, tmp_p
     assert third == "pera-rms-0.3, sst2: 1 reported runs diverged, so it is not compared there."
     (table,) = items(copy, "scores", "table")
     assert "(n = 2, 1 diverged)" in table.rows[2][2]
+    assert [row[-1] == ABSENT for row in table.rows[:3]] == [False, False, True]
+    for picture in items(copy, "costs", "picture"):
+        assert [row[0] for row in picture.table.rows] == ["lora", "lora-again"]
+
+
+def test_nor_does_it_stand_in_a_sweep(study_file, adapters, tmp_path):  # noqa: F811
+    copy = made_up(tmp_path / "sweep", load_study(str(study_file), ["grid.r=[2,3]"]), adapters)
+    write(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43" / "outcome.json", {"status": "diverged"})
+    (picture,) = items(copy, "sweeps", "picture")
+    assert [[cell == ABSENT for cell in row[1:]] for row in picture.table.rows] == [
+        [False] * 2,
+        [False] * 2,
+        [False, True],
+    ]
+
+
+def test_methods_of_which_runs_are_to_do_stand_in_no_picture_of_costs(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    shutil.rmtree(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46")
+    for picture in items(copy, "costs", "picture"):
+        assert [row[0] for row in picture.table.rows] == ["lora", "pera-rms-0.3"]
 
 
 def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):
@@ -131,12 +153,44 @@ def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):
     assert "Largest over 2 tasks: lora-again" in picture.finding
 
 
-def test_rows_that_changed_between_two_runs_are_not_compared(folder, tmp_path):
-    copy = damaged(folder, tmp_path)
-    file = Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42").predictions / "adapter.jsonl"
+def lose_a_row(run):
+    file = run.predictions / "adapter.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match="were scored on different rows"):
-        study_sections(Results(copy))
+
+
+def expect_another_answer(run):
+    file = run.predictions / "adapter.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    write(file, [{**row, "expected": "b"} if i == 3 else row for i, row in enumerate(rows)])
+
+
+def record(run, digest="1", fingerprint="1"):
+    write(run.data_file, {"train": {"sha256": digest, "rows": 9}, "notes": []})
+    write(run.environment_file, {"base_model": {"name": "tiny", "dtype": "float32", "fingerprint": fingerprint}})
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lose_a_row, "rows that were scored"),
+        (expect_another_answer, "rows that were scored"),
+        (lambda run: record(run, digest="2"), "file of 'train' in data.json"),
+        (lambda run: record(run, fingerprint="2"), "fingerprint of the base model"),
+    ],
+)
+def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, change, what):
+    copy = damaged(folder, tmp_path)
+
+    def gain():
+        results = Results(copy)
+        cell = next(c for c in results.cells if c.label == "mrpc-lora-again-r3")
+        return results.difference(cell, results.settings[0])
+
+    record(Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42"))
+    assert gain() is not None  # the others say nothing of their data and models
+    change(Run(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46"))
+    with pytest.raises(UserError, match=rf"-seed4\d' and .*-again-.*-seed46' differ in the {what}, so they cannot"):
+        gain()
 
 
 def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
@@ -213,6 +267,17 @@ def test_ranks_are_swept_with_the_papers_figures(study_file, adapters, tmp_path)
     assert any(axes.get_title().startswith("paper:") for axes in picture.figure.axes)
 
 
+def test_terms_are_swept_by_methods_as_they_come(study_file, adapters, tmp_path):  # noqa: F811
+    """Not by one with options, seeds or a label of its own, which would take the place of another of its name."""
+    methods = "{name: lora, label: lora-again, bias: lora_only},{name: lora, label: lora-more, seeds: [1,2,3]}"
+    study = load_study(str(study_file), [f"grid.method=[pera-published,lora,{methods}]"])
+    results = Results(made_up(tmp_path / "terms", study, adapters))
+    (picture,) = items(results.folder, "sweeps", "picture")
+    lora = [results.mean(cell).mean for cell in results.cells if cell.method.label == "lora"]
+    assert picture.table.head == ["method", "all (PERA)", "none (LoRA)"]
+    assert picture.table.rows[0][2] == f"{100 * np.mean(lora):.1f}"
+
+
 def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folder, tmp_path):
     copy = StudyFolder(shutil.copytree(folder.path, tmp_path / "copy", symlinks=True))
     for adapter in copy.runs.glob("*/adapter"):
@@ -225,12 +290,41 @@ def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folde
     assert not items(copy, "terms", "picture")
 
 
+def test_effects_over_the_seeds_say_where_seeds_differ(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    effect = Run(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43").effect_file
+    write(effect, {**json.loads(effect.read_text()), "tokens": 390, "at_rank_r": None})
+    (table,) = items(copy, "terms", "table")
+    assert [row[table.head.index("cut to rank r")] for row in table.rows] == [ABSENT, "+0.04"]
+    assert [row[-1] for row in table.rows] == ["390 to 400", "400"]
+
+
 def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tmp_path):  # noqa: F811
     folder = made_up(tmp_path / "begun", load_study(str(study_file)), adapters, stop=4)
     assert items(folder, "scores", "table") == []
     assert items(folder, "summary", "text") == ["No method can be compared with lora yet; seeds are lacking."]
     assert any("14 known runs are to do" in text for text in items(folder, "gaps", "text"))
     write_study_report(folder, tmp_path / "report.html")
+
+
+def test_two_pairs_of_seeds_have_neither_interval_nor_p(study_file, adapters, tmp_path):  # noqa: F811
+    overrides = ["grid.method=[lora,pera-rms-0.3]", "report.seeds=[42,43]"]
+    folder = made_up(tmp_path / "two", load_study(str(study_file), overrides), adapters)
+    by_task, _ = items(folder, "differences", "table")
+    (picture,) = items(folder, "summary", "picture")
+    assert {cell for row in by_task.rows for cell in (*row[3:5], *row[7:9])} == {ABSENT}
+    assert [*picture.table.rows[0][2:4], picture.table.rows[0][6]] == [ABSENT] * 3
+
+
+def test_the_protocol_names_all_seeds_and_versions(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    machine = {"processor": "x", "threads": 1, "accelerator": "cpu"}
+    for seed, torch in ((42, "2.0"), (43, "2.1")):
+        run = Run(copy.runs / f"sst2-lora-r3-report-lr0.002-seed{seed}")
+        write(run.environment_file, {**machine, "versions": {"python": "3.11", "torch": torch, "gguf": None}})
+    method, machines = items(copy, "protocol", "text")
+    assert "with each seed of report (42, 43, 44; lora-again: 45, 46, 47) and" in method
+    assert machines == "Machine: x, 1 threads, cpu. Versions: python 3.11, torch 2.0 and 2.1."
 
 
 def test_a_folder_without_runs_is_refused(study_file, tmp_path):

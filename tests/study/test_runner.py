@@ -10,13 +10,16 @@ import signal
 import time
 
 import pytest
+from peft import DeloraConfig, get_peft_model
 from safetensors.torch import load_file
 
+import tiny
 from pera.errors import UserError
 from pera.report.study import study_sections
+from pera.runs import Run
 from pera.study import load_study
 from pera.study.results import Results
-from pera.study.runner import Expectation, Outcome, StudyFolder, all_trials, best_rate, run_study, work
+from pera.study.runner import Expectation, Outcome, StudyFolder, _parameters, all_trials, best_rate, run_study, work
 
 LORA, PERA = "family_relationships-lora-r2", "family_relationships-pera-rms-0.3-r2"
 
@@ -78,6 +81,12 @@ def test_the_parameters_of_a_run_are_those_of_its_adapter(finished):
     layers = sum(key.endswith("pera_h") for key in tensors)
     assert outcomes[PERA]["parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert outcomes[PERA]["parameters"] - outcomes[LORA]["parameters"] == 3 * layers > 0
+
+
+def test_the_parameters_of_delora_leave_out_the_norms_that_it_saves(tmp_path):
+    model, run = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=["q_proj"])), Run(tmp_path)
+    model.save_pretrained(str(run.adapter))
+    assert _parameters(run) == model.num_parameters(only_trainable=True)
 
 
 def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
@@ -214,6 +223,16 @@ def test_nor_where_its_runs_would_come_in_later(finished, study_file, tmp_path):
     grid = ["choose.learning_rate=[2.5e-4,5e-4]", "choose.extend=1", "training.batch_size=2"]
     with pytest.raises(UserError, match=r"training\.batch_size differs from the one that .* was made with"):
         run_study(study_of(study_file, *grid), StudyFolder(tmp_path / "copy"))
+
+
+def test_a_rate_of_many_digits_is_gone_on_with(study_file, tmp_path):
+    rates = [10**-2.5, 0.01]
+    study, folder = study_of(study_file, f"choose.learning_rate={rates}", "grid.method=[lora]"), StudyFolder(tmp_path)
+    folder.prepare(study)
+    for trial in all_trials(study, {}):
+        Run.create(trial.recipe(), folder.run(trial).path)
+    folder.prepare(study)
+    assert {path.name for path in folder.runs.iterdir()} == {f"{LORA}-choose-lr{rate}-seed1" for rate in rates}
 
 
 def test_data_that_cannot_be_had_are_said_before_all_runs_fail(pera, refused, glue_recipe, tmp_path):

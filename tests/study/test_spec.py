@@ -6,7 +6,7 @@ from pera.errors import UserError
 from pera.polynomial import expanded_rank
 from pera.recipe import shipped_files
 from pera.study import load_study
-from pera.study.runner import all_trials
+from pera.study.runner import StudyFolder, all_trials
 from pera.study.spec import Trial
 
 
@@ -45,6 +45,12 @@ def test_names_hold_what_a_run_is_and_stay_when_the_grid_grows(study_file):
     grown = load_study(str(study_file), ["grid.method=[dora,lora,pera-rms-0.3]", "grid.r=[2,4]"])
     assert "family_relationships-lora-r2-choose-lr0.001-seed1" in names
     assert names < {trial.name for trial in all_trials(grown, {})}
+
+
+def test_shares_that_are_almost_alike_have_names_of_their_own(study_file):
+    study = load_study(str(study_file), ["grid.train_share=[0.5,0.12345678,0.12345679]", "grid.method=[lora]"])
+    shares = [cell.label.rpartition("-")[2] for cell in study.cells()]
+    assert shares == ["share0.5", "share0.12345678", "share0.12345679"]
 
 
 def test_a_method_without_a_rank_stands_once_for_all_ranks(study_file):
@@ -93,6 +99,7 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("grid.method=[{name: lora, label: a/b}]", "label='a/b' names folders"),
         ("grid.method=[{name: lora, ranks: 3}]", "method.ranks is not an option of lora"),
         ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2, as in report"),
+        ("grid.method=[{name: lora, r: 4}]", "grid.method lora.r is the study's own to set: ranks stand in grid.r"),
         ("against=dora", "against='dora' is no method of the grid"),
         ("report.seeds=[1,1]", "seeds=[1, 1] should differ"),
         ("report.seeds=[-1]", "report.seeds.0=-1: input should be greater than or equal to 0"),
@@ -112,6 +119,30 @@ def test_a_mistake_is_named_with_what_would_be_right(override, sentence, study_f
     with pytest.raises(UserError) as caught:
         load_study(str(study_file), [override])
     assert sentence in str(caught.value)
+
+
+def test_targets_of_a_methods_own_are_refused_only_where_there_are_placements(study_file):
+    method = "grid.method=[{name: lora, target_modules: [q_proj]}]"
+    study = load_study(str(study_file), [method])
+    assert Trial(study, study.cells()[0], "report", 1e-3, 1).recipe().method["target_modules"] == ["q_proj"]
+    with pytest.raises(UserError, match=r"lora\.target_modules: placements stand in grid\.placement"):
+        load_study(str(study_file), [method, "grid.placement={V: [v_proj]}"])
+
+
+def test_two_combinations_of_one_name_are_refused(study_file):
+    tasks = "grid.task=[family_relationships,{name: leg_counting, label: family_relationships-pera}]"
+    methods = "grid.method=[pera-rms,{name: lora, label: rms}]"
+    with pytest.raises(UserError, match="have one name, 'family_relationships-pera-rms-r2'; give one another label"):
+        load_study(str(study_file), [tasks, methods])
+
+
+def test_a_base_that_is_a_file_is_found_from_every_working_folder(study_file, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(recipe_file.parent)
+    folder = StudyFolder(tmp_path / "study")
+    folder.prepare(load_study(str(study_file), [f"base={recipe_file.name}"]))
+    monkeypatch.chdir(tmp_path)
+    assert folder.study.base == str(recipe_file)
+    assert load_study("glue-screen").base == "glue-minilm"
 
 
 def test_an_unknown_study_is_refused():

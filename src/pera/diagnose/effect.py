@@ -151,6 +151,7 @@ def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iter
 @contextmanager
 def _with_factors(factors: dict[PeraLayer, Factors], adapter_name: str) -> Iterator[None]:
     """Within the block, these are the factors of the adapter in these layers."""
+    outer = {layer: vars(layer).get("factors") for layer in factors}  # of a block around this one
     for layer, values in factors.items():
         vars(layer)["factors"] = lambda name, own=layer.factors, values=values: (
             values if name == adapter_name else own(name)
@@ -158,8 +159,11 @@ def _with_factors(factors: dict[PeraLayer, Factors], adapter_name: str) -> Itera
     try:
         yield
     finally:
-        for layer in factors:
-            del vars(layer)["factors"]
+        for layer, before in outer.items():
+            if before is None:
+                del vars(layer)["factors"]
+            else:
+                vars(layer)["factors"] = before
 
 
 @torch.no_grad()

@@ -12,16 +12,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pera.convert.verify import Agreement
 from pera.diagnose import Effects, LayerDiagnosis, diagnose_adapter
 from pera.errors import UserError
 from pera.evaluation import Prediction, Score
 from pera.files import read_json
-from pera.runs import Run
+from pera.runs import Run, trained_sizes
 from pera.tuner import PeraConfig
 
 T = TypeVar("T")
@@ -207,10 +206,9 @@ class Contents:
 
     @cached_property
     def parameters(self) -> int | None:
-        """Number of values in the adapter's weights file, from its header."""
+        """Number of trained values in the adapter's weights file, those of a head included."""
         try:
-            with safe_open(self.run.adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as f:
-                return sum(int(math.prod(f.get_slice(key).get_shape())) for key in f.keys())  # noqa: SIM118
+            return sum(trained_sizes(self.run.adapter).values())
         except (SafetensorError, OSError):
             return None
 

@@ -167,7 +167,7 @@ def _costs(contents: Contents) -> Table:
             ["examples left out as too long", words.count(cost.left_out)],
         ]
     if contents.parameters is not None:
-        rows.append(["parameters in the adapter", words.count(contents.parameters)])
+        rows.append(["trained parameters", words.count(contents.parameters)])
     for which, name in {"base": "base model", "adapter": "adapter"}.items():
         if score := contents.score(which):
             rows.append([f"scoring the {name}", f"{words.duration(score.seconds)} for {score.n} problems"])
@@ -186,11 +186,12 @@ def _comparison(sections: list[dict[str, Any]]) -> dict[str, Any]:
     settings = [words.flat(c.recipe.model_dump(mode="json", exclude={"name"})) for c in contents]
     keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
     facts = [_facts(c) for c in contents]
+    scored = ("task", "evaluation.scorer", "training.held_out")
     return {
         "table": Table(["", *names], [[fact, *(f[fact] for f in facts)] for fact in facts[0]]),
         "losses": plots.losses(trained) if trained else None,
         "settings": Table(["key", *names], [[key, *(s.get(key, words.ABSENT) for s in settings)] for key in keys]),
-        "unlike": [key for key in keys if key.startswith(("task", "evaluation.scorer")) and key != "task.train_size"],
+        "unlike": [key for key in keys if key.startswith(scored) and key != "task.train_size"],
     }
 
 
@@ -204,7 +205,8 @@ def _facts(contents: Contents) -> dict[str, str]:
     return {
         "folder": contents.name,
         "method": str(contents.recipe.method["name"]),
-        "accuracy": words.percent(score.value if score else None),
+        "metric": known.metric if (known := score or base) else words.ABSENT,
+        "score": words.percent(score.value if score else None),
         "95 % interval": f"{words.percent(score.low)} to {words.percent(score.high)}" if score else words.ABSENT,
         "base model": words.percent(base.value if base else None),
         "last loss": words.number(None if isinstance(metrics, Missing) else metrics.last_loss),

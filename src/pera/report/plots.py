@@ -77,7 +77,7 @@ def training_figure(metrics: Metrics, title: str = "") -> Figure:
         figure, (loss, rate) = new_figure(3.2, rows=2, sharex=True, height_ratios=[3, 1])
         draw_line(loss, metrics.steps, metrics.series("loss"), 0)
         draw_line(rate, metrics.steps, metrics.series("learning_rate"), 0, mark=False)
-        loss.set(ylabel="loss per answer token", title=visible(title))
+        loss.set(ylabel="loss per label", title=visible(title))
         rate.set(xlabel="step", ylabel="learning rate")
         set_scale(loss, metrics.series("loss"))
     return figure
@@ -89,7 +89,7 @@ def losses(runs: Mapping[str, Metrics]) -> Picture:
         figure, axes = new_figure(3)
         for i, (name, metrics) in enumerate(runs.items()):
             draw_line(axes, metrics.steps, metrics.series("loss"), i, name)
-        axes.set(xlabel="step", ylabel="loss per answer token")
+        axes.set(xlabel="step", ylabel="loss per label")
         set_scale(axes, [x for metrics in runs.values() for x in metrics.series("loss")])
         legend(figure)
     found = {name: dict(zip(m.steps, m.series("loss"), strict=True)) for name, m in runs.items()}
@@ -231,7 +231,7 @@ def effect(effects: Effects) -> Picture:
     whole = effects.without.get("high_order", math.nan)
     share = f" ({percent(whole / effects.loss)} of it)" if effects.loss and math.isfinite(whole / effects.loss) else ""
     finding = (
-        f"Over {effects.tokens:,} tokens the loss is {number(effects.loss)}. Without the high-order terms it changes "
+        f"Over {effects.tokens:,} labels the loss is {number(effects.loss)}. Without the high-order terms it changes "
         f"by {signed(whole)}{share}."
     )
     rows = [

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median_high
 from typing import Any
@@ -18,7 +19,7 @@ from pera.report.contents import Contents, Metrics, placed
 from pera.report.drawing import Table
 from pera.report.page import jinja
 from pera.report.pictures import save_figure
-from pera.report.words import ABSENT, count, duration, number, percent, points, signed, size
+from pera.report.words import ABSENT, chance, count, duration, number, percent, points, signed, size
 from pera.study.results import Results, Setting
 from pera.study.runner import StudyFolder
 from pera.study.spec import Cell
@@ -161,8 +162,8 @@ def _scores(results: Results) -> list[Item]:
             if not any(mean.n or results.diverged(cells[task]) for task, mean in means.items()):
                 continue
             size_ = next((results.costs(c)[0] for c in cells.values() if means[c.task.label].n), None)
-            whole = all(task in means and means[task].n for task in tasks)
-            average = percent(fmean(means[task].mean for task in tasks)) if whole else ABSENT
+            over_tasks = _over_tasks(results, list(cells.values()))
+            average = ABSENT if math.isnan(over_tasks) else percent(over_tasks)
             cells_ = [_mean(means[t], results.diverged(cells[t])) if t in means else ABSENT for t in tasks]
             rows.append([method.label, count(size_), *cells_, average])
         marked = frozenset(range(len(rows), len(rows) + len(published)))
@@ -182,8 +183,9 @@ def _scores(results: Results) -> list[Item]:
     said = ", ".join(f"{task} {metric}" for task, metric in metrics.items())
     note = (
         f"Mean over the seeds ± standard deviation, and n, the number of seeds. Metrics: {said}. The mean over the "
-        "tasks stands only where every task was scored, and of the paper's rows it is over the same tasks. Parameters "
-        "are those of the adapter; the head, equal for all, is left out."
+        "tasks stands only where every task was scored and no run diverged, and of the paper's rows it is over the "
+        "same tasks. Parameters are those of the adapter, without the head, which is equal for all; of full "
+        "fine-tuning they are all, the head's too."
     )
     return [*items, Item("note", note)] if metrics else []
 
@@ -196,9 +198,7 @@ def _differences(results: Results) -> list[Item]:
         rows = []
         for cell, d in found.items():
             gain = [points(d.mean), points(d.low), points(d.high), str(d.seeds), count(d.examples)]
-            rows.append(
-                [cell.method.label, cell.task.label, *gain, number(d.p, 2), number(p[cell], 2), d.verdict(p[cell])]
-            )
+            rows.append([cell.method.label, cell.task.label, *gain, chance(d.p), chance(p[cell]), d.verdict(p[cell])])
         if not rows:
             continue
         head = ["method", "task", "gain", "from", "to", "n seeds", "n examples", "p", "adjusted p", "verdict"]
@@ -206,11 +206,12 @@ def _differences(results: Results) -> list[Item]:
         items.append(Item("table", Table(head, rows), "Differences by task"))
         discordant = []
         for cell in found:
-            for i, (gained, lost, by_example) in enumerate(results.by_example(cell, setting), 1):
-                discordant.append([cell.method.label, cell.task.label, str(i), str(gained), str(lost),
+            for (seed, other), (gained, lost, by_example) in results.by_example(cell, setting).items():
+                seeds = str(seed) if seed == other else f"{seed} against {other}"
+                discordant.append([cell.method.label, cell.task.label, seeds, str(gained), str(lost),
                                    count(found[cell].examples), number(by_example, 2)])  # fmt: skip
         if discordant:
-            head = ["method", "task", "pair", "only it right", "only the other right", "of n examples", "McNemar p"]
+            head = ["method", "task", "seeds", "only it right", "only the other right", "of n examples", "McNemar p"]
             items.append(Item("heading", "Example by example, for each pair of runs"))
             items.append(Item("table", Table(head, discordant), "McNemar's test for each pair of runs"))
     note = (
@@ -259,8 +260,8 @@ def _costs(results: Results) -> list[Item]:
             n = sum(results.mean(cell).n for cell in cells)
             rows.append([f"{method.label}, {_setting(setting)}", count(costs[0][0]), duration(sum(seconds)),
                          size(max(memory, default=None)), str(len(cells)), str(n)])  # fmt: skip
-            if len(cells) == len(results.study.grid.task):
-                gain = fmean(results.mean(cell).mean for cell in cells)
+            if len(cells) == len(results.study.grid.task) and all(map(results.complete, cells)):
+                gain = _over_tasks(results, cells)
                 by_parameters[method.label] = (float(costs[0][0] or math.nan), gain)
                 by_time[method.label] = (sum(seconds) if len(seconds) == len(cells) else math.nan, gain)
         for costs_, axis in ((by_parameters, "trainable parameters"), (by_time, "seconds of training, all tasks")):
@@ -268,13 +269,14 @@ def _costs(results: Results) -> list[Item]:
                 items.append(Item("picture", study_plots.front(costs_, axis, _setting(setting))))
     if not rows:
         return []
-    head = ["method", "parameters", "training, one seed, all tasks", "peak memory of the process", "tasks", "n runs"]
+    head = ["method", "parameters", "training, one seed, tasks summed", "peak memory of the process", "tasks", "n runs"]
     published = paper.tables()["table5_cost_llama2_7b_r4"]
     theirs = [[name, f"{row['train_gb']} GB", f"{row['train_hours']} h", f"{row['inference_gb']} GB",
                f"{row['inference_minutes']} min"] for name, row in published.items()]  # fmt: skip
     note = (
-        "Median over the seeds. A worker makes many runs in one process, so its peak memory is that of the largest so "
-        "far. Time depends on what else the machine did; compare it only in a study that ran alone."
+        "Times are medians over the seeds, memory is the largest. A worker makes many runs in one process, so its peak "
+        "memory is that of the largest so far. Time depends on what else the machine did; compare it only in a study "
+        "that ran alone. In the pictures are the methods of which every run was scored, on all tasks."
     )
     return [
         Item("table", Table(head, rows), "Costs"),
@@ -314,11 +316,12 @@ def _terms(results: Results) -> list[Item]:
         squares, crosses = (fmean(e["without"][part] for e in effects) for part in ("square", "cross"))
         low, high = min(changes), max(changes)
         cut = [e["at_rank_r"] for e in effects if e.get("at_rank_r") is not None]
+        labels = sorted({e["tokens"] for e in effects})
         ratio = number(median_high(d.high_order_ratio for d in layers.values()), 3) if layers else ABSENT
         rows.append([cell.label, number(fmean(e["loss"] for e in effects)), signed(fmean(changes)),
                      f"{signed(low)} to {signed(high)}", signed(squares), signed(crosses),
-                     signed(fmean(cut)) if cut else ABSENT, ratio, str(len(changes)),
-                     count(effects[0]["tokens"])])  # fmt: skip
+                     signed(fmean(cut)) if len(cut) == len(effects) else ABSENT, ratio, str(len(changes)),
+                     " to ".join(map(count, dict.fromkeys([labels[0], labels[-1]])))])  # fmt: skip
     if not rows:
         return []
     head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses", "cut to rank r",
@@ -390,7 +393,7 @@ def _sweeps(results: Results) -> list[Item]:
     found = {
         kinds[m.name]: _over_tasks(results, [c for c in results.cells if c.method == m])
         for m in grid.method
-        if m.name in kinds
+        if m.name in kinds and m.label == m.name and not (m.more or m.seeds)
     }
     found = {name: value for name, value in found.items() if math.isfinite(value)}
     if len(found) > 1:
@@ -416,14 +419,16 @@ def _protocol(results: Results) -> list[Item]:
     files = [results.folder.runs / name / "environment.json" for name in results.outcomes]
     environments = [read_json(file) for file in files if file.is_file()]
     machines = sorted({f"{e['processor']}, {e['threads']} threads, {e['accelerator']}" for e in environments})
-    versions = environments[-1]["versions"] if environments else {}
+    versions = [e["versions"] for e in environments]
+    packages = {p: sorted({v[p] for v in versions if v.get(p)}) for p in dict.fromkeys(chain.from_iterable(versions))}
+    own = "".join(f"; {m.label}: {', '.join(map(str, m.seeds))}" for m in study.grid.method if m.seeds)
     text = (
         "Every method of a comparison has the same recipe but for the method: data and their order by seed, loss, "
         f"steps, evaluator. The learning rate of each was chosen by the loss on {study.choose.rows} training rows that "
         f"were held out (seeds {', '.join(map(str, study.choose.seeds))}); it was then trained on all training rows "
-        f"with seeds {', '.join(map(str, study.report.seeds))} and scored on the test rows."
+        f"with each seed of report ({', '.join(map(str, study.report.seeds))}{own}) and scored on the test rows."
     )
-    said = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    said = ", ".join(f"{package} {' and '.join(found)}" for package, found in packages.items() if found)
     return [
         Item("text", text),
         Item("text", f"Machine: {'; '.join(machines)}. Versions: {said}."),
@@ -432,6 +437,9 @@ def _protocol(results: Results) -> list[Item]:
 
 
 def _over_tasks(results: Results, cells: list[Cell]) -> float:
+    """Mean score of cells; NaN unless each was scored, and where a run diverged: it would be that of lucky seeds."""
+    if any(map(results.diverged, cells)):
+        return math.nan
     means = [results.mean(cell).mean for cell in cells if results.mean(cell).n]
     return fmean(means) if means and len(means) == len(cells) else math.nan
 

@@ -21,7 +21,7 @@ from pera.report.drawing import (
     style,
     tick,
 )
-from pera.report.words import ABSENT, number, points, signed
+from pera.report.words import ABSENT, chance, number, points, signed
 from pera.study.statistics import Difference, pareto
 
 PAPER = COLORS[3]
@@ -58,7 +58,7 @@ def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: s
         f"Largest{over}: {best[0]} with {points(best[1].mean)} points."
     )
     rows = [
-        [label, points(g.mean), points(g.low), points(g.high), str(g.seeds), str(g.tasks), number(p[label], 2)]
+        [label, points(g.mean), points(g.low), points(g.high), str(g.seeds), str(g.tasks), chance(p[label])]
         for label, g in ordered
     ]
     head = ["method", "gain", "from", "to", "pairs of seeds", "tasks", "adjusted p"]

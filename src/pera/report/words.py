@@ -23,6 +23,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return _minus(value) + (f"{size:,.0f}" if size >= 10000 else f"{size:.{digits}g}")
 
 
+def chance(p: float) -> str:
+    """A p with two digits: 0.031; a dash where there is none."""
+    return ABSENT if math.isnan(p) else number(p, 2)
+
+
 def signed(value: float) -> str:
     """A change: +0.012 or −0.003."""
     return number(value, 3) if value <= 0 or math.isnan(value) else f"+{number(value, 3)}"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, combinations
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,8 @@ class Scored:
     """For a metric that is a mean, 1 where the answer is right and ``expected`` is 1 throughout."""
     weights: Array
     """Of the examples, 1 on average: equal, but for a mix, of which each member weighs the same."""
+    basis: dict[str, Any]
+    """What must be equal in runs that are compared, as far as recorded: rows, files of data, base model."""
 
 
 class Results:
@@ -126,12 +129,16 @@ class Results:
         trials = report_trials(self.study, cell, self.outcomes)
         return sum(t.name in self.outcomes and self.outcomes[t.name].status == "diverged" for t in trials)
 
+    def complete(self, cell: Cell) -> bool:
+        """Whether all its reported runs were scored."""
+        return self.mean(cell).n == len(self.study.report.seeds)
+
     def difference(self, cell: Cell, setting: Setting) -> Difference | None:
         """What a cell gains over the reference method in a setting, over the seeds that both have. None if there is
         nothing to compare, or a run of either diverged: what is left would be the lucky seeds.
 
         Raises:
-            UserError: two runs were scored on different rows.
+            UserError: two runs were scored on different rows, or differ in their data or base models.
         """
         pairs = self._pairs(cell, setting)
         if not pairs:
@@ -140,10 +147,11 @@ class Results:
         a, b = (np.stack([pair[i].weights * pair[i].predicted for pair in pairs]) for i in (0, 1))
         return compare(a, b, pairs[0][0].expected if metric else None, metric)
 
-    def by_example(self, cell: Cell, setting: Setting) -> list[tuple[int, int, float]]:
-        """McNemar's test against the reference for each pair of runs, where answers are right or wrong."""
-        pairs = self._pairs(cell, setting)
-        return [mcnemar(a.predicted, b.predicted) for a, b in pairs if a.metric not in _METRICS]
+    def by_example(self, cell: Cell, setting: Setting) -> dict[tuple[int, int], tuple[int, int, float]]:
+        """McNemar's test against the reference for each pair of runs, by their seeds, where answers are right or
+        wrong."""
+        pairs = [(a, b) for a, b in self._pairs(cell, setting) if a.metric not in _METRICS]
+        return {(a.trial.seed, b.trial.seed): mcnemar(a.predicted, b.predicted) for a, b in pairs}
 
     def gains(self, method: str, setting: Setting) -> dict[str, Difference]:
         """The gain of a method over the reference by task: on the tasks where seeds suffice, else on all that both
@@ -157,7 +165,7 @@ class Results:
         return dict(zip(differences, adjusted([d.p for d in differences.values()]), strict=True))
 
     def costs(self, cell: Cell) -> tuple[int | None, float | None, int | None]:
-        """Parameters of the adapter, the head apart, median seconds of training, and peak memory in bytes."""
+        """Parameters as in :class:`Outcome`, median seconds of training, and peak memory in bytes."""
         runs = [scored.run for scored in self.scored(cell)]
         outcomes = [self.outcomes[scored.trial.name] for scored in self.scored(cell)]
         seconds = [outcome.seconds for outcome in outcomes if outcome.seconds is not None]
@@ -206,11 +214,11 @@ class Results:
 
         x, y = by_place(cell), by_place(reference)
         pairs = [(x[i], y[i]) for i in sorted(x.keys() & y.keys())]
-        for scored in (scored for pair in pairs for scored in pair):
-            if not np.array_equal(scored.expected, pairs[0][0].expected):
+        for a, b in combinations(chain.from_iterable(pairs), 2):
+            if unlike := [key for key in a.basis if key in b.basis and a.basis[key] != b.basis[key]]:
                 raise UserError(
-                    f"study: {str(scored.run.path)!r} and {str(pairs[0][0].run.path)!r} were scored on different rows; "
-                    "the data changed in between, so one of them has to be run again."
+                    f"study: {str(a.run.path)!r} and {str(b.run.path)!r} differ in the {unlike[0]}, so they cannot be "
+                    "compared; one of them has to be run again."
                 )
         return pairs
 
@@ -235,4 +243,10 @@ def _scored(trial: Trial, run: Run) -> Scored | None:
     expected, predicted = (np.array(column) for column in zip(*pairs, strict=True))
     members = Counter(row["group"] for row in rows if metric == "mean accuracy")
     weights = [len(rows) / (len(members) * members[row["group"]]) if members else 1.0 for row in rows]
-    return Scored(trial, run, score["value"], metric, expected, predicted, np.array(weights))
+    base = run.recorded_base()
+    basis = {
+        "rows that were scored": [row["expected"] for row in rows],
+        **{f"file of {split!r} in data.json": digest for split, digest in run.data_hashes().items()},
+        **{f"{key} of the base model": base[key] for key in ("dtype", "fingerprint") if key in base},
+    }
+    return Scored(trial, run, score["value"], metric, expected, predicted, np.array(weights), basis)

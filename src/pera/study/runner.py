@@ -17,10 +17,8 @@ from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import safe_open
 
 from pera.diagnose import run_effects, run_interaction
 from pera.diagnose.effect import run_loss
@@ -28,7 +26,7 @@ from pera.errors import PeraError, UserError
 from pera.evaluation import evaluate_run
 from pera.files import disk_errors, read_json, write_atomic, write_json
 from pera.recipe import difference
-from pera.runs import Run
+from pera.runs import Run, trained_sizes
 from pera.study.spec import Cell, Phase, Study, Trial, load_study
 from pera.training import LossNotFinite, train
 from pera.tuner import PeraConfig
@@ -53,7 +51,7 @@ class Outcome:
     seconds: float | None = None
     """Of training; if it was interrupted, of the part after that, scaled to the whole."""
     parameters: int | None = None
-    """Trained, without a classification head."""
+    """Trained, without a classification head; of full fine-tuning, all."""
     wall_seconds: float = 0.0
     """From the start of the run, or of its last continuation, to the end of its scoring."""
 
@@ -366,8 +364,7 @@ def _training_seconds(run: Run) -> float | None:
 
 def _parameters(run: Run) -> int:
     """Trained parameters without a classification head, which all methods share; for full fine-tuning, all."""
-    with safe_open(run.adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as f:
-        sizes = {key: math.prod(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118
+    sizes = trained_sizes(run.adapter)
     own = {key: n for key, n in sizes.items() if any(f".{kind}_" in key for kind in ("pera", "lora", "hira", "delora"))}
     return sum((own or sizes).values())
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -169,6 +171,10 @@ class Study(Section):
             if method.seeds and len(method.seeds) != seeds:
                 raise ValueError(f"grid.method {method.label}: seeds={method.seeds} should be {seeds}, as in report")
             _check_differ(f"grid.method {method.label}: seeds", method.seeds)
+            if "r" in method.more:
+                raise ValueError(f"grid.method {method.label}.r is the study's own to set: ranks stand in grid.r")
+            if self.grid.placement and "target_modules" in method.more:
+                raise ValueError(f"grid.method {method.label}.target_modules: placements stand in grid.placement")
         _check_differ("choose.seeds", self.choose.seeds)
         _check_settings("settings", self.settings)
         for task in self.grid.task:
@@ -184,7 +190,11 @@ class Study(Section):
 
     def cells(self) -> list[Cell]:
         """All combinations but for rate and seed, by setting; a method without a rank stands once for all ranks and
-        placements."""
+        placements.
+
+        Raises:
+            ValueError: two different ones have one name.
+        """
         cells = [
             Cell(task, method, r if method.has_rank else None, placement if method.has_rank else None, share)
             for task in self.grid.task
@@ -193,7 +203,12 @@ class Study(Section):
             for share in self.grid.train_share
             for method in self.grid.method
         ]
-        return list({cell.label: cell for cell in cells}.values())
+        named: dict[str, Cell] = {}
+        for cell in cells:
+            if (other := named.setdefault(cell.label, cell)) != cell:
+                a, b = (f"task {c.task.label!r} with method {c.method.label!r}" for c in (other, cell))
+                raise ValueError(f"grid: {a} and {b} have one name, {cell.label!r}; give one another label")
+        return list(named.values())
 
     def to_yaml(self) -> str:
         """The study with every default filled in."""
@@ -225,7 +240,7 @@ class Cell:
         """Task, method and setting, as in the names of runs."""
         parts = [self.task.label, self.method.label, *([f"r{self.r}"] if self.r else [])]
         parts += [self.placement] if self.placement else []
-        return "-".join([*parts, *([f"share{self.train_share:g}"] if self.train_share < 1 else [])])
+        return "-".join([*parts, *([f"share{_digits(self.train_share)}"] if self.train_share < 1 else [])])
 
 
 @dataclass(frozen=True)
@@ -241,7 +256,7 @@ class Trial:
     @property
     def name(self) -> str:
         """The name of the run's folder; the same whatever else the study holds."""
-        return f"{self.cell.label}-{self.phase}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.cell.label}-{self.phase}-lr{_digits(self.learning_rate)}-seed{self.seed}"
 
     def recipe(self) -> Recipe:
         """The recipe of the run.
@@ -289,7 +304,15 @@ def load_study(source: str, overrides: list[str] | None = None) -> Study:
     for override in overrides or []:
         own = override.partition("=")[0].partition(".")[0] in Study.model_fields
         apply_override(content, override if own else f"settings.{override}")
+    base = content.get("base")
+    if isinstance(base, str) and Path(base).is_file():  # holds from every working folder
+        content["base"] = os.path.abspath(base)
     return parse(Study, {"name": name, **content}, "study")
+
+
+def _digits(value: float) -> str:
+    """A number in a name: short where that reads back as the same number, else all its digits."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -38,14 +38,15 @@ class Mean:
 class Difference:
     """What a method gains over another on one task, or on several on average.
 
-    The interval is for other seeds and other examples of the same kind, at 95 %.
+    The interval is for other seeds and other examples of the same kind, at 95 %; its ends are NaN with fewer than three
+    pairs of seeds.
     """
 
     mean: float
     low: float
     high: float
     p: float
-    """That a difference as large comes from chance alone, two-sided; NaN with fewer than three pairs of seeds."""
+    """That a difference as large comes from chance alone, two-sided; NaN as the ends of the interval are."""
     seeds: int
     examples: int
     tasks: int = 1
@@ -179,12 +180,14 @@ def _difference(mean: float, parts: list[tuple[float, float]], seeds: int, examp
     if math.isnan(variance):
         return Difference(mean, math.nan, math.nan, math.nan, seeds, examples, tasks)
     if variance == 0:
-        p = math.nan if seeds < LEAST_SEEDS else float(mean == 0)
-        return Difference(mean, mean, mean, p, seeds, examples, tasks, 0.0, math.inf)
-    freedom = variance**2 / sum(part**2 / f for part, f in parts if part)
-    error = math.sqrt(variance)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, freedom)) if seeds >= LEAST_SEEDS else math.nan
+        freedom, error, half, p = math.inf, 0.0, 0.0, float(mean == 0)
+    else:
+        freedom = variance**2 / sum(part**2 / f for part, f in parts if part)
+        error = math.sqrt(variance)
+        half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+        p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
+    if seeds < LEAST_SEEDS:
+        half = p = math.nan
     return Difference(mean, mean - half, mean + half, p, seeds, examples, tasks, error, freedom)
 
 
