@@ -246,11 +246,17 @@ def test_weights_in_float8_are_read(run, change_weights):
     open_model(run.location)
 
 
-@pytest.mark.parametrize(("tokens", "sentence"), [([0], "the weights file lacks '.*tokens_delta'"), ("ab", "'<='")])
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        ([0], "does not fit its .*configuration: .*the weights file lacks '.*tokens_delta'"),
+        ("ab", "adapter_config.json: trainable_token_indices='ab' should be a list of token ids"),
+    ],
+)
 def test_tokens_that_were_not_trained_are_refused(tokens, sentence, run):
     file = run.adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": tokens}))
-    with pytest.raises(UserError, match=rf"does not fit its .*configuration: .*{sentence}"):
+    with pytest.raises(UserError, match=sentence):
         open_model(run.location)
 
 
