@@ -25,6 +25,7 @@ from pera import models
 from pera.errors import UserError
 from pera.files import disk_errors, read_json, read_lines, read_object, require_free, write_atomic, write_json
 from pera.recipe import Recipe, difference, load_recipe
+from pera.tuner import check_lists
 
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
@@ -400,12 +401,9 @@ def adapter_config(folder: Path) -> PeftConfig:
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(value := content.get(key), str | None):
             raise UserError(f"{str(folder)!r}: adapter_config.json: {key}={value!r} should be a string.")
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        value = content.get(key) or []
-        if not isinstance(value, str | list) or not all(isinstance(name, str) for name in value):
-            raise UserError(f"{str(folder)!r}: adapter_config.json: {key}={value!r} should be a list of names.")
     try:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+        check_lists(config)
     except KeyError as error:
         raise UserError(f"{str(folder)!r}: peft_type={content['peft_type']!r} is not a method of this PEFT.") from error
     except (ValueError, TypeError) as error:
@@ -456,7 +454,7 @@ def resized_to(base: PreTrainedModel, weights: dict[str, torch.Tensor], folder: 
         UserError: the weights lack the new rows of the embeddings or of the head.
     """
     embeddings, rows = _embeddings(base), _rows(base)
-    saved = {_base_name(key): len(weight) for key, weight in saved_embeddings(base, weights).items()}
+    saved = {base_name(key): len(weight) for key, weight in saved_embeddings(base, weights).items()}
     resized = max((found for found in saved.values() if found != rows), default=None)
     shared = len({id(weight) for weight in embeddings.values()}) == 1
     if resized and not shared and (missing := sorted(embeddings.keys() - saved.keys())):
@@ -470,7 +468,7 @@ def resized_to(base: PreTrainedModel, weights: dict[str, torch.Tensor], folder: 
 def saved_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of the token embeddings and of the head that PEFT saves whole with some adapters."""
     embeddings = _embeddings(base)
-    return {key: weight for key, weight in weights.items() if _base_name(key) in embeddings}
+    return {key: weight for key, weight in weights.items() if base_name(key) in embeddings}
 
 
 def _rows(base: Any) -> int:
@@ -483,8 +481,8 @@ def _embeddings(base: Any) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": module.weight for name, module in base.named_modules() if module in ends}
 
 
-def _base_name(key: str) -> str:
-    """The name in the base model of a weight that PEFT saved."""
+def base_name(key: str) -> str:
+    """The name in the base model of a weight of a model with an adapter, or of one that PEFT saved."""
     return _WRAPPERS.sub("", key.removeprefix("base_model.model."))
 
 
@@ -506,7 +504,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     config = adapter_config(folder)
     weights = adapter_weights(folder)
     saved = saved_embeddings(base, weights)
-    whole = tuple(f"base_model.model.{_base_name(key).removesuffix('weight')}" for key in saved)
+    whole = tuple(f"base_model.model.{base_name(key).removesuffix('weight')}" for key in saved)
     if rows := resized_to(base, weights, folder):
         base.resize_token_embeddings(rows, mean_resizing=False)
     try:

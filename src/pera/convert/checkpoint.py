@@ -3,7 +3,6 @@ rewritten."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,12 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pera.errors import UserError
 from pera.files import read_object, write_json
 from pera.models import reading
+from pera.runs import base_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)\b")
-"""What PEFT puts into the names of the modules of a base model."""
 
 
 class Checkpoint:
@@ -121,11 +118,6 @@ def fill_adapter(model: PeftModel, weights: dict[str, Tensor], dtype: torch.dtyp
         of_base = not factor and attribute == "weight" and ".modules_to_save." not in name
         filled = weight.to("meta", dtype) if of_base else weights[key].to(weight.dtype if factor else dtype)
         model.get_submodule(path)._parameters[attribute] = nn.Parameter(filled, requires_grad=False)
-
-
-def base_name(name: str) -> str:
-    """The name in the base model of a weight of a model with an adapter."""
-    return _WRAPPERS.sub("", name)
 
 
 @contextmanager

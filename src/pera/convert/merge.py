@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from pera.card import write_card
 from pera.convert.checkpoint import (
     Checkpoint,
-    base_name,
     empty_model,
     fill_adapter,
     sources,
@@ -36,6 +35,7 @@ from pera.runs import (
     adapter_config,
     adapter_labels,
     adapter_weights,
+    base_name,
     check_fingerprint,
     copy_tokenizer,
     load_adapter,

@@ -22,6 +22,12 @@ EXAMPLES = {"newly right": 3, "newly wrong": 3, "still wrong": 2}
 TRANSITIONS = ("newly right", "newly wrong", "still right", "still wrong")
 
 
+def require_html(file: Path) -> None:
+    """Raise UserError if ``file``, where a page is to be written, has another ending."""
+    if file.suffix not in (".html", ".htm"):
+        raise UserError(f"--output={str(file)!r} should end in .html.")
+
+
 def write_report(runs: list[Run], file: Path) -> None:
     """Write the page: how the runs were trained, what they score, what changed, what the adapters are, what they cost.
 
@@ -35,8 +41,7 @@ def write_report(runs: list[Run], file: Path) -> None:
         UserError: no run is given, a recipe cannot be read, an optional package is missing, or the file has another
             ending or cannot be written.
     """
-    if file.suffix not in (".html", ".htm"):
-        raise UserError(f"--output={str(file)!r} should end in .html.")
+    require_html(file)
     if not runs:
         raise UserError("report: give at least one run folder.")
     write_atomic(file, render(runs))

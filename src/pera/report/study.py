@@ -17,7 +17,7 @@ from pera.files import disk_errors, read_json, write_atomic
 from pera.report import paper, plots, study_plots
 from pera.report.contents import Contents, Metrics, placed
 from pera.report.drawing import Table
-from pera.report.page import jinja
+from pera.report.page import jinja, require_html
 from pera.report.pictures import save_figure
 from pera.report.words import ABSENT, chance, count, duration, number, percent, points, signed, size
 from pera.study.results import Results, Setting
@@ -58,8 +58,7 @@ def write_study_report(folder: StudyFolder, file: Path) -> list[Path]:
         UserError: the file is not to be an HTML file, there is no study, no run of it has ended, or an optional package
             is missing.
     """
-    if file.suffix not in (".html", ".htm"):
-        raise UserError(f"--output={str(file)!r} should end in .html; the Markdown goes beside it.")
+    require_html(file)
     results = Results(folder)
     if not results.outcomes:
         raise UserError(f"{str(folder.path)!r} has no run that has ended; go on with: pera study run {folder.path}")

@@ -1,6 +1,6 @@
 """The PEFT plug-in: configuration, layers and model, and their registration with PEFT."""
 
-from pera.tuner.config import PeraConfig, check_alpha, check_rank
+from pera.tuner.config import PeraConfig, check_alpha, check_lists, check_rank
 from pera.tuner.hotswap import hotswap_adapter
 from pera.tuner.layers import (
     ParamWrapper,
@@ -25,6 +25,7 @@ __all__ = [
     "PeraModel",
     "adapted_layers",
     "check_alpha",
+    "check_lists",
     "check_names",
     "check_rank",
     "hotswap_adapter",
