@@ -338,12 +338,18 @@ def test_a_report_is_html(refused, run, tmp_path):
 
 
 def test_what_scores_need_is_asked_for_first(refused, run, tiny_llama, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    words = ["'scipy'", "pip install 'pera[eval]'"]
-    refused("evaluate", "run", words=words)
-    refused("quickstart", f"model.name={tiny_llama}", *SMALL_QUICKSTART, "--output", "out", words=words)
+    quickstart = ["quickstart", f"model.name={tiny_llama}", *SMALL_QUICKSTART, "--output", "out"]
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "scipy", None)
+        words = ["'scipy'", "pip install 'pera[eval]'"]
+        refused("evaluate", "run", words=words)
+        refused(*quickstart, words=words)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(*quickstart, words=["'matplotlib'", "pip install 'pera[report]'"])
+    assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("where", ["training.get_peft_model", "models.AutoModelForCausalLM.from_pretrained"])
 @pytest.mark.parametrize(
     "error",
     [
@@ -351,11 +357,11 @@ def test_what_scores_need_is_asked_for_first(refused, run, tiny_llama, monkeypat
         RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
     ],
 )
-def test_too_little_memory_is_one_sentence(error, refused, recipe_file, monkeypatch):
+def test_too_little_memory_is_one_sentence(error, where, refused, recipe_file, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("pera.training.get_peft_model", fail)
+    monkeypatch.setattr(f"pera.{where}", fail)
     words = ["pera: out of memory; lower training.batch_size", "training.gradient_checkpointing=true"]
     refused("train", recipe_file, "--output", "run", words=words)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pera.errors import CheckFailed, PeraError, UserError
+from pera.errors import CheckFailed, PeraError, UserError, missing_extra
 
 if TYPE_CHECKING:
     from pera.convert.verify import Agreement
@@ -51,12 +51,15 @@ def main() -> None:
     except PeraError as error:
         _leave(error)
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        from pera.models import out_of_memory
+
+        if not out_of_memory(error):
             raise
         _leave(
             UserError(
                 "out of memory; lower training.batch_size, training.max_length or method.r, or set "
-                "training.gradient_checkpointing=true; for answers lower evaluation.batch_size in the recipe."
+                "training.gradient_checkpointing=true or model.dtype=bfloat16; for answers lower "
+                "evaluation.batch_size in the recipe."
             )
         )
 
@@ -64,12 +67,6 @@ def main() -> None:
 def _leave(error: PeraError) -> None:
     Console(stderr=True).print(f"[red]pera:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(error.exit_code)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @app.callback(invoke_without_command=True)
@@ -103,6 +100,8 @@ def quickstart(
             f"method.name={recipe.method['name']!r} is not for quickstart, which shows PERA; use: pera train"
         )
     require_packages(recipe)
+    if find_spec("matplotlib") is None:
+        raise missing_extra("matplotlib", "report")
     run = Run.create(recipe, output)
     steps = recipe.training.max_steps or f"{recipe.training.epochs:g} epochs of"
     progress.print(f"PERA on {recipe.model.name}, task {recipe.task.name}, {steps} steps")

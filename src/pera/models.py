@@ -154,10 +154,13 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn what the libraries raise on the files of a model that they cannot read into one :class:`UserError`."""
+    """Turn what the libraries raise on the files of a model that they cannot read into one :class:`UserError`; a lack
+    of memory is none of the files' faults, and passes."""
     try:
         yield
     except _UNREADABLE as error:
+        if out_of_memory(error):
+            raise
         raise _unreadable(name, error) from error
 
 
@@ -224,6 +227,11 @@ def device() -> torch.device:
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     return torch.device("cpu")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory of the accelerator, or of the machine, does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def fast_dtype() -> torch.dtype:
@@ -351,6 +359,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # a broken file makes the parser raise anything
+        if out_of_memory(error):
+            raise
         raise _unreadable(str(gguf), error) from error
     plain = _unquantised(model)
     plain.save_pretrained(folder)
