@@ -418,6 +418,16 @@ def test_combine_refuses_what_to_lora_refuses(make):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("again", [to_lora, lambda model: combine(model, {"default": 1})])
+def test_a_model_that_was_used_up_is_refused(again):
+    model = three_adapters()
+    lora = to_lora(model)
+    before = logits(lora)
+    with pytest.raises(UserError, match=r"adapter 'default' is in no layer of the model; use what .* returned\.$"):
+        again(model)
+    assert torch.equal(logits(lora), before)
+
+
 @pytest.mark.parametrize(("make", "targets"), [(llama, ["q_proj", "up_proj"]), (gpt2, CONV1D["target_modules"])])
 def test_peft_converts_linear_layers_to_the_same(make, targets):
     model = adapt(make(), target_modules=targets)

@@ -155,7 +155,12 @@ def _check(model: PeftModel, adapter_names: list[str] | None) -> None:
         if name not in model.peft_config:
             raise UserError(f"adapter {name!r} is not in the model; {nearest(name, model.peft_config)}")
     for name in model.peft_config:
-        if any(name in layer.merged_adapters for layer in adapted_layers(model, name).values()):
+        layers = adapted_layers(model, name).values()
+        if not layers:
+            raise UserError(
+                f"adapter {name!r} is in no layer of the model; use what unload, to_lora or combine returned."
+            )
+        if any(name in layer.merged_adapters for layer in layers):
             raise UserError(f"adapter {name!r} is merged; call unmerge_adapter first.")
 
 
