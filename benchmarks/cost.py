@@ -41,8 +41,3 @@ def forward_bytes(shapes: Iterable[Shape], tokens: int, size: int) -> int:
     """What a forward reads and writes at least, with ``size`` bytes a number: each operand once. With one token this
     decides, not the FLOPs: weights are read to be used once."""
     return sum(size * (s.m * s.n + s.K * (s.m + s.n) + tokens * (s.m + s.n + 2 * s.K)) for s in shapes)
-
-
-def kept_bytes(shapes: Iterable[Shape], tokens: int, size: int) -> int:
-    """What an adapter keeps for backward beside its parameters: its input and the thin product x Âᵀ."""
-    return sum(size * tokens * (s.n + s.K) for s in shapes if s.K)

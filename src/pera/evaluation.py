@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from pera.errors import UserError, missing_extra
 from pera.files import Journal, json_line, write_atomic, write_json
 from pera.models import longest_input
 from pera.recipe import EvaluationSection, Recipe
-from pera.runs import Run, open_model
+from pera.runs import Run, checked, open_model
 from pera.tasks import ClassificationTask, Example, GenerationTask, Labelled, Task
 from pera.tasks.prompts import Prompt, encode_answered, encode_prompt, encode_question, encode_texts
 
@@ -80,6 +82,19 @@ class Prediction:
     shortened: bool = False
     scores: dict[str, float] | None = None
     """Log-probability of each option, or the logit of each class."""
+
+
+def read_predictions(file: Path) -> list[Prediction]:
+    """The answers in a file that :func:`evaluate_run` left.
+
+    Raises:
+        UserError: it cannot be read, was cut off, or holds something else.
+    """
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}.") from error
+    return checked(lines, list[Prediction], repr(str(file)))
 
 
 def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, console: Console | None = None) -> Score:

@@ -482,7 +482,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         UserError: no such recipe, not YAML, an unknown key or task in ``by_task`` (the nearest known one is named), a
             value that does not fit.
     """
-    if (Path(source) / "recipe.yaml").is_file():
+    if os.path.isfile(Path(source) / "recipe.yaml"):
         raise UserError(
             f"recipe: {source!r} is a run; go on with --resume, or give {source}/recipe.yaml to start anew."
         )
@@ -524,7 +524,7 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
     """
     path = Path(source)
     known = shipped_files(shipped)
-    if path.is_file():
+    if os.path.isfile(path):
         text, name = _read(path, kind), path.stem
     elif source in known:
         text, name = (resources.files("pera") / shipped / f"{source}.yaml").read_text(encoding="utf-8"), source

@@ -13,11 +13,12 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +27,8 @@ from pera.errors import UserError
 from pera.files import disk_errors, read_json, read_lines, read_object, require_free, write_atomic, write_json
 from pera.recipe import Recipe, difference, load_recipe
 from pera.tuner import check_lists
+
+T = TypeVar("T")
 
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
@@ -36,6 +39,9 @@ PACKAGES = (
 
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save)\b")
 """What PEFT puts into the names of the modules of a base model."""
+
+HEAD = re.compile(r"\.(classifier|score)\.")
+"""What the names of the weights of a classification head hold; PEFT trains modules of these names with an adapter."""
 
 COMPLETE = "complete"
 """Empty file that marks a checkpoint whose saving has ended."""
@@ -205,6 +211,25 @@ class Run:
                 "base_model": base,
             },
         )
+
+
+def read_as(file: Path, kind: type[T]) -> T:
+    """The content of a JSON file of a run as what it was written from, such as a dataclass.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else.
+    """
+    return checked(read_json(file), kind, repr(str(file)))
+
+
+def checked(content: Any, kind: type[T], name: str) -> T:
+    """What was read from the file ``name`` as what it was written from; UserError if it holds something else."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "content"
+        raise UserError(f"{name} is not as pera writes it ({where}: {first['msg']}).") from error
 
 
 def _hashes(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

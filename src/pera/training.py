@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedTokenizerBase,
@@ -102,8 +102,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     checkpoint = run.last_checkpoint() if resume else None
     if checkpoint is not None:
         _check_whole(checkpoint)
-    order = _ByLength(encoded.rows, arguments, checkpoint) if spec.group_by_length else None
-    progress = _Progress(run, console, since=checkpoint, order=order)
+    order = _ByLength(encoded.rows, arguments) if spec.group_by_length else None
+    progress = _Progress(run, console, since=checkpoint)
     try:
         trainer = _Trainer(
             order,
@@ -278,30 +278,18 @@ def _checkpointing_option() -> str:
 
 
 class _ByLength(LengthGroupedSampler):
-    """Rows in batches of about one length, in an order drawn from PyTorch's generator as it stands.
+    """Rows in batches of about one length, in an order of the seed and the number of the epoch alone: the same for
+    every method, however often its dropout draws, and for a run that is resumed."""
 
-    A resumed run would draw another order, because the Trainer restores the generator after the draw only. So a
-    checkpoint within an epoch keeps the state from which the order of that epoch was drawn.
-    """
-
-    FILE = "order.safetensors"
-
-    def __init__(self, rows: list[dict[str, Any]], arguments: TrainingArguments, checkpoint: Path | None) -> None:
+    def __init__(self, rows: list[dict[str, Any]], arguments: TrainingArguments) -> None:
         size = arguments.train_batch_size * arguments.gradient_accumulation_steps
-        super().__init__(size, lengths=[len(row["input_ids"]) for row in rows])
-        file = checkpoint / self.FILE if checkpoint is not None else None
-        self._kept = load_file(file)["state"] if file is not None and file.is_file() else None
+        lengths = [len(row["input_ids"]) for row in rows]
+        super().__init__(size, lengths=lengths, generator=torch.Generator())
+        self._seed = arguments.data_seed
 
-    def __iter__(self) -> Iterator[int]:
-        if self._kept is not None:
-            torch.set_rng_state(self._kept)
-        self._state, self._kept = torch.get_rng_state(), None
-        order: Iterator[int] = super().__iter__()  # type: ignore[no-untyped-call]
-        return order
-
-    def save(self, checkpoint: Path) -> None:
-        """Keep what the order of the epoch was drawn from."""
-        save_file({"state": self._state}, checkpoint / self.FILE)
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.generator.manual_seed(random.Random(f"{self._seed}, {epoch}").getrandbits(32))
 
 
 class _Trainer(Trainer):
@@ -318,8 +306,8 @@ class _Trainer(Trainer):
 class _Progress(TrainerCallback):
     """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, stops when the loss is lost."""
 
-    def __init__(self, run: Run, console: Console | None, since: Path | None, order: _ByLength | None) -> None:
-        self._run, self._order = run, order
+    def __init__(self, run: Run, console: Console | None, since: Path | None) -> None:
+        self._run = run
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -389,7 +377,4 @@ class _Progress(TrainerCallback):
             f.write(json_line({"step": state.global_step, "epoch": state.epoch, **values}))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._order is not None and not float(state.epoch or 0).is_integer():
-            self._order.save(checkpoint)
-        (checkpoint / COMPLETE).touch()
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

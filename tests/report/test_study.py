@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
+from scipy.stats import false_discovery_control
 from test_page import adapters, check, write  # noqa: F401
 
 from pera.errors import UserError
+from pera.evaluation import Score
 from pera.report import paper
 from pera.report.study import study_sections, write_study_report
 from pera.report.words import ABSENT
@@ -15,6 +18,7 @@ from pera.runs import Run
 from pera.study import load_study
 from pera.study.results import Results
 from pera.study.runner import StudyFolder, all_trials
+from pera.training import TrainingSummary
 
 STUDY = """
 base: quickstart
@@ -26,6 +30,8 @@ grid:
 choose: {learning_rate: [1e-3, 2e-3, 4e-3], rows: 20}
 """
 GAIN = {"pera-rms-0.3": 0.12}
+COST = {"pera-rms-0.3": (125, 90.0)}
+"""Parameters and seconds; of the LoRAs 100 and 60."""
 
 
 def made_up(folder, study, adapters, stop=None):  # noqa: F811
@@ -38,7 +44,8 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
             method, task = trial.cell.method, trial.cell.task.label
             run = Run.create(trial.recipe(), folder / "runs" / trial.name)
             loss = 0.5 + abs(np.log(trial.learning_rate / 2e-3)) / 10
-            outcome = {"status": "finished", "loss": loss, "seconds": 60.0, "parameters": 5, "wall_seconds": 70.0}
+            parameters, seconds = COST.get(method.label, (100, 60.0))
+            outcome = {"status": "finished", "loss": loss, "seconds": seconds, "parameters": parameters}
             (run.path / "outcome.json").write_text(json.dumps(outcome))
             if trial.phase == "choose":
                 continue
@@ -48,11 +55,11 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
             right = rng.random(400) < chance
             rows = [{"prompt": str(i), "expected": "a", "output": "b", "correct": bool(x)} for i, x in enumerate(right)]
             write(run.predictions / "adapter.jsonl", rows)
-            write(run.scores_file, {"adapter": {"metric": "accuracy", "value": right.mean()}})
+            write_score(run, "accuracy", right.mean())
             write(
                 run.metrics_file, [{"step": s, "loss": 1 / s, "high_order_ratio": {"q_proj": 0.1 * s}} for s in (1, 2)]
             )
-            write(run.cost_file, {"seconds": 60.0, "tokens": 100, "peak_memory": 2**30, "steps": 2})
+            write(run.cost_file, TrainingSummary(seconds, 100, 2**30, 0.5, 0, steps=2)._asdict())
             write(run.interaction_file, {"examples": 8, "layer": 1, "strength": [[2.0, 0.5], [0.5, 0.0]]})
             if kind == "pera":
                 without = {"square": 0.01, "cross": 0.02, "high_order": 0.03}
@@ -62,6 +69,13 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
         if stop:
             break
     return study_folder
+
+
+def write_score(run, metric, value):
+    """Of 400 answers."""
+    write(
+        run.scores_file, {"adapter": asdict(Score(400, round(400 * value), metric, value, value, value, seconds=1.0))}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +101,8 @@ def test_the_planted_difference_is_found_and_lora_does_not_differ_from_itself(fo
     assert second.startswith("lora-again against lora:")
     assert "no difference shown" in second
     assert "n = 3 pairs of seeds, 800 examples of sst2, mrpc" in first
-    assert "times the parameters, 1 times the training time." in first
+    assert first.endswith("Cost: 1.25 times the parameters, 1.5 times the training time.")
+    assert second.endswith("Cost: 1 times the parameters, 1 times the training time.")
 
 
 def test_every_comparison_has_its_numbers(folder):
@@ -134,6 +149,31 @@ def test_nor_does_it_stand_in_a_sweep(study_file, adapters, tmp_path):  # noqa: 
     ]
 
 
+def test_a_sweep_holds_the_other_axes_fixed(study_file, adapters, tmp_path):  # noqa: F811
+    grid = ["grid.r=[2,3]", "grid.placement={Q: [q_proj], V: [v_proj]}", "grid.task=[family_relationships]"]
+    copy = made_up(tmp_path / "sweep", load_study(str(study_file), grid), adapters)
+    results, pictures = Results(copy), items(copy, "sweeps", "picture")
+    assert [p.finding.partition(": ")[0] for p in pictures] == [
+        "By rank r (2, 3), this study, Q",
+        "By rank r (2, 3), this study, V",
+        "By placement (Q, V), this study, r = 2",
+        "By placement (Q, V), this study, r = 3",
+    ]
+    lora = {cell.setting[1:3]: results.mean(cell).mean for cell in results.cells if cell.method.label == "lora"}
+    assert pictures[1].table.rows[0] == ["lora", *(f"{100 * lora[r, 'V']:.1f}" for r in (2, 3))]
+
+
+def test_p_is_adjusted_for_all_settings_together(study_file, adapters, tmp_path):  # noqa: F811
+    """One comparison in each of four settings: no table adjusts by itself."""
+    grid = ["grid.r=[2,3,4,5]", "grid.method=[lora,dora]", "grid.task=[family_relationships]"]
+    copy = made_up(tmp_path / "ranks", load_study(str(study_file), grid), adapters)
+    tables = [table for table in items(copy, "differences", "table") if "verdict" in table.head]
+    plain, adjusted = zip(*((float(row[7]), float(row[8])) for table in tables for row in table.rows), strict=True)
+    assert len(plain) == 4
+    assert adjusted == pytest.approx(false_discovery_control(plain), abs=0.02)
+    assert min(adjusted) > min(plain)
+
+
 def test_methods_of_which_runs_are_to_do_stand_in_no_picture_of_costs(folder, tmp_path):
     copy = damaged(folder, tmp_path)
     shutil.rmtree(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46")
@@ -153,11 +193,6 @@ def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):
     assert "Largest over 2 tasks: lora-again" in picture.finding
 
 
-def lose_a_row(run):
-    file = run.predictions / "adapter.jsonl"
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-
-
 def expect_another_answer(run):
     file = run.predictions / "adapter.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -172,7 +207,6 @@ def record(run, digest="1", fingerprint="1"):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lose_a_row, "rows that were scored"),
         (expect_another_answer, "rows that were scored"),
         (lambda run: record(run, digest="2"), "file of 'train' in data.json"),
         (lambda run: record(run, fingerprint="2"), "fingerprint of the base model"),
@@ -193,18 +227,55 @@ def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, ch
         gain()
 
 
+OTHER = r"is not as pera writes it \(.+\)\.$"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("outcome.json", "{}", OTHER),
+        ("outcome.json", "[]", OTHER),
+        ("scores.json", '{"adapter": {}}', OTHER),
+        ("predictions/adapter.jsonl", '{"prompt": "0"}\n', OTHER),
+        ("predictions/adapter.jsonl", '{"prompt"', r"cannot be read: .+\.$"),
+        ("predictions/adapter.jsonl", "", "has 0 answers, and scores.json counts 400; restore one of them"),
+        ("cost.json", "{}", OTHER),
+        ("cost.json", "[]", OTHER),
+        ("effect.json", "{}", OTHER),
+        ("interaction.json", "{}", OTHER),
+        ("environment.json", "[]", "should hold a JSON object"),
+    ],
+)
+def test_a_damaged_file_is_named(folder, tmp_path, file, content, sentence):
+    copy = damaged(folder, tmp_path)
+    (copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed42" / file).write_text(content)
+    with pytest.raises(UserError, match=sentence) as error:
+        study_sections(Results(copy))
+    assert file.rpartition("/")[2] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_run_is_left_alone(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    (copy.runs / "sst2-lora-r3-choose-lr0.001-old-seed1").mkdir()
+    (copy.runs / "sst2-lora-r3-report-lr0.002-seed42" / "environment.json").write_text("{}")
+    copy.prepare(copy.study)
+    assert study_sections(Results(copy))
+
+
 def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
     """LoRA has all of the 300 rows of one member right and none of the 100 of the other; PERA the other way round."""
     copy = damaged(folder, tmp_path)
     for trial in all_trials(copy.study, copy.outcomes(copy.study)):
         if trial.phase == "report" and trial.cell.task.label == "sst2":
             run, pera = copy.run(trial), trial.cell.method.name.startswith("pera")
+            groups = ["large"] * 300 + ["small"] * 100
             rows = [
-                {"expected": "a", "output": "", "group": "large" if i < 300 else "small", "correct": pera == (i >= 300)}
-                for i in range(400)
+                {"prompt": "", "expected": "a", "output": "", "group": g, "correct": pera == (g == "small")}
+                for g in groups
             ]
             write(run.predictions / "adapter.jsonl", rows)
-            write(run.scores_file, {"adapter": {"metric": "mean accuracy", "value": 0.5}})
+            write_score(run, "mean accuracy", 0.5)
     results = Results(copy)
     (setting,) = results.settings
     cell = next(c for c in results.cells if c.label == "sst2-pera-rms-0.3-r3")

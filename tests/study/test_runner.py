@@ -5,16 +5,20 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
-from peft import DeloraConfig, get_peft_model
+from peft import DeloraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 import tiny
 from pera.errors import UserError
+from pera.files import write_json
 from pera.report.study import study_sections
 from pera.runs import Run
 from pera.study import load_study
@@ -89,6 +93,16 @@ def test_the_parameters_of_delora_leave_out_the_norms_that_it_saves(tmp_path):
     assert _parameters(run) == model.num_parameters(only_trainable=True)
 
 
+def test_the_parameters_of_a_run_are_all_that_it_trained_but_a_head(tiny_bert, tmp_path):
+    options = {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "lora_only", "modules_to_save": ["dense"]}
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    model, run = get_peft_model(base, LoraConfig(r=2, **options)), Run(tmp_path)
+    model.save_pretrained(str(run.adapter))
+    head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" in name)
+    assert _parameters(run) == model.num_parameters(only_trainable=True) - head
+    assert head > 0
+
+
 def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
     """ΔW is zero at the start, so that the first loss is the base model's on the first batch."""
     small = ["training.max_steps=1", "training.logging_steps=1", "choose.learning_rate=[1e-3]"]
@@ -99,6 +113,23 @@ def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
         lora, pera = (first[f"{cell}-{phase}-lr0.001-seed{seed}"] for cell in (LORA, PERA))
         assert lora == pytest.approx(pera, abs=1e-5)
     assert first[f"{LORA}-report-lr0.001-seed42"] != first[f"{LORA}-report-lr0.001-seed43"]
+
+
+def test_the_order_is_the_same_in_later_epochs_however_often_dropout_draws(study_file, tmp_path):
+    """At a rate of next to nothing every loss is the base model's on its batch."""
+    small = ["training.max_steps=null", "training.epochs=2", "training.logging_steps=1", "choose.learning_rate=[1e-9]"]
+    methods = "grid.method=[{name: lora, dropout: 0},{name: lora, label: dropped, dropout: 0.5}]"
+    folder = StudyFolder(tmp_path / "epochs")
+    study = study_of(study_file, *small, methods, "training.group_by_length=true", "report.seeds=[42]")
+    work(study, folder, math.inf)
+    lora, dropped = (
+        [line["loss"] for line in folder.run(trial).metrics()]
+        for trial in all_trials(study, folder.outcomes(study))
+        if trial.phase == "report"
+    )
+    assert lora == pytest.approx(dropped, abs=1e-5)
+    half = len(lora) // 2
+    assert lora[:half] != pytest.approx(lora[half:], abs=1e-3)
 
 
 def test_a_finished_study_repeats_nothing(finished, study_file):
@@ -211,6 +242,19 @@ def test_a_rate_that_diverges_is_a_result(study_file, tmp_path):
     assert outcomes[f"{LORA}-report-lr0.01-seed42"].status == "finished"
 
 
+def test_a_training_whose_loss_rises_too_far_has_diverged(study_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("pera.study.runner.EXPLODED", 0.1)
+    overrides = [
+        "grid.method=[lora]",
+        "choose.learning_rate=[1e-3]",
+        "training.max_steps=2",
+        "training.logging_steps=1",
+    ]
+    (lost,) = run_study(study_of(study_file, *overrides), StudyFolder(tmp_path / "risen")).values()
+    assert lost.status == "diverged"
+    assert re.fullmatch(r"the training loss rose from \d[\d.]* to \d[\d.]*", lost.error)
+
+
 def test_a_folder_of_another_study_is_not_gone_on_with(finished, study_file, tmp_path):
     shutil.copytree(finished.path, tmp_path / "copy")
     with pytest.raises(UserError, match=r"training\.batch_size differs from the one that .* was made with"):
@@ -254,6 +298,15 @@ def test_no_budget_starts_no_run(study_file, tmp_path):
     assert run_study(study_of(study_file), StudyFolder(tmp_path / "none"), budget=0) == {}
 
 
+def test_what_is_not_expected_to_end_in_the_budget_is_not_started(study_file, tmp_path):
+    folder, study = StudyFolder(tmp_path / "dear"), study_of(study_file)
+    folder.prepare(study)
+    first = folder.run(all_trials(study, {})[0])
+    first.path.mkdir()
+    write_json(first.path / "outcome.json", asdict(Outcome("finished", loss=1.0, wall_seconds=3600.0)))
+    assert list(run_study(study, folder, budget=0.5)) == [first.path.name]
+
+
 def test_rates_come_before_seeds_the_middle_of_the_grid_first(study_file):
     study = study_of(study_file, "choose.learning_rate=[1e-3,1e-2,1e-1]", "grid.method=[lora,dora]")
     trials = all_trials(study, {})
@@ -285,6 +338,23 @@ def test_a_failed_or_diverged_rate_is_not_the_best(study_file):
         assert best_rate(study, cell, outcomes, [0.001, 0.03]) == 0.03
     outcomes[large.name] = Outcome("failed", "no luck")
     assert best_rate(study, cell, outcomes, [0.001, 0.03]) is None
+
+
+def test_an_edge_is_that_of_the_rates_that_did_not_fail(study_file, tmp_path):
+    study = study_of(study_file, "choose.learning_rate=[1e-3,2e-3,4e-3]", "grid.method=[lora]")
+    folder, (cell,) = StudyFolder(tmp_path / "edges"), study.cells()
+    folder.prepare(study)
+    trials = {trial.learning_rate: trial for trial in all_trials(study, {})}
+
+    def end(rate, **outcome):
+        folder.run(trials[rate]).path.mkdir(exist_ok=True)
+        write_json(folder.run(trials[rate]).path / "outcome.json", outcome)
+
+    for rate, loss in ((1e-3, 0.5), (2e-3, 0.4), (4e-3, 0.6)):
+        end(rate, status="finished", loss=loss)
+    assert not Results(folder).at_an_edge(cell)
+    end(4e-3, status="failed", error="out of memory")
+    assert Results(folder).at_an_edge(cell)
 
 
 def test_what_is_expected_is_what_the_likest_took(study_file):

@@ -112,6 +112,10 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("training.seed=1", "settings.training.seed is the study's own to set"),
         ("training.train_share=0.5", "shares of the data stand in grid.train_share"),
         ("grid.task=[{name: leg_counting, training: {held_out: 3}}]", "grid.task leg_counting.training.held_out is"),
+        ("report.seeds=[4294967296]", "report.seeds.0=4294967296: input should be less than 4294967296"),
+        ("choose={learning_rate: [1e-3], extend: 2}", "choose.extend=2 goes on in the ratio of two rates"),
+        ("grid.method=[{name: lora, alpha: 2024-01-01}]", "2024-01-01"),
+        (f"base={'x' * 300}", "is no file and no recipe of pera's"),
         ("training.batch_sise=3", "training.batch_sise is not a key of a recipe; did you mean 'batch_size'?"),
     ],
 )
@@ -143,6 +147,33 @@ def test_a_base_that_is_a_file_is_found_from_every_working_folder(study_file, re
     monkeypatch.chdir(tmp_path)
     assert folder.study.base == str(recipe_file)
     assert load_study("glue-screen").base == "glue-minilm"
+
+
+def test_what_the_base_recipe_says_of_a_task_reaches_the_methods():
+    """The paper's recipe has its dropout by task."""
+    study = {"base": "glue-roberta-base", "grid.method": "[lora,pera,hira]", "grid.task": "[mrpc,sst2]"}
+    found = load_study("glue-confirm", [f"{key}={value}" for key, value in study.items()])
+    dropouts = {
+        (cell.task.label, cell.method.label): Trial(found, cell, "report", 1e-3, 42).recipe().method["dropout"]
+        for cell in found.cells()
+    }
+    assert dropouts == {
+        (task, method): dropout
+        for task, dropout in (("mrpc", 0.25), ("sst2", 0.0))
+        for method in ("lora", "pera", "hira")
+    }
+
+
+def test_the_methods_take_dropout_also_under_the_base_methods_own_name(study_file, tmp_path):
+    (tmp_path / "own.yaml").write_text("model: x\nmethod: {name: lora, lora_dropout: 0.1, target_modules: [q_proj]}\n")
+    study = load_study(str(study_file), [f"base={tmp_path / 'own.yaml'}"])
+    recipes = [Trial(study, cell, "report", 1e-3, 1).recipe().method for cell in study.cells()]
+    assert [(method["dropout"], method["target_modules"]) for method in recipes] == [(0.1, ["q_proj"])] * 2
+
+
+def test_values_reach_the_recipes_as_they_are(study_file):
+    study = load_study(str(study_file), ["model=/models/d\N{GRINNING FACE}"])
+    assert Trial(study, study.cells()[0], "report", 1e-3, 1).recipe().model.name == "/models/d\N{GRINNING FACE}"
 
 
 def test_an_unknown_study_is_refused():

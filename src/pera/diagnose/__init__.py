@@ -1,13 +1,15 @@
 """What an adapter does: weight and effect of each kind of term, spectra, interaction strength."""
 
 from pera.diagnose.callback import RatioCallback, high_order_ratios
-from pera.diagnose.effect import Effects, effects, run_effects, zeroed
+from pera.diagnose.effect import Effects, Part, effects, run_effects, zeroed
 from pera.diagnose.factors import LayerDiagnosis, diagnose_adapter, diagnose_layer
-from pera.diagnose.interaction import interaction_strength, run_interaction
+from pera.diagnose.interaction import Interaction, interaction_strength, run_interaction
 
 __all__ = [
     "Effects",
+    "Interaction",
     "LayerDiagnosis",
+    "Part",
     "RatioCallback",
     "diagnose_adapter",
     "diagnose_layer",

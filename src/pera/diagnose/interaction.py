@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,17 @@ from pera.diagnose.effect import held_out
 from pera.errors import UserError
 from pera.files import write_json
 from pera.runs import Run
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """What ``interaction.json`` holds."""
+
+    examples: int
+    layer: int
+    """Number of the block behind which the features are."""
+    strength: list[list[float]]
+    """Of each pair of features, ``(features, features)``."""
 
 
 def interaction_strength(
@@ -93,7 +105,7 @@ def run_interaction(run: Run, *, examples: int = 8, features: int = 16) -> Tenso
         for batch in ({key: value for key, value in batch.items() if key != "labels"} for batch in batches)
     ]
     strength = torch.stack(found).mean(0)
-    write_json(run.interaction_file, {"examples": len(found), "layer": layer, "strength": strength.tolist()})
+    write_json(run.interaction_file, asdict(Interaction(len(found), layer, strength.tolist())))
     return strength
 
 

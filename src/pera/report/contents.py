@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from pera.convert.verify import Agreement
 from pera.diagnose import Effects, LayerDiagnosis, diagnose_adapter
 from pera.errors import UserError
-from pera.evaluation import Prediction, Score
-from pera.files import read_json
-from pera.runs import Run, trained_sizes
+from pera.evaluation import Prediction, Score, read_predictions
+from pera.runs import Run, checked, read_as, trained_sizes
 from pera.tuner import PeraConfig
 
 T = TypeVar("T")
@@ -169,7 +167,8 @@ class Contents:
             elif which not in content:
                 scores[which] = self._missing(f"The {what} has not been scored.", command)
             else:
-                scores[which] = self._check(content[which], ScoreOf, f"scores.json ({which})", command)
+                name = f"{str(file)!r} ({which})"
+                scores[which] = self._found(partial(checked, content[which], ScoreOf, name), command)
         return scores
 
     def score(self, which: str) -> ScoreOf | None:
@@ -262,26 +261,16 @@ class Contents:
         file, command = self.run.predictions / f"{which}.jsonl", f"scores of the {what}"
         if not file.is_file():
             return self._missing(f"The answers of the {what} are not there.", command)
-        try:
-            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        except (OSError, ValueError) as error:
-            return self._missing(f"{file.name} cannot be read: {_line(error)}.", command)
-        return self._check(lines, list[Prediction], file.name, command)
+        return self._found(partial(read_predictions, file), command)
 
     def _read(self, file: Path, kind: type[T], command: str) -> T | Missing:
+        return self._found(partial(read_as, file, kind), command)
+
+    def _found(self, read: Callable[[], T], command: str) -> T | Missing:
         try:
-            content = read_json(file)
+            return read()
         except UserError as error:
             return self._missing(str(error), command)
-        return self._check(content, kind, str(file.relative_to(self.run.path)), command)
-
-    def _check(self, content: Any, kind: type[T], name: str, command: str) -> T | Missing:
-        try:
-            return TypeAdapter(kind).validate_python(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            return self._missing(f"{name} is not as pera writes it ({where}: {first['msg']}).", command)
 
     def _missing(self, reason: str, makes: str) -> Missing:
         if makes and not self.trained:  # nothing can be made of a run before its training has ended

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from statistics import fmean, median_high
+from statistics import fmean, median
 from typing import Any
 
 from pera import __version__, methods
+from pera.diagnose import Part
 from pera.errors import UserError
-from pera.files import disk_errors, read_json, write_atomic
+from pera.files import disk_errors, read_object, write_atomic
 from pera.report import paper, plots, study_plots
 from pera.report.contents import Contents, Metrics, placed
 from pera.report.drawing import Table
@@ -22,7 +22,7 @@ from pera.report.pictures import save_figure
 from pera.report.words import ABSENT, chance, count, duration, number, percent, points, signed, size
 from pera.study.results import Results, Setting
 from pera.study.runner import StudyFolder
-from pera.study.spec import Cell
+from pera.study.spec import Cell, StudyMethod
 from pera.study.statistics import LEAST_SEEDS, Difference, average
 
 
@@ -93,18 +93,21 @@ def study_sections(results: Results) -> list[Section]:
 
 def _summary(results: Results) -> list[Item]:
     study, items = results.study, []
+    found = {(s, m.label): gains for s in results.settings for m in study.grid.method
+             if (gains := results.gains(m.label, s))}  # fmt: skip
+    averages = {key: average(list(gains.values())) for key, gains in found.items()}
+    adjusted = results.adjusted(averages)
     for setting in results.settings:
         if len(results.settings) > 1:
             items.append(Item("heading", _setting(setting)))
-        by_task = {m.label: found for m in study.grid.method if (found := results.gains(m.label, setting))}
-        if by_task:
-            most = max(map(len, by_task.values()))
-            gains = {method: average(list(found.values())) for method, found in by_task.items()}
-            p = results.adjusted(gains)
+        gains = {method: gain for (s, method), gain in averages.items() if s == setting}
+        if gains:
+            p = {method: adjusted[setting, method] for method in gains}
+            most = max(gain.tasks for gain in gains.values())
             for method, gain in sorted(gains.items(), key=study_plots.by_tasks_and_gain):
-                said = _sentence(method, gain, list(by_task[method]), p[method], study.reference)
+                said = _sentence(method, gain, list(found[setting, method]), p[method], study.reference)
                 items.append(Item("text", f"{said} {_price(results, method, setting)}".rstrip()))
-            names = {m: m if gains[m].tasks == most else f"{m} ({', '.join(by_task[m])})" for m in gains}
+            names = {m: m if gains[m].tasks == most else f"{m} ({', '.join(found[setting, m])})" for m in gains}
             shown = {names[m]: gain for m, gain in gains.items()}
             items.append(Item("picture", study_plots.forest(shown, {names[m]: p[m] for m in p}, study.reference)))
         else:
@@ -191,13 +194,16 @@ def _scores(results: Results) -> list[Item]:
 
 def _differences(results: Results) -> list[Item]:
     items = []
+    differences = {(s, c): d for s in results.settings for c in results.cells_of(s)
+                   if (d := results.difference(c, s)) is not None}  # fmt: skip
+    adjusted = results.adjusted(differences)
     for setting in results.settings:
-        found = {c: d for c in results.cells_of(setting) if (d := results.difference(c, setting)) is not None}
-        p = results.adjusted(found)
+        found = {cell: d for (s, cell), d in differences.items() if s == setting}
         rows = []
         for cell, d in found.items():
+            p = adjusted[setting, cell]
             gain = [points(d.mean), points(d.low), points(d.high), str(d.seeds), count(d.examples)]
-            rows.append([cell.method.label, cell.task.label, *gain, chance(d.p), chance(p[cell]), d.verdict(p[cell])])
+            rows.append([cell.method.label, cell.task.label, *gain, chance(d.p), chance(p), d.verdict(p)])
         if not rows:
             continue
         head = ["method", "task", "gain", "from", "to", "n seeds", "n examples", "p", "adjusted p", "verdict"]
@@ -217,9 +223,9 @@ def _differences(results: Results) -> list[Item]:
         "Gains in points (hundredths). Interval and p count two sources of chance, seeds and examples "
         "(variance over the pairs of seeds plus that over the examples, Welch–Satterthwaite degrees of freedom, "
         f"Student's t), from {LEAST_SEEDS} pairs of seeds on. They are for the rates that were chosen; what chance "
-        "there was in the choice is not in them. p is adjusted for the number of comparisons in a table "
-        "(Benjamini–Hochberg). McNemar's test asks whether two trained models differ; two trainings of one method with "
-        "other seeds do that too."
+        "there was in the choice is not in them. p is adjusted for the number of comparisons in all "
+        "tables of this section (Benjamini–Hochberg). McNemar's test asks whether two trained models differ; two "
+        "trainings of one method with other seeds do that too."
     )
     return [*items, Item("note", note)] if items else []
 
@@ -311,14 +317,14 @@ def _terms(results: Results) -> list[Item]:
         effects, layers = results.effects(cell), results.layers(cell)
         if not effects:
             continue
-        changes = [e["without"]["high_order"] for e in effects]
-        squares, crosses = (fmean(e["without"][part] for e in effects) for part in ("square", "cross"))
+        parts: tuple[Part, ...] = ("high_order", "square", "cross")
+        changes, squares, crosses = ([e.without.get(part, math.nan) for e in effects] for part in parts)
         low, high = min(changes), max(changes)
-        cut = [e["at_rank_r"] for e in effects if e.get("at_rank_r") is not None]
-        labels = sorted({e["tokens"] for e in effects})
-        ratio = number(median_high(d.high_order_ratio for d in layers.values()), 3) if layers else ABSENT
-        rows.append([cell.label, number(fmean(e["loss"] for e in effects)), signed(fmean(changes)),
-                     f"{signed(low)} to {signed(high)}", signed(squares), signed(crosses),
+        cut = [e.at_rank_r for e in effects if e.at_rank_r is not None]
+        labels = sorted({e.tokens for e in effects})
+        ratio = number(median(d.high_order_ratio for d in layers.values()), 3) if layers else ABSENT
+        rows.append([cell.label, number(fmean(e.loss for e in effects)), signed(fmean(changes)),
+                     f"{signed(low)} to {signed(high)}", signed(fmean(squares)), signed(fmean(crosses)),
                      signed(fmean(cut)) if len(cut) == len(effects) else ABSENT, ratio, str(len(changes)),
                      " to ".join(map(count, dict.fromkeys([labels[0], labels[-1]])))])  # fmt: skip
     if not rows:
@@ -368,36 +374,33 @@ def _interactions(results: Results) -> list[Item]:
 
 
 def _sweeps(results: Results) -> list[Item]:
-    """Means over the tasks along one axis, where the study has more than one value on it, above the paper's."""
+    """Means over the tasks along one axis, the others held fixed, where the study has more than one value on it, above
+    the paper's."""
     grid, items = results.study.grid, []
-    axes: list[tuple[str, str, list[Any], Callable[[Cell], Any]]] = [
-        ("rank", "rank r", list(grid.r), lambda cell: cell.r),
-        ("placement", "placement", list(grid.placement), lambda cell: cell.placement),
-        ("data_share", "share of the training data", sorted(grid.train_share), lambda cell: cell.train_share),
-    ]
-    for axis, name, values, of in axes:
-        if len(values) < 2:
-            continue
-        lines = {
-            method.label: [
-                _over_tasks(results, [c for c in results.cells if c.method == method and of(c) == value])
-                for value in values
-            ]
-            for method in grid.method
-        }
-        lines = {label: line for label, line in lines.items() if any(map(math.isfinite, line))}
-        if lines:
-            items.append(Item("picture", study_plots.sweep(name, list(map(str, values)), lines, *paper.sweep(axis))))
+
+    def mean(method: StudyMethod, setting: Setting) -> float:
+        return _over_tasks(results, [c for c in results.cells_of(setting) if c.method == method])
+
+    axes = (("rank", "rank r"), ("placement", "placement"), ("data_share", "share of the training data"))
+    for i, (axis, name) in enumerate(axes):
+        along: dict[Setting, list[Setting]] = {}
+        for setting in sorted(results.settings, key=lambda setting: setting[2]):
+            fixed: Any = [*setting[:i], (None, None, 1.0)[i], *setting[i + 1 :]]
+            along.setdefault(tuple(fixed), []).append(setting)
+        for fixed, settings in along.items():
+            lines = {method.label: [mean(method, setting) for setting in settings] for method in grid.method}
+            lines = {label: line for label, line in lines.items() if any(map(math.isfinite, line))}
+            if len(settings) > 1 and lines:
+                values = [str(setting[i]) for setting in settings]
+                title = f"this study, {_setting(fixed)}" if len(along) > 1 else "this study"
+                items.append(Item("picture", study_plots.sweep(name, values, lines, *paper.sweep(axis), title=title)))
     kinds = {"lora": "none (LoRA)", "pera-crosses": "cross", "pera-squares": "square", "pera-published": "all (PERA)"}
-    found = {
-        kinds[m.name]: _over_tasks(results, [c for c in results.cells if c.method == m])
-        for m in grid.method
-        if m.name in kinds and m.label == m.name and not (m.more or m.seeds)
-    }
-    found = {name: value for name, value in found.items() if math.isfinite(value)}
-    if len(found) > 1:
-        picture = study_plots.sweep("terms", list(found), {"this study": list(found.values())}, *paper.sweep("terms"))
-        items.append(Item("picture", picture))
+    plain = [m for m in grid.method if m.name in kinds and m.label == m.name and not (m.more or m.seeds)]
+    found = {_setting(s): {kinds[m.name]: x for m in plain if math.isfinite(x := mean(m, s))} for s in results.settings}
+    most = max(found.values(), key=len, default={})
+    if len(most) > 1:
+        lines = {setting: [values.get(kind, math.nan) for kind in most] for setting, values in found.items()}
+        items.append(Item("picture", study_plots.sweep("terms", list(most), lines, *paper.sweep("terms"))))
     return items
 
 
@@ -416,9 +419,10 @@ def _gaps(results: Results) -> list[Item]:
 def _protocol(results: Results) -> list[Item]:
     study = results.study
     files = [results.folder.runs / name / "environment.json" for name in results.outcomes]
-    environments = [read_json(file) for file in files if file.is_file()]
-    machines = sorted({f"{e['processor']}, {e['threads']} threads, {e['accelerator']}" for e in environments})
-    versions = [e["versions"] for e in environments]
+    environments = [read_object(file) for file in files if file.is_file()]
+    parts = [[str(e.get(key, ABSENT)) for key in ("processor", "threads", "accelerator")] for e in environments]
+    machines = sorted({f"{processor}, {threads} threads, {accelerator}" for processor, threads, accelerator in parts})
+    versions = [v for e in environments if isinstance(v := e.get("versions"), dict)]
     packages = {p: sorted({v[p] for v in versions if v.get(p)}) for p in dict.fromkeys(chain.from_iterable(versions))}
     own = "".join(f"; {m.label}: {', '.join(map(str, m.seeds))}" for m in study.grid.method if m.seeds)
     text = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
+from pera.diagnose import Effects
 from pera.report.drawing import (
     COLORS,
     DASHES,
@@ -125,12 +125,12 @@ def front(points: Mapping[str, tuple[float, float]], cost: str, title: str) -> P
                    Table(["method", cost, "mean score in %", "on the front"], rows))  # fmt: skip
 
 
-def effect_by_group(effects: Sequence[Mapping[str, Any]]) -> Picture | None:
+def effect_by_group(effects: Sequence[Effects]) -> Picture | None:
     """Change of the loss without the high-order terms of one group of layers, the mean over the seeds."""
-    groups = list(effects[0]["without_high_order"]) if effects else []
+    groups = list(effects[0].without_high_order) if effects else []
     if not groups:
         return None
-    means = {group: fmean(e["without_high_order"].get(group, math.nan) for e in effects) for group in groups}
+    means = {group: fmean(e.without_high_order.get(group, math.nan) for e in effects) for group in groups}
     with style():
         figure, axes = new_figure(0.8 + 0.25 * len(groups))
         for i, change in enumerate(means.values()):
@@ -189,6 +189,8 @@ def sweep(
     lines: Mapping[str, Sequence[float]],
     theirs: Sequence[str],
     averages: Sequence[float],
+    *,
+    title: str = "this study",
 ) -> Picture:
     """Mean score along one axis of the study, and below it the paper's along the same axis, in another colour."""
     with style():
@@ -196,7 +198,7 @@ def sweep(
         for i, (label, line) in enumerate(lines.items()):
             look = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
             ours.plot(list(values), [100 * y for y in line], label=short(label), marker=MARKERS[i % 8], **look)
-        ours.set(ylabel="mean score in %", xlabel=name, title="this study")
+        ours.set(ylabel="mean score in %", xlabel=name, title=title)
         published.plot(list(theirs), list(averages), color=PAPER, marker="s", linestyle="--")
         published.set(xlabel=f"{name}, in the paper", ylabel="accuracy in %")
         published.set_title("paper: PERA, LLaMA3-8B, eight commonsense tasks", color=PAPER)
@@ -205,7 +207,7 @@ def sweep(
             axes.yaxis.set_major_formatter(tick)
         legend(figure)
     said = "; ".join(f"{label} {', '.join(_percent(y) for y in line)}" for label, line in lines.items())
-    finding = f"By {name} ({', '.join(values)}): {said}. The paper's, below, are of another model and tasks."
+    finding = f"By {name} ({', '.join(values)}), {title}: {said}. The paper's, below, are of another model and tasks."
     rows = [[label, *(_percent(y) for y in line)] for label, line in lines.items()]
     return Picture(figure, f"Lines: score by {name}, and the paper's", finding, Table(["method", *values], rows))
 

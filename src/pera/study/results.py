@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pera.diagnose import LayerDiagnosis, diagnose_adapter
+from pera.diagnose import Effects, Interaction, LayerDiagnosis, diagnose_adapter
 from pera.errors import UserError
-from pera.files import read_json
-from pera.runs import Run
+from pera.evaluation import Score, read_predictions
+from pera.runs import Run, checked, read_as
 from pera.study.runner import Outcome, StudyFolder, choose_trials, rate_losses, report_trials
 from pera.study.spec import Cell, StudyTask, Trial
 from pera.study.statistics import (
@@ -26,10 +25,10 @@ from pera.study.statistics import (
     adjusted,
     compare,
     describe,
-    matthews,
     mcnemar,
     pearson,
 )
+from pera.training import TrainingSummary
 from pera.tuner import PeraConfig
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ if TYPE_CHECKING:
 Setting = tuple[int | None, str | None, float]
 """Rank, placement and share of the data: what is equal where methods are compared over tasks."""
 
-_METRICS: dict[str, Callable[..., Any]] = {"matthews": matthews, "pearson": pearson}
-"""Metrics that are no mean over examples."""
+_METRICS: dict[str, Callable[..., Any]] = {"matthews": pearson, "pearson": pearson}
+"""Metrics that are no mean over examples. Matthews' correlation is Pearson's of the two classes as 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,10 @@ class Results:
         return trials[0].learning_rate if trials else None
 
     def at_an_edge(self, cell: Cell) -> bool:
-        """Whether the chosen rate is the smallest or largest that was tried, so that a better one may lie beyond."""
-        rates, chosen = list(self.rates(cell)), self.chosen(cell)
-        return chosen is not None and len(rates) > 1 and chosen in (rates[0], rates[-1])
+        """Whether the chosen rate is the smallest or largest that was tried and did not fail, so that a better one may
+        lie beyond."""
+        tried = [rate for rate, loss in self.rates(cell).items() if not math.isnan(loss)]
+        return self.chosen(cell) in (tried[:1] + tried[-1:])
 
     def scored(self, cell: Cell) -> list[Scored]:
         """The reported runs of a cell that were scored, in the order of the seeds."""
@@ -169,18 +169,18 @@ class Results:
         runs = [scored.run for scored in self.scored(cell)]
         outcomes = [self.outcomes[scored.trial.name] for scored in self.scored(cell)]
         seconds = [outcome.seconds for outcome in outcomes if outcome.seconds is not None]
-        memory = [m for run in runs if (m := read_json(run.cost_file)["peak_memory"]) is not None]
+        memory = [m for run in runs if (m := read_as(run.cost_file, TrainingSummary).peak_memory) is not None]
         parameters = outcomes[0].parameters if outcomes else None
         return parameters, median(seconds) if seconds else None, max(memory) if memory else None
 
-    def effects(self, cell: Cell) -> list[dict[str, Any]]:
-        """``effect.json`` of the reported runs of a PERA cell."""
-        return [read_json(s.run.effect_file) for s in self.scored(cell) if s.run.effect_file.is_file()]
+    def effects(self, cell: Cell) -> list[Effects]:
+        """What the high-order terms do in the reported runs of a PERA cell."""
+        return [read_as(s.run.effect_file, Effects) for s in self.scored(cell) if s.run.effect_file.is_file()]
 
     def interaction(self, cell: Cell) -> list[list[float]] | None:
         """Interaction strengths of the first reported run of a cell."""
         files = [s.run.interaction_file for s in self.scored(cell)[:1] if s.run.interaction_file.is_file()]
-        return read_json(files[0])["strength"] if files else None
+        return read_as(files[0], Interaction).strength if files else None
 
     def layers(self, cell: Cell) -> dict[str, LayerDiagnosis]:
         """The layers of the first reported run of a PERA cell; empty for other methods, and where the adapter was
@@ -193,7 +193,7 @@ class Results:
         """Mean training loss over the seeds at each logged step."""
         curves = [scored.run.metrics() for scored in self.scored(cell)]
         steps = [line["step"] for line in curves[0]] if curves else []
-        shared = [{line["step"]: line["loss"] for line in curve} for curve in curves]
+        shared = [{line["step"]: line.get("loss", math.nan) for line in curve} for curve in curves]
         return steps, [fmean(curve.get(step, math.nan) for curve in shared) for step in steps]
 
     def reference(self, cell: Cell, setting: Setting) -> Cell | None:
@@ -224,29 +224,32 @@ class Results:
 
 
 def _scored(trial: Trial, run: Run) -> Scored | None:
-    score = run.scores().get("adapter")
-    file = run.predictions / "adapter.jsonl"
-    if score is None or not file.is_file():
+    content, file = run.scores().get("adapter"), run.predictions / "adapter.jsonl"
+    if content is None or not file.is_file():
         return None
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    metric = score["metric"]
+    score = checked(content, Score, repr(str(run.scores_file)))
+    rows = read_predictions(file)
+    if len(rows) != score.n:
+        raise UserError(
+            f"{str(file)!r} has {len(rows)} answers, and scores.json counts {score.n}; restore one of them."
+        )
+    metric = score.metric
     if metric == "pearson":
-        pairs = [(float(row["expected"]), float(row["answer"] or row["output"])) for row in rows]
+        pairs = [(float(row.expected), float(row.answer or row.output)) for row in rows]
     elif metric in _METRICS:  # two classes: what was predicted is right, or the other one
-        classes = sorted({row["expected"] for row in rows})
+        classes = sorted({row.expected for row in rows})
         pairs = [
-            (float(classes.index(row["expected"])), float(row["correct"] == (row["expected"] == classes[-1])))
-            for row in rows
+            (float(classes.index(row.expected)), float(row.correct == (row.expected == classes[-1]))) for row in rows
         ]
     else:
-        pairs = [(1.0, float(bool(row["correct"]))) for row in rows]
+        pairs = [(1.0, float(bool(row.correct))) for row in rows]
     expected, predicted = (np.array(column) for column in zip(*pairs, strict=True))
-    members = Counter(row["group"] for row in rows if metric == "mean accuracy")
-    weights = [len(rows) / (len(members) * members[row["group"]]) if members else 1.0 for row in rows]
+    members = Counter(row.group for row in rows if metric == "mean accuracy")
+    weights = [len(rows) / (len(members) * members[row.group]) if members else 1.0 for row in rows]
     base = run.recorded_base()
     basis = {
-        "rows that were scored": [row["expected"] for row in rows],
+        "rows that were scored": [row.expected for row in rows],
         **{f"file of {split!r} in data.json": digest for split, digest in run.data_hashes().items()},
         **{f"{key} of the base model": base[key] for key in ("dtype", "fingerprint") if key in base},
     }
-    return Scored(trial, run, score["value"], metric, expected, predicted, np.array(weights), basis)
+    return Scored(trial, run, score.value, metric, expected, predicted, np.array(weights), basis)

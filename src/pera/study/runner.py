@@ -24,11 +24,11 @@ from pera.diagnose import run_effects, run_interaction
 from pera.diagnose.effect import run_loss
 from pera.errors import PeraError, UserError
 from pera.evaluation import evaluate_run
-from pera.files import disk_errors, read_json, write_atomic, write_json
+from pera.files import disk_errors, write_atomic, write_json
 from pera.recipe import difference
-from pera.runs import Run, trained_sizes
+from pera.runs import HEAD, Run, read_as, trained_sizes
 from pera.study.spec import Cell, Phase, Study, Trial, load_study
-from pera.training import LossNotFinite, train
+from pera.training import LossNotFinite, TrainingSummary, train
 from pera.tuner import PeraConfig
 
 Status = Literal["finished", "diverged", "failed"]
@@ -79,7 +79,7 @@ class StudyFolder:
     def outcome(self, trial: Trial) -> Outcome | None:
         """How a trial ended; None if it has not."""
         file = self.runs / trial.name / "outcome.json"
-        return Outcome(**read_json(file)) if file.is_file() else None
+        return read_as(file, Outcome) if file.is_file() else None
 
     def prepare(self, study: Study, *, retry: bool = False) -> None:
         """Make the folder, or check that the runs in it are those of ``study``.
@@ -111,7 +111,7 @@ class StudyFolder:
         """The trials that have a run folder, those included whose turn has not come in ``study``."""
         cells, found = {cell.label: cell for cell in study.cells()}, []
         for folder in sorted(self.runs.glob("*")):
-            parts = re.fullmatch(r"(.+)-(choose|report)-lr(.+)-seed(\d+)", folder.name)
+            parts = re.fullmatch(r"(.+)-(choose|report)-lr([\d.]+(?:e[+-]?\d+)?)-seed(\d+)", folder.name)
             if parts is not None and (cell := cells.get(parts[1])) is not None:
                 phase: Phase = "choose" if parts[2] == "choose" else "report"
                 found.append(Trial(study, cell, phase, float(parts[3]), int(parts[4])))
@@ -357,16 +357,16 @@ def _run(trial: Trial, run: Run) -> Outcome:
 
 def _training_seconds(run: Run) -> float | None:
     """Seconds of the whole training, from those since it was last resumed."""
-    cost = read_json(run.cost_file)
-    metrics = run.metrics()
-    return cost["seconds"] * metrics[-1]["step"] / cost["steps"] if metrics and cost["steps"] else None
+    cost, metrics = read_as(run.cost_file, TrainingSummary), run.metrics()
+    return cost.seconds * metrics[-1]["step"] / cost.steps if metrics and cost.steps else None
 
 
 def _parameters(run: Run) -> int:
     """Trained parameters without a classification head, which all methods share; for full fine-tuning, all."""
     sizes = trained_sizes(run.adapter)
-    own = {key: n for key, n in sizes.items() if any(f".{kind}_" in key for kind in ("pera", "lora", "hira", "delora"))}
-    return sum((own or sizes).values())
+    if any(f".{kind}_" in key for key in sizes for kind in ("pera", "lora", "hira", "delora")):
+        sizes = {key: n for key, n in sizes.items() if not HEAD.search(key)}
+    return sum(sizes.values())
 
 
 def _worker(path: Path, deadline: float, threads: int) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -18,10 +17,10 @@ from pera.errors import UserError, nearest
 from pera.recipe import Recipe, Section, apply_override, load_recipe, parse, read_yaml
 
 Phase = Literal["choose", "report"]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 _TRAINING = ("lr_ratio", "weight_decay")  # what a method of a study may set beside its own options
-
+_COMMON = ("target_modules", "dropout", "modules_to_save")  # what of the base recipe's method all methods take
 
 _OWN = {
     "name": "a run is named by its place in the study; leave it out",
@@ -176,6 +175,11 @@ class Study(Section):
             if self.grid.placement and "target_modules" in method.more:
                 raise ValueError(f"grid.method {method.label}.target_modules: placements stand in grid.placement")
         _check_differ("choose.seeds", self.choose.seeds)
+        if self.choose.extend and len(set(self.choose.learning_rate)) < 2:
+            raise ValueError(
+                f"choose.extend={self.choose.extend} goes on in the ratio of two rates, and choose.learning_rate has "
+                "one; give two, or extend: 0"
+            )
         _check_settings("settings", self.settings)
         for task in self.grid.task:
             _check_settings(f"grid.task {task.label}", task.more)
@@ -266,14 +270,12 @@ class Trial:
         """
         study, cell, method = self.study, self.cell, self.cell.method
         options = {key: value for key, value in method.more.items() if key not in _TRAINING}
-        base = _base_method(study.base) if method.has_rank else {}
-        common = {key: base[key] for key in ("target_modules", "dropout", "modules_to_save") if key in base}
+        setting = [("task", cell.task.name), *_flat(study.settings), *_flat(cell.task.more)]
+        common = _common_options(study.base, _overrides(setting)) if method.has_rank else {}
         if cell.placement is not None:
             common["target_modules"] = study.grid.placement[cell.placement]
         changes = [
-            ("task", cell.task.name),
-            *_flat(study.settings),
-            *_flat(cell.task.more),
+            *setting,
             ("training.train_share", cell.train_share),
             *([("training.held_out", study.choose.rows)] if self.phase == "choose" else []),
             ("method", {"name": method.name, **({"r": cell.r} if cell.r else {}), **common, **options}),
@@ -283,7 +285,7 @@ class Trial:
             ("name", self.name),
         ]
         try:
-            return load_recipe(study.base, [f"{key}={json.dumps(value)}" for key, value in changes])
+            return load_recipe(study.base, list(_overrides(changes)))
         except UserError as error:
             raise UserError(f"study: {self.cell.label}: {error}") from error
 
@@ -305,7 +307,7 @@ def load_study(source: str, overrides: list[str] | None = None) -> Study:
         own = override.partition("=")[0].partition(".")[0] in Study.model_fields
         apply_override(content, override if own else f"settings.{override}")
     base = content.get("base")
-    if isinstance(base, str) and Path(base).is_file():  # holds from every working folder
+    if isinstance(base, str) and os.path.isfile(base):  # holds from every working folder
         content["base"] = os.path.abspath(base)
     return parse(Study, {"name": name, **content}, "study")
 
@@ -326,6 +328,19 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
+def _overrides(changes: list[tuple[str, Any]]) -> tuple[str, ...]:
+    """Pairs of a key and a value as a recipe's overrides; what JSON has no form for, such as a date, as text."""
+    return tuple(f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in changes)
+
+
+def _common_options(base: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """The options of the base recipe's method that all methods take."""
+    method = _base_method(base, overrides)
+    own_words = methods.METHODS[method["name"]].words
+    found = {word: method.get(own_words.get(word, word), method.get(word)) for word in _COMMON}
+    return {word: value for word, value in found.items() if value is not None}
+
+
 @lru_cache
-def _base_method(base: str) -> dict[str, Any]:
-    return load_recipe(base).method
+def _base_method(base: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    return load_recipe(base, list(overrides)).method

@@ -24,14 +24,12 @@ LEAST_SEEDS = 3
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean and standard deviation of n values, with the interval of Student's t for the mean."""
+    """Mean and standard deviation of n values."""
 
     n: int
     mean: float
     deviation: float
-    """NaN for one value, as are the ends of the interval."""
-    low: float
-    high: float
+    """NaN for one value."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +63,10 @@ class Difference:
 
 
 def describe(values: Sequence[float]) -> Mean:
-    """Mean, standard deviation (n − 1) and interval of the values."""
-    stats = _scipy()
+    """Number, mean and standard deviation (n − 1) of the values."""
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
-    if n < 2:
-        return Mean(n, mean, math.nan, math.nan, math.nan)
-    error = float(stats.sem(values))
-    low, high = stats.t.interval(LEVEL, n - 1, mean, error) if error else (mean, mean)
-    return Mean(n, mean, float(np.std(values, ddof=1)), float(low), float(high))
+    return Mean(n, mean, float(np.std(values, ddof=1)) if n > 1 else math.nan)
 
 
 def compare(
@@ -110,11 +103,13 @@ def compare(
             ]
             return np.mean(gains, axis=0)
 
-        resampled = stats.bootstrap(
-            (expected, *a, *b), gain, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=100,
-            method="percentile", rng=np.random.default_rng(seed),
-        )  # fmt: skip
-        over_examples = float(resampled.standard_error) ** 2
+        over_examples = math.nan
+        if examples > 1:
+            resampled = stats.bootstrap(
+                (expected, *a, *b), gain, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=100,
+                method="percentile", rng=np.random.default_rng(seed),
+            )  # fmt: skip
+            over_examples = float(resampled.standard_error) ** 2
     mean = float(np.mean(by_seed))
     if seeds < 2:
         return Difference(mean, math.nan, math.nan, math.nan, seeds, examples)
@@ -166,11 +161,6 @@ def pearson(expected: Array, predicted: Array, axis: int = -1) -> Any:
     y = predicted - predicted.mean(axis, keepdims=True)
     scale = np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
     return np.divide((x * y).sum(axis), scale, out=np.zeros_like(scale), where=scale > 0)
-
-
-def matthews(expected: Array, predicted: Array, axis: int = -1) -> Any:
-    """Matthews' correlation of two classes, 0 and 1: Pearson's correlation of the labels."""
-    return pearson(expected, predicted, axis)
 
 
 def _difference(mean: float, parts: list[tuple[float, float]], seeds: int, examples: int, tasks: int = 1) -> Difference:
