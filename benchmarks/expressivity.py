@@ -139,7 +139,9 @@ def main() -> None:
             rows.append([f"{name}, {M.shape[0]} × {M.shape[1]}", r, expanded_rank(r), *errors, *best])
             print(*rows[-1], flush=True)
     command = "python benchmarks/expressivity.py" + (" --difference FILE" if options.difference else "")
-    command += f" --size {options.size} --r {' '.join(map(str, options.r))} --steps {options.steps} --seeds {options.seeds}"
+    command += (
+        f" --size {options.size} --r {' '.join(map(str, options.r))} --steps {options.steps} --seeds {options.seeds}"
+    )
     head = ["matrix", "r", "K", *METHODS, "best of rank r", "best of rank K"]
     lines = [
         "# Expressivity: how well a matrix can be fitted at equal r",
