@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 from pera.errors import UserError
 from pera.evaluation import (
     Branches,
+    Part,
+    _mean_interval,
     answer_batches,
     bootstrap_interval,
     evaluate,
     evaluate_run,
-    generate,
     log_likelihoods,
     make_scorer,
     wilson_interval,
@@ -22,8 +23,9 @@ from pera.evaluation import (
 from pera.files import Journal
 from pera.recipe import EvaluationSection
 from pera.runs import Run
-from pera.tasks import CommonsenseTask, ReasoningTask, divided
-from pera.tasks.prompts import encode_prompt, encode_question
+from pera.tasks import CommonsenseTask, Example, ReasoningTask, divided
+from pera.tasks.base import Asked
+from pera.tasks.prompts import CHAT, encode_chat, encode_prompt, encode_question
 from shared import DATA, needs_data
 
 PROMPTS = ["Who is Zoe?", "How is Liam related to Zoe, who is married to Ethan?", "Ethan?", "What is Kai to Aria?"]
@@ -47,6 +49,15 @@ class Oracle(torch.nn.Linear):
             end = [self.tokenizer.eos_token_id] + [self.tokenizer.pad_token_id] * max_new_tokens
             rows.append(torch.cat([ids, torch.tensor((new + end)[:max_new_tokens])]))
         return torch.stack(rows)
+
+
+def generate(model, tokenizer, prompts, *, batch_size, max_new_tokens):
+    """What a model writes to each prompt."""
+    examples = [Example(prompt, "") for prompt in prompts]
+    spec = EvaluationSection(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    batches = answer_batches(make_scorer(model, tokenizer, Asked(examples, CHAT), examples, spec, None), "", None)
+    answers = {i: answer.output for batch in batches for i, answer in batch.items()}
+    return [answers[i] for i in range(len(prompts))]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +114,30 @@ def test_a_batch_gives_the_answers_of_single_prompts(name, request, tokenizer):
     single, batch = (generate(model, tokenizer, PROMPTS, batch_size=n, max_new_tokens=8) for n in (1, 4))
     assert single == batch
     assert len(set(single)) > 1
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns_first(tiny_llama, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    turns = [{"role": role, "content": f"{i} " + "word " * 100} for i, role in enumerate(["user", "assistant"] * 3)]
+    start, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is Zoe?"}
+    long = Example(question["content"], "", messages=(start, *turns, question))
+    short = Example("Who is Al?", "")
+    scorer = make_scorer(
+        model, tokenizer, Asked([long, short], CHAT), [long, short], EvaluationSection(max_new_tokens=4), None
+    )
+    assert [prompt.shortened for prompt in scorer.prompts] == [True, False]
+    kept = [turns[i:] for i in (2, 4, 6) if len(encode_chat(tokenizer, [start, *turns[i:], question])) <= 508]
+    assert scorer.prompts[0].ids == encode_chat(tokenizer, [start, *kept[0], question])
+
+
+def test_the_interval_of_a_mean_of_accuracies():
+    """Of one it is Wilson's; of two alike it is narrower by the root of two; and nothing right is no certainty."""
+    part = Part(20, 5, 0, 0.25, *wilson_interval(5, 20))
+    assert _mean_interval([part]) == pytest.approx(wilson_interval(5, 20))
+    low, high = _mean_interval([part, part])
+    assert (0.25 - low, high - 0.25) == pytest.approx(((0.25 - part.low) / 2**0.5, (part.high - 0.25) / 2**0.5))
+    none = Part(4, 0, 0, 0.0, *wilson_interval(0, 4))
+    assert _mean_interval([none, none]) == pytest.approx((0, none.high / 2**0.5))
 
 
 @pytest.mark.parametrize(

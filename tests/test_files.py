@@ -7,7 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from pera.errors import UserError
-from pera.files import atomic_folder, disk_errors, read_json, require_free, write_atomic, write_json
+from pera.files import Journal, atomic_folder, disk_errors, read_json, require_free, write_atomic, write_json
 
 
 def begin(target, error):
@@ -155,6 +155,13 @@ def test_others_can_read_what_is_written_as_they_can_any_new_file(tmp_path):
 
     assert mode("file") == mode("ordinary")
     assert mode("folder") == mode("ordinary folder")
+
+
+def test_a_journal_leaves_out_what_is_no_result(tmp_path):
+    Journal(tmp_path / "a", {"x": 1}).add({0: {"y": 2}})
+    with (tmp_path / "a").open("a") as file:
+        file.write('{}\n{"index": 1}\n')
+    assert Journal(tmp_path / "a", {"x": 1}).found == {0: {"y": 2}}
 
 
 def test_json_is_read_as_it_was_written(tmp_path):

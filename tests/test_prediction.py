@@ -5,10 +5,11 @@ from datetime import datetime
 from decimal import Decimal
 
 import pytest
+import torch
 
-from pera.evaluation import generate
 from pera.prediction import predict
 from pera.runs import open_model
+from pera.tasks.prompts import encode_prompt
 
 
 def write(file, rows):
@@ -26,11 +27,13 @@ PROMPTS = [{"prompt": f"Who is {name}?", "id": name} for name in ("Zoe", "Liam, 
 def test_the_answers_are_those_of_the_model(run, tmp_path):
     assert predict(run, write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl") == 5
     model, tokenizer = open_model(run.location, "float32")
-    prompts = [row["prompt"] for row in PROMPTS]
-    expected = generate(model, tokenizer, prompts, batch_size=4, max_new_tokens=4)
-    assert read(tmp_path / "out.jsonl") == [
-        {**row, "prediction": text} for row, text in zip(PROMPTS, expected, strict=True)
-    ]
+    expected = []
+    for row in PROMPTS:
+        ids = torch.tensor([encode_prompt(tokenizer, row["prompt"])])
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        expected.append({**row, "prediction": text.strip()})
+    assert read(tmp_path / "out.jsonl") == expected
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
@@ -88,6 +91,7 @@ def test_the_command(pera, run, tmp_path):
         ),
         ("", [], ["in.jsonl has no rows."]),
         ('{"prompt": "a"\n', [], ["in.jsonl, line 1: is not valid JSON"]),
+        ('{"prompt": "a", "logits": 1}\n', [], ["'in.jsonl' has a column 'logits', which the answer is written to"]),
         ('{"prompt": "a"}\n', ["--output", "in.jsonl"], ["--output: 'in.jsonl' exists"]),
         ('{"prompt": "a"}\n', ["--input", "none.jsonl"], ["'none.jsonl' cannot be read"]),
     ],

@@ -164,6 +164,18 @@ def test_a_complete_checkpoint_that_is_broken_is_named(step, name, run):
     assert checkpoint.is_dir()
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_what_training_goes_on_from_is_named(name, run):
+    shutil.rmtree(run.adapter)
+    without_last_checkpoint(run)
+    checkpoint = run.checkpoints / "checkpoint-8"
+    (checkpoint / name).unlink()
+    with pytest.raises(
+        UserError, match=rf"^--resume: {str(checkpoint / name)!r} is not whole \(it is missing\); delete"
+    ):
+        train(run.recipe, run, resume=True)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

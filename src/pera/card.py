@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub import ModelCardData
 
 from pera.files import write_atomic
 from pera.models import hub_name
-from pera.runs import Location, adapter_config, method_name
+from pera.runs import Location, adapter_config, checked, method_name
 
 Form = Literal["adapter", "merged", "lora", "gguf"]
 
@@ -67,24 +68,37 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
     if verification:
         sections += ["## Verification", f"Against the adapter it was made from: {verification}."]
     if location.run is not None:
-        scores = location.run.scores()
+        run = location.run
+        scores = checked(run.scores(), dict[str, _Figure], repr(str(run.scores_file)))
         if scores:
-            sections += ["## Scores", _scores(location.run.recipe.task.name, scores)]
-        sections += ["## Recipe", _fence(location.run.recipe.to_yaml(), "yaml")]
+            sections += ["## Scores", _scores(run.recipe.task.name, scores)]
+        sections += ["## Recipe", _fence(run.recipe.to_yaml(), "yaml")]
     write_atomic(folder / "README.md", "\n\n".join(sections) + "\n")
 
 
-def _scores(task: str, scores: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class _Figure:
+    """Of a score in ``scores.json``, what a card shows."""
+
+    n: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    scorer: str
+
+
+def _scores(task: str, scores: dict[str, _Figure]) -> str:
     """One table for each scorer: figures of two scorers do not belong in one column."""
     blocks = []
-    for scorer in dict.fromkeys(s["scorer"] for s in scores.values()):
+    for scorer in dict.fromkeys(s.scorer for s in scores.values()):
         rows = [
-            f"| {which.removesuffix(f'-{scorer}')} | {s['n']} | {100 * s['value']:.1f} % | "
-            f"{100 * s['low']:.1f} to {100 * s['high']:.1f} % |"
+            f"| {which.removesuffix(f'-{scorer}')} | {s.n} | {100 * s.value:.1f} % | "
+            f"{100 * s.low:.1f} to {100 * s.high:.1f} % |"
             for which, s in scores.items()
-            if s["scorer"] == scorer
+            if s.scorer == scorer
         ]
-        metric = next(s["metric"] for s in scores.values() if s["scorer"] == scorer)
+        metric = next(s.metric for s in scores.values() if s.scorer == scorer)
         head = f"Held-out rows of {_code(task)}, {_SCORERS.get(scorer, scorer)}."
         blocks.append("\n".join([head, "", f"| | n | {metric} | 95 % interval |", "| --- | --- | --- | --- |", *rows]))
     return "\n\n".join(blocks)

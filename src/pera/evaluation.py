@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from pera.models import longest_input
 from pera.recipe import EvaluationSection, Recipe
 from pera.runs import Run, checked, open_model
 from pera.tasks import ClassificationTask, Example, GenerationTask, Labelled, Task
-from pera.tasks.prompts import Prompt, encode_answered, encode_prompt, encode_question, encode_texts
+from pera.tasks.prompts import Prompt, encode_answered, encode_question, encode_texts
 
 
 @dataclass(frozen=True)
@@ -403,10 +404,7 @@ def _score(task: Task, predictions: list[Prediction], seconds: float) -> Score:
     grouped = set(parts) != {""}
     correct, unparsed = sum(p.correct for p in parts.values()), sum(p.unparsed for p in parts.values())
     value = sum(p.accuracy for p in parts.values()) / len(parts)
-    if len(parts) == 1:
-        low, high = wilson_interval(correct, n)
-    else:
-        low, high = _mean_interval(list(parts.values()))
+    low, high = _mean_interval(list(parts.values()))
     return Score(
         *(n, correct, "accuracy" if len(parts) == 1 else "mean accuracy", value, low, high, seconds, majority),
         unparsed=unparsed,
@@ -445,30 +443,12 @@ def bootstrap_interval(
 
 
 def _mean_interval(parts: list[Part]) -> tuple[float, float]:
-    """95 % interval of an unweighted mean of independent accuracies, by the normal distribution."""
+    """95 % interval of an unweighted mean of independent accuracies, from Wilson's of each (MOVER; Zou and Donner 2008,
+    doi 10.1002/sim.3095); of one accuracy it is Wilson's."""
     value = sum(p.accuracy for p in parts) / len(parts)
-    deviation = sum(p.accuracy * (1 - p.accuracy) / p.n for p in parts) ** 0.5 / len(parts)
-    return max(0.0, value - 1.96 * deviation), min(1.0, value + 1.96 * deviation)
-
-
-def generate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    label: str = "answering",
-    console: Console | None = None,
-) -> list[str]:
-    """Greedy answers in the order of the prompts; batches are formed by length and padded on the left."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    answers = [""] * len(encoded)
-    for rows in _batches([len(ids) for ids in encoded], batch_size, label, console):
-        texts = _write(model, tokenizer, [encoded[i] for i in rows], max_new_tokens)
-        for i, text in zip(rows, texts, strict=True):
-            answers[i] = text
-    return answers
+    below, above = (math.hypot(*(p.accuracy - end for p, end in zip(parts, ends, strict=True))) / len(parts)
+                    for ends in ([p.low for p in parts], [p.high for p in parts]))  # fmt: skip
+    return value - below, value + above
 
 
 @torch.no_grad()

@@ -152,7 +152,7 @@ class Journal:
         head = {"key": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}
         lines = read_lines(path)
         kept = lines[1:] if lines[:1] == [head] else []
-        self.found: dict[int, dict[str, Any]] = {line["index"]: line["row"] for line in kept}
+        self.found: dict[int, dict[str, Any]] = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         content: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in self.found.items())]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pera.errors import UserError, missing_extra, nearest
-from pera.files import read_json, write_json
+from pera.files import read_object, write_json
 from pera.runs import Run, open_model
 
 
@@ -45,6 +45,10 @@ def run_harness(
     recipe = run.recipe
     if recipe.task_type != "CAUSAL_LM":
         raise UserError(f"--lm-eval: {recipe.task.name!r} trains a classifier, and lm-eval scores language models.")
+    before = read_object(run.lm_eval_file) if run.lm_eval_file.is_file() else {}
+    which = "base" if base else "adapter"
+    if not isinstance(before.get(which, {}), dict):
+        raise UserError(f"{str(run.lm_eval_file)!r}: {which} should hold results by task; restore or remove the file.")
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     for task in tasks:
         if task not in manager.all_tasks:
@@ -59,7 +63,6 @@ def run_harness(
     except (OSError, ValueError, ConnectionError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"--lm-eval={','.join(tasks)}: the data of a task cannot be had: {reason}.") from error
-    which = "base" if base else "adapter"
     results = {
         task: {
             **{name: value for name, value in metrics.items() if isinstance(value, (int, float))},
@@ -69,6 +72,5 @@ def run_harness(
         }
         for task, metrics in found["results"].items()
     }
-    before = read_json(run.lm_eval_file) if run.lm_eval_file.is_file() else {}
     write_json(run.lm_eval_file, {**before, which: {**before.get(which, {}), **results}})
     return results

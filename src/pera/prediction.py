@@ -58,6 +58,8 @@ def predict(
     if classifies and max_new_tokens is not None:
         raise UserError(f"--max-new-tokens={max_new_tokens}: a classifier writes nothing; leave it out.")
     content = read_file(source)
+    if taken := next((key for row in content.rows for key in _ANSWER if key in row), None):
+        raise UserError(f"--input: {str(source)!r} has a column {taken!r}, which the answer is written to; rename it.")
     rows: list[Example | Labelled] = content.convert(section.question)
     wanted: dict[str, Any] = {"scorer": "classification" if classifies else "exact_match"}
     wanted |= {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
@@ -78,6 +80,10 @@ def predict(
         write_atomic(target, "".join(map(json_line, lines)))
     journal.close()
     return len(lines)
+
+
+_ANSWER = ("prediction", "logits", "shortened")
+"""The columns that an answer adds to its row."""
 
 
 def _answer(prediction: Prediction) -> dict[str, Any]:

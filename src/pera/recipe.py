@@ -201,7 +201,9 @@ class CommonsenseSection(_TaskSection):
     seed: int = Field(42, ge=0)
 
     def question(self, row: dict[str, Any]) -> Example:
-        return own_example(row, {"prompt": "instruction"} if "instruction" in row else None, answered=False)
+        return own_example(
+            row, {"prompt": "instruction"} if "instruction" in row else None, template="plain", answered=False
+        )
 
     @property
     def frame(self) -> Frame:
@@ -274,7 +276,7 @@ def _kind(task: Any) -> str:
 
 def _known_task(value: Any) -> Any:
     value = _name_alone(value)
-    if isinstance(value, dict) and "data" in value and value.get("name") not in _KINDS:
+    if isinstance(value, dict) and "data" in value and str(value.get("name")) not in _KINDS:
         name = str(value.get("name", ""))
         raise ValueError(f"name={name!r} is not a task that has data; {nearest(name, _KINDS)}")
     return value
@@ -495,8 +497,8 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         known = nearest(unknown[0], {*_KINDS, *reasoning.names()})
         raise UserError(f"recipe: by_task.{unknown[0]} in {source!r} is not the name of a task; {known}")
     task = _name_alone(_overridden(content, overrides).get("task"))
-    if isinstance(task, dict) and task.get("name") in by_task:
-        content = _merged(content, by_task[task["name"]])
+    if isinstance(task, dict) and str(task.get("name")) in by_task:
+        content = _merged(content, by_task[str(task["name"])])
     return parse_recipe({"name": name, **_overridden(content, overrides)})
 
 

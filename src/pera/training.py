@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pera import methods, models
@@ -102,6 +102,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     checkpoint = run.last_checkpoint() if resume else None
     if checkpoint is not None:
         _check_whole(checkpoint)
+        if not _ended(checkpoint):
+            _check_whole(checkpoint, OPTIMIZER_NAME, SCHEDULER_NAME)
     order = _ByLength(encoded.rows, arguments) if spec.group_by_length else None
     progress = _Progress(run, console, since=checkpoint)
     try:
@@ -241,12 +243,17 @@ def _optimizer(
     return optimizer, {**options, "params": groups}
 
 
-def _check_whole(checkpoint: Path) -> None:
-    """Raise UserError if a file of a complete checkpoint is missing or was cut off since, as by a broken disk."""
+def _check_whole(checkpoint: Path, *needed: str) -> None:
+    """Raise UserError if a file of a complete checkpoint is missing or was cut off since, as by a broken disk.
+
+    ``needed`` are those that training goes on from, beside the weights and the state.
+    """
     found = {file.name: file for file in checkpoint.glob("*")}
-    for name in sorted({SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE_NAME, *found}):
+    for name in sorted({SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE_NAME, *needed, *found}):
         try:
-            if name == TRAINER_STATE_NAME:
+            if name not in found:
+                raise FileNotFoundError("it is missing")
+            elif name == TRAINER_STATE_NAME:
                 TrainerState.load_from_json(str(checkpoint / name))
             elif name.endswith(".safetensors"):
                 safe_open(checkpoint / name, framework="pt")

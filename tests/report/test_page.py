@@ -347,7 +347,7 @@ def test_broken_lines_become_sentences(tmp_path, adapters, content):
     (run.predictions / "base.jsonl").write_bytes(content)
     found = page(run)
     assert re.search(r"metrics.jsonl", found.text)
-    assert re.search(r"base.jsonl (cannot be read|is not as pera writes it)", found.text)
+    assert re.search(r"base.jsonl' (cannot be read|is not as pera writes it)", found.text)
 
 
 def test_answers_of_different_problems(tmp_path, adapters):
@@ -400,6 +400,32 @@ def test_runs_that_cannot_be_compared_say_so(tmp_path, adapters):
 def test_rows_held_out_are_other_rows_to_score(tmp_path):
     found = page(bare_run(tmp_path / "a"), bare_run(tmp_path / "b", held_out=16))
     assert "These runs differ in training.held_out; their scores do not measure the same thing." in found.text
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "unlike"),
+    [
+        ("max_new_tokens: 16", "max_new_tokens: 4", "evaluation.max_new_tokens"),
+        ("num_beams: 1", "num_beams: 4", "evaluation.num_beams"),
+        ("train_size: 2000", "train_size: 9", None),
+    ],
+)
+def test_only_settings_that_change_the_scores_make_runs_unlike(was, becomes, unlike, tmp_path):
+    first, second = bare_run(tmp_path / "a"), bare_run(tmp_path / "b")
+    recipe = second.recipe_file.read_text()
+    assert was in recipe, recipe
+    second.recipe_file.write_text(recipe.replace(was, becomes))
+    sentence = f"These runs differ in {unlike}; their scores do not measure the same thing."
+    assert (sentence in page(first, second).text) == (unlike is not None)
+    assert ("These runs differ" in page(first, second).text) == (unlike is not None)
+
+
+def test_the_time_of_a_training_that_was_resumed_is_said_to_be_a_part(tmp_path, adapters):
+    run = full_run(tmp_path / "a", adapters)
+    assert "training time 2 min 5 s" in page(run).text
+    cost = json.loads((run.path / "cost.json").read_text())
+    write(run.cost_file, {**cost, "steps": 10})
+    assert "training time since it was resumed 2 min 5 s training tokens since it was resumed" in page(run).text
 
 
 def test_two_bare_runs(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 
 from pera.errors import UserError
 from pera.recipe import load_recipe
-from pera.tasks import Example, divided
+from pera.tasks import Example, Task, divided
 
 
-class Counting:
+class Counting(Task):
     """A task of numbered examples."""
 
     name = "counting"
@@ -42,6 +42,26 @@ def test_a_smaller_share_is_part_of_a_larger_one_in_the_order_of_the_data():
     assert shares[2] == task.train
     assert [int(e.answer) for e in shares[1]] == sorted(int(e.answer) for e in shares[1])
     assert divided(task, share=0.5).test == task.test
+
+
+def test_rows_of_the_test_that_are_in_training_are_counted():
+    task = Counting()
+    assert task.notes == []
+    task.test[3:5] = task.train[:2]
+    assert task.notes == ["counting: 2 of 10 test rows also occur in the training data."]
+    task.missing = ["piqa is missing."]
+    task.test = [replace(example, group="boolq") for example in task.test]
+    assert task.notes == ["piqa is missing.", "boolq: 2 of 10 test rows also occur in the training data."]
+
+
+def test_they_are_counted_in_the_rows_that_are_held_out():
+    task = Counting()
+    assert divided(task, held_out=20).notes == []
+    task.train *= 2
+    found = divided(task, held_out=20)
+    twins = sum(example in found.train for example in found.test)
+    assert 0 < twins <= 20
+    assert found.notes == [f"counting: {twins} of 20 test rows also occur in the training data."]
 
 
 def test_the_manifest_counts_the_rows_that_are_left():

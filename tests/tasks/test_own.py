@@ -53,7 +53,7 @@ def test_a_plain_completion_follows_its_prompt(tokenizer, tmp_path):
 @pytest.mark.parametrize("row", [{"messages": [USER, ASSISTANT]}, {"prompt": [USER], "completion": [ASSISTANT]}])
 def test_messages_are_not_put_plainly(row, tmp_path):
     data, field = lines(tmp_path / "a.jsonl", [row] * 9), next(iter(row))
-    with pytest.raises(UserError, match=rf"line 1: field '{field}' holds messages, and task\.template='plain' "):
+    with pytest.raises(UserError, match=rf"line 1: field '{field}' holds messages, and a plain prompt has no roles"):
         OwnTask(data=data, template="plain", test_size=1)
     section = OwnSection(name="own", data=data, template="plain")
     with pytest.raises(BadRow, match=rf"^field '{field}' holds messages"):
@@ -88,10 +88,15 @@ def test_a_hub_set_is_read_by_its_id(tmp_path, monkeypatch):
     from pera.tasks import own
 
     lines(tmp_path / "train.jsonl", rows(9))
-    read = own.read_hub
-    monkeypatch.setattr(own, "read_hub", lambda name, configuration, split: read(str(tmp_path), configuration, split))
+    read = own.read_hub_splits
+    monkeypatch.setattr(own, "read_hub_splits", lambda name: read(str(tmp_path)))
     task = OwnTask(data="somebody/something", test_size=2)
     assert (len(task.train), len(task.test)) == (7, 2)
+    lines(tmp_path / "test.jsonl", rows(4))
+    assert len(OwnTask(data="somebody/something").test) == 4
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(UserError, match="'somebody/something' has no split 'train'; it has test"):
+        OwnTask(data="somebody/something")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,17 @@ def test_an_answer_is_scored_by_the_library():
         assert task.score(example, "") == 0.0
 
 
+def test_an_answer_that_the_library_cannot_read_is_wrong():
+    task = ReasoningTask("prime_factorization", train_size=1, test_size=1)
+    (example,) = task.test
+    assert (task.score(example, example.answer), task.score(example, "no list of numbers")) == (1, 0)
+
+
+def test_problems_without_answers_are_refused():
+    with pytest.raises(UserError, match=r"task\.name='rubiks_cube' gives problems without answers to learn"):
+        ReasoningTask("rubiks_cube", train_size=1, test_size=1)
+
+
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UserError, match=r"'reasoning-gym'; install it with: pip install 'pera\[demo\]'"):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pera.errors import UserError
-from pera.tasks.sources import BadRow, field, overlap_notes, read_file, read_hub, take, validation_split
+from pera.tasks.sources import BadRow, field, read_file, read_hub, take, validation_split
 
 BREAKS = "these end no line: \u2028 \x85 \x1c \x0b \x0c"
 ROWS = [
@@ -109,11 +109,6 @@ def test_the_validation_rows_are_those_that_the_library_datasets_draws():
     rest, held = validation_split(list(range(500)), 120, 42)
     assert held == expected["test"]["x"]
     assert rest == sorted(expected["train"]["x"])
-
-
-def test_rows_of_the_test_that_are_in_training_are_counted():
-    assert overlap_notes("x", ["a", "b"], ["b", "b", "c"]) == ["x: 2 of 3 test rows also occur in the training data."]
-    assert overlap_notes("x", ["a"], ["b"]) == []
 
 
 def test_the_hub_is_read_by_the_library(tmp_path):

@@ -57,6 +57,8 @@ class Cost:
     tokens: int
     peak_memory: int | None = None
     left_out: int = 0
+    steps: int | None = None
+    """Since it was last resumed, as time and tokens are."""
 
 
 @dataclass(frozen=True)

@@ -163,10 +163,12 @@ def _costs(contents: Contents) -> Table:
     """What is known about time, memory and size."""
     rows: list[list[str]] = []
     if not isinstance(cost := contents.cost, Missing):
-        speed = cost.tokens / cost.seconds if cost.seconds else math.nan
+        speed = cost.tokens / cost.seconds if cost.tokens and cost.seconds else math.nan
+        steps = 0 if isinstance(contents.metrics, Missing) else contents.metrics.steps[-1]
+        since = " since it was resumed" if cost.steps is not None and cost.steps < steps else ""
         rows += [
-            ["training time", words.duration(cost.seconds)],
-            ["training tokens", words.count(cost.tokens)],
+            [f"training time{since}", words.duration(cost.seconds)],
+            [f"training tokens{since}", words.count(cost.tokens)],
             ["tokens per second", words.number(speed)],
             ["peak memory", words.size(cost.peak_memory)],
             ["examples left out as too long", words.count(cost.left_out)],
@@ -191,13 +193,19 @@ def _comparison(sections: list[dict[str, Any]]) -> dict[str, Any]:
     settings = [words.flat(c.recipe.model_dump(mode="json", exclude={"name"})) for c in contents]
     keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
     facts = [_facts(c) for c in contents]
-    scored = ("task", "evaluation.scorer", "training.held_out")
     return {
         "table": Table(["", *names], [[fact, *(f[fact] for f in facts)] for fact in facts[0]]),
         "losses": plots.losses(trained) if trained else None,
         "settings": Table(["key", *names], [[key, *(s.get(key, words.ABSENT) for s in settings)] for key in keys]),
-        "unlike": [key for key in keys if key.startswith(scored) and key != "task.train_size"],
+        "unlike": [key for key in keys if key.startswith(SCORED) and not key.startswith(TRAINED_ON)],
     }
+
+
+SCORED = ("task.", "evaluation.scorer", "evaluation.max_new_tokens", "evaluation.num_beams", "training.held_out")
+"""Settings of a recipe without which two scores measure the same thing; see :data:`TRAINED_ON`."""
+
+TRAINED_ON = ("task.train_size", "task.shares", "task.caps", "task.loss", "task.validation_seed", "task.annotations")
+"""Of them, those that change training alone."""
 
 
 def _facts(contents: Contents) -> dict[str, str]:

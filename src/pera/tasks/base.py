@@ -62,10 +62,23 @@ class Task:
     """The metric that counts."""
     members: tuple[str, ...] = ()
     """The groups of a mix, whether there are data for them or not."""
-    notes: Sequence[str] = ()
-    """What a person should know about the data, such as test rows that occur in training."""
+    missing: Sequence[str] = ()
+    """A sentence on each part of the data that there is not."""
     manifest: Mapping[str, Any] = {}
     """Where the examples came from: files or hub sets, and how many rows of each are used."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the data: what is missing, and test rows that occur in training."""
+        seen = set(map(_question, self.train))
+        rows, doubled = _groups(self.test), _groups([row for row in self.test if _question(row) in seen])
+        return [
+            *self.missing,
+            *(
+                f"{group or self.name}: {count} of {rows[group]} test rows also occur in the training data."
+                for group, count in doubled.items()
+            ),
+        ]
 
     def majority(self) -> float | None:
         """The value of the metric for the commonest training answer, or the mean label, given to every test row; None
@@ -150,6 +163,11 @@ def divided(task: T, *, share: float = 1.0, held_out: int = 0) -> T:
         manifest["held_out"] = {"rows": held_out, "of": "train"}
     chosen.manifest = manifest
     return chosen
+
+
+def _question(row: Any) -> str:
+    """What the model reads of an example, but for the frame."""
+    return repr((row.prompt, getattr(row, "messages", ())))
 
 
 def _groups(rows: Sequence[Any]) -> Counter[str]:

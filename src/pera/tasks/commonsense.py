@@ -16,7 +16,6 @@ from pera.tasks.sources import (
     Rows,
     field,
     folder_of,
-    overlap_notes,
     read_file,
     read_hub,
     split_file,
@@ -243,10 +242,7 @@ class CommonsenseTask(GenerationTask):
             raise UserError(f"task.validation_size={validation_size} leaves nothing of the {len(mix)} training rows.")
         chosen = validation_seed if validation_seed is not None else PROTOCOLS[protocol].validation_seed
         self.train, self.validation = validation_split(mix, validation_size, chosen)
-        seen = [example.prompt for example in mix]
-        self.notes = [f"{m} is missing in {data!r}: it is not scored." for m in wanted if m not in test]
-        for member, examples in tests.items():
-            self.notes += overlap_notes(member, seen, [example.prompt for example in examples])
+        self.missing = [f"{m} is missing in {data!r}: it is not scored." for m in wanted if m not in test]
         self.manifest = {
             "train": {member or "mix": pools[member].record(len(rows)) for member, rows in drawn.items()},
             "validation": {"rows": validation_size, "seed": chosen, "of": "train"},

@@ -15,7 +15,6 @@ from pera.tasks.sources import (
     divide,
     field,
     folder_of,
-    overlap_notes,
     read_file,
     read_hub,
     split_file,
@@ -92,7 +91,6 @@ class GlueTask(ClassificationTask):
             raise UserError(f"task.choose_size={size} leaves no test row: {validation.source} has {len(held)} rows.")
         self.validation, test = divide(held, size, seed)
         self.train, self.test = take(rows, train_size, seed), take(test, test_size, seed)
-        self.notes = overlap_notes(name, [row.texts for row in self.train], [row.texts for row in self.test])
         self.manifest = {
             "train": train.record(len(self.train)),
             "validation": validation.record(len(self.validation)),

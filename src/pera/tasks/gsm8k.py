@@ -13,7 +13,6 @@ from pera.tasks.sources import (
     Rows,
     field,
     folder_of,
-    overlap_notes,
     read_file,
     read_hub,
     split_file,
@@ -59,7 +58,6 @@ class Gsm8kTask(GenerationTask):
             raise UserError(f"task.validation_size={validation_size} leaves nothing of the {len(rows)} training rows.")
         self.train, self.validation = validation_split(rows, validation_size, seed)
         self.test = take(test.convert(self._example), test_size, seed)
-        self.notes = overlap_notes(name, [row.prompt for row in rows], [row.prompt for row in self.test])
         self.manifest = {"train": train.record(len(self.train)), "test": test.record(len(self.test))}
 
     def judge(self, example: Example, output: str) -> Verdict:

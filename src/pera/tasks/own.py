@@ -15,9 +15,8 @@ from pera.tasks.sources import (
     BadRow,
     Rows,
     field,
-    overlap_notes,
     read_file,
-    read_hub,
+    read_hub_splits,
     split_file,
     take,
     validation_split,
@@ -79,8 +78,6 @@ class OwnTask(GenerationTask):
         else:
             rows, self.validation = _take_off(rows, validation_size, "validation_size", seed + 1)
         self.train = take(rows, train_size, seed)
-        key = [(row.prompt, row.messages) for row in self.train]
-        self.notes = overlap_notes(name, list(map(repr, key)), [repr((r.prompt, r.messages)) for r in self.test])
         used = {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
         self.manifest = {split: source.record(used[split]) for split, source in splits.items()}
 
@@ -101,7 +98,9 @@ def own_example(
     conversation = row.get(names["messages"]) is not None
     asked = names["messages" if conversation else "prompt"]
     if template == "plain" and isinstance(row.get(asked), list):
-        raise BadRow(f"field {asked!r} holds messages, and task.template='plain' has no roles; give texts, or 'chat'.")
+        raise BadRow(
+            f"field {asked!r} holds messages, and a plain prompt has no roles; give texts, or template 'chat'."
+        )
     if conversation:
         messages = _messages(row, names["messages"])
         answer = ""
@@ -148,13 +147,10 @@ def _splits(data: str) -> dict[str, Rows]:
         return found
     if path.suffix in SUFFIXES or data.count("/") != 1 or data.startswith((".", "/", "~")):
         raise UserError(f"task.data={data!r} does not exist; give a file, a folder or the id of a data set on the hub.")
-    found = {"train": read_hub(data, None, "train")}
-    for split in ("validation", "test"):
-        try:
-            found[split] = read_hub(data, None, split)
-        except UserError:  # it has no such split
-            continue
-    return found
+    found = read_hub_splits(data)
+    if "train" not in found:
+        raise UserError(f"task.data={data!r} has no split 'train'; it has {', '.join(found)}.")
+    return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 
 def _take_off(rows: list[Example], size: int, key: str, seed: int) -> tuple[list[Example], list[Example]]:

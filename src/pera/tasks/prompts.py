@@ -76,17 +76,28 @@ def _unended(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_question(
     tokenizer: PreTrainedTokenizerBase, example: Example, frame: Frame, max_length: int | None = None
 ) -> Prompt:
-    """The prompt of an example, in its frame. One of more than ``max_length`` tokens loses the beginning of what the
-    user says, never the frame, whose end is the response marker, nor the end of the question, where options stand."""
+    """The prompt of an example, in its frame.
+
+    One of more than ``max_length`` tokens loses the oldest turns of a conversation, two at a time, and then the
+    beginning of what the user says; never the frame, whose end is the response marker, nor the end of the question,
+    where options stand.
+    """
+    earlier = list(example.messages[:-1])
 
     def encode(text: str) -> list[int]:
         if example.messages:
-            return encode_chat(tokenizer, [*example.messages[:-1], {**example.messages[-1], "content": text}])
+            return encode_chat(tokenizer, [*earlier, {**example.messages[-1], "content": text}])
         return encode_prompt(tokenizer, text, frame)
 
     ids = encode(example.prompt)
     if max_length is None or len(ids) <= max_length:
         return Prompt(ids, example.prompt, False)
+    kept = int(bool(earlier) and earlier[0]["role"] == "system")
+    while len(ids) > max_length and len(earlier) > kept:
+        del earlier[kept : kept + 2]
+        ids = encode(example.prompt)
+    if len(ids) <= max_length:
+        return Prompt(ids, example.prompt, True)
     low, high = 0, len(example.prompt)  # the fewest characters to take off
     while low < high:
         middle = (low + high) // 2

@@ -49,14 +49,19 @@ class ReasoningTask(GenerationTask):
         self.train = self._draw("train_size", train_size, seed, seen)
 
     def score(self, example: Example, output: str) -> float:
-        """The library's own score of an answer, 0 to 1."""
-        return float(self._scorer.score_answer(output.strip(), example.data))
+        """The library's own score of an answer, 0 to 1; 0 where its scorer cannot read the answer."""
+        try:
+            return float(self._scorer.score_answer(output.strip(), example.data))
+        except Exception:  # some of its scorers parse what the model says without a check
+            return 0.0
 
     def _draw(self, key: str, size: int, seed: int, seen: set[str]) -> list[Example]:
         examples: list[Example] = []
         for problem in self._problems(seed, size * _GIVE_UP_AFTER):
             if len(examples) == size:
                 break
+            if problem["answer"] is None:
+                raise UserError(f"task.name={self.name!r} gives problems without answers to learn; take another task.")
             if problem["question"] not in seen:
                 seen.add(problem["question"])
                 examples.append(Example(problem["question"], str(problem["answer"]), problem))

@@ -139,18 +139,32 @@ def read_hub(repository: str, configuration: str | None, split: str, revision: s
     Raises:
         UserError: the library is not installed, or the data set, configuration or split cannot be had.
     """
+    name = f"{repository} ({configuration})" if configuration else repository
+    found = _load(f"split {split!r} of {name}", repository, configuration, split=split, revision=revision)
+    return Rows(f"{name}, split {split}", list(found))
+
+
+def read_hub_splits(repository: str) -> dict[str, Rows]:
+    """The rows of every split of a data set on the hub, or in a local folder, by the library ``datasets``.
+
+    Raises:
+        UserError: as :func:`read_hub`.
+    """
+    found = _load(repository, repository)
+    return {split: Rows(f"{repository}, split {split}", list(rows)) for split, rows in found.items()}
+
+
+def _load(what: str, *arguments: Any, **options: Any) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise missing_extra("datasets", "data") from error
-    name = f"{repository} ({configuration})" if configuration else repository
     try:
-        found = datasets.load_dataset(repository, configuration, split=split, revision=revision)
+        return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # the library raises anything, from no network to an unknown split
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        sentence = f"split {split!r} of {name} cannot be had: {reason}; without a network give a folder"
+        sentence = f"{what} cannot be had: {reason}; without a network give a folder"
         raise UserError(f"task.data: {sentence}, data=FOLDER.") from error
-    return Rows(f"{name}, split {split}", list(found))
 
 
 def folder_of(data: str) -> Path:
@@ -193,13 +207,6 @@ def divide(rows: list[T], size: int, seed: int) -> tuple[list[T], list[T]]:
     """``size`` rows drawn by ``seed``, and the rest, both in their order."""
     chosen = set(random.Random(seed).sample(range(len(rows)), size))
     return [r for i, r in enumerate(rows) if i in chosen], [r for i, r in enumerate(rows) if i not in chosen]
-
-
-def overlap_notes(name: str, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
-    """A sentence with the number of test rows whose text also occurs in training; none if there is no such row."""
-    seen = set(train)
-    count = sum(text in seen for text in test)
-    return [f"{name}: {count} of {len(test)} test rows also occur in the training data."] if count else []
 
 
 def _short(value: Any) -> str:
