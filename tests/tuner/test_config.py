@@ -111,6 +111,10 @@ def test_patterns_set_the_rank_and_alpha_of_a_module():
         ({"exclude_modules": {"q_proj": 1}}, r"exclude_modules=\{'q_proj': 1\} should be a list of names"),
         ({"layers_pattern": [1], "layers_to_transform": 0}, r"layers_pattern=\[1\] should be a list of names"),
         ({"trainable_token_indices": ["a"]}, r"trainable_token_indices=\['a'\] should be a list of token ids"),
+        (
+            {"layers_to_transform": []},
+            r"layers_to_transform=\[\] names no layer, and PEFT takes it for all; leave it out",
+        ),
         ({"trainable_token_indices": 3}, "trainable_token_indices=3 should be a list of token ids"),
         ({"trainable_token_indices": {"wte": 3}}, r"trainable_token_indices=\{'wte': 3\} should be .* map names"),
         ({"layers_to_transform": "0"}, "layers_to_transform='0' should be a whole number or a list"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -44,6 +45,59 @@ def classifier():
     """A BERT of one layer with a head named "classifier"."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **sizes))
+
+
+@pytest.mark.parametrize("name", ["model", "norm"])
+def test_token_rows_of_what_is_no_embedding_are_refused(name):
+    with pytest.raises(UserError, match=rf"trainable_token_indices\['{name}'\] is not an embedding or a linear layer"):
+        adapt(llama(), target_modules=["q_proj"], trainable_token_indices={name: [1]})
+
+
+def test_a_merge_that_token_rows_would_swallow_is_refused():
+    """PEFT lays the rows over a tied head; what is added to the weight below is not seen."""
+    model = adapt(llama(tie_word_embeddings=True), target_modules=["lm_head"], trainable_token_indices=[5, 11])
+    before = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            UserError, match=r"lm_head' cannot be merged: PEFT lays the rows of trainable_token_indices"
+        ):
+            merge()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["c_attn"]], ids=str)
+def test_factors_that_accelerate_offloads_are_brought_back(targets):
+    model = adapt(llama() if "q_proj" in targets else gpt2(), target_modules=targets, normalization="rms")
+    expected = logits(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {p.device.type for name, p in model.named_parameters() if ".pera_" in name} == {"meta"}
+    for _ in range(2):
+        assert torch.equal(logits(model), expected)
+    assert {p.device.type for name, p in model.named_parameters() if ".pera_" in name} == {"meta"}
+
+
+def test_a_convolution_that_accelerate_offloads():
+    model = adapt(nn.Sequential(nn.Conv2d(2, 3, 3)), target_modules=["0"])
+    x = torch.ones(1, 2, 5, 5)
+    with torch.no_grad():
+        expected = model(x)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert torch.equal(model(x), expected)
+
+
+def test_dropout_that_is_switched_on_by_itself():
+    """As for the spread of several answers in evaluation."""
+    layer, x = linear(pera_dropout=0.5), torch.randn(4, 9)
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer(x))
+        layer.pera_dropout.train()
+        assert not torch.equal(layer(x), layer(x))
+
+
+def test_what_lora_has_and_pera_does_better_is_named():
+    model = adapt(llama(), target_modules=["q_proj"])
+    with pytest.raises(UserError, match=r"use pera\.combine"):
+        model.add_weighted_adapter(["default"], [1.0], "mean")
 
 
 def short_names(model):
@@ -169,6 +223,16 @@ def test_a_regular_expression_matches_full_names():
 def test_excluded_modules_are_left_alone(exclusions):
     model = adapt(llama(), target_modules=["q_proj"], exclude_modules=exclusions)
     assert set(layers(model)) == {"model.layers.1.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize("exclusions", [["mlp"], ["layers.0"], r".*\.mlp"])
+def test_leaving_out_what_holds_layers_is_refused(exclusions):
+    """PEFT compares the names of layers alone."""
+    with pytest.raises(UserError, match=r"exclude_modules: .* holds layers and is none, so nothing would be left out"):
+        adapt(llama(), target_modules="all-linear", exclude_modules=exclusions)
+    model = adapt(llama(), target_modules="all-linear", exclude_modules=r".*\.mlp\..*")
+    assert short_names(model) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    model.add_adapter("second", PeraConfig(r=2, target_modules="all-linear", exclude_modules=["q_proj"]))
 
 
 @pytest.mark.parametrize(("indices", "pattern"), [(1, None), ([1], None), ([1], "layers"), (1, ["layers"])])

@@ -388,6 +388,8 @@ def check_lists(config: PeftConfig) -> None:
     indices = getattr(config, "layers_to_transform", None)
     if indices is not None and not _is_index(indices) and not _is_list(indices, _is_index):
         raise UserError(f"layers_to_transform={indices!r} should be a whole number or a list of them.")
+    if indices == []:
+        raise UserError("layers_to_transform=[] names no layer, and PEFT takes it for all; leave it out, or name some.")
     tokens = getattr(config, "trainable_token_indices", None) or []
     if not all(_is_list(ids, _is_whole) for ids in (tokens.values() if isinstance(tokens, dict) else [tokens])):
         raise UserError(

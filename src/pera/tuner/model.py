@@ -237,13 +237,24 @@ class PeraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         for name, layer in self.model.named_modules():
-            backend = layer.quantization_backend if isinstance(layer, PeraLayer) else None
+            if not isinstance(layer, PeraLayer):
+                continue
+            if isinstance(layer.get_base_layer(), AuxiliaryTrainingWrapper):
+                raise UserError(
+                    f"{name!r} cannot be merged: PEFT lays the rows of trainable_token_indices over its weight, where "
+                    "the update would be lost; use the adapter unmerged, or train it without one of the two."
+                )
+            backend = layer.quantization_backend
             if backend is not None and not backend.supports_merge:
                 raise UserError(
                     f"{name!r} is a {backend.backend_name} layer, which PEFT cannot merge into; load the adapter on "
                     "the base model before quantisation, and merge it there."
                 )
         separate_shared_weights(self.model)
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Of LoRA; raises UserError."""
+        raise UserError("add_weighted_adapter is LoRA's; use pera.combine(model, {name: weight, …}), which is exact.")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, PeraLayer):
@@ -330,6 +341,7 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     check_lists(config)
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
     modules = {name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name}
+    _check_excluded(model, modules, config)
     for key, known, allowed in (
         ("target_modules", modules, ()),
         ("exclude_modules", modules, ()),
@@ -350,6 +362,19 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     _check_patterns(modules | parameters if getattr(config, "target_parameters", None) else modules, config)
     _check_layers(modules, config)
     _check_tokens(model, config)
+
+
+def _check_excluded(model: nn.Module, modules: set[str], config: PeftConfig) -> None:
+    excluded = getattr(config, "exclude_modules", None) or ()
+    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    for wanted in [excluded] if isinstance(excluded, str) else sorted(excluded):
+        pattern = wanted if isinstance(excluded, str) else rf"(.*\.)?{re.escape(wanted)}"  # as PEFT finds them
+        found = [model.get_submodule(name) for name in modules if re.fullmatch(pattern, name)]
+        if found and all(next(m.children(), None) is not None and not isinstance(m, adapted) for m in found):
+            raise UserError(
+                f"exclude_modules: {wanted!r} holds layers and is none, so nothing would be left out; name the layers, "
+                r"or give an expression such as '.*\.mlp\..*'."
+            )
 
 
 def _nearest_ending(wanted: str, names: set[str]) -> str:
@@ -393,6 +418,8 @@ def _check_tokens(model: Any, config: PeftConfig) -> None:
     elif wanted and hasattr(model, "get_input_embeddings"):
         embeddings = [(key, model.get_input_embeddings(), wanted)]
     for place, embedding, tokens in embeddings:
-        rows = len(embedding.weight)
+        if not isinstance(weight := getattr(embedding, "weight", None), Tensor) or weight.dim() != 2:
+            raise UserError(f"{place} is not an embedding or a linear layer; name one, such as 'embed_tokens'.")
+        rows = len(weight)
         if outside := [token for token in tokens if not 0 <= token < rows]:
             raise UserError(f"{place}: {outside[0]} is not in the vocabulary, 0 to {rows - 1}.")

@@ -242,6 +242,24 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         Raises:
             UserError: there is not one name for each sample.
         """
+        offloaded = self._offloaded()
+        if not offloaded:
+            return self._forward(x, *args, adapter_names=adapter_names, **kwargs)
+        for factors in offloaded:
+            factors._hf_hook.pre_forward(factors)
+        try:
+            return self._forward(x, *args, adapter_names=adapter_names, **kwargs)
+        finally:
+            for factors in offloaded:
+                factors._hf_hook.post_forward(factors, None)
+
+    def _offloaded(self) -> list[Any]:
+        """The dictionaries of factors that accelerate keeps elsewhere. It brings modules back when they are called, and
+        these never are."""
+        dictionaries = (d for layer in (self, *self.tied.values()) for d in (layer.pera_A, layer.pera_B, layer.pera_h))
+        return [dictionary for dictionary in dictionaries if hasattr(dictionary, "_hf_hook")]
+
+    def _forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)

@@ -20,11 +20,12 @@ class PeraLinear(PeraLayer):
 
     def _applied(self, adapter_name: str, x: Tensor, base: Tensor | None) -> Tensor:
         dtype = computation_dtype(x)
+        x = self.pera_dropout[adapter_name](x)  # which may be switched on by itself
         if self._unchanging() and (base is None or base.dtype == dtype):
             return expanded_linear(x.to(dtype), *self.expansions(adapter_name, dtype), base)
         terms, normalization = self.expansion[adapter_name]
         return pera_linear(
-            self.pera_dropout[adapter_name](x),
+            x,
             *self.factors(adapter_name),
             terms=terms,
             normalization=normalization,
