@@ -370,11 +370,16 @@ def _check_excluded(model: nn.Module, modules: set[str], config: PeftConfig) -> 
     for wanted in [excluded] if isinstance(excluded, str) else sorted(excluded):
         pattern = wanted if isinstance(excluded, str) else rf"(.*\.)?{re.escape(wanted)}"  # as PEFT finds them
         found = [model.get_submodule(name) for name in modules if re.fullmatch(pattern, name)]
-        if found and all(next(m.children(), None) is not None and not isinstance(m, adapted) for m in found):
+        if found and all(_holds_layers(m) and not isinstance(m, adapted) for m in found):
             raise UserError(
                 f"exclude_modules: {wanted!r} holds layers and is none, so nothing would be left out; name the layers, "
                 r"or give an expression such as '.*\.mlp\..*'."
             )
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Whether a module has others and no parameters of its own."""
+    return any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False))
 
 
 def _nearest_ending(wanted: str, names: set[str]) -> str:
