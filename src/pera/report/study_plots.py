@@ -46,7 +46,7 @@ def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: s
                 axes.plot([100 * gain.low, 100 * gain.high], [i, i], color=color, marker="|", markersize=7)
             axes.plot([100 * gain.mean], [i], color=color, marker="o", markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(ordered)), [short(label) for label, _ in ordered])
+        axes.set_yticks(range(len(ordered)), [short(label, 36) for label, _ in ordered])
         axes.set(xlabel=f"gain over {reference} in points, with 95 % interval", ylim=(len(ordered) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
