@@ -85,8 +85,9 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     choosing = encode_task(task, tokenizer, task.validation, limit)
     _check_validation(spec, task, choosing)
     run.write_environment(model, command_line())
-    write_json(run.data_file, {**task.manifest, "notes": list(task.notes)})
-    for note in task.notes:
+    notes = task.notes
+    write_json(run.data_file, {**task.manifest, "notes": notes})
+    for note in notes:
         if console is not None:
             console.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
 
