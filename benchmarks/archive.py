@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from pera.files import json_line, read_lines
+from pera_lab.files import json_line, read_lines
 
 LEFT_OUT = {"adapter", "checkpoints", "locks"}
 

@@ -29,17 +29,17 @@ import gguf
 import numpy as np
 import torch
 
-from pera.convert.export import export
-from pera.convert.fold import fold
-from pera.convert.gguf import ADAPTER
-from pera.convert.llamacpp import complete, log_probabilities, serving
-from pera.convert.truncate import truncate_factors
-from pera.convert.verify import compare, logits
-from pera.evaluation import wilson_interval
-from pera.models import resolve_gguf
+from pera.lora import fold
 from pera.polynomial import lora_factors, num_coefficients
-from pera.runs import Run, environment, open_model
-from pera.tasks.prompts import encode_prompt
+from pera_lab.convert.export import export
+from pera_lab.convert.gguf import ADAPTER
+from pera_lab.convert.llamacpp import complete, log_probabilities, serving
+from pera_lab.convert.truncate import truncate_factors
+from pera_lab.convert.verify import compare, logits
+from pera_lab.evaluation import wilson_interval
+from pera_lab.models import resolve_gguf
+from pera_lab.runs import Run, environment, open_model
+from pera_lab.tasks.prompts import encode_prompt
 
 
 def timed(function: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:

@@ -91,9 +91,9 @@ def _delta(parameters: list[Tensor], terms: str, normalization: str) -> Tensor:
 
 def weight_difference(steps: int, rows: int) -> dict[str, Tensor]:
     """What full fine-tuning on the task of quickstart, ``steps`` of 8 examples, adds to weights of SmolLM2-135M."""
-    from pera.models import load_model, load_tokenizer
-    from pera.recipe import load_recipe
-    from pera.tasks.prompts import AnswerCollator, encode_task
+    from pera_lab.models import load_model, load_tokenizer
+    from pera_lab.recipe import load_recipe
+    from pera_lab.tasks.prompts import AnswerCollator, encode_task
 
     task = load_recipe("quickstart", [f"task.train_size={rows}", "task.test_size=1"]).build_task()
     model, tokenizer = load_model("smollm2-135m", dtype="float32"), load_tokenizer("smollm2-135m")

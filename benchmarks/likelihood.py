@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from pera import models
-from pera.evaluation import answer_batches, make_scorer
-from pera.recipe import EvaluationSection
-from pera.tasks import CommonsenseTask
-from pera.tasks.prompts import encode_question
+from pera_lab import models
+from pera_lab.evaluation import answer_batches, make_scorer
+from pera_lab.recipe import EvaluationSection
+from pera_lab.tasks import CommonsenseTask
+from pera_lab.tasks.prompts import encode_question
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pera import to_lora
-from pera.convert.truncate import truncate_factors
-from pera.diagnose.effect import held_out, mean_loss
-from pera.runs import Run
 from pera.tuner import PeraModel
+from pera_lab.convert.truncate import truncate_factors
+from pera_lab.diagnose.effect import held_out, mean_loss
+from pera_lab.runs import Run
 
 
 def factors_of(lora: PeftModel, name: str) -> list[tuple[Tensor, Tensor]]:

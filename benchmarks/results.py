@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pera.runs import Run
+from pera_lab.runs import Run
 
 
 def figure(value: float | None) -> str:

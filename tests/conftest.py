@@ -2,11 +2,9 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and runs in several processes are compared bit by bit
@@ -15,10 +13,12 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -28,11 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pera import cli, evaluation
-from pera.recipe import load_recipe
-from pera.runs import Run
-from pera.tasks import ReasoningTask
-from pera.training import train
+from pera import PeraConfig
 
 settings.register_profile(
     "same_examples",
@@ -55,25 +51,23 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 )
 
-RECIPE = """
-model: {name: MODEL, dtype: float32}
-method:
-  name: pera
-  r: 4
-  normalization: rms
-  init_coefficients: 0.3
-  dropout: 0.1
-  target_modules: [q_proj, v_proj, up_proj, down_proj]
-task: {name: family_relationships, train_size: 64, test_size: 8}
-training: {learning_rate: 3.0e-2, max_steps: 12, batch_size: 4, save_steps: 4, logging_steps: 2}
-evaluation: {max_new_tokens: 4, batch_size: 4}
-"""
+PEOPLE = ("Ethan", "Jennifer", "Liam", "Alice", "Zoe", "Edward", "Luna", "Jayden", "Elizabeth", "Sarah", "Lily", "Mary")
+RELATIONS = ("daughter", "father", "father-in-law", "mother", "son", "husband", "wife", "grandmother", "brother")
+
+
+def _sentences():
+    for i, name in enumerate(PEOPLE * 5):
+        one, two, three = (PEOPLE[(i * step + step) % len(PEOPLE)] for step in (1, 5, 7))
+        yield (
+            f"{name} is married to {one}. They have a child called {two}. {two} is married to {three}.\n\n"
+            f"What relation is {two} to {one}? Answer with a single word. {RELATIONS[i % len(RELATIONS)]} "
+            f"What is {three} to {name}? Respond only with the word that describes their relationship."
+        )
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level tokenizer with a chat template, trained on problems of the task."""
-    task = ReasoningTask("family_relationships", train_size=64, test_size=8)
+    """A byte-level tokenizer with a chat template, trained on sentences such as those of family_relationships."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -83,7 +77,7 @@ def tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([f"{example.prompt} {example.answer}" for example in task.train], trainer)
+    bpe.train_from_iterator(_sentences(), trainer)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "chat_template": TEMPLATE}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", **special)
 
@@ -135,103 +129,60 @@ def tiny_bert(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def glue_folder(tmp_path_factory):
-    """A folder with sst2 and stsb of some rows; the label is in the words."""
-    folder = tmp_path_factory.mktemp("glue")
-    words = ["dull film", "fine film"]
-    pairs = [{"sentence1": "a " * (i % 6), "sentence2": "a a", "label": float(i % 6)} for i in range(70) if i % 6]
-    rows = {"sst2": [{"sentence": f"{words[i % 2]} {i % 7}", "label": i % 2} for i in range(64)], "stsb": pairs}
-    for name, content in rows.items():
-        (folder / name).mkdir()
-        for split in ("train", "validation"):
-            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    return folder
-
-
-GLUE_RECIPE = """
-model: {name: MODEL, dtype: float32}
-method: {name: pera, r: 2, normalization: rms, init_coefficients: 0.3, target_modules: [query, value]}
-task: {name: sst2, data: DATA}
-training: {learning_rate: 1.0e-2, epochs: 3, batch_size: 8, logging_steps: 4, eval_steps: epoch, keep: best}
-"""
+def biased_llama(save_llama, tmp_path_factory):
+    """Folder of a LLaMA whose attention has biases."""
+    return save_llama(tmp_path_factory.mktemp("models") / "biased", attention_bias=True, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="session")
-def glue_recipe(tiny_bert, glue_folder, tmp_path_factory):
-    """A small run on the tiny BERT."""
-    file = tmp_path_factory.mktemp("recipes") / "classify.yaml"
-    file.write_text(GLUE_RECIPE.replace("MODEL", str(tiny_bert)).replace("DATA", str(glue_folder)))
-    return file
+def tied_llama(save_llama, tmp_path_factory):
+    """Folder of a LLaMA whose head is its embeddings."""
+    return save_llama(tmp_path_factory.mktemp("models") / "tied", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
-def finished_glue_run(glue_recipe, tmp_path_factory):
-    """The small run on the tiny BERT, trained. Not to be written to."""
-    recipe = load_recipe(str(glue_recipe))
-    run = Run.create(recipe, tmp_path_factory.mktemp("runs") / "glue")
-    train(recipe, run)
-    return run
+def save_adapter():
+    """Saves a random adapter that changes the base's outputs far, and returns the model it is on. Given a tokenizer,
+    it is saved too, and the base gets as many tokens, as in TRL."""
+
+    def save(folder, base, tokenizer=None, **options):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        if tokenizer is not None:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            tokenizer.save_pretrained(folder)
+        chosen = {"task_type": "CAUSAL_LM", "r": 3, "target_modules": ["q_proj", "v_proj"], "init_weights": False}
+        adapted = get_peft_model(model, PeraConfig(**{**chosen, **options}))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad and "pera_h" not in name:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        adapted.save_pretrained(folder)
+        return adapted.eval()
+
+    return save
 
 
 @pytest.fixture
-def glue_run(finished_glue_run, tmp_path):
-    """A copy of the finished run of a classifier, to be written to."""
-    shutil.copytree(finished_glue_run.path, tmp_path / "glue-run")
-    return Run(tmp_path / "glue-run")
-
-
-@pytest.fixture(scope="session")
-def recipe_file(tiny_llama, tmp_path_factory):
-    """A small run on the tiny LLaMA: dropout, three checkpoints, a rate at which B and h move far."""
-    file = tmp_path_factory.mktemp("recipes") / "small.yaml"
-    file.write_text(RECIPE.replace("MODEL", str(tiny_llama)))
-    return file
-
-
-@pytest.fixture(scope="session")
-def train_run(recipe_file):
-    """Trains the small recipe, with overrides, into a folder."""
-
-    def train_into(folder, *overrides):
-        recipe = load_recipe(str(recipe_file), list(overrides))
-        run = Run.create(recipe, folder)
-        train(recipe, run)
-        return run
-
-    return train_into
-
-
-@pytest.fixture(scope="session")
-def finished_run(train_run, tmp_path_factory):
-    """The small recipe, trained without interruption. Not to be written to: :func:`run` is a copy."""
-    return train_run(tmp_path_factory.mktemp("runs") / "finished")
+def own_tokenizer(tiny_llama):
+    """The tokenizer of the tiny models with another chat template and two more tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens(["<|user|>", "<|end|>"], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    return tokenizer
 
 
 @pytest.fixture
-def run(finished_run, tmp_path):
-    """A copy of the finished run, to be written to."""
-    shutil.copytree(finished_run.path, tmp_path / "run")
-    return Run(tmp_path / "run")
+def adapter(save_adapter, tiny_llama, tmp_path):
+    """Folder of an adapter with rms normalization on the tiny LLaMA, to be damaged."""
+    save_adapter(tmp_path / "adapter", tiny_llama, normalization="rms")
+    return tmp_path / "adapter"
 
 
 @pytest.fixture
-def interrupt(monkeypatch):
-    """``interrupt(n)`` ends an evaluation by KeyboardInterrupt at its n-th batch, once. The list that it returns gets
-    the number of prompts of each batch, that one included."""
-
-    def at(batch):
-        write, asked = evaluation._write, []
-
-        def interrupted(model, tokenizer, prompts, *rest):
-            asked.append(len(prompts))
-            if len(asked) == batch:
-                raise KeyboardInterrupt
-            return write(model, tokenizer, prompts, *rest)
-
-        monkeypatch.setattr(evaluation, "_write", interrupted)
-        return asked
-
-    return at
+def unmerged():
+    """The base model with a saved adapter on it."""
+    return lambda base, adapter: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
 
 
 @pytest.fixture
@@ -242,54 +193,6 @@ def change_weights():
         save_file(function(load_file(file)), file, metadata={"format": "pt"})
 
     return change
-
-
-class Outcome(NamedTuple):
-    """What a command left with: exit code, standard output, standard error."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def pera(monkeypatch, capsys, tmp_path):
-    """Calls the ``pera`` command in this process, in an empty working folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pera", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return Outcome(exit.value.code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """What lies in the working folder: the content of every file, None for a folder."""
-    return lambda: {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
-
-
-@pytest.fixture
-def refused(pera, tree):
-    """Calls the ``pera`` command and checks that it refuses: exit code 2, one line that has all of ``words``, nothing
-    changed on the disk. Returns the line."""
-
-    def call(*arguments, words):
-        before = tree()
-        outcome = pera(*arguments)
-        assert outcome.code == 2
-        assert outcome.out == ""
-        assert outcome.err.startswith("pera: ")
-        assert outcome.err.count("\n") == 1
-        assert outcome.err.endswith("\n")
-        assert [word for word in words if word not in outcome.err] == [], outcome.err
-        assert tree() == before
-        return outcome.err
-
-    return call
 
 
 @pytest.fixture(scope="session")

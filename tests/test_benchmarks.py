@@ -9,7 +9,7 @@ from peft import DeloraConfig, HiraConfig, LoraConfig, get_peft_model
 
 import tiny
 from pera import to_lora
-from pera.methods import fit_to, peft_config
+from pera_lab.methods import fit_to, peft_config
 
 
 @pytest.fixture(scope="module")

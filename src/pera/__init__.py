@@ -4,10 +4,10 @@
 and ``AutoPeftModel…`` know it.
 """
 
-from pera.convert.fold import combine, to_lora
 from pera.errors import PeraError, UserError
 from pera.expansion import use_kernels
 from pera.linear import pera_linear
+from pera.lora import combine, to_lora
 from pera.optim import parameter_groups
 from pera.tuner import PeraConfig, PeraModel, hotswap_adapter, register
 

@@ -1,5 +1,6 @@
-"""``python -m pera`` is the ``pera`` command."""
+"""``python -m pera`` runs the ``pera`` command that is installed with this package."""
 
-from pera.cli import main
+from importlib.metadata import entry_points
 
-main()
+(command,) = entry_points(group="console_scripts", name="pera")
+command.load()()

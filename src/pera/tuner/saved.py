@@ -12,7 +12,7 @@ from pera.tuner.config import PeraConfig
 
 
 class Factors(NamedTuple):
-    """One layer: what :func:`pera.polynomial.lora_factors` and :func:`pera.diagnose.diagnose_layer` take."""
+    """One layer: what :func:`pera.polynomial.lora_factors` and :func:`pera_lab.diagnose.diagnose_layer` take."""
 
     A: Tensor
     B: Tensor

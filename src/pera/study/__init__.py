@@ -1,5 +1,0 @@
-"""Many runs: a fair comparison of methods, from a grid to statistics."""
-
-from pera.study.spec import Cell, Study, Trial, load_study
-
-__all__ = ["Cell", "Study", "Trial", "load_study"]

@@ -1,0 +1,1 @@
+"""The laboratory around the method: recipes, tasks, training, studies, conversion, and the ``pera`` command."""

@@ -1,0 +1,127 @@
+"""The model card, README.md, of an adapter, a merged model or an export."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import ModelCardData
+
+from pera_lab.files import write_atomic
+from pera_lab.models import hub_name
+from pera_lab.runs import Location, adapter_config, checked, method_name
+
+Form = Literal["adapter", "merged", "lora", "gguf"]
+
+_TITLE = {
+    "adapter": "{method} adapter",
+    "merged": "Model with a merged {method} adapter",
+    "lora": "{method} adapter, exported as a LoRA",
+    "gguf": "{method} adapter, exported as a LoRA in GGUF",
+}
+
+_PERA = " Method: Polynomial Expansion Rank Adaptation ([arXiv 2604.11841](https://arxiv.org/abs/2604.11841))."
+
+_USE = {
+    "adapter": "{imports}from peft import AutoPeftModelFor{kind}\n\n"
+    'model = AutoPeftModelFor{kind}.from_pretrained("path/to/this/folder")',
+    "merged": "from transformers import AutoModelFor{kind}\n\n"
+    'model = AutoModelFor{kind}.from_pretrained("path/to/this/folder")',
+    "lora": "from peft import AutoPeftModelFor{kind}\n\n"
+    'model = AutoPeftModelFor{kind}.from_pretrained("path/to/this/folder")',
+    "gguf": "llama-server --model BASE.gguf --lora path/to/this/folder/adapter.gguf",
+}
+
+
+def write_card(folder: Path, form: Form, location: Location, verification: str | None = None) -> None:
+    """Write ``README.md``: metadata for the Hub, how to load it, and what is known of the run it came from.
+
+    Args:
+        folder: the folder that is described.
+        form: what it holds.
+        location: where the adapter came from.
+        verification: the sentence of the comparison with the adapter, if one was made.
+    """
+    base = hub_name(location.base)
+    assert location.adapter is not None
+    config = adapter_config(location.adapter)
+    method = method_name(config)
+    classifies = config.task_type == "SEQ_CLS"
+    imports = "import pera  # makes the method known to PEFT\n" if method == "PERA" else ""
+    data = ModelCardData(
+        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        library_name={"merged": "transformers", "gguf": "gguf"}.get(form, "peft"),
+        pipeline_tag="text-classification" if classifies else "text-generation",
+        tags=["pera", "lora"] if form in ("lora", "gguf") else [method.lower()],
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_TITLE[form].format(method=method)}",
+        f"Base model: {_code(base)}.{_PERA if method == 'PERA' else ''}",
+        _fence(
+            _USE[form].format(imports=imports, kind="SequenceClassification" if classifies else "CausalLM"),
+            "sh" if form == "gguf" else "python",
+        ),
+    ]
+    if verification:
+        sections += ["## Verification", f"Against the adapter it was made from: {verification}."]
+    if location.run is not None:
+        run = location.run
+        scores = checked(run.scores(), dict[str, _Figure], repr(str(run.scores_file)))
+        if scores:
+            sections += ["## Scores", _scores(run.recipe.task.name, scores)]
+        sections += ["## Recipe", _fence(run.recipe.to_yaml(), "yaml")]
+    write_atomic(folder / "README.md", "\n\n".join(sections) + "\n")
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """Of a score in ``scores.json``, what a card shows."""
+
+    n: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    scorer: str
+
+
+def _scores(task: str, scores: dict[str, _Figure]) -> str:
+    """One table for each scorer: figures of two scorers do not belong in one column."""
+    blocks = []
+    for scorer in dict.fromkeys(s.scorer for s in scores.values()):
+        rows = [
+            f"| {which.removesuffix(f'-{scorer}')} | {s.n} | {100 * s.value:.1f} % | "
+            f"{100 * s.low:.1f} to {100 * s.high:.1f} % |"
+            for which, s in scores.items()
+            if s.scorer == scorer
+        ]
+        metric = next(s.metric for s in scores.values() if s.scorer == scorer)
+        head = f"Held-out rows of {_code(task)}, {_SCORERS.get(scorer, scorer)}."
+        blocks.append("\n".join([head, "", f"| | n | {metric} | 95 % interval |", "| --- | --- | --- | --- |", *rows]))
+    return "\n\n".join(blocks)
+
+
+_SCORERS = {
+    "exact_match": "answers judged by the task's own scorer",
+    "generation": "the first answer found in what the model writes",
+    "likelihood": "options ranked by log-probability",
+    "classification": "the class or number of the head",
+}
+
+
+def _code(text: str) -> str:
+    """``text`` as inline code, whatever is in it."""
+    return f"{_ticks(text, 1)}{' '.join(text.split())}{_ticks(text, 1)}"
+
+
+def _fence(text: str, language: str) -> str:
+    """``text`` as a block of code, whatever is in it."""
+    return f"{_ticks(text, 3)}{language}\n{text.rstrip()}\n{_ticks(text, 3)}"
+
+
+def _ticks(text: str, least: int) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(least, longest + 1)

@@ -1,0 +1,173 @@
+"""A model folder whose weights are read when they are wanted, so that a model larger than the memory can be run and
+rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pera.errors import UserError
+from pera_lab.files import read_object, write_json
+from pera_lab.models import reading
+from pera_lab.runs import base_name
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Checkpoint:
+    """The safetensors files of a model folder.
+
+    Args:
+        folder: the folder, with ``model.safetensors`` or an index and its shards.
+
+    Raises:
+        UserError: neither is there, or a shard is missing or broken.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if (folder / INDEX).is_file():
+            names = sorted(set(read_object(folder / INDEX).get("weight_map", {}).values()))
+        else:
+            names = [SINGLE]
+        self.shards: dict[str, list[str]] = {}
+        """The names of the tensors in each file."""
+        for name in names:
+            with self._open(name) as f:
+                self.shards[name] = list(f.keys())
+        self._file = {key: name for name, keys in self.shards.items() for key in keys}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._file
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, mapped from its file and not copied."""
+        with self._open(self._file[key]) as f:
+            tensor: Tensor = f.get_tensor(key)
+            return tensor
+
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"model: {str(self.folder / name)!r} is not a whole safetensors file: {error}.") from error
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of a checkpoint without its weights, in evaluation mode; buffers are there.
+
+    Raises:
+        UserError: its configuration or its code cannot be read.
+    """
+    with reading(str(checkpoint.folder)), init_empty_weights(include_buffers=False):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        build: Any = AutoModelForCausalLM.from_config
+        model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    for name, buffer in model.state_dict().items():
+        if not buffer.is_meta and name in checkpoint:
+            buffer.copy_(checkpoint.read(name))
+    empty: PreTrainedModel = model.eval()
+    return empty
+
+
+def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Where each weight that is not there comes from: its key in the checkpoint, by its name in ``model``.
+
+    Returns:
+        None if the checkpoint does not hold just these, as where transformers fuses or renames weights when it loads.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if weight.is_meta:
+            shared.setdefault(id(weight), []).append(name)
+    found = {}
+    for names in shared.values():
+        key = next((plain for name in names if (plain := base_name(name)) in checkpoint), None)
+        if key is None:
+            return None
+        found.update(dict.fromkeys(names, key))
+    return found
+
+
+def fill_adapter(model: PeftModel, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a model on an :func:`empty_model` the saved weights of its adapter, which PEFT moves to where the base
+    model's are: nowhere.
+
+    Args:
+        model: the model with the adapter.
+        weights: the saved weights. Those of embeddings that PEFT saves with some adapters are left to the base.
+        dtype: what the base is computed in, and so what is trained in its place.
+    """
+    own = dict(model.named_parameters())
+    names = {id(weight): name for name, weight in own.items()}
+    for key, weight in get_peft_model_state_dict(model, state_dict=own).items():
+        name = names[id(weight)]
+        path, _, attribute = name.rpartition(".")
+        factor = f".{model.base_model.prefix}" in name
+        of_base = not factor and attribute == "weight" and ".modules_to_save." not in name
+        filled = weight.to("meta", dtype) if of_base else weights[key].to(weight.dtype if factor else dtype)
+        model.get_submodule(path)._parameters[attribute] = nn.Parameter(filled, requires_grad=False)
+
+
+@contextmanager
+def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[None]:
+    """While the block lasts, a module of an :func:`empty_model` has its weights, in ``dtype``, as long as it runs; one
+    that stands in a list, as a model's layers do, those of all modules in it too, since a module may read another's."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = sources(base, checkpoint) or {}
+    listed = {each for module in base.modules() if isinstance(module, nn.ModuleList) for each in module}
+    with ExitStack() as stack:
+        for name, module in base.named_modules():
+            inner = module.named_modules(prefix=name) if module in listed else [(name, module)]
+            keys = {
+                (owner, attribute): found[weight]
+                for path, owner in inner
+                for attribute in owner._parameters
+                if (weight := f"{path}.{attribute}".lstrip(".")) in found
+            }
+            if keys:
+                fill, clear = _filling(checkpoint, keys, dtype)
+                stack.callback(module.register_forward_pre_hook(fill).remove)
+                stack.callback(module.register_forward_hook(clear, always_call=True).remove)
+        yield
+
+
+def _filling(checkpoint: Checkpoint, keys: dict[tuple[nn.Module, str], str], dtype: torch.dtype) -> Any:
+    """Hooks that give modules the weights they lack, and take those away again."""
+    filled: list[tuple[nn.Module, str, Any]] = []
+
+    def fill(*_: Any) -> None:
+        for (owner, attribute), key in keys.items():
+            empty: Any = owner._parameters[attribute]
+            if empty.is_meta:
+                weight = checkpoint.read(key)
+                owner._parameters[attribute] = nn.Parameter(
+                    weight.to(dtype) if weight.is_floating_point() else weight, requires_grad=False
+                )
+                filled.append((owner, attribute, empty))
+
+    def clear(*_: Any) -> None:
+        while filled:
+            owner, attribute, empty = filled.pop()
+            owner._parameters[attribute] = empty
+
+    return fill, clear
+
+
+def write_index(folder: Path, shards: dict[str, list[str]], size: int) -> None:
+    """Write the index of the shards in ``folder``, ``size`` bytes of tensors, if there is more than one file."""
+    if list(shards) == [SINGLE]:
+        return
+    weight_map = {key: name for name, keys in shards.items() for key in keys}
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})

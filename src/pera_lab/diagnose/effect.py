@@ -1,0 +1,207 @@
+"""What the high-order terms do: the change of the loss when they, or the rank that they add, are taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pera.errors import UserError
+from pera.polynomial import coefficient_pairs, lora_factors
+from pera.tuner import PeraLayer, adapted_layers
+from pera_lab.convert.truncate import truncate_factors
+from pera_lab.diagnose.kinds import kind
+from pera_lab.files import write_json
+from pera_lab.runs import Run, open_model
+from pera_lab.tasks.prompts import IGNORED, encode_task, task_collator
+
+Part = Literal["square", "cross", "high_order"]
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Mean loss of an adapter on some data, and how it changes without some of its terms.
+
+    A positive change means that the terms help on these data. All are zero for a LoRA.
+    """
+
+    tokens: int
+    loss: float
+    without: dict[Part, float]
+    """Change of the loss when the terms are zeroed in every layer."""
+    without_high_order: dict[str, float]
+    """Change of the loss when all high-order terms are zeroed in one group of layers, by group."""
+    at_rank_r: float | None = None
+    """Change of the loss when the ΔW of every layer is cut to its r leading directions, the most of it that a LoRA of
+    equal r can hold. Near zero, the higher rank is not used, however much the adapter relies on its terms. None where
+    it was not measured."""
+
+
+def effects(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    *,
+    adapter_name: str = "default",
+    group: Callable[[str], str] | None = None,
+) -> Effects:
+    """Zero the square, the cross and all high-order terms, everywhere and group by group, cut ΔW to rank r, and take
+    the loss each time.
+
+    Args:
+        model: a model with a PERA adapter, in evaluation mode; left as it was.
+        batches: keyword arguments of its forward, with ``labels``.
+        adapter_name: the adapter to look at.
+        group: the group of a layer, by its module name; by default its kind, such as "q_proj".
+
+    Raises:
+        UserError: the model has no PERA adapter of that name, it takes no part in the forward, or no label counts.
+    """
+    layers = adapted_layers(model, adapter_name)
+    _require_in_use(model, layers.values(), adapter_name)
+    groups: dict[str, list[PeraLayer]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(group(name) if group else kind(name, layer), []).append(layer)
+    loss, tokens = mean_loss(model, batches)
+
+    def change(chosen: Iterable[PeraLayer], part: Part) -> float:
+        with zeroed(chosen, part, adapter_name, others=layers.values()):
+            return mean_loss(model, batches)[0] - loss
+
+    with cut_to_r(layers.values(), adapter_name):
+        at_rank_r = mean_loss(model, batches)[0] - loss
+    parts: tuple[Part, ...] = ("square", "cross", "high_order")
+    return Effects(
+        tokens=tokens,
+        loss=loss,
+        without={part: change(layers.values(), part) for part in parts},
+        without_high_order={name: change(members, "high_order") for name, members in groups.items()},
+        at_rank_r=at_rank_r,
+    )
+
+
+def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects:
+    """:func:`effects` of a run's adapter on the first held-out examples of its task, kept in ``effect.json``.
+
+    Computed in float32, because small effects drown in the rounding of bfloat16.
+    """
+    model, batches = held_out(run, examples, batch_size)
+    result = effects(model, batches)
+    write_json(run.effect_file, asdict(result))
+    return result
+
+
+def run_loss(run: Run, *, examples: int | None = None, batch_size: int = 32) -> float:
+    """Loss per label of a run's adapter on the held-out examples of its task, or the first of them, in float32."""
+    return mean_loss(*held_out(run, examples, batch_size))[0]
+
+
+def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list[dict[str, Tensor]]]:
+    """The model of a run in float32, and the first held-out examples of its task in batches."""
+    recipe = run.recipe
+    model, tokenizer = open_model(run.location, "float32")
+    task = recipe.build_task()
+    run.check_data(task.manifest)
+    encoded = encode_task(task, tokenizer, task.test[:examples], recipe.training.max_length).rows
+    encoded.sort(key=lambda row: len(row["input_ids"]))
+    collate = task_collator(task, tokenizer, model.get_base_model())
+    device = next(model.parameters()).device
+    batches = [
+        {key: value.to(device) for key, value in collate(encoded[i : i + batch_size]).items()}
+        for i in range(0, len(encoded), batch_size)
+    ]
+    return model, batches
+
+
+def zeroed(
+    layers: Iterable[PeraLayer], part: Part, adapter_name: str = "default", *, others: Iterable[PeraLayer] = ()
+) -> AbstractContextManager[None]:
+    """Within the block, the coefficients of ``part``, learned or fixed, are zero in ``layers``, and as they were in
+    ``others``, which may be tied to one of them."""
+    kept = {layer: layer.factors(adapter_name) for layer in others}
+    return _with_factors(kept | {layer: _without(layer, part, adapter_name) for layer in layers}, adapter_name)
+
+
+@contextmanager
+def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iterator[None]:
+    """Within the block, each layer is the LoRA of its own r whose ΔW is nearest to the layer's (Eckart and Young)."""
+    cut: dict[PeraLayer, Factors] = {}
+    for layer in layers:
+        factors = layer.factors(adapter_name)
+        A, B, h = (factor.detach().cpu().double() for factor in factors)  # not every accelerator has float64
+        exact = lora_factors(A, B, h, *layer.expansion[adapter_name], layer.scaling[adapter_name])
+        near_A, near_B = (factor.to(factors[0]) for factor in truncate_factors(*exact, layer.r[adapter_name]))
+        cut[layer] = near_A, near_B, near_A.new_empty(0)
+    own = [(layer, layer.expansion[adapter_name], layer.scaling[adapter_name]) for layer in cut]
+    try:
+        for layer, expansion, _ in own:
+            layer.expansion[adapter_name] = expansion._replace(terms="none", normalization="none")
+            layer.scaling[adapter_name] = 1.0
+        with _with_factors(cut, adapter_name):
+            yield
+    finally:
+        for layer, expansion, scaling in own:
+            layer.expansion[adapter_name], layer.scaling[adapter_name] = expansion, scaling
+
+
+@contextmanager
+def _with_factors(factors: dict[PeraLayer, Factors], adapter_name: str) -> Iterator[None]:
+    """Within the block, these are the factors of the adapter in these layers."""
+    outer = {layer: vars(layer).get("factors") for layer in factors}  # of a block around this one
+    for layer, values in factors.items():
+        vars(layer)["factors"] = lambda name, own=layer.factors, values=values: (
+            values if name == adapter_name else own(name)
+        )
+    try:
+        yield
+    finally:
+        for layer, before in outer.items():
+            if before is None:
+                del vars(layer)["factors"]
+            else:
+                vars(layer)["factors"] = before
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float, int]:
+    """Loss per label, over all batches, and the number of labels that count.
+
+    Raises:
+        UserError: no label counts.
+    """
+    total, tokens = 0.0, 0
+    for batch in batches:
+        labels: Any = batch["labels"]
+        count = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
+        if count:  # the mean over no label is NaN
+            total += model(**batch).loss.item() * count
+            tokens += count
+    if not tokens:
+        raise UserError(
+            f"batches: none of the {len(batches)} has a label that counts; give examples with an answer to predict."
+        )
+    return total / tokens, tokens
+
+
+def _require_in_use(model: nn.Module, layers: Collection[PeraLayer], adapter_name: str) -> None:
+    if not layers:
+        known = sorted({name for module in model.modules() if isinstance(module, PeraLayer) for name in module.r})
+        raise UserError(f"adapter_name={adapter_name!r} is no PERA adapter of the model; it has {known}.")
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is merged; call unmerge_adapter first.")
+    if any(layer.disable_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is disabled; enable the adapters first.")
+    if any(adapter_name not in layer.active_adapters for layer in layers):
+        raise UserError(f"adapter_name={adapter_name!r} is not active; call set_adapter first.")
+
+
+def _without(layer: PeraLayer, part: Part, adapter_name: str) -> Factors:
+    """The factors of the adapter with 0 for each coefficient that belongs to ``part``."""
+    A, B, h = layer.factors(adapter_name)
+    pairs = coefficient_pairs(layer.r[adapter_name], layer.expansion[adapter_name].terms)
+    kept = [part != "high_order" and (part == "square") != (i == j) for i, j in pairs]
+    return A, B, h.detach() * torch.tensor(kept, dtype=h.dtype, device=h.device)

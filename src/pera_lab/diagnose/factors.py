@@ -1,0 +1,143 @@
+"""What an adapter is, from its factors alone: norms of its parts, spectrum, effective rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pera.errors import UserError
+from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
+from pera.tuner import PeraConfig
+from pera.tuner.saved import saved_factors
+from pera_lab.diagnose.kinds import kind
+from pera_lab.runs import adapter_config, adapter_weights, method_name
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One adapted layer. Norms are Frobenius norms of parts of ΔW, scale s included.
+
+    The parts are not orthogonal: their squared norms do not add up, and a ratio may exceed 1.
+    """
+
+    out_features: int
+    in_features: int
+    r: int
+    expanded_rank: int
+    norm: float
+    """‖ΔW‖_F."""
+    linear: float
+    """‖s BA‖_F."""
+    square: float
+    """Norm of the part of the squares b_i ⊙ b_i."""
+    cross: float
+    """Norm of the part of the crosses b_i ⊙ b_j, i < j."""
+    high_order: float
+    """Norm of squares and crosses together."""
+    ones_weight: float
+    """Share of the squared norm of the high-order part that lies in the one direction 1·1ᵀ; 0 to 1."""
+    singular_values: list[float]
+    """Of ΔW, largest first; min(K, out_features, in_features) of them, the others are zero."""
+
+    @property
+    def high_order_ratio(self) -> float:
+        """‖high-order part‖_F / ‖s BA‖_F; infinite where only the linear part is zero, 0 where both are."""
+        return _ratio(self.high_order, self.linear)
+
+    @property
+    def square_ratio(self) -> float:
+        """‖square part‖_F / ‖s BA‖_F."""
+        return _ratio(self.square, self.linear)
+
+    @property
+    def cross_ratio(self) -> float:
+        """‖cross part‖_F / ‖s BA‖_F."""
+        return _ratio(self.cross, self.linear)
+
+    @property
+    def stable_rank(self) -> float:
+        """‖ΔW‖_F² / σ₁²; at most the rank, and insensitive to small singular values. 0 for ΔW = 0."""
+        energy = [value * value for value in self.singular_values]
+        return sum(energy) / energy[0] if energy[0] else 0.0
+
+    @property
+    def entropy_rank(self) -> float:
+        """exp of the entropy of σ_i / Σσ (Roy and Vetterli 2007): k for k equal singular values. 0 for ΔW = 0."""
+        values = torch.tensor(self.singular_values, dtype=torch.float64)
+        if not values[0]:
+            return 0.0
+        return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
+@torch.no_grad()
+def diagnose_layer(
+    A: Tensor,
+    B: Tensor,
+    h: Tensor | None,
+    terms: Terms = "all",
+    normalization: Normalization = "none",
+    scaling: float = 1.0,
+) -> LayerDiagnosis:
+    """Diagnose one layer in float64, without building ΔW.
+
+    With B̂ = Q_B R_B and Âᵀ = Q_A R_A, each part of ΔW has the norm of the same part of s R_B R_Aᵀ, and ΔW
+    has its singular values. Costs O((m + n) K²).
+
+    Args:
+        A, B, h, terms, normalization, scaling: as for :func:`pera.polynomial.lora_factors`.
+    """
+    A_hat = expand_A(A.double(), None if h is None else h.double(), terms, normalization)
+    B_hat = scaling * expand_B(B.double(), terms, normalization)
+    R_A = torch.linalg.qr(A_hat.T, mode="r").R
+    R_B = torch.linalg.qr(B_hat, mode="r").R
+    r, K = A.shape[0], A_hat.shape[0]
+    squares_end = r + r * squares_and_crosses(terms)[0]
+
+    def norm(columns: slice) -> float:
+        return float(torch.linalg.matrix_norm(R_B[:, columns] @ R_A[:, columns].T))
+
+    high_order = norm(slice(r, K))
+    along_ones = float(B_hat[:, r:].sum(0) @ A_hat[r:].sum(1)) / (B.shape[0] * A.shape[1]) ** 0.5
+    return LayerDiagnosis(
+        out_features=B.shape[0],
+        in_features=A.shape[1],
+        r=r,
+        expanded_rank=K,
+        norm=norm(slice(0, K)),
+        linear=norm(slice(0, r)),
+        square=norm(slice(r, squares_end)),
+        cross=norm(slice(squares_end, K)),
+        high_order=high_order,
+        ones_weight=(along_ones / high_order) ** 2 if high_order else 0.0,
+        singular_values=torch.linalg.svdvals(R_B @ R_A.T).tolist(),
+    )
+
+
+def diagnose_adapter(folder: Path) -> dict[str, LayerDiagnosis]:
+    """Diagnose each layer of a saved PERA adapter, without its base model; by the layer's name in that model.
+
+    Raises:
+        UserError: the folder holds no PERA adapter, or a broken one.
+    """
+    config = adapter_config(folder)
+    if not isinstance(config, PeraConfig):
+        raise UserError(f"{str(folder)!r} is a {method_name(config)} adapter; only PERA adapters can be diagnosed.")
+    layers = saved_factors(adapter_weights(folder), config)
+    return {name.removeprefix("base_model.model."): diagnose_layer(*factors) for name, factors in layers.items()}
+
+
+def by_kind(layers: dict[str, LayerDiagnosis]) -> dict[str, list[LayerDiagnosis]]:
+    """The layers by kind, such as "q_proj"."""
+    kinds: dict[str, list[LayerDiagnosis]] = {}
+    for name, layer in layers.items():
+        kinds.setdefault(kind(name), []).append(layer)
+    return kinds
+
+
+def _ratio(part: float, linear: float) -> float:
+    if linear:
+        return part / linear
+    return float("inf") if part else 0.0

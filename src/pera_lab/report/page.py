@@ -1,0 +1,231 @@
+"""One page about one run, or about several side by side: self-contained HTML without scripts or network."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pera import __version__
+from pera.errors import UserError, missing_extra
+from pera_lab.files import write_atomic
+from pera_lab.report import plots, words
+from pera_lab.report.contents import Change, Contents, Layer, Metrics, Missing, Verification, by_kind
+from pera_lab.report.drawing import Picture, Table
+from pera_lab.runs import Run
+from pera_lab.text import visible
+
+EXAMPLES = {"newly right": 3, "newly wrong": 3, "still wrong": 2}
+"""How many examples of each transition a page shows at most."""
+TRANSITIONS = ("newly right", "newly wrong", "still right", "still wrong")
+
+
+def require_html(file: Path) -> None:
+    """Raise UserError if ``file``, where a page is to be written, has another ending."""
+    if file.suffix not in (".html", ".htm"):
+        raise UserError(f"--output={str(file)!r} should end in .html.")
+
+
+def write_report(runs: list[Run], file: Path) -> None:
+    """Write the page: how the runs were trained, what they score, what changed, what the adapters are, what they cost.
+
+    What a run folder does not hold is named in a sentence, with the command that makes it.
+
+    Args:
+        runs: one, or several to be compared.
+        file: the HTML file.
+
+    Raises:
+        UserError: no run is given, a recipe cannot be read, an optional package is missing, or the file has another
+            ending or cannot be written.
+    """
+    require_html(file)
+    if not runs:
+        raise UserError("report: give at least one run folder.")
+    write_atomic(file, render(runs))
+
+
+def render(runs: list[Run]) -> str:
+    """The page as text; equal run folders make equal pages."""
+    sections = [_section(Contents(run)) for run in runs]
+    content = {
+        "title": f"Run {sections[0]['name']}" if len(runs) == 1 else f"{len(runs)} runs side by side",
+        "runs": sections,
+        "comparison": _comparison(sections) if len(runs) > 1 else None,
+        "version": __version__,
+    }
+    text: str = jinja().get_template("page.html").render(content)
+    return text
+
+
+def jinja() -> Any:
+    """The environment of the templates: all text is escaped and made safe to show."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise missing_extra("jinja2", "lab") from error
+    environment = Environment(
+        loader=PackageLoader("pera_lab.report"),
+        autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = words.percent
+    environment.filters["shortened"] = words.shortened
+    return environment
+
+
+def _section(contents: Contents) -> dict[str, Any]:
+    """What the page says about one run."""
+    recipe, metrics, layers = contents.recipe, contents.metrics, contents.layers
+    scores = {which: score for which in ("base", "adapter") if (score := contents.score(which))}
+    return {
+        "name": contents.name,
+        "contents": contents,
+        "method": _method(recipe.method),
+        "scores": scores,
+        "unscored": [score for score in contents.scores.values() if isinstance(score, Missing)],
+        "accuracy": plots.accuracy(scores) if scores else None,
+        "training": metrics if isinstance(metrics, Missing) else plots.training(metrics),
+        "unfinished": _unfinished(contents),
+        "changes": _changes(contents.changes),
+        "layers": layers if isinstance(layers, Missing) else _diagnosis(layers),
+        "over_time": _over_time(contents),
+        "effect": effects if isinstance(effects := contents.effects, Missing) else plots.effect(effects),
+        "costs": _costs(contents),
+        "verifications": {k: v for k, v in contents.verifications.items() if isinstance(v, Verification)},
+        "unverified": [v for v in contents.verifications.values() if isinstance(v, Missing)],
+        "settings": _pairs(recipe.model_dump(mode="json")),
+        "environment": found if isinstance(found := contents.environment, Missing) else _pairs(found),
+    }
+
+
+def _method(method: dict[str, Any]) -> str:
+    options = [f"{key} = {value}" for key, value in words.flat(method).items() if key not in ("name", "target_modules")]
+    return str(method["name"]) + (f" ({', '.join(options)})" if options else "")
+
+
+def _unfinished(contents: Contents) -> str:
+    """Where an unfinished training stands; empty if it has ended."""
+    if contents.trained:
+        return ""
+    metrics, goal = contents.metrics, contents.recipe.training.max_steps
+    step = 0 if isinstance(metrics, Missing) else metrics.steps[-1]
+    return f"Training has not ended. The last logged step is {step}{f' of {goal}' if goal else ''}."
+
+
+def _changes(changes: list[Change] | Missing) -> Any:
+    if isinstance(changes, Missing):
+        return changes
+    counts = Counter(change.transition for change in changes)
+    examples = {kind: [c for c in changes if c.transition == kind][:most] for kind, most in EXAMPLES.items()}
+    return {
+        "total": len(changes),
+        "counts": {kind: counts[kind] for kind in TRANSITIONS},
+        "examples": {kind: found for kind, found in examples.items() if found},
+    }
+
+
+def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
+    """The layers as figures, in one table by kind and in one by layer."""
+    parts = ("norm", "linear", "square", "cross", "high_order_ratio", "stable_rank", "entropy_rank", "ones_weight")
+    names = ["‖ΔW‖", "linear", "squares", "crosses", "ratio", "stable rank", "entropy rank", "all-ones"]
+
+    def cells(members: list[Layer]) -> list[str]:
+        return [words.number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
+
+    kinds = [[kind, str(len(members)), *cells(members)] for kind, members in by_kind(layers).items()]
+    single = [[x.name, str(x.diagnosis.r), str(x.diagnosis.expanded_rank), *cells([x])] for x in layers]
+    return {
+        "map": plots.ratio_map(layers),
+        "spectra": plots.spectra(layers),
+        "kinds": Table(["kind of module", "layers", *names], kinds),
+        "layers": Table(["layer", "r", "K", *names], single),
+    }
+
+
+def _over_time(contents: Contents) -> Picture | Missing:
+    if not contents.is_pera:
+        return Missing("The adapter is not a PERA adapter; it has no high-order ratio.")
+    metrics = contents.metrics
+    if isinstance(metrics, Missing):
+        return metrics
+    if not metrics.ratios:
+        return Missing("No high-order ratios were recorded in metrics.jsonl during this training.")
+    return plots.ratio_over_time(metrics.ratios)
+
+
+def _costs(contents: Contents) -> Table:
+    """What is known about time, memory and size."""
+    rows: list[list[str]] = []
+    if not isinstance(cost := contents.cost, Missing):
+        speed = cost.tokens / cost.seconds if cost.tokens and cost.seconds else math.nan
+        steps = 0 if isinstance(contents.metrics, Missing) else contents.metrics.steps[-1]
+        since = " since it was resumed" if cost.steps is not None and cost.steps < steps else ""
+        rows += [
+            [f"training time{since}", words.duration(cost.seconds)],
+            [f"training tokens{since}", words.count(cost.tokens)],
+            ["tokens per second", words.number(speed)],
+            ["peak memory", words.size(cost.peak_memory)],
+            ["examples left out as too long", words.count(cost.left_out)],
+        ]
+    if contents.parameters is not None:
+        rows.append(["trained parameters", words.count(contents.parameters)])
+    for which, name in {"base": "base model", "adapter": "adapter"}.items():
+        if score := contents.score(which):
+            rows.append([f"scoring the {name}", f"{words.duration(score.seconds)} for {score.n} problems"])
+    return Table(["", ""], rows)
+
+
+def _pairs(settings: dict[str, Any]) -> Table:
+    return Table(["key", "value"], [[key, value] for key, value in words.flat(settings).items()])
+
+
+def _comparison(sections: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table of all runs, their losses in one figure, and the settings in which they differ."""
+    contents: list[Contents] = [section["contents"] for section in sections]
+    names = [f"run {i}" for i in range(1, len(contents) + 1)]
+    trained = {name: c.metrics for name, c in zip(names, contents, strict=True) if isinstance(c.metrics, Metrics)}
+    settings = [words.flat(c.recipe.model_dump(mode="json", exclude={"name"})) for c in contents]
+    keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
+    facts = [_facts(c) for c in contents]
+    return {
+        "table": Table(["", *names], [[fact, *(f[fact] for f in facts)] for fact in facts[0]]),
+        "losses": plots.losses(trained) if trained else None,
+        "settings": Table(["key", *names], [[key, *(s.get(key, words.ABSENT) for s in settings)] for key in keys]),
+        "unlike": [key for key in keys if key.startswith(SCORED) and not key.startswith(TRAINED_ON)],
+    }
+
+
+SCORED = ("task.", "evaluation.scorer", "evaluation.max_new_tokens", "evaluation.num_beams", "training.held_out")
+"""Settings of a recipe without which two scores measure the same thing; see :data:`TRAINED_ON`."""
+
+TRAINED_ON = ("task.train_size", "task.shares", "task.caps", "task.loss", "task.validation_seed", "task.annotations")
+"""Of them, those that change training alone."""
+
+
+def _facts(contents: Contents) -> dict[str, str]:
+    """One column of the comparison."""
+    base, score = contents.score("base"), contents.score("adapter")
+    cost = None if isinstance(contents.cost, Missing) else contents.cost
+    layers, effects, metrics = contents.layers, contents.effects, contents.metrics
+    ratio = None if isinstance(layers, Missing) else median(x.diagnosis.high_order_ratio for x in layers)
+    change = None if isinstance(effects, Missing) else effects.without.get("high_order")
+    return {
+        "folder": contents.name,
+        "method": str(contents.recipe.method["name"]),
+        "metric": known.metric if (known := score or base) else words.ABSENT,
+        "score": words.percent(score.value if score else None),
+        "95 % interval": f"{words.percent(score.low)} to {words.percent(score.high)}" if score else words.ABSENT,
+        "base model": words.percent(base.value if base else None),
+        "last loss": words.number(None if isinstance(metrics, Missing) else metrics.last_loss),
+        "training time": words.duration(cost.seconds if cost else None),
+        "peak memory": words.size(cost.peak_memory if cost else None),
+        "parameters": words.count(contents.parameters),
+        "high-order ratio": words.number(ratio, 3),
+        "effect": words.ABSENT if change is None else words.signed(change),
+    }

@@ -1,0 +1,57 @@
+"""Pictures as files of their own."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pera.errors import UserError
+from pera_lab.diagnose import diagnose_adapter
+from pera_lab.files import write_atomic
+from pera_lab.report.contents import Contents, Missing, placed
+from pera_lab.report.drawing import style
+from pera_lab.report.plots import ratio_map, training_figure
+from pera_lab.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def loss_picture(run: Run, file: Path) -> None:
+    """Draw the loss of a run, and its learning rate below.
+
+    Raises:
+        UserError: the run has no metrics, or as :func:`save_figure`.
+    """
+    metrics = Contents(run).metrics
+    if isinstance(metrics, Missing):
+        raise UserError(f"{str(run.path)!r} has no metrics yet; train first.")
+    save_figure(training_figure(metrics, run.path.name), file)
+
+
+def ratio_picture(adapter: Path, file: Path) -> None:
+    """Draw the high-order ratio of a saved PERA adapter by block and kind of module.
+
+    Raises:
+        UserError: there is no PERA adapter, it has no high-order terms, or as :func:`save_figure`.
+    """
+    picture = ratio_map(placed(diagnose_adapter(adapter)))
+    if picture is None:
+        raise UserError(f"{str(adapter)!r} has no high-order terms to draw.")
+    save_figure(picture.figure, file)
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure; the ending of ``file`` sets the format (svg, png, pdf).
+
+    Raises:
+        UserError: matplotlib is missing, the format is not known, or the file cannot be written.
+    """
+    content, kind = io.BytesIO(), file.suffix.removeprefix(".")
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise UserError(f"picture: {file.name!r} has no ending of a picture; one of: {', '.join(sorted(known))}.")
+    with style():
+        figure.savefig(content, format=kind, facecolor="white")
+    write_atomic(file, content.getvalue())

@@ -1,0 +1,267 @@
+"""The figures of a report, each with its text alternative and its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from pera_lab.diagnose import Effects
+from pera_lab.report.contents import Layer, Metrics, ScoreOf, by_kind, number_or_nan
+from pera_lab.report.drawing import (
+    COLORS,
+    Picture,
+    Table,
+    draw_line,
+    legend,
+    new_figure,
+    set_scale,
+    shades,
+    short,
+    style,
+    tick,
+)
+from pera_lab.report.words import ABSENT, count, number, percent, signed
+from pera_lab.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROWS = 40
+"""About so many lines a table of numbers has at most."""
+
+
+def accuracy(scores: Mapping[str, ScoreOf]) -> Picture:
+    """Bars of the accuracy, or of the task's own metric, before and after, with intervals."""
+    metric = next(iter(scores.values())).metric
+    names = {"base": "base model", "adapter": "with adapter"}
+    with style():
+        figure, axes = new_figure(0.75 + 0.3 * len(scores))
+        for i, (which, score) in enumerate(scores.items()):
+            axes.barh(i, 100 * score.value, height=0.6, color=COLORS[7 if which == "base" else 0])
+            axes.plot([100 * score.low, 100 * score.high], [i, i], color="black", marker="|", markersize=8)
+        lowest = min(0, *(100 * score.low for score in scores.values()))
+        axes.set(xlim=(lowest, 100), xlabel=f"{metric} in %, with 95 % interval")
+        axes.set_yticks(range(len(scores)), [names[which] for which in scores])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+    said = [f"{names[k]} {percent(s.value)} ({percent(s.low)} to {percent(s.high)})" for k, s in scores.items()]
+    finding = f"{metric.capitalize()} with 95 % interval: {', '.join(said)}."
+    if len(scores) == 2:
+        a, b = scores.values()
+        apart = a.high < b.low or b.high < a.low
+        finding += f" The intervals {'do not overlap' if apart else 'overlap'}."
+    head = ["", metric, "from", "to", "right", "of", "scorer"]
+    rows = [
+        [names[k], *map(percent, (s.value, s.low, s.high)), count(s.correct), str(s.n), s.scorer]
+        for k, s in scores.items()
+    ]
+    return Picture(figure, f"Bars: {metric} before and after training", finding, Table(head, rows))
+
+
+def training(metrics: Metrics) -> Picture:
+    """Loss over the steps, and the learning rate below it."""
+    label = "Lines: loss and learning rate over the training steps"
+    head = ["step", "epoch", "loss", "learning rate", "gradient norm", "tokens/s"]
+    keys = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
+    values = [[line.get(key) for key in keys] for line in metrics.lines]
+    cells = [[ABSENT if x is None else number(number_or_nan(x)) for x in line] for line in values]
+    rows = [[str(step), *line] for step, line in zip(metrics.steps, cells, strict=True)]
+    return Picture(training_figure(metrics), label, _course(metrics).capitalize(), Table(head, _thinned(rows)))
+
+
+def training_figure(metrics: Metrics, title: str = "") -> Figure:
+    """The figure of :func:`training` alone."""
+    with style():
+        figure, (loss, rate) = new_figure(3.2, rows=2, sharex=True, height_ratios=[3, 1])
+        draw_line(loss, metrics.steps, metrics.series("loss"), 0)
+        draw_line(rate, metrics.steps, metrics.series("learning_rate"), 0, mark=False)
+        loss.set(ylabel="loss per label", title=visible(title))
+        rate.set(xlabel="step", ylabel="learning rate")
+        set_scale(loss, metrics.series("loss"))
+    return figure
+
+
+def losses(runs: Mapping[str, Metrics]) -> Picture:
+    """The loss of several runs over the steps."""
+    with style():
+        figure, axes = new_figure(3)
+        for i, (name, metrics) in enumerate(runs.items()):
+            draw_line(axes, metrics.steps, metrics.series("loss"), i, name)
+        axes.set(xlabel="step", ylabel="loss per label")
+        set_scale(axes, [x for metrics in runs.values() for x in metrics.series("loss")])
+        legend(figure)
+    found = {name: dict(zip(m.steps, m.series("loss"), strict=True)) for name, m in runs.items()}
+    steps = sorted({step for m in runs.values() for step in m.steps})
+    rows = [[str(step), *(number(loss.get(step)) for loss in found.values())] for step in steps]
+    finding = " ".join(f"{name}: {_course(metrics)}" for name, metrics in runs.items())
+    return Picture(figure, "Lines: loss of the runs over the steps", finding, Table(["step", *runs], _thinned(rows)))
+
+
+def ratio_map(layers: list[Layer]) -> Picture | None:
+    """High-order ratio by block and kind of module; None if no layer has high-order terms."""
+    ratios = {layer.name: layer.diagnosis.high_order_ratio for layer in layers}
+    finite = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+    positive = [ratio for ratio in finite.values() if ratio > 0]
+    if not positive:
+        return None
+    blocks = list(dict.fromkeys(layer.block for layer in layers))
+    kinds = by_kind(layers)
+    cells = [[_mean(finite.get(x.name) for x in members if x.block == b) for b in blocks] for members in kinds.values()]
+    with style():
+        from matplotlib.colors import LogNorm, Normalize
+
+        figure, axes = new_figure(1.1 + 0.27 * len(kinds))
+        wide = max(positive) > 10 * min(positive)
+        norm = LogNorm(min(positive), max(positive)) if wide else Normalize(0, max(positive))
+        mesh = axes.pcolormesh(cells, cmap=shades("ratio"), norm=norm, rasterized=False)
+        axes.set_yticks([i + 0.5 for i in range(len(kinds))], [short(kind) for kind in kinds])
+        every = max(1, math.ceil(len(blocks) / 10))
+        shown = range(0, len(blocks), every)
+        axes.set_xticks([i + 0.5 for i in shown], [ABSENT if blocks[i] is None else str(blocks[i]) for i in shown])
+        axes.set(xlabel="block")
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        bar = figure.colorbar(mesh, ax=axes, location="bottom", aspect=40, label="high-order ratio")
+        set_scale(bar.ax, positive if wide else [], axis="x")
+        bar.outline.set_visible(False)
+    low, high = min(finite, key=finite.__getitem__), max(finite, key=finite.__getitem__)
+    finding = (
+        f"High-order ratio: median {number(median(finite.values()), 3)} over {len(finite)} layers; "
+        f"smallest {number(finite[low], 3)} ({low}), largest {number(finite[high], 3)} ({high})."
+    )
+    table = Table(
+        ["block", *kinds],
+        [
+            [ABSENT if b is None else str(b), *(ABSENT if math.isnan(row[i]) else number(row[i], 3) for row in cells)]
+            for i, b in enumerate(blocks)
+        ],
+    )
+    return Picture(figure, "Map: high-order ratio by block and kind of module", finding, table)
+
+
+def spectra(layers: list[Layer]) -> Picture | None:
+    """Singular values of ΔW beside the largest, the median over the layers of each kind; None if ΔW is zero."""
+    curves = {}
+    for kind, members in by_kind(layers).items():
+        values = [x.diagnosis.singular_values for x in members if x.diagnosis.singular_values[0] > 0]
+        if values:
+            longest = max(map(len, values))
+            curves[kind] = [median(v[i] / v[0] for v in values if len(v) > i) for i in range(longest)]
+    if not curves:
+        return None
+    ranks = sorted({layer.diagnosis.r for layer in layers})
+    expanded = max(layer.diagnosis.expanded_rank for layer in layers)
+    floor = 1e-8
+    with style():
+        figure, axes = new_figure(3.2)
+        for i, (kind, curve) in enumerate(curves.items()):
+            seen = [value if value > floor else math.nan for value in curve]
+            draw_line(axes, range(1, len(curve) + 1), seen, i, short(kind), mark=False)
+        if len(ranks) == 1:
+            axes.axvline(ranks[0], color="black", linewidth=0.8, alpha=0.6)
+            at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(f"r = {ranks[0]}", (ranks[0], 1), (3, -8), **at)
+        axes.set(xlabel="index i", ylabel="σᵢ / σ₁, median")
+        set_scale(axes, [v for curve in curves.values() for v in curve if v > floor])
+        legend(figure)
+    chosen = sorted({1, *(2**i for i in range(1, 10)), *ranks, *(r + 1 for r in ranks), expanded})
+    rows = [
+        [str(i), *(number(curve[i - 1], 3) if i <= len(curve) else ABSENT for curve in curves.values())]
+        for i in chosen
+        if i <= expanded
+    ]
+    stable = number(median(layer.diagnosis.stable_rank for layer in layers), 3)
+    entropy = number(median(layer.diagnosis.entropy_rank for layer in layers), 3)
+    finding = (
+        f"Median over {len(layers)} layers: stable rank {stable}, entropy rank {entropy}. "
+        f"Nominal rank {', '.join(map(str, ranks))}; expanded rank at most {expanded}."
+    )
+    return Picture(figure, "Lines: singular values of the weight updates", finding, Table(["i", *curves], rows))
+
+
+def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
+    """High-order ratio by kind of module over the steps."""
+    kinds = sorted({kind for _, ratios in recorded for kind in ratios})
+    steps = [step for step, _ in recorded]
+    series = {kind: [ratios.get(kind, math.nan) for _, ratios in recorded] for kind in kinds}
+    with style():
+        figure, axes = new_figure(3)
+        for i, (kind, values) in enumerate(series.items()):
+            draw_line(axes, steps, values, i, short(kind))
+        axes.set(xlabel="step", ylabel="high-order ratio")
+        set_scale(axes, [value for values in series.values() for value in values])
+        legend(figure)
+    changes = (f"{kind} {number(values[0], 3)} → {number(values[-1], 3)}" for kind, values in series.items())
+    finding = f"High-order ratio from step {steps[0]} to step {steps[-1]}: {', '.join(changes)}."
+    rows = [[str(s), *(number(values[i], 3) for values in series.values())] for i, s in enumerate(steps)]
+    return Picture(
+        figure, "Lines: high-order ratio over the training", finding, Table(["step", *kinds], _thinned(rows))
+    )
+
+
+def effect(effects: Effects) -> Picture:
+    """Change of the loss without each kind of term, and without those of each group of layers."""
+    terms = {"square": "squares", "cross": "crosses", "high_order": "both"}
+    parts = {terms[part]: change for part, change in effects.without.items()}
+    if effects.at_rank_r is not None:
+        parts["all beyond rank r"] = effects.at_rank_r
+    groups = {f"both in {group}": change for group, change in effects.without_high_order.items()}
+    bars = {**parts, **groups}
+    with style():
+        figure, axes = new_figure(0.8 + 0.25 * len(bars))
+        for i, change in enumerate(bars.values()):
+            value = change if math.isfinite(change) else 0.0
+            axes.barh(i, value, height=0.65, color=COLORS[0 if value >= 0 else 1])
+            beside = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 8}
+            axes.annotate(signed(change), (max(value, 0.0), i), (3, 0), **beside)
+        axes.set_yticks(range(len(bars)), [short(name, 24) for name in bars])
+        axes.axvline(0, color="black", linewidth=0.8)
+        if parts and groups:
+            axes.axhline(len(parts) - 0.5, color="black", linewidth=0.5, alpha=0.5)
+        low, high = (edge((0.0, *filter(math.isfinite, bars.values()))) for edge in (min, max))
+        axes.set_xlim(1.05 * low, high + (0.3 * (high - low) or 1.0))
+        axes.locator_params(axis="x", nbins=5)
+        axes.set(xlabel="change of the loss without them")
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_formatter(tick)
+    whole = effects.without.get("high_order", math.nan)
+    share = f" ({percent(whole / effects.loss)} of it)" if effects.loss and math.isfinite(whole / effects.loss) else ""
+    finding = (
+        f"Over {effects.tokens:,} labels the loss is {number(effects.loss)}. Without the high-order terms it changes "
+        f"by {signed(whole)}{share}."
+    )
+    rows = [
+        [name, signed(change), percent(change / effects.loss if effects.loss else None)]
+        for name, change in bars.items()
+    ]
+    table = Table(["taken out", "change of the loss", "relative"], rows)
+    return Picture(figure, "Bars: change of the loss without the high-order terms", finding, table)
+
+
+def _course(metrics: Metrics) -> str:
+    """What a loss did, in words."""
+    pairs = list(zip(metrics.steps, metrics.series("loss"), strict=True))
+    finite = [(step, loss) for step, loss in pairs if math.isfinite(loss)]
+    lost = f" {len(pairs) - len(finite)} of {len(pairs)} logged losses are not finite." if finite != pairs else ""
+    if not finite:
+        return f"no loss was finite.{lost}"
+    (first, a), (last, b) = finite[0], finite[-1]
+    step, lowest = min(finite, key=lambda pair: pair[1])
+    return (
+        f"loss {number(a)} at step {first}, {number(b)} at step {last}; lowest {number(lowest)} at step {step}.{lost}"
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    found = [value for value in values if value is not None]
+    return fmean(found) if found else math.nan
+
+
+def _thinned(rows: list[list[str]]) -> list[list[str]]:
+    """At most about :data:`ROWS` rows, evenly chosen, the last among them."""
+    every = math.ceil(len(rows) / ROWS)
+    return rows[(len(rows) - 1) % every :: every] if rows else rows

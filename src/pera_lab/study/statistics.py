@@ -1,0 +1,189 @@
+"""Is a difference more than chance? Uncertainty from seeds and from examples together, by scipy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pera.errors import missing_extra
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+RESAMPLES = 999
+LEVEL = 0.95
+LEAST_SEEDS = 3
+"""With fewer pairs of seeds nothing is decided: two give too poor an idea of how much seeds matter."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean and standard deviation of n values."""
+
+    n: int
+    mean: float
+    deviation: float
+    """NaN for one value."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a method gains over another on one task, or on several on average.
+
+    The interval is for other seeds and other examples of the same kind, at 95 %; its ends are NaN with fewer than three
+    pairs of seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    """That a difference as large comes from chance alone, two-sided; NaN as the ends of the interval are."""
+    seeds: int
+    examples: int
+    tasks: int = 1
+    error: float = math.nan
+    """Standard error."""
+    freedom: float = math.nan
+    """Degrees of freedom of Student's t."""
+
+    def verdict(self, p: float | None = None, alpha: float = 1 - LEVEL) -> str:
+        """ "better", "worse", "no difference shown", or "not decided" where seeds are lacking; by ``p``, such as one
+        that is adjusted for many comparisons, or by the difference's own."""
+        p = self.p if p is None else p
+        if math.isnan(p):
+            return "not decided"
+        return ("better" if self.mean > 0 else "worse") if p < alpha else "no difference shown"
+
+
+def describe(values: Sequence[float]) -> Mean:
+    """Number, mean and standard deviation (n − 1) of the values."""
+    n = len(values)
+    mean = float(np.mean(values)) if n else math.nan
+    return Mean(n, mean, float(np.std(values, ddof=1)) if n > 1 else math.nan)
+
+
+def compare(
+    a: Array, b: Array, expected: Array | None = None, metric: Callable[..., Any] | None = None, *, seed: int = 0
+) -> Difference:
+    """What ``a`` gains over ``b``: D, the mean over the seeds of metric(a) − metric(b).
+
+    Two things make D differ from what other seeds and examples would give: its variance over seeds,
+    V₁ = var(d_s) / S for the differences d_s of the S pairs of runs, and over examples, V₂, that of the mean over the
+    seeds: var / E for a mean over E examples, else from resampled examples (bootstrap). Their sum is the variance of D,
+    a little too large, since what is left of the noise is in both; the degrees of freedom are those of Welch and
+    Satterthwaite, a little too many where three seeds by chance agree.
+
+    Args:
+        a, b: (S, E), one row for each seed, paired; the score of each example, or, with a ``metric``, what was
+            predicted for it.
+        expected: (E,), what is right; with a ``metric`` only.
+        metric: called as ``metric(expected, predicted, axis=-1)``; None is the mean of the scores.
+        seed: of the resampling.
+    """
+    stats = _scipy()
+    seeds, examples = a.shape
+    if metric is None:
+        by_seed = (a - b).mean(1)
+        over_examples = float(stats.sem((a - b).mean(0)) ** 2) if examples > 1 else math.nan
+    else:
+        by_seed = metric(expected, a, axis=-1) - metric(expected, b, axis=-1)
+
+        def gain(*columns: Any, axis: int = -1) -> Any:
+            right, runs = columns[0], columns[1:]
+            gains = [
+                metric(right, x, axis=axis) - metric(right, y, axis=axis)
+                for x, y in zip(runs[:seeds], runs[seeds:], strict=True)
+            ]
+            return np.mean(gains, axis=0)
+
+        over_examples = math.nan
+        if examples > 1:
+            resampled = stats.bootstrap(
+                (expected, *a, *b), gain, paired=True, vectorized=True, n_resamples=RESAMPLES, batch=100,
+                method="percentile", rng=np.random.default_rng(seed),
+            )  # fmt: skip
+            over_examples = float(resampled.standard_error) ** 2
+    mean = float(np.mean(by_seed))
+    if seeds < 2:
+        return Difference(mean, math.nan, math.nan, math.nan, seeds, examples)
+    over_seeds = float(stats.sem(by_seed)) ** 2
+    return _difference(mean, [(over_seeds, seeds - 1), (over_examples, examples - 1)], seeds, examples)
+
+
+def average(differences: Sequence[Difference]) -> Difference:
+    """The mean of the differences on several tasks, for these tasks."""
+    tasks = len(differences)
+    parts = [(d.error**2 / tasks**2, d.freedom) for d in differences]
+    mean = float(np.mean([d.mean for d in differences]))
+    seeds, examples = min(d.seeds for d in differences), sum(d.examples for d in differences)
+    return _difference(mean, parts, seeds, examples, tasks)
+
+
+def mcnemar(a: Array, b: Array) -> tuple[int, int, float]:
+    """Examples that only ``a`` has right, that only ``b`` has right, and the exact p of McNemar's test, for two runs.
+
+    It asks whether these two trained models differ; a training with another seed differs as well.
+    """
+    stats = _scipy()
+    only_a, only_b = int(((a > 0.5) & (b <= 0.5)).sum()), int(((b > 0.5) & (a <= 0.5)).sum())
+    return only_a, only_b, float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def adjusted(p: Sequence[float]) -> list[float]:
+    """The p of several comparisons, adjusted so that at most the share alpha of those called a difference is none
+    (Benjamini and Hochberg's false discovery rate). NaN stays and does not count."""
+    stats = _scipy()
+    known = [x for x in p if not math.isnan(x)]
+    adjusted = iter(stats.false_discovery_control(known) if known else [])
+    return [math.nan if math.isnan(x) else float(next(adjusted)) for x in p]
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, gain) that no other point beats in one without losing in the other."""
+
+    def beaten(i: int) -> bool:
+        cost, gain = points[i]
+        return any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in points)
+
+    return [i for i, point in enumerate(points) if not any(map(math.isnan, point)) and not beaten(i)]
+
+
+def pearson(expected: Array, predicted: Array, axis: int = -1) -> Any:
+    """Pearson's correlation; 0 where one side is constant."""
+    x = expected - expected.mean(axis, keepdims=True)
+    y = predicted - predicted.mean(axis, keepdims=True)
+    scale = np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
+    return np.divide((x * y).sum(axis), scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def _difference(mean: float, parts: list[tuple[float, float]], seeds: int, examples: int, tasks: int = 1) -> Difference:
+    """From the independent parts of the variance, each with its degrees of freedom."""
+    stats = _scipy()
+    variance = sum(part for part, _ in parts)
+    if math.isnan(variance):
+        return Difference(mean, math.nan, math.nan, math.nan, seeds, examples, tasks)
+    if variance == 0:
+        freedom, error, half, p = math.inf, 0.0, 0.0, float(mean == 0)
+    else:
+        freedom = variance**2 / sum(part**2 / f for part, f in parts if part)
+        error = math.sqrt(variance)
+        half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+        p = 2 * float(stats.t.sf(abs(mean) / error, freedom))
+    if seeds < LEAST_SEEDS:
+        half = p = math.nan
+    return Difference(mean, mean - half, mean + half, p, seeds, examples, tasks, error, freedom)
+
+
+def _scipy() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise missing_extra("scipy", "lab") from error
+    return stats

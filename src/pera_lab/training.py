@@ -1,0 +1,388 @@
+"""A recipe becomes a run folder."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import is_zipfile
+
+import torch
+from peft import get_peft_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from pera.errors import UserError
+from pera.optim import parameter_groups
+from pera_lab import methods, models
+from pera_lab.card import write_card
+from pera_lab.diagnose import RatioCallback
+from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
+from pera_lab.recipe import Recipe, TrainingSection
+from pera_lab.runs import COMPLETE, Run, command_line, open_model
+from pera_lab.tasks import ClassificationTask, Task
+from pera_lab.tasks.prompts import Encoded, encode_task, task_collator
+
+
+class LossNotFinite(UserError):
+    """The training has diverged."""
+
+
+class TrainingSummary(NamedTuple):
+    """What a training took, since it was last resumed: seconds, tokens (padding included), peak memory in bytes."""
+
+    seconds: float
+    tokens: int
+    peak_memory: int | None
+    final_loss: float | None
+    left_out: int
+    shortened: int = 0
+    """Training texts that were cut to ``max_length``."""
+    steps: int = 0
+
+
+def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | None = None) -> TrainingSummary:
+    """Train the adapter of ``recipe`` and leave it, with metrics and environment, in the run folder.
+
+    Args:
+        recipe: what to do.
+        run: the folder, made by :meth:`Run.create`.
+        resume: go on from the last complete checkpoint; from the start if there is none.
+        console: where progress is shown; None shows nothing.
+
+    Raises:
+        UserError: the model, a target module or the task cannot be had; the data or the base model are not those that
+            a resumed run was begun with; the disk refuses.
+        LossNotFinite: the loss is not finite.
+    """
+    spec = recipe.training
+    task = recipe.build_task()
+    run.check_data(task.manifest)
+    set_seed(spec.seed)  # a classification head is drawn when the model is loaded
+    model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype, task.labels)
+    limit = min(spec.max_length, models.longest_input(model, tokenizer))
+    encoded = _encode(task, tokenizer, limit)
+    choosing = encode_task(task, tokenizer, task.validation, limit)
+    _check_validation(spec, task, choosing)
+    run.write_environment(model, command_line())
+    notes = task.notes
+    write_json(run.data_file, {**task.manifest, "notes": notes})
+    for note in notes:
+        if console is not None:
+            console.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
+
+    set_seed(spec.seed)
+    try:
+        config = methods.fit_to(model, recipe.peft_config())
+        adapted = get_peft_model(model, config)
+    except methods.REFUSALS as error:
+        raise methods.refusal(recipe.method, error) from error
+
+    arguments = _arguments(recipe, run, task)
+    optimizer = _optimizer(spec, arguments, adapted)
+    checkpoint = run.last_checkpoint() if resume else None
+    if checkpoint is not None:
+        _check_whole(checkpoint)
+        if not _ended(checkpoint):
+            _check_whole(checkpoint, OPTIMIZER_NAME, SCHEDULER_NAME)
+    order = _ByLength(encoded.rows, arguments) if spec.group_by_length else None
+    progress = _Progress(run, console, since=checkpoint)
+    try:
+        trainer = _Trainer(
+            order,
+            model=adapted,
+            args=arguments,
+            train_dataset=encoded.rows,
+            eval_dataset=choosing.rows if spec.eval_steps else None,
+            compute_metrics=_metrics(task),
+            data_collator=task_collator(task, tokenizer, model),
+            callbacks=[RatioCallback(), progress],
+            optimizer_cls_and_kwargs=optimizer,
+        )
+    except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
+        raise UserError(f"training.report_to={spec.report_to}: {' '.join(str(error).split())}") from error
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    if checkpoint is not None and _ended(checkpoint):  # only the saving of the adapter was missed
+        kept = _best(checkpoint) if spec.keep == "best" else checkpoint
+        _check_whole(kept)
+        set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
+    else:
+        if console is not None:
+            console.print(f"run folder {run.path}", soft_wrap=True)
+        with progress, disk_errors(run.path):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
+    losses = [line["loss"] for line in run.metrics()]
+    final_loss = losses[-1] if losses else None
+    steps = trainer.state.global_step - progress.steps_before
+    summary = TrainingSummary(seconds, tokens, peak_memory(), final_loss, encoded.left_out, encoded.shortened, steps)
+    write_json(run.cost_file, summary._asdict())
+    with atomic_folder(run.adapter) as folder:
+        adapted.save_pretrained(str(folder))
+        write_card(folder, "adapter", run.location._replace(adapter=folder))
+    return summary
+
+
+def peak_memory() -> int | None:
+    """Peak memory of this process in bytes: on the accelerator if there is one, else resident; None if unknown."""
+    if models.device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _encode(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    encoded = encode_task(task, tokenizer, task.train, max_length)
+    if not encoded.rows:
+        shortest = min(len(row["input_ids"]) for row in encode_task(task, tokenizer, task.train).rows)
+        raise UserError(f"training.max_length={max_length} leaves no example: the shortest has {shortest} tokens.")
+    return encoded
+
+
+def _check_validation(spec: TrainingSection, task: Task, choosing: Encoded) -> None:
+    if spec.eval_steps is None or choosing.rows:
+        return
+    reason = "they are all longer than training.max_length" if task.validation else "the task has none"
+    raise UserError(f"training.eval_steps={spec.eval_steps!r} needs validation rows, and {reason}.")
+
+
+def _metrics(task: Task) -> Any:
+    """What the Trainer calls with logits and labels of the validation rows; nothing beyond the loss for text."""
+    if not isinstance(task, ClassificationTask):
+        return None
+
+    def compute(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions
+        predicted = logits.argmax(-1) if task.names else logits.reshape(-1)
+        return task.measure(prediction.label_ids.tolist(), predicted.tolist())
+
+    return compute
+
+
+def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
+    spec = recipe.training
+    options: dict[str, Any] = {_checkpointing_option(): spec.gradient_checkpointing}
+    if spec.eval_steps is not None:
+        by_epoch = spec.eval_steps == "epoch"
+        options |= {"eval_strategy": "epoch" if by_epoch else "steps"}
+        options |= {"eval_steps": None if by_epoch else spec.eval_steps}
+        options |= {"per_device_eval_batch_size": recipe.evaluation.batch_size}
+        options |= {"prediction_loss_only": task.labels is None}
+    if spec.keep == "best":
+        options |= {"save_strategy": options["eval_strategy"], "save_steps": options["eval_steps"] or spec.save_steps}
+        options |= {"load_best_model_at_end": True, "greater_is_better": task.labels is not None}
+        options |= {"metric_for_best_model": "loss" if task.labels is None else task.metric}
+    else:
+        options |= {"save_strategy": "steps", "save_steps": spec.save_steps}
+    arguments = TrainingArguments(
+        **options,
+        output_dir=str(run.checkpoints),
+        run_name=run.path.name,
+        learning_rate=spec.learning_rate,
+        max_steps=spec.max_steps or -1,
+        num_train_epochs=spec.epochs or 1.0,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation_steps,
+        warmup_steps=spec.warmup_steps or spec.warmup_ratio,  # below 1 it is a share
+        lr_scheduler_type=spec.lr_scheduler,
+        weight_decay=0.0 if isinstance(spec.weight_decay, dict) else spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        logging_steps=spec.logging_steps,
+        logging_nan_inf_filter=False,
+        save_total_limit=2,
+        report_to=spec.report_to or "none",
+        include_num_input_tokens_seen="all",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    # One process takes one GPU: DataParallel would multiply the batch size and cut up what batches say of their rows.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _optimizer(
+    spec: TrainingSection, arguments: TrainingArguments, model: torch.nn.Module
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The Trainer's optimizer with the recipe's groups, the first of them A, whose rate is the one that is logged;
+    None, for a recipe without groups, leaves everything to the Trainer."""
+    if not spec.lr_ratio and not isinstance(spec.weight_decay, dict):
+        return None
+    try:
+        groups = parameter_groups(model, spec.learning_rate, lr_ratio=spec.lr_ratio, weight_decay=spec.weight_decay)
+    except UserError as error:
+        raise UserError(f"training: {error}") from error
+    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return optimizer, {**options, "params": groups}
+
+
+def _check_whole(checkpoint: Path, *needed: str) -> None:
+    """Raise UserError if a file of a complete checkpoint is missing or was cut off since, as by a broken disk.
+
+    ``needed`` are those that training goes on from, beside the weights and the state.
+    """
+    found = {file.name: file for file in checkpoint.glob("*")}
+    for name in sorted({SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE_NAME, *needed, *found}):
+        try:
+            if name not in found:
+                raise FileNotFoundError("it is missing")
+            elif name == TRAINER_STATE_NAME:
+                TrainerState.load_from_json(str(checkpoint / name))
+            elif name.endswith(".safetensors"):
+                safe_open(checkpoint / name, framework="pt")
+            elif name.endswith((".pt", ".pth")) and not is_zipfile(found[name]):
+                raise ValueError("its end is missing")
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise UserError(
+                f"--resume: {str(checkpoint / name)!r} is not whole ({error}); delete {str(checkpoint)!r} to go on "
+                "from the checkpoint before it, or else from the start."
+            ) from error
+
+
+def _ended(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the last step."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return bool(state.global_step >= state.max_steps)
+
+
+def _best(checkpoint: Path) -> Path:
+    """The best checkpoint, according to the last one."""
+    best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_global_step
+    return checkpoint.with_name(f"checkpoint-{best}")
+
+
+def _checkpointing_option() -> str:
+    """transformers renames ``gradient_checkpointing`` to ``activation_checkpointing`` on the way to version 6."""
+    names = {f.name for f in fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
+class _ByLength(LengthGroupedSampler):
+    """Rows in batches of about one length, in an order of the seed and the number of the epoch alone: the same for
+    every method, however often its dropout draws, and for a run that is resumed."""
+
+    def __init__(self, rows: list[dict[str, Any]], arguments: TrainingArguments) -> None:
+        size = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        lengths = [len(row["input_ids"]) for row in rows]
+        super().__init__(size, lengths=lengths, generator=torch.Generator())
+        self._seed = arguments.data_seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.generator.manual_seed(random.Random(f"{self._seed}, {epoch}").getrandbits(32))
+
+
+class _Trainer(Trainer):
+    """A Trainer that takes the rows in the order of a sampler; without one, in a random order of its own."""
+
+    def __init__(self, order: Sampler[int] | None, **options: Any) -> None:
+        self._order = order
+        super().__init__(**options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
+
+
+class _Progress(TrainerCallback):
+    """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, stops when the loss is lost."""
+
+    def __init__(self, run: Run, console: Console | None, since: Path | None) -> None:
+        self._run = run
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console or Console(quiet=True),
+            disable=console is None,
+        )
+        self._task = self._bar.add_task("", total=None, note="")
+        kept = int(since.name.rpartition("-")[2]) if since else 0
+        for file, lines in ((run.metrics_file, run.metrics()), (run.validation_file, run.validation())):
+            if file == run.metrics_file or lines:
+                write_atomic(file, "".join(json_line(line) for line in lines if line["step"] <= kept))
+        self._start = 0.0
+        self.tokens_before = self.steps_before = 0
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+        self.steps_before = state.global_step
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bar.update(self._task, completed=state.global_step)
+        if state.global_step == state.max_steps:  # whatever logging_steps is, the last loss is seen
+            control.should_log = True
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "eval_loss" in logs:
+            self._validated(state, logs)
+        if "loss" not in logs:
+            return
+        seconds, tokens = time.perf_counter() - self._start, state.num_input_tokens_seen - self.tokens_before
+        line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": round(tokens / seconds, 1),
+        }
+        if "high_order_ratio" in logs:
+            line["high_order_ratio"] = logs["high_order_ratio"]
+        with self._run.metrics_file.open("a", encoding="utf-8") as f:
+            f.write(json_line(line))
+        memory = peak_memory()
+        note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
+        self._bar.update(self._task, note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
+        if not torch.isfinite(torch.tensor(float(logs["loss"]))):
+            raise LossNotFinite(
+                f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
+                "lower the rate."
+            )
+
+    def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+        values = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_") and k not in speed}
+        with self._run.validation_file.open("a", encoding="utf-8") as f:
+            f.write(json_line({"step": state.global_step, "epoch": state.epoch, **values}))
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

@@ -1,0 +1,175 @@
+"""What the tests of the laboratory share: recipes, trained runs, and the command."""
+
+import json
+import shutil
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from pera_lab import cli, evaluation
+from pera_lab.recipe import load_recipe
+from pera_lab.runs import Run
+from pera_lab.training import train
+
+RECIPE = """
+model: {name: MODEL, dtype: float32}
+method:
+  name: pera
+  r: 4
+  normalization: rms
+  init_coefficients: 0.3
+  dropout: 0.1
+  target_modules: [q_proj, v_proj, up_proj, down_proj]
+task: {name: family_relationships, train_size: 64, test_size: 8}
+training: {learning_rate: 3.0e-2, max_steps: 12, batch_size: 4, save_steps: 4, logging_steps: 2}
+evaluation: {max_new_tokens: 4, batch_size: 4}
+"""
+
+
+@pytest.fixture(scope="session")
+def glue_folder(tmp_path_factory):
+    """A folder with sst2 and stsb of some rows; the label is in the words."""
+    folder = tmp_path_factory.mktemp("glue")
+    words = ["dull film", "fine film"]
+    pairs = [{"sentence1": "a " * (i % 6), "sentence2": "a a", "label": float(i % 6)} for i in range(70) if i % 6]
+    rows = {"sst2": [{"sentence": f"{words[i % 2]} {i % 7}", "label": i % 2} for i in range(64)], "stsb": pairs}
+    for name, content in rows.items():
+        (folder / name).mkdir()
+        for split in ("train", "validation"):
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return folder
+
+
+GLUE_RECIPE = """
+model: {name: MODEL, dtype: float32}
+method: {name: pera, r: 2, normalization: rms, init_coefficients: 0.3, target_modules: [query, value]}
+task: {name: sst2, data: DATA}
+training: {learning_rate: 1.0e-2, epochs: 3, batch_size: 8, logging_steps: 4, eval_steps: epoch, keep: best}
+"""
+
+
+@pytest.fixture(scope="session")
+def glue_recipe(tiny_bert, glue_folder, tmp_path_factory):
+    """A small run on the tiny BERT."""
+    file = tmp_path_factory.mktemp("recipes") / "classify.yaml"
+    file.write_text(GLUE_RECIPE.replace("MODEL", str(tiny_bert)).replace("DATA", str(glue_folder)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def finished_glue_run(glue_recipe, tmp_path_factory):
+    """The small run on the tiny BERT, trained. Not to be written to."""
+    recipe = load_recipe(str(glue_recipe))
+    run = Run.create(recipe, tmp_path_factory.mktemp("runs") / "glue")
+    train(recipe, run)
+    return run
+
+
+@pytest.fixture
+def glue_run(finished_glue_run, tmp_path):
+    """A copy of the finished run of a classifier, to be written to."""
+    shutil.copytree(finished_glue_run.path, tmp_path / "glue-run")
+    return Run(tmp_path / "glue-run")
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tiny_llama, tmp_path_factory):
+    """A small run on the tiny LLaMA: dropout, three checkpoints, a rate at which B and h move far."""
+    file = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    file.write_text(RECIPE.replace("MODEL", str(tiny_llama)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def train_run(recipe_file):
+    """Trains the small recipe, with overrides, into a folder."""
+
+    def train_into(folder, *overrides):
+        recipe = load_recipe(str(recipe_file), list(overrides))
+        run = Run.create(recipe, folder)
+        train(recipe, run)
+        return run
+
+    return train_into
+
+
+@pytest.fixture(scope="session")
+def finished_run(train_run, tmp_path_factory):
+    """The small recipe, trained without interruption. Not to be written to: :func:`run` is a copy."""
+    return train_run(tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of the finished run, to be written to."""
+    shutil.copytree(finished_run.path, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """``interrupt(n)`` ends an evaluation by KeyboardInterrupt at its n-th batch, once. The list that it returns gets
+    the number of prompts of each batch, that one included."""
+
+    def at(batch):
+        write, asked = evaluation._write, []
+
+        def interrupted(model, tokenizer, prompts, *rest):
+            asked.append(len(prompts))
+            if len(asked) == batch:
+                raise KeyboardInterrupt
+            return write(model, tokenizer, prompts, *rest)
+
+        monkeypatch.setattr(evaluation, "_write", interrupted)
+        return asked
+
+    return at
+
+
+class Outcome(NamedTuple):
+    """What a command left with: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def pera(monkeypatch, capsys, tmp_path):
+    """Calls the ``pera`` command in this process, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pera", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return Outcome(exit.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What lies in the working folder: the content of every file, None for a folder."""
+    return lambda: {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+
+
+@pytest.fixture
+def refused(pera, tree):
+    """Calls the ``pera`` command and checks that it refuses: exit code 2, one line that has all of ``words``, nothing
+    changed on the disk. Returns the line."""
+
+    def call(*arguments, words):
+        before = tree()
+        outcome = pera(*arguments)
+        assert outcome.code == 2
+        assert outcome.out == ""
+        assert outcome.err.startswith("pera: ")
+        assert outcome.err.count("\n") == 1
+        assert outcome.err.endswith("\n")
+        assert [word for word in words if word not in outcome.err] == [], outcome.err
+        assert tree() == before
+        return outcome.err
+
+    return call

@@ -1,0 +1,285 @@
+"""A GGUF adapter has the names and the order of rows of its base's GGUF file."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from pera import PeraConfig
+from pera.errors import UserError
+from pera.lora import fold
+from pera_lab.convert.export import export
+from pera_lab.convert.gguf import ADAPTER, ARCHITECTURES, check_base, read_adapter, tensor_names, write_adapter
+from pera_lab.convert.verify import verify
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+}
+TOKENS = torch.arange(3, 33).reshape(2, 15)
+
+
+def model_of(kind, **options):
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim" or kind != "qwen2"}
+    if kind == "qwen3":
+        sizes["head_dim"] = 128  # which transformers takes it for, whatever a GGUF file says
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIGS[kind](**{**sizes, **special, "initializer_range": 0.2, **options})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def adapted(kind, **options):
+    config = PeraConfig(r=2, target_modules=LINEAR, normalization="rms", init_weights=False, **options)
+    return get_peft_model(model_of(kind), config).eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS).logits
+
+
+def write(model, file):
+    """Write the adapter of a model as GGUF."""
+    config, state = fold(model)
+    write_adapter(file, state, config.lora_alpha, model.get_base_model().config)
+
+
+def tensors(file):
+    return {
+        t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in gguf.GGUFReader(file).tensors
+    }
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_adapter_that_is_read_back_gives_the_logits_of_the_pera_adapter(kind, tmp_path):
+    model = adapted(kind)
+    write(model, tmp_path / ADAPTER)
+    expected, base = logits(model), model_of(kind)
+    assert (expected - logits(base)).abs().max() > 0.1
+    assert (expected - logits(read_adapter(tmp_path / ADAPTER, base))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_added_to_the_tensors_of_the_bases_gguf_it_gives_the_merged_model_as_transformers_reads_it(kind, tmp_path):
+    """transformers' own reader of GGUF knows names and permutations by itself."""
+    model = adapted(kind)
+    expected = logits(model)
+    write(model, tmp_path / ADAPTER)
+    base = model_of(kind)
+    factors = tensors(tmp_path / ADAPTER)
+    alpha = gguf.GGUFReader(tmp_path / ADAPTER).fields["adapter.lora.alpha"].contents()
+    writer = gguf.GGUFWriter(tmp_path / "merged.gguf", ARCHITECTURES[kind].name)
+    c = base.config
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_vocab_size(c.vocab_size)
+    if kind == "qwen3":
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[kind].name), 2
+    )
+    used = set()
+    for key, weight in base.state_dict().items():
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        for part, heads in (("q_proj.weight", 4), ("k_proj.weight", 2)):
+            if kind in ("llama", "mistral") and key.endswith(part):  # as llama.cpp's converter permutes
+                weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        if f"{name}.lora_a" in factors:
+            A, B = factors[f"{name}.lora_a"], factors[f"{name}.lora_b"]
+            weight = weight + alpha / len(A) * B @ A
+            used |= {f"{name}.lora_a", f"{name}.lora_b"}
+        writer.add_tensor(name, np.ascontiguousarray(weight.float().numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert used == factors.keys()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="merged.gguf", dtype=torch.float32).eval()
+    assert (logits(merged) - expected).abs().max() < 1e-4
+
+
+def test_the_metadata_is_what_llama_cpp_asks_for(tmp_path):
+    write(adapted("mistral"), tmp_path / ADAPTER)
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / ADAPTER).fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert fields["general.type"] == "adapter"
+    assert fields["adapter.type"] == "lora"
+    assert fields["adapter.lora.alpha"] == 5.0  # r = 2, so K = 5
+    shapes = {name: tuple(weight.shape) for name, weight in tensors(tmp_path / ADAPTER).items()}
+    assert shapes["blk.1.attn_k.weight.lora_a"] == (5, 32)
+    assert shapes["blk.1.attn_k.weight.lora_b"] == (16, 5)
+    assert len(shapes) == 2 * 2 * len(LINEAR)
+
+
+def test_names_are_those_of_the_table_of_gguf():
+    names = tensor_names(["model.layers.1.mlp.down_proj", "lm_head"], LlamaConfig(**SIZES))
+    assert names == {"model.layers.1.mlp.down_proj": "blk.1.ffn_down.weight", "lm_head": "output.weight"}
+    with pytest.raises(UserError, match=r"'model.layers.0.extra' has no name in a GGUF file of architecture 'llama'"):
+        tensor_names(["model.layers.0.extra"], LlamaConfig(**SIZES))
+
+
+def test_an_adapter_for_another_architecture_is_refused(tmp_path):
+    write(adapted("qwen2"), tmp_path / ADAPTER)
+    with pytest.raises(UserError, match="is an adapter for 'qwen2', and the base model is a 'llama'"):
+        read_adapter(tmp_path / ADAPTER, model_of("llama"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"intermediate_size": 64},
+            r"blk\.0\.ffn_\w+\.weight\.lora_\w' of shape .* does not fit a weight of \(.*64.*\)",
+        ),
+        ({"num_hidden_layers": 1}, r"has 'blk\.1\..*', which the base model has no place for"),
+    ],
+)
+def test_an_adapter_of_other_shapes_is_refused(options, words, tmp_path):
+    write(adapted("llama"), tmp_path / ADAPTER)
+    with pytest.raises(UserError, match=words):
+        read_adapter(tmp_path / ADAPTER, model_of("llama", **options))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "left_out", "shape", "words"),
+    [
+        ("qwen2", None, None, r"base.gguf' is a 'qwen2' model, and the adapter is for a 'llama'"),
+        ("llama", "blk.1.ffn_down.weight", None, r"base.gguf' has no blk.1.ffn_down.weight, and the adapter is for"),
+        ("llama", "blk.1.ffn_down.weight", (3, 5), r"base.gguf' has blk.1.ffn_down.weight of shape \(3, 5\), and"),
+    ],
+)
+def test_a_base_that_an_adapter_does_not_fit_is_refused(architecture, left_out, shape, words, tmp_path):
+    write(adapted("llama"), tmp_path / ADAPTER)
+    factors = tensors(tmp_path / ADAPTER)
+    names = {name.rpartition(".")[0] for name in factors}
+    shapes = {name: (len(factors[f"{name}.lora_b"]), factors[f"{name}.lora_a"].shape[1]) for name in names}
+
+    def base(architecture):
+        writer = gguf.GGUFWriter(tmp_path / "base.gguf", architecture)
+        for name in sorted(shapes):
+            writer.add_tensor(name, np.zeros(shapes[name], np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    base("llama")
+    check_base(tmp_path / "base.gguf", tmp_path / ADAPTER)
+    if left_out:
+        shapes.pop(left_out)
+    if shape:
+        shapes[left_out] = shape
+    base(architecture)
+    with pytest.raises(UserError, match=words):
+        check_base(tmp_path / "base.gguf", tmp_path / ADAPTER)
+
+
+def test_a_split_base_is_checked_by_the_tensors_at_hand(tmp_path):
+    write(adapted("llama"), tmp_path / ADAPTER)
+    factors = tensors(tmp_path / ADAPTER)
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama", split_max_tensors=1)
+    for name in ("blk.0.ffn_down.weight", "blk.1.ffn_down.weight"):
+        shape = len(factors[f"{name}.lora_b"]), factors[f"{name}.lora_a"].shape[1]
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    check_base(tmp_path / "base-00001-of-00002.gguf", tmp_path / ADAPTER)
+
+
+@pytest.mark.parametrize("shapes", [{}, {"a": (3, 8), "b": (8, 2)}, {"a": (2, 3, 8), "b": (8, 2)}, {"a": (2, 8)}])
+def test_an_adapter_that_is_cut_off_is_refused(shapes, tmp_path):
+    for file, tensors in (("adapter", {f"blk.0.attn_q.weight.lora_{k}": s for k, s in shapes.items()}), ("base", {})):
+        writer = gguf.GGUFWriter(tmp_path / f"{file}.gguf", "llama")
+        for name, shape in tensors.items():
+            writer.add_tensor(name, np.zeros(shape, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with pytest.raises(UserError, match=r"adapter.gguf' lacks one of the two factors of a layer, or all"):
+        check_base(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
+
+
+def test_an_export_is_written_checked_and_verified_again(save_adapter, tiny_llama, tmp_path):
+    save_adapter(tmp_path / "adapter", tiny_llama, target_modules=["q_proj", "k_proj", "down_proj", "lm_head"])
+    done = export(str(tmp_path / "adapter"), tmp_path / "out", to="gguf")
+    assert done.agreement.agree
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {ADAPTER, "README.md", "verification.json"}
+    for name in (tmp_path / "out", tmp_path / "out" / ADAPTER):
+        assert verify(str(tmp_path / "adapter"), str(name)).agree
+        assert verify(str(name), str(tmp_path / "adapter")).agree
+        assert not verify(str(tiny_llama), str(name)).agree
+
+
+def test_an_adapter_with_a_tokenizer_of_its_own_is_compared_on_the_tokens_of_it(adapter, tiny_llama, tmp_path):
+    own = AutoTokenizer.from_pretrained(tiny_llama)
+    own.chat_template = "{{ messages[0]['content'] }}"
+    own.save_pretrained(adapter)
+    assert export(str(adapter), tmp_path / "out", to="gguf").agreement.agree
+    assert verify(str(adapter), str(tmp_path / "out")).agree
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "words"),
+    [
+        ("tiny_gpt2", {"target_modules": ["c_attn"]}, "the base model is a 'gpt2', for which no GGUF adapter"),
+        ("tied_llama", {"target_modules": ["lm_head"]}, "'lm_head' shares its weight with the embeddings"),
+        ("tiny_llama", {"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is no linear layer"),
+        ("tiny_llama", {"modules_to_save": ["lm_head"]}, "cannot be carried to a GGUF adapter"),
+    ],
+)
+def test_what_gguf_cannot_carry_is_refused(base, options, words, request, save_adapter, tmp_path):
+    save_adapter(tmp_path / "adapter", request.getfixturevalue(base), **options)
+    with pytest.raises(UserError, match=words):
+        export(str(tmp_path / "adapter"), tmp_path / "out", to="gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_adapter_is_refused(tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF no more")
+    with pytest.raises(UserError, match="is not a whole GGUF file"):
+        read_adapter(tmp_path / "broken.gguf", model_of("llama"))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="is a GGUF file, but no LoRA adapter"):
+        read_adapter(tmp_path / "model.gguf", model_of("llama"))

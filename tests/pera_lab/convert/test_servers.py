@@ -1,0 +1,142 @@
+"""What is made for a server is what it takes; what it would reject or ignore is refused."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
+
+from pera import PeraConfig
+from pera.errors import UserError
+from pera_lab.convert.export import export
+from pera_lab.convert.servers import SERVERS, check_rank
+from reference import relative_error
+from tiny import evaluate
+
+
+@pytest.fixture
+def made(save_adapter, request, tmp_path):
+    """Exports an adapter on a base, with options, for a server."""
+
+    def make(server, base="tiny_llama", *, max_rank=None, to=None, **options):
+        save_adapter(tmp_path / "adapter", request.getfixturevalue(base), **options)
+        return export(str(tmp_path / "adapter"), tmp_path / "out", server=server, max_rank=max_rank, to=to)
+
+    return make
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_every_server_gets_an_export_that_agrees_and_the_line_that_starts_it(server, made, tmp_path, tiny_llama):
+    done = made(server)
+    assert done.agreement.agree
+    assert str(tmp_path / "out") in done.start
+    assert (tmp_path / "out" / "adapter.gguf").is_file() == (SERVERS[server].form == "gguf")
+    assert shlex.split(done.start)
+    if server in ("vllm", "sglang", "lorax"):
+        assert str(tiny_llama) in done.start
+
+
+def test_the_line_for_peft_loads_a_classifier_with_its_head(tiny_bert, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    config = PeraConfig(r=2, target_modules=["query"], init_weights=False, task_type="SEQ_CLS")
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    program, option, code = shlex.split(export(str(tmp_path / "adapter"), tmp_path / "out", server="peft").start)
+    assert (program, option) == ("python", "-c")
+    found = {}
+    exec(code, found)
+    ids = torch.arange(3, 13).unsqueeze(0)
+    assert relative_error(evaluate(found["model"].eval(), ids).logits, evaluate(adapted, ids).logits) <= 1e-5
+
+
+def test_the_modelfile_of_ollama_has_the_paths_as_they_are(tmp_path):
+    """Its parser takes a path to the end of the line, with any quotes that are not double."""
+    line = SERVERS["ollama"].start("base", Path("50 % of 'mine'"), 8)
+    subprocess.run(line.partition(" && ")[0], shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "Modelfile").read_text() == "FROM BASE.gguf\nADAPTER 50 % of 'mine'/adapter.gguf\n"
+
+
+@pytest.mark.parametrize(("r", "rank", "option"), [(3, 9, 16), (2, 5, 8), (8, 44, 64), (1, 2, 8)])
+def test_vllm_is_given_a_rank_that_it_knows(r, rank, option, made, tmp_path):
+    assert f"--max-lora-rank {option} " in made("vllm", r=r).start
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
+
+
+def test_a_rank_above_a_servers_needs_max_rank(made, tmp_path):
+    with pytest.raises(UserError, match="LoRA of rank K = 560, and vllm takes 512 at most; add --max-rank 512"):
+        made("vllm", r=32)
+    assert not (tmp_path / "out").exists()
+    done = made("vllm", r=32, max_rank=512)
+    assert done.truncation.lossless
+    assert done.truncation.rank == 32
+    assert "--max-lora-rank 32 " in done.start
+    check_rank("vllm", 512, chosen=True)
+    with pytest.raises(UserError, match="--max-rank: 513 is above 512"):
+        check_rank("vllm", 513, chosen=True)
+
+
+def test_targets_are_named_as_servers_read_them(made, tmp_path):
+    made("sglang", target_modules=r".*\.(q|v)_proj")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_targets_keep_their_full_names_where_the_short_ones_would_mean_more(made, tmp_path):
+    made("vllm", target_modules=["q_proj"], layers_to_transform=[1])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj"]
+    assert config["layers_to_transform"] == [1]
+
+
+def test_targets_are_never_an_expression(made, tmp_path):
+    made("sglang", target_modules=r".*layers\.1\..*\.(q|v)_proj")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_targets_and_parameters_are_named_apart(tokenizer, save_adapter, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    save_adapter(tmp_path / "adapter", tmp_path / "base", **targets)
+    assert export(str(tmp_path / "adapter"), tmp_path / "out", server="peft").agreement.agree
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in targets} == targets
+
+
+@pytest.mark.parametrize("server", [name for name in SERVERS if name != "peft"])
+@pytest.mark.parametrize(
+    ("base", "options", "words"),
+    [
+        ("tiny_llama", {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] of the adapter cannot be"),
+        ("biased_llama", {"bias": "pera_only"}, "bias='pera_only' of the adapter cannot be carried"),
+        ("tied_llama", {"trainable_token_indices": [8]}, "trainable_token_indices=.* cannot be carried"),
+        ("tiny_gpt2", {"target_modules": ["c_attn"]}, "takes no adapter"),
+    ],
+)
+def test_what_a_server_cannot_carry_is_refused(server, base, options, words, made, tmp_path):
+    with pytest.raises(UserError, match=words):
+        made(server, base, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "words"),
+    [
+        ("sglang", {"target_modules": ["embed_tokens", "q_proj"]}, "'model.embed_tokens' is an embedding"),
+        ("lorax", {"layers_to_transform": [1]}, "adapted in 1 of 2 blocks, and lorax ignores"),
+        ("llama.cpp", {"to": "lora"}, "--to lora is not for llama.cpp, which reads gguf"),
+        ("vllm", {"to": "gguf"}, "--to gguf is not for vllm, which reads lora"),
+        ("vlm", {}, "--for: 'vlm' is not a server that is known; did you mean 'vllm'"),
+    ],
+)
+def test_the_limits_of_one_server(server, options, words, made, tmp_path):
+    with pytest.raises(UserError, match=words):
+        made(server, **options)
+    assert not (tmp_path / "out").exists()

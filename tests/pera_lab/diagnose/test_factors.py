@@ -1,0 +1,106 @@
+"""The diagnosis from the factors against an explicit ΔW in float64."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from pera.errors import UserError
+from pera.polynomial import num_coefficients
+from pera_lab.diagnose import diagnose_adapter, diagnose_layer
+from pera_lab.diagnose.factors import by_kind
+from reference import NORMALIZATIONS
+
+
+def parts(A, B, h, terms, normalization, scaling):
+    """Explicit linear, square and cross parts of ΔW."""
+
+    by_pair = reference.by_pair(h, A.shape[0], terms)
+    squares = {(i, j): c for (i, j), c in by_pair.items() if i == j}
+    crosses = {(i, j): c for (i, j), c in by_pair.items() if i != j}
+    high_order = [reference.high_order_part(A, B, chosen, normalization) for chosen in (squares, crosses)]
+    return [scaling * part for part in (reference.linear_part(A, B), *high_order)]
+
+
+@given(
+    r=st.integers(1, 9),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    terms=st.sampled_from(["all", "square", "cross", "none"]),
+    normalization=st.sampled_from(NORMALIZATIONS),
+    seed=st.integers(0, 99),
+)
+def test_norms_ratios_and_spectrum_equal_those_of_the_explicit_update(r, shape, terms, normalization, seed):
+    generator = torch.Generator().manual_seed(seed)
+    m, n = shape
+    A, B, h = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((r, n), (m, r), (num_coefficients(r, terms),))
+    )
+    found = diagnose_layer(A, B, h, terms, normalization, 0.7)
+    linear, square, cross = parts(A, B, h, terms, normalization, 0.7)
+    update = linear + square + cross
+    close = lambda value: pytest.approx(float(value), rel=1e-8, abs=1e-10)  # noqa: E731
+    assert found.norm == close(update.norm())
+    assert (found.linear, found.square, found.cross) == (
+        close(linear.norm()),
+        close(square.norm()),
+        close(cross.norm()),
+    )
+    assert found.high_order == close((square + cross).norm())
+    assert found.high_order_ratio == close((square + cross).norm() / linear.norm())
+    explicit = torch.linalg.svdvals(update)
+    assert found.singular_values == pytest.approx(explicit[: len(found.singular_values)].tolist(), rel=1e-8, abs=1e-8)
+    assert explicit[len(found.singular_values) :].sum() == pytest.approx(0, abs=1e-8)
+    assert found.stable_rank == close(update.square().sum() / explicit[0] ** 2)
+    high = square + cross
+    if high.norm() > 0:
+        assert found.ones_weight == pytest.approx(float(high.sum() ** 2 / (m * n) / high.square().sum()), abs=1e-8)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_effective_rank_of_a_planted_update_is_its_rank(k):
+    A = torch.linalg.qr(torch.randn(30, 8, dtype=torch.float64)).Q.T
+    B = torch.linalg.qr(torch.randn(20, 8, dtype=torch.float64)).Q
+    B[:, k:] = 0
+    found = diagnose_layer(A, B, None, "none")
+    assert found.stable_rank == pytest.approx(k)
+    assert found.entropy_rank == pytest.approx(k)
+
+
+def test_a_zero_update_has_rank_zero_and_ratio_zero():
+    found = diagnose_layer(torch.randn(3, 5), torch.zeros(4, 3), torch.ones(6), "all", "rms")
+    assert (found.norm, found.stable_rank, found.entropy_rank, found.high_order_ratio) == (0, 0, 0, 0)
+
+
+def test_squares_alone_lie_mostly_along_the_ones():
+    squares = diagnose_layer(torch.randn(4, 900), torch.randn(800, 4), torch.ones(4), "square", "rms")
+    crosses = diagnose_layer(torch.randn(4, 900), torch.randn(800, 4), torch.ones(6), "cross", "rms")
+    assert squares.ones_weight > 0.2
+    assert crosses.ones_weight < 0.02
+
+
+def test_a_saved_adapter_is_diagnosed_without_its_base(finished_run, monkeypatch):
+    monkeypatch.setattr("pera_lab.models.load_model", lambda *a, **k: pytest.fail("the base model was loaded"))
+    found = diagnose_adapter(finished_run.adapter)
+    assert set(by_kind(found)) == {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert all(layer.high_order_ratio > 0.01 for layer in found.values())
+    assert "model.layers.1.mlp.up_proj" in found
+
+
+def test_an_adapter_of_another_method_is_refused_by_name(train_run, tmp_path):
+    run = train_run(tmp_path / "lora", "method={name: lora, r: 2, target_modules: [q_proj]}", "training.max_steps=1")
+    with pytest.raises(UserError, match="is a LORA adapter"):
+        diagnose_adapter(run.adapter)
+
+
+def test_inspect_shows_kinds_and_layers_and_json(pera, finished_run):
+    shown = pera("inspect", finished_run.path).out
+    assert "q_proj (2)" in shown
+    assert "model.layers" not in shown
+    assert "1.mlp.down_proj" in pera("inspect", finished_run.path, "--layers").out
+    content = json.loads(pera("inspect", finished_run.adapter, "--json").out)
+    explicit = diagnose_adapter(finished_run.adapter)["model.layers.0.self_attn.q_proj"]
+    assert content["layers"]["model.layers.0.self_attn.q_proj"]["high_order_ratio"] == explicit.high_order_ratio

@@ -1,0 +1,51 @@
+"""The picture of a training."""
+
+import json
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from pera.errors import UserError
+from pera_lab.report.pictures import loss_picture
+
+
+def test_a_picture_of_the_run_is_drawn_in_the_format_of_its_ending(finished_run, tmp_path):
+    loss_picture(finished_run, tmp_path / "loss.svg")
+    assert ElementTree.parse(tmp_path / "loss.svg").getroot().tag.endswith("svg")
+    loss_picture(finished_run, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_the_losses(run, tmp_path):
+    loss_picture(run, tmp_path / "before.png")
+    lines = [{**line, "loss": line["loss"] / (1 + line["step"])} for line in run.metrics()]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loss_picture(run, tmp_path / "after.png")
+    assert (tmp_path / "before.png").read_bytes() != (tmp_path / "after.png").read_bytes()
+
+
+def test_a_run_without_metrics_has_no_picture(run, tmp_path):
+    run.metrics_file.unlink()
+    with pytest.raises(UserError, match=r"run' has no metrics yet; train first"):
+        loss_picture(run, tmp_path / "loss.svg")
+    assert not (tmp_path / "loss.svg").exists()
+
+
+@pytest.mark.parametrize("name", ["loss.doc", "loss"])
+def test_an_unknown_ending_is_refused(name, finished_run, tmp_path):
+    with pytest.raises(UserError, match=f"{name!r} .*svg"):
+        loss_picture(finished_run, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_folder_that_is_not_there_is_named(finished_run, tmp_path):
+    with pytest.raises(UserError, match=r"missing/loss\.svg' cannot be written: No such file or directory"):
+        loss_picture(finished_run, tmp_path / "missing" / "loss.svg")
+
+
+def test_without_matplotlib_the_extra_is_named(finished_run, tmp_path, monkeypatch):
+    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"'matplotlib'; install it with: pip install 'pera\[report\]'"):
+        loss_picture(finished_run, tmp_path / "loss.svg")

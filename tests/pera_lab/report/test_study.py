@@ -1,0 +1,407 @@
+"""The page of a study: who wins, by how much, how sure; from run folders whose figures are made up."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from scipy.stats import false_discovery_control
+from test_page import adapters, check, write  # noqa: F401
+
+from pera.errors import UserError
+from pera_lab.evaluation import Score
+from pera_lab.report import paper
+from pera_lab.report.study import study_sections, write_study_report
+from pera_lab.report.words import ABSENT
+from pera_lab.runs import Run
+from pera_lab.study import load_study
+from pera_lab.study.results import Results
+from pera_lab.study.runner import StudyFolder, all_trials
+from pera_lab.training import TrainingSummary
+
+STUDY = """
+base: quickstart
+settings: {model: tiny-llama}
+grid:
+  method: [lora, {name: lora, label: lora-again, seeds: [45, 46, 47]}, pera-rms-0.3]
+  task: [{name: family_relationships, label: sst2}, {name: leg_counting, label: mrpc}]
+  r: RANKS
+choose: {learning_rate: [1e-3, 2e-3, 4e-3], rows: 20}
+"""
+GAIN = {"pera-rms-0.3": 0.12}
+COST = {"pera-rms-0.3": (125, 90.0)}
+"""Parameters and seconds; of the LoRAs 100 and 60."""
+
+
+def made_up(folder, study, adapters, stop=None):  # noqa: F811
+    """Every run of a study, with answers in which PERA is right 12 points more often and the LoRAs differ by chance."""
+    study_folder, rng = StudyFolder(folder), np.random.default_rng(0)
+    study_folder.prepare(study)
+    difficulty = {task.label: rng.beta(4, 1, size=400) for task in study.grid.task}
+    while left := study_folder.left(study):
+        for trial in left[: stop or None]:
+            method, task = trial.cell.method, trial.cell.task.label
+            run = Run.create(trial.recipe(), folder / "runs" / trial.name)
+            loss = 0.5 + abs(np.log(trial.learning_rate / 2e-3)) / 10
+            parameters, seconds = COST.get(method.label, (100, 60.0))
+            outcome = {"status": "finished", "loss": loss, "seconds": seconds, "parameters": parameters}
+            (run.path / "outcome.json").write_text(json.dumps(outcome))
+            if trial.phase == "choose":
+                continue
+            kind = "pera" if method.name.startswith("pera") else "lora"
+            (run.path / "adapter").symlink_to(adapters / kind)
+            chance = np.clip(difficulty[task] + GAIN.get(method.label, 0.0) + rng.normal(scale=0.005), 0, 1)
+            right = rng.random(400) < chance
+            rows = [{"prompt": str(i), "expected": "a", "output": "b", "correct": bool(x)} for i, x in enumerate(right)]
+            write(run.predictions / "adapter.jsonl", rows)
+            write_score(run, "accuracy", right.mean())
+            write(
+                run.metrics_file, [{"step": s, "loss": 1 / s, "high_order_ratio": {"q_proj": 0.1 * s}} for s in (1, 2)]
+            )
+            write(run.cost_file, TrainingSummary(seconds, 100, 2**30, 0.5, 0, steps=2)._asdict())
+            write(run.interaction_file, {"examples": 8, "layer": 1, "strength": [[2.0, 0.5], [0.5, 0.0]]})
+            if kind == "pera":
+                without = {"square": 0.01, "cross": 0.02, "high_order": 0.03}
+                groups = {"q_proj": 0.02, "v_proj": 0.01}
+                effect = {"tokens": 400, "loss": 0.4, "without": without, "without_high_order": groups}
+                write(run.effect_file, {**effect, "at_rank_r": 0.04})
+        if stop:
+            break
+    return study_folder
+
+
+def write_score(run, metric, value):
+    """Of 400 answers."""
+    write(
+        run.scores_file, {"adapter": asdict(Score(400, round(400 * value), metric, value, value, value, seconds=1.0))}
+    )
+
+
+@pytest.fixture(scope="module")
+def study_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("made") / "made-up.yaml"
+    file.write_text(STUDY.replace("RANKS", "[3]"))
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(study_file, adapters, tmp_path_factory):  # noqa: F811
+    return made_up(tmp_path_factory.mktemp("made") / "study", load_study(str(study_file)), adapters)
+
+
+def items(folder, section, kind):
+    found = {s.id: s.items for s in study_sections(Results(folder))}
+    return [item.content for item in found.get(section, []) if item.kind == kind]
+
+
+def test_the_planted_difference_is_found_and_lora_does_not_differ_from_itself(folder):
+    first, second, *_ = items(folder, "summary", "text")
+    assert first.startswith("pera-rms-0.3 is better than lora by +")
+    assert second.startswith("lora-again against lora:")
+    assert "no difference shown" in second
+    assert "n = 3 pairs of seeds, 800 examples of sst2, mrpc" in first
+    assert first.endswith("Cost: 1.25 times the parameters, 1.5 times the training time.")
+    assert second.endswith("Cost: 1 times the parameters, 1 times the training time.")
+
+
+def test_every_comparison_has_its_numbers(folder):
+    by_task, by_example = items(folder, "differences", "table")
+    assert {(row[0], row[1]) for row in by_task.rows} == {
+        (method, task) for method in ("lora-again", "pera-rms-0.3") for task in ("sst2", "mrpc")
+    }
+    results = Results(folder)
+    cell = next(c for c in results.cells if c.label == "sst2-pera-rms-0.3-r3")
+    ours, lora = (np.mean([s.value for s in results.scored(c)]) for c in (cell, results.cells[0]))
+    assert float(by_task.rows[1][2]) == pytest.approx(100 * (ours - lora), abs=0.01)
+    assert len(by_example.rows) == 4 * 3
+    assert [row[2] for row in by_example.rows[::3]] == ["45 against 42", "42", "45 against 42", "42"]
+
+
+def damaged(folder, tmp_path):
+    """A copy of the folder of a study, to be written to."""
+    shutil.copytree(folder.path, tmp_path / "copy", symlinks=True)
+    return StudyFolder(tmp_path / "copy")
+
+
+def test_a_method_that_diverged_is_not_compared_by_its_lucky_seeds(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    write(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43" / "outcome.json", {"status": "diverged"})
+    _, second, third = items(copy, "summary", "text")
+    assert "pera-rms-0.3 is better than lora" in second
+    assert "400 examples of mrpc)" in second
+    assert third == "pera-rms-0.3, sst2: 1 reported runs diverged, so it is not compared there."
+    (table,) = items(copy, "scores", "table")
+    assert "(n = 2, 1 diverged)" in table.rows[2][2]
+    assert [row[-1] == ABSENT for row in table.rows[:3]] == [False, False, True]
+    for picture in items(copy, "costs", "picture"):
+        assert [row[0] for row in picture.table.rows] == ["lora", "lora-again"]
+
+
+def test_nor_does_it_stand_in_a_sweep(study_file, adapters, tmp_path):  # noqa: F811
+    copy = made_up(tmp_path / "sweep", load_study(str(study_file), ["grid.r=[2,3]"]), adapters)
+    write(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43" / "outcome.json", {"status": "diverged"})
+    (picture,) = items(copy, "sweeps", "picture")
+    assert [[cell == ABSENT for cell in row[1:]] for row in picture.table.rows] == [
+        [False] * 2,
+        [False] * 2,
+        [False, True],
+    ]
+
+
+def test_a_sweep_holds_the_other_axes_fixed(study_file, adapters, tmp_path):  # noqa: F811
+    grid = ["grid.r=[2,3]", "grid.placement={Q: [q_proj], V: [v_proj]}", "grid.task=[family_relationships]"]
+    copy = made_up(tmp_path / "sweep", load_study(str(study_file), grid), adapters)
+    results, pictures = Results(copy), items(copy, "sweeps", "picture")
+    assert [p.finding.partition(": ")[0] for p in pictures] == [
+        "By rank r (2, 3), this study, Q",
+        "By rank r (2, 3), this study, V",
+        "By placement (Q, V), this study, r = 2",
+        "By placement (Q, V), this study, r = 3",
+    ]
+    lora = {cell.setting[1:3]: results.mean(cell).mean for cell in results.cells if cell.method.label == "lora"}
+    assert pictures[1].table.rows[0] == ["lora", *(f"{100 * lora[r, 'V']:.1f}" for r in (2, 3))]
+
+
+def test_p_is_adjusted_for_all_settings_together(study_file, adapters, tmp_path):  # noqa: F811
+    """One comparison in each of four settings: no table adjusts by itself."""
+    grid = ["grid.r=[2,3,4,5]", "grid.method=[lora,dora]", "grid.task=[family_relationships]"]
+    copy = made_up(tmp_path / "ranks", load_study(str(study_file), grid), adapters)
+    tables = [table for table in items(copy, "differences", "table") if "verdict" in table.head]
+    plain, adjusted = zip(*((float(row[7]), float(row[8])) for table in tables for row in table.rows), strict=True)
+    assert len(plain) == 4
+    assert adjusted == pytest.approx(false_discovery_control(plain), abs=0.02)
+    assert min(adjusted) > min(plain)
+
+
+def test_methods_of_which_runs_are_to_do_stand_in_no_picture_of_costs(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    shutil.rmtree(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46")
+    for picture in items(copy, "costs", "picture"):
+        assert [row[0] for row in picture.table.rows] == ["lora", "pera-rms-0.3"]
+
+
+def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    for seed in (42, 43, 44):
+        shutil.rmtree(copy.runs / f"mrpc-pera-rms-0.3-r3-report-lr0.002-seed{seed}")
+    first, second, *_ = items(copy, "summary", "text")
+    assert first.startswith("lora-again against lora")
+    assert "examples of sst2." in second.replace(")", "")
+    (picture,) = items(copy, "summary", "picture")
+    assert [row[0] for row in picture.table.rows] == ["lora-again", "pera-rms-0.3 (sst2)"]
+    assert "Largest over 2 tasks: lora-again" in picture.finding
+
+
+def expect_another_answer(run):
+    file = run.predictions / "adapter.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    write(file, [{**row, "expected": "b"} if i == 3 else row for i, row in enumerate(rows)])
+
+
+def record(run, digest="1", fingerprint="1"):
+    write(run.data_file, {"train": {"sha256": digest, "rows": 9}, "notes": []})
+    write(run.environment_file, {"base_model": {"name": "tiny", "dtype": "float32", "fingerprint": fingerprint}})
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (expect_another_answer, "rows that were scored"),
+        (lambda run: record(run, digest="2"), "file of 'train' in data.json"),
+        (lambda run: record(run, fingerprint="2"), "fingerprint of the base model"),
+    ],
+)
+def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, change, what):
+    copy = damaged(folder, tmp_path)
+
+    def gain():
+        results = Results(copy)
+        cell = next(c for c in results.cells if c.label == "mrpc-lora-again-r3")
+        return results.difference(cell, results.settings[0])
+
+    record(Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42"))
+    assert gain() is not None  # the others say nothing of their data and models
+    change(Run(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46"))
+    with pytest.raises(UserError, match=rf"-seed4\d' and .*-again-.*-seed46' differ in the {what}, so they cannot"):
+        gain()
+
+
+OTHER = r"is not as pera writes it \(.+\)\.$"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("outcome.json", "{}", OTHER),
+        ("outcome.json", "[]", OTHER),
+        ("scores.json", '{"adapter": {}}', OTHER),
+        ("predictions/adapter.jsonl", '{"prompt": "0"}\n', OTHER),
+        ("predictions/adapter.jsonl", '{"prompt"', r"cannot be read: .+\.$"),
+        ("predictions/adapter.jsonl", "", "has 0 answers, and scores.json counts 400; restore one of them"),
+        ("cost.json", "{}", OTHER),
+        ("cost.json", "[]", OTHER),
+        ("effect.json", "{}", OTHER),
+        ("interaction.json", "{}", OTHER),
+        ("environment.json", "[]", "should hold a JSON object"),
+    ],
+)
+def test_a_damaged_file_is_named(folder, tmp_path, file, content, sentence):
+    copy = damaged(folder, tmp_path)
+    (copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed42" / file).write_text(content)
+    with pytest.raises(UserError, match=sentence) as error:
+        study_sections(Results(copy))
+    assert file.rpartition("/")[2] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_run_is_left_alone(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    (copy.runs / "sst2-lora-r3-choose-lr0.001-old-seed1").mkdir()
+    (copy.runs / "sst2-lora-r3-report-lr0.002-seed42" / "environment.json").write_text("{}")
+    copy.prepare(copy.study)
+    assert study_sections(Results(copy))
+
+
+def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
+    """LoRA has all of the 300 rows of one member right and none of the 100 of the other; PERA the other way round."""
+    copy = damaged(folder, tmp_path)
+    for trial in all_trials(copy.study, copy.outcomes(copy.study)):
+        if trial.phase == "report" and trial.cell.task.label == "sst2":
+            run, pera = copy.run(trial), trial.cell.method.name.startswith("pera")
+            groups = ["large"] * 300 + ["small"] * 100
+            rows = [
+                {"prompt": "", "expected": "a", "output": "", "group": g, "correct": pera == (g == "small")}
+                for g in groups
+            ]
+            write(run.predictions / "adapter.jsonl", rows)
+            write_score(run, "mean accuracy", 0.5)
+    results = Results(copy)
+    (setting,) = results.settings
+    cell = next(c for c in results.cells if c.label == "sst2-pera-rms-0.3-r3")
+    assert results.difference(cell, setting).mean == pytest.approx(0)
+
+
+def test_a_method_without_a_rank_is_compared_in_each_setting(study_file, adapters, tmp_path):  # noqa: F811
+    overrides = ["grid.r=[2,3]", "grid.method=[full,lora]", "against=lora"]
+    results = Results(made_up(tmp_path / "full", load_study(str(study_file), overrides), adapters))
+    full = next(c for c in results.cells if c.label == "sst2-full")
+    labels = [results.reference(full, setting).label for setting in results.settings]
+    assert labels == ["sst2-lora-r2", "sst2-lora-r3"]
+    against_full = Results(
+        made_up(tmp_path / "full", load_study(str(study_file), [*overrides[:2], "against=full"]), adapters)
+    )
+    lora = next(c for c in against_full.cells if c.label == "sst2-lora-r3")
+    assert against_full.difference(lora, against_full.settings[1]) is not None
+
+
+def test_scores_stand_in_the_papers_arrangement_with_the_papers_own_below(folder):
+    (table,) = items(folder, "scores", "table")
+    assert table.head == ["method", "parameters", "sst2", "mrpc", "mean"]
+    assert [row[0] for row in table.rows[:3]] == ["lora", "lora-again", "pera-rms-0.3"]
+    assert "(n = 3)" in table.rows[0][2]
+    assert [i for i in range(len(table.rows)) if i not in table.paper] == [0, 1, 2]
+
+
+def test_interaction_strengths_stand_side_by_side(folder):
+    sst2, _ = (item.table for item in items(folder, "interactions", "picture"))
+    assert sst2.rows == [[method, "0.5", "0.5", "1"] for method in ("lora", "lora-again", "pera-rms-0.3")]
+
+
+def test_the_paper_is_beside_glue_tasks():
+    model, rows, names = paper.beside(["sst2", "mrpc", "leg_counting"])
+    assert (model, names) == ("RoBERTa-base", {"sst2": "SST-2", "mrpc": "MRPC"})
+    assert {row["method"]: row["SST-2"] for row in rows}["PERA"] == 94.13
+    assert paper.beside(["leg_counting"]) == ("", [], {})
+    assert paper.sweep("rank")[0][:3] == ["2", "4", "8"]
+
+
+def test_the_page_is_whole_and_every_figure_is_there(folder, tmp_path):
+    page, text = write_study_report(folder, tmp_path / "report.html")
+    found = check(page.read_text())
+    ids = {figure["id"].partition("-figure")[0] for figure in found.figures}
+    assert ids == {"summary", "rates", "costs", "losses", "terms", "interactions"}
+    assert "MoRA is not in PEFT" in found.text
+    assert page.read_bytes() == write_study_report(folder, tmp_path / "report.html")[0].read_bytes()
+    pictures = {path.name for path in (tmp_path / "report-pictures").iterdir()}
+    markdown = text.read_text()
+    assert len(pictures) == len(found.figures)
+    assert all(f"(report-pictures/{name})" in markdown for name in pictures)
+    assert "| method | parameters | sst2 | mrpc | mean |" in markdown
+
+
+def test_ranks_are_swept_with_the_papers_figures(study_file, adapters, tmp_path):  # noqa: F811
+    study = load_study(str(study_file), ["grid.r=[2,3]"])
+    folder = made_up(tmp_path / "sweep", study, adapters)
+    (picture,) = items(folder, "sweeps", "picture")
+    assert picture.table.head == ["method", "2", "3"]
+    assert any(axes.get_title().startswith("paper:") for axes in picture.figure.axes)
+
+
+def test_terms_are_swept_by_methods_as_they_come(study_file, adapters, tmp_path):  # noqa: F811
+    """Not by one with options, seeds or a label of its own, which would take the place of another of its name."""
+    methods = "{name: lora, label: lora-again, bias: lora_only},{name: lora, label: lora-more, seeds: [1,2,3]}"
+    study = load_study(str(study_file), [f"grid.method=[pera-published,lora,{methods}]"])
+    results = Results(made_up(tmp_path / "terms", study, adapters))
+    (picture,) = items(results.folder, "sweeps", "picture")
+    lora = [results.mean(cell).mean for cell in results.cells if cell.method.label == "lora"]
+    assert picture.table.head == ["method", "all (PERA)", "none (LoRA)"]
+    assert picture.table.rows[0][2] == f"{100 * np.mean(lora):.1f}"
+
+
+def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folder, tmp_path):
+    copy = StudyFolder(shutil.copytree(folder.path, tmp_path / "copy", symlinks=True))
+    for adapter in copy.runs.glob("*/adapter"):
+        adapter.unlink()
+    scores, costs = ([table.rows for table in items(folder, name, "table")] for name in ("scores", "costs"))
+    assert [[table.rows for table in items(copy, name, "table")] for name in ("scores", "costs")] == [scores, costs]
+    (effects,) = items(copy, "terms", "table")
+    assert [row[-3] for row in effects.rows] == [ABSENT, ABSENT]
+    assert [row[-4] for row in effects.rows] == ["+0.04", "+0.04"]
+    assert not items(copy, "terms", "picture")
+
+
+def test_effects_over_the_seeds_say_where_seeds_differ(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    effect = Run(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43").effect_file
+    write(effect, {**json.loads(effect.read_text()), "tokens": 390, "at_rank_r": None})
+    (table,) = items(copy, "terms", "table")
+    assert [row[table.head.index("cut to rank r")] for row in table.rows] == [ABSENT, "+0.04"]
+    assert [row[-1] for row in table.rows] == ["390 to 400", "400"]
+
+
+def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tmp_path):  # noqa: F811
+    folder = made_up(tmp_path / "begun", load_study(str(study_file)), adapters, stop=4)
+    assert items(folder, "scores", "table") == []
+    assert items(folder, "summary", "text") == ["No method can be compared with lora yet; seeds are lacking."]
+    assert any("14 known runs are to do" in text for text in items(folder, "gaps", "text"))
+    write_study_report(folder, tmp_path / "report.html")
+
+
+def test_two_pairs_of_seeds_have_neither_interval_nor_p(study_file, adapters, tmp_path):  # noqa: F811
+    overrides = ["grid.method=[lora,pera-rms-0.3]", "report.seeds=[42,43]"]
+    folder = made_up(tmp_path / "two", load_study(str(study_file), overrides), adapters)
+    by_task, _ = items(folder, "differences", "table")
+    (picture,) = items(folder, "summary", "picture")
+    assert {cell for row in by_task.rows for cell in (*row[3:5], *row[7:9])} == {ABSENT}
+    assert [*picture.table.rows[0][2:4], picture.table.rows[0][6]] == [ABSENT] * 3
+
+
+def test_the_protocol_names_all_seeds_and_versions(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    machine = {"processor": "x", "threads": 1, "accelerator": "cpu"}
+    for seed, torch in ((42, "2.0"), (43, "2.1")):
+        run = Run(copy.runs / f"sst2-lora-r3-report-lr0.002-seed{seed}")
+        write(run.environment_file, {**machine, "versions": {"python": "3.11", "torch": torch, "gguf": None}})
+    method, machines = items(copy, "protocol", "text")
+    assert "with each seed of report (42, 43, 44; lora-again: 45, 46, 47) and" in method
+    assert machines == "Machine: x, 1 threads, cpu. Versions: python 3.11, torch 2.0 and 2.1."
+
+
+def test_a_folder_without_runs_is_refused(study_file, tmp_path):
+    folder = StudyFolder(tmp_path / "empty")
+    with pytest.raises(UserError, match="is not the folder of a study"):
+        Results(folder)
+    folder.prepare(load_study(str(study_file)))
+    with pytest.raises(UserError, match="has no run that has ended"):
+        write_study_report(folder, tmp_path / "report.html")

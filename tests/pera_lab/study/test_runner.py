@@ -1,0 +1,367 @@
+"""A study ends with every run exactly once, whatever happens on the way."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from dataclasses import asdict
+
+import pytest
+from peft import DeloraConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+import tiny
+from pera.errors import UserError
+from pera_lab.files import write_json
+from pera_lab.report.study import study_sections
+from pera_lab.runs import Run
+from pera_lab.study import load_study
+from pera_lab.study.results import Results
+from pera_lab.study.runner import Expectation, Outcome, StudyFolder, _parameters, all_trials, best_rate, run_study, work
+
+LORA, PERA = "family_relationships-lora-r2", "family_relationships-pera-rms-0.3-r2"
+
+
+def study_of(study_file, *overrides):
+    return load_study(str(study_file), list(overrides))
+
+
+def whole(folder):
+    """What the runs left, without what measures this machine."""
+    found = {}
+    for run in sorted(folder.runs.iterdir()):
+        outcome = json.loads((run / "outcome.json").read_text())
+        scores = json.loads((run / "scores.json").read_text())["adapter"] if (run / "scores.json").is_file() else {}
+        for timed in (outcome, scores):
+            for key in ("seconds", "wall_seconds"):
+                timed.pop(key, None)
+        found[run.name] = (outcome, scores, (run / "adapter" / "adapter_model.safetensors").read_bytes())
+    return found
+
+
+def tables(folder):
+    """The tables of the study's report, those of its pictures included, but for what measures this machine."""
+    shown = [(s.id, item) for s in study_sections(Results(folder)) if s.id != "costs" for item in s.items]
+    found = [(id_, item.content) for id_, item in shown if item.kind == "table"]
+    found += [(id_, item.content.table) for id_, item in shown if item.kind == "picture"]
+    assert {"summary", "scores", "differences", "rates", "losses", "terms", "interactions"} <= {id_ for id_, _ in found}
+    return found
+
+
+def test_two_methods_two_rates_two_seeds_are_eight_runs(finished):
+    best = {"lora": 0.03, "pera-rms-0.3": 0.03}
+    assert set(whole(finished)) == {
+        *(f"{cell}-choose-lr{rate}-seed1" for cell in (LORA, PERA) for rate in (0.001, 0.03)),
+        *(f"{LORA}-report-lr{best['lora']}-seed{seed}" for seed in (42, 43)),
+        *(f"{PERA}-report-lr{best['pera-rms-0.3']}-seed{seed}" for seed in (42, 43)),
+    }
+    assert {outcome["status"] for outcome, _, _ in whole(finished).values()} == {"finished"}
+
+
+def test_a_run_of_a_study_is_a_run_folder(finished):
+    chosen, reported = finished.runs / f"{PERA}-choose-lr0.03-seed1", finished.runs / f"{PERA}-report-lr0.03-seed42"
+    assert not (chosen / "scores.json").exists()
+    assert {"recipe.yaml", "metrics.jsonl", "cost.json", "scores.json", "effect.json", "interaction.json"} <= {
+        path.name for path in reported.iterdir()
+    }
+    assert not (reported / "checkpoints").exists()
+    assert "held_out: 16" in (chosen / "recipe.yaml").read_text()
+    assert "held_out: 0" in (reported / "recipe.yaml").read_text()
+
+
+def test_the_parameters_of_a_run_are_those_of_its_adapter(finished):
+    """PERA has three coefficients a layer more than LoRA at r = 2; neither counts a head."""
+    outcomes = {
+        cell: json.loads((finished.runs / f"{cell}-report-lr0.03-seed42" / "outcome.json").read_text())
+        for cell in (LORA, PERA)
+    }
+    tensors = load_file(finished.runs / f"{PERA}-report-lr0.03-seed42" / "adapter" / "adapter_model.safetensors")
+    layers = sum(key.endswith("pera_h") for key in tensors)
+    assert outcomes[PERA]["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert outcomes[PERA]["parameters"] - outcomes[LORA]["parameters"] == 3 * layers > 0
+
+
+def test_the_parameters_of_delora_leave_out_the_norms_that_it_saves(tmp_path):
+    model, run = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=["q_proj"])), Run(tmp_path)
+    model.save_pretrained(str(run.adapter))
+    assert _parameters(run) == model.num_parameters(only_trainable=True)
+
+
+def test_the_parameters_of_a_run_are_all_that_it_trained_but_a_head(tiny_bert, tmp_path):
+    options = {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "lora_only", "modules_to_save": ["dense"]}
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
+    model, run = get_peft_model(base, LoraConfig(r=2, **options)), Run(tmp_path)
+    model.save_pretrained(str(run.adapter))
+    head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" in name)
+    assert _parameters(run) == model.num_parameters(only_trainable=True) - head
+    assert head > 0
+
+
+def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
+    """ΔW is zero at the start, so that the first loss is the base model's on the first batch."""
+    small = ["training.max_steps=1", "training.logging_steps=1", "choose.learning_rate=[1e-3]"]
+    folder, study = StudyFolder(tmp_path / "first"), study_of(study_file, *small)
+    run_study(study, folder)
+    first = {run.name: folder.run(run).metrics()[0]["loss"] for run in all_trials(study, folder.outcomes(study))}
+    for phase, seed in (("choose", 1), ("report", 42), ("report", 43)):
+        lora, pera = (first[f"{cell}-{phase}-lr0.001-seed{seed}"] for cell in (LORA, PERA))
+        assert lora == pytest.approx(pera, abs=1e-5)
+    assert first[f"{LORA}-report-lr0.001-seed42"] != first[f"{LORA}-report-lr0.001-seed43"]
+
+
+def test_the_order_is_the_same_in_later_epochs_however_often_dropout_draws(study_file, tmp_path):
+    """At a rate of next to nothing every loss is the base model's on its batch."""
+    small = ["training.max_steps=null", "training.epochs=2", "training.logging_steps=1", "choose.learning_rate=[1e-9]"]
+    methods = "grid.method=[{name: lora, dropout: 0},{name: lora, label: dropped, dropout: 0.5}]"
+    folder = StudyFolder(tmp_path / "epochs")
+    study = study_of(study_file, *small, methods, "training.group_by_length=true", "report.seeds=[42]")
+    work(study, folder, math.inf)
+    lora, dropped = (
+        [line["loss"] for line in folder.run(trial).metrics()]
+        for trial in all_trials(study, folder.outcomes(study))
+        if trial.phase == "report"
+    )
+    assert lora == pytest.approx(dropped, abs=1e-5)
+    half = len(lora) // 2
+    assert lora[:half] != pytest.approx(lora[half:], abs=1e-3)
+
+
+def test_a_finished_study_repeats_nothing(finished, study_file):
+    before = {path: path.stat().st_mtime_ns for path in finished.runs.rglob("*")}
+    run_study(study_of(study_file), finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.runs.rglob("*")} == before
+
+
+def test_killed_ten_times_it_ends_with_every_run_once(finished, study_file, tmp_path):
+    folder, study = StudyFolder(tmp_path / "killed"), study_of(study_file)
+    context, draw, kills = multiprocessing.get_context("fork"), random.Random(0), 0
+    endings = {}
+    while kills < 10:
+        process = context.Process(target=run_study, args=(study, folder))
+        process.start()
+        time.sleep(draw.uniform(0.2, 0.7))
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+        for name in folder.outcomes(study) if folder.study_file.is_file() else ():
+            ended = (folder.runs / name / "outcome.json").stat().st_mtime_ns
+            assert endings.setdefault(name, ended) == ended  # what has ended is not touched again
+        if process.exitcode == 0:
+            break
+    run_study(study, folder)
+    assert kills == 10
+    assert whole(folder) == whole(finished)
+    assert tables(folder) == tables(finished)
+    assert [path.name for path in folder.path.rglob(".*")] == []
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_runs(finished, study_file, tmp_path):
+    folder = StudyFolder(tmp_path / "two")
+    run_study(study_of(study_file), folder, workers=2)
+    assert whole(folder) == whole(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_process_that_started_them(study_file, tmp_path, sent):
+    """In the middle of a run: nobody's machine goes on computing for a command that was stopped."""
+    folder, study = StudyFolder(tmp_path / "stopped"), study_of(study_file, "settings.training.max_steps=100000")
+    process = multiprocessing.get_context("fork").Process(target=run_study, args=(study, folder), kwargs={"workers": 2})
+    process.start()
+    give_up = time.monotonic() + 120
+    while len(training := list(folder.runs.glob("*/metrics.jsonl"))) < 2 and time.monotonic() < give_up:
+        time.sleep(0.2)
+    assert len(training) == 2
+    os.kill(process.pid, sent)
+    process.join(60)
+    assert process.exitcode is not None
+    time.sleep(2)
+    sizes = [file.stat().st_size for file in training]
+    time.sleep(3)
+    assert [file.stat().st_size for file in training] == sizes
+    assert folder.outcomes(study) == {}
+
+
+def test_a_trial_that_another_worker_has_is_left_to_it(study_file, tmp_path):
+    from filelock import FileLock
+
+    folder, study = StudyFolder(tmp_path / "locked"), study_of(study_file, "settings.training.max_steps=1")
+    folder.prepare(study)
+    first = all_trials(study, {})[0]
+    with FileLock(folder.locks / f"{first.name}.lock"):
+        process = multiprocessing.get_context("fork").Process(target=work, args=(study, folder, math.inf))
+        process.start()
+        others = [trial.name for trial in all_trials(study, {})[1:]]
+        give_up = time.monotonic() + 120
+        while not set(others) <= folder.outcomes(study).keys() and time.monotonic() < give_up:
+            time.sleep(0.2)
+        time.sleep(2)
+        assert process.is_alive()  # it waits, since what is reported depends on the trial
+        process.kill()
+        process.join()
+    assert first.name not in folder.outcomes(study)
+    assert set(others) <= folder.outcomes(study).keys()
+
+
+def test_a_run_that_fails_is_recorded_and_stops_no_other(study_file, tmp_path, monkeypatch):
+    from pera_lab.study import runner
+
+    def train(recipe, run, **options):
+        if recipe.method["name"] == "lora":
+            raise RuntimeError("out of\nluck")
+        return trained(recipe, run, **options)
+
+    trained = runner.train
+    monkeypatch.setattr(runner, "train", train)
+    folder, study = StudyFolder(tmp_path / "failing"), study_of(study_file, "training.max_steps=1")
+    outcomes = run_study(study, folder)
+    assert {n: o.error for n, o in outcomes.items() if o.status == "failed"} == {
+        f"{LORA}-choose-lr{rate}-seed1": "RuntimeError: out of luck" for rate in (0.001, 0.03)
+    }
+    assert sum(o.status == "finished" for o in outcomes.values()) == 4
+    monkeypatch.setattr(runner, "train", trained)
+    assert len(run_study(study, folder)) == 6  # not by itself
+    assert len(run_study(study, folder, retry=True)) == 8
+
+
+def test_a_rate_that_diverges_is_a_result(study_file, tmp_path):
+    overrides = ["choose.learning_rate=[1e-2,1e30]", "training.max_grad_norm=0", "grid.method=[lora]"]
+    folder = StudyFolder(tmp_path / "diverging")
+    outcomes = run_study(study_of(study_file, *overrides, "report.seeds=[42]"), folder)
+    lost = outcomes[f"{LORA}-choose-lr1e+30-seed1"]
+    assert lost.status == "diverged"
+    assert "not finite" in lost.error
+    assert outcomes[f"{LORA}-report-lr0.01-seed42"].status == "finished"
+
+
+def test_a_training_whose_loss_rises_too_far_has_diverged(study_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("pera_lab.study.runner.EXPLODED", 0.1)
+    overrides = [
+        "grid.method=[lora]",
+        "choose.learning_rate=[1e-3]",
+        "training.max_steps=2",
+        "training.logging_steps=1",
+    ]
+    (lost,) = run_study(study_of(study_file, *overrides), StudyFolder(tmp_path / "risen")).values()
+    assert lost.status == "diverged"
+    assert re.fullmatch(r"the training loss rose from \d[\d.]* to \d[\d.]*", lost.error)
+
+
+def test_a_folder_of_another_study_is_not_gone_on_with(finished, study_file, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "copy")
+    with pytest.raises(UserError, match=r"training\.batch_size differs from the one that .* was made with"):
+        run_study(study_of(study_file, "training.batch_size=2"), StudyFolder(tmp_path / "copy"))
+
+
+def test_nor_where_its_runs_would_come_in_later(finished, study_file, tmp_path):
+    """The grid has neither of the old rates, and would be extended to one of them."""
+    shutil.copytree(finished.path, tmp_path / "copy")
+    grid = ["choose.learning_rate=[2.5e-4,5e-4]", "choose.extend=1", "training.batch_size=2"]
+    with pytest.raises(UserError, match=r"training\.batch_size differs from the one that .* was made with"):
+        run_study(study_of(study_file, *grid), StudyFolder(tmp_path / "copy"))
+
+
+def test_a_rate_of_many_digits_is_gone_on_with(study_file, tmp_path):
+    rates = [10**-2.5, 0.01]
+    study, folder = study_of(study_file, f"choose.learning_rate={rates}", "grid.method=[lora]"), StudyFolder(tmp_path)
+    folder.prepare(study)
+    for trial in all_trials(study, {}):
+        Run.create(trial.recipe(), folder.run(trial).path)
+    folder.prepare(study)
+    assert {path.name for path in folder.runs.iterdir()} == {f"{LORA}-choose-lr{rate}-seed1" for rate in rates}
+
+
+def test_data_that_cannot_be_had_are_said_before_all_runs_fail(pera, refused, glue_recipe, tmp_path):
+    study = {
+        **{"base": str(glue_recipe), "grid": {"task": "sst2", "method": "lora"}, "report": {"seeds": [42]}},
+        "choose": {"learning_rate": [1e-3], "rows": 8},
+    }
+    (tmp_path / "glue.yaml").write_text(json.dumps(study))
+    wrong = ["study", "run", "glue.yaml", "training.epochs=1", "--output", "study"]
+    refused(*wrong, "data=/nowhere", words=["/nowhere"])
+    refused(*wrong, "choose.rows=64", words=["training.held_out=64 leaves nothing of the 64 rows"])
+    failed = pera(*wrong, "model=/gone/model")
+    assert (failed.code, "'/gone/model'" in failed.out) == (1, True)
+    refused(*wrong, words=["model.name differs", "forget what failed with --retry"])
+    assert pera(*wrong, "--retry").code == 0  # what failed is forgotten, its settings too
+
+
+def test_no_budget_starts_no_run(study_file, tmp_path):
+    assert run_study(study_of(study_file), StudyFolder(tmp_path / "none"), budget=0) == {}
+
+
+def test_what_is_not_expected_to_end_in_the_budget_is_not_started(study_file, tmp_path):
+    folder, study = StudyFolder(tmp_path / "dear"), study_of(study_file)
+    folder.prepare(study)
+    first = folder.run(all_trials(study, {})[0])
+    first.path.mkdir()
+    write_json(first.path / "outcome.json", asdict(Outcome("finished", loss=1.0, wall_seconds=3600.0)))
+    assert list(run_study(study, folder, budget=0.5)) == [first.path.name]
+
+
+def test_rates_come_before_seeds_the_middle_of_the_grid_first(study_file):
+    study = study_of(study_file, "choose.learning_rate=[1e-3,1e-2,1e-1]", "grid.method=[lora,dora]")
+    trials = all_trials(study, {})
+    assert [(t.cell.method.label, t.learning_rate) for t in trials[:2]] == [("lora", 1e-2), ("dora", 1e-2)]
+    assert {t.phase for t in trials} == {"choose"}
+    done = {t.name: Outcome("finished", loss=t.learning_rate) for t in trials if t.cell.method.label == "lora"}
+    reported = [t for t in all_trials(study, done) if t.phase == "report"]
+    assert [(t.cell.method.label, t.learning_rate, t.seed) for t in reported] == [("lora", 1e-3, s) for s in (42, 43)]
+
+
+def test_a_best_rate_at_an_edge_is_followed_beyond_it(study_file):
+    study = study_of(study_file, "choose.learning_rate=[1e-3,2e-3]", "choose.extend=2", "grid.method=[lora]")
+    outcomes, seen = {}, []
+    for _ in range(5):
+        for trial in all_trials(study, outcomes):
+            if trial.name not in outcomes and trial.phase == "choose":
+                seen.append(trial.learning_rate)
+                outcomes[trial.name] = Outcome("finished", loss=abs(math.log(trial.learning_rate / 5e-3)))
+    assert sorted(seen) == [1e-3, 2e-3, 4e-3, 8e-3]
+    assert {t.learning_rate for t in all_trials(study, outcomes) if t.phase == "report"} == {4e-3}
+
+
+def test_a_failed_or_diverged_rate_is_not_the_best(study_file):
+    study = study_of(study_file)
+    (cell, *_) = study.cells()
+    small, large = sorted((t for t in all_trials(study, {}) if t.cell == cell), key=lambda trial: trial.learning_rate)
+    for lost in (Outcome("diverged"), Outcome("diverged", loss=0.1)):  # not finite, or merely exploded
+        outcomes = {small.name: lost, large.name: Outcome("finished", loss=9.0)}
+        assert best_rate(study, cell, outcomes, [0.001, 0.03]) == 0.03
+    outcomes[large.name] = Outcome("failed", "no luck")
+    assert best_rate(study, cell, outcomes, [0.001, 0.03]) is None
+
+
+def test_an_edge_is_that_of_the_rates_that_did_not_fail(study_file, tmp_path):
+    study = study_of(study_file, "choose.learning_rate=[1e-3,2e-3,4e-3]", "grid.method=[lora]")
+    folder, (cell,) = StudyFolder(tmp_path / "edges"), study.cells()
+    folder.prepare(study)
+    trials = {trial.learning_rate: trial for trial in all_trials(study, {})}
+
+    def end(rate, **outcome):
+        folder.run(trials[rate]).path.mkdir(exist_ok=True)
+        write_json(folder.run(trials[rate]).path / "outcome.json", outcome)
+
+    for rate, loss in ((1e-3, 0.5), (2e-3, 0.4), (4e-3, 0.6)):
+        end(rate, status="finished", loss=loss)
+    assert not Results(folder).at_an_edge(cell)
+    end(4e-3, status="failed", error="out of memory")
+    assert Results(folder).at_an_edge(cell)
+
+
+def test_what_is_expected_is_what_the_likest_took(study_file):
+    study = study_of(study_file)
+    trials = all_trials(study, {})
+    outcomes = {trials[0].name: Outcome("finished", loss=1.0, wall_seconds=10.0)}
+    expected = Expectation(study, outcomes)
+    assert expected(trials[1]) == 10.0
+    assert len(expected.left(study, outcomes)) == 7
+    assert Expectation(study, {})(trials[0]) is None

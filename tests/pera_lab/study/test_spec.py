@@ -1,0 +1,200 @@
+"""A study in YAML, the runs that it stands for, and its mistakes."""
+
+import pytest
+
+from pera.errors import UserError
+from pera.polynomial import expanded_rank
+from pera_lab.recipe import shipped_files
+from pera_lab.study import load_study
+from pera_lab.study.runner import StudyFolder, all_trials
+from pera_lab.study.spec import Trial
+
+
+@pytest.mark.parametrize("name", shipped_files("studies"))
+def test_every_shipped_study_can_be_read(name):
+    study = load_study(name)
+    assert study.name == name
+    assert len({trial.name for trial in all_trials(study, {})}) == len(all_trials(study, {}))
+
+
+def test_the_screen_is_what_the_issue_asks_for():
+    study = load_study("glue-screen", ["data=hub"])
+    assert {task.name for task in study.grid.task} == {"sst2", "qnli", "mrpc", "stsb"}
+    assert len(study.choose.learning_rate) == 5
+    assert len(study.report.seeds) == 3
+    assert study.reference == "lora"
+    recipes = {
+        c.method.label: Trial(study, c, "report", 1e-3, 42).recipe() for c in study.cells() if c.task.name == "sst2"
+    }
+    assert {recipe.task.choose_size for recipe in recipes.values()} == {0}
+    assert recipes["lora"].peft_config().r == 4
+    assert recipes["lora-K"].peft_config().r == expanded_rank(4) == 14
+    assert recipes["pera-rms-0.3"].peft_config().init_coefficients == 0.3
+
+
+def test_everything_but_the_method_is_equal(study_file):
+    study = load_study(str(study_file))
+    contents = [
+        Trial(study, c, "report", 1e-3, 42).recipe().model_dump(exclude={"name", "method"}) for c in study.cells()
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_names_hold_what_a_run_is_and_stay_when_the_grid_grows(study_file):
+    names = {trial.name for trial in all_trials(load_study(str(study_file)), {})}
+    grown = load_study(str(study_file), ["grid.method=[dora,lora,pera-rms-0.3]", "grid.r=[2,4]"])
+    assert "family_relationships-lora-r2-choose-lr0.001-seed1" in names
+    assert names < {trial.name for trial in all_trials(grown, {})}
+
+
+def test_shares_that_are_almost_alike_have_names_of_their_own(study_file):
+    study = load_study(str(study_file), ["grid.train_share=[0.5,0.12345678,0.12345679]", "grid.method=[lora]"])
+    shares = [cell.label.rpartition("-")[2] for cell in study.cells()]
+    assert shares == ["share0.5", "share0.12345678", "share0.12345679"]
+
+
+def test_a_method_without_a_rank_stands_once_for_all_ranks(study_file):
+    study = load_study(str(study_file), ["grid.method=[lora,full]", "grid.r=[2,4]"])
+    assert [cell.label for cell in study.cells()] == [
+        "family_relationships-lora-r2",
+        "family_relationships-full",
+        "family_relationships-lora-r4",
+    ]
+
+
+def test_axes_become_recipes(study_file):
+    study = load_study(
+        str(study_file),
+        ["grid.placement={Q: [q_proj], all: all-linear}", "grid.train_share=[0.5]",
+         "grid.method=[{name: pera, label: slow-h, terms: square, lr_ratio: {h: 0.1}}]"],
+    )  # fmt: skip
+    first, second = (Trial(study, cell, "choose", 1e-3, 1).recipe() for cell in study.cells())
+    assert first.name == "family_relationships-slow-h-r2-Q-share0.5-choose-lr0.001-seed1"
+    assert (first.method["target_modules"], second.method["target_modules"]) == (["q_proj"], "all-linear")
+    assert (first.method["terms"], first.training.lr_ratio) == ("square", {"h": 0.1})
+    assert (first.training.train_share, first.training.held_out) == (0.5, 16)
+
+
+def test_overrides_are_of_the_study_or_of_its_recipes(study_file):
+    study = load_study(str(study_file), ["report.seeds=[7]", "training.batch_size=2"])
+    assert study.report.seeds == [7]
+    assert Trial(study, study.cells()[0], "report", 1e-3, 7).recipe().training.batch_size == 2
+
+
+def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
+    study = load_study(str(study_file))
+    (tmp_path / "study.yaml").write_text(study.to_yaml())
+    assert load_study(str(tmp_path / "study.yaml")) == study
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("grid.metod=[lora]", "grid.metod is not a key of a study; did you mean 'method'?"),
+        ("choose.learning_rate=[]", "choose.learning_rate=[]: list should have at least 1 item"),
+        ("choose.learning_rate=[-1]", "choose.learning_rate.0=-1: input should be greater than 0"),
+        ("grid.method=[lora,lora]", "method 'lora' occurs twice; give each a label of its own"),
+        ("grid.method=[lore]", "method.name='lore' is not known; did you mean 'lora'?"),
+        ("grid.method=[mora]", "'mora' cannot be had: MoRA is not in PEFT"),
+        ("grid.method=[{name: lora, label: a/b}]", "label='a/b' names folders"),
+        ("grid.method=[{name: lora, ranks: 3}]", "method.ranks is not an option of lora"),
+        ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2, as in report"),
+        ("grid.method=[{name: lora, r: 4}]", "grid.method lora.r is the study's own to set: ranks stand in grid.r"),
+        ("against=dora", "against='dora' is no method of the grid"),
+        ("report.seeds=[1,1]", "seeds=[1, 1] should differ"),
+        ("report.seeds=[-1]", "report.seeds.0=-1: input should be greater than or equal to 0"),
+        ("choose.seeds=[1,1]", "choose.seeds=[1, 1] should differ"),
+        ("grid.method=[{name: lora, seeds: [1, 1]}]", "grid.method lora: seeds=[1, 1] should differ"),
+        ("task=leg_counting", "settings.task='leg_counting' is the study's own to set: name tasks in grid.task"),
+        ("task.name=leg_counting", "settings.task.name is the study's own to set"),
+        ("method.r=16", "settings.method.r is the study's own to set: give options to a method, in grid.method"),
+        ("training.learning_rate=1e-3", "settings.training.learning_rate is the study's own to set: rates stand in"),
+        ("training.seed=1", "settings.training.seed is the study's own to set"),
+        ("training.train_share=0.5", "shares of the data stand in grid.train_share"),
+        ("grid.task=[{name: leg_counting, training: {held_out: 3}}]", "grid.task leg_counting.training.held_out is"),
+        ("report.seeds=[4294967296]", "report.seeds.0=4294967296: input should be less than 4294967296"),
+        ("choose={learning_rate: [1e-3], extend: 2}", "choose.extend=2 goes on in the ratio of two rates"),
+        ("grid.method=[{name: lora, alpha: 2024-01-01}]", "2024-01-01"),
+        (f"base={'x' * 300}", "is no file and no recipe of pera's"),
+        ("training.batch_sise=3", "training.batch_sise is not a key of a recipe; did you mean 'batch_size'?"),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_be_right(override, sentence, study_file):
+    with pytest.raises(UserError) as caught:
+        load_study(str(study_file), [override])
+    assert sentence in str(caught.value)
+
+
+def test_targets_of_a_methods_own_are_refused_only_where_there_are_placements(study_file):
+    method = "grid.method=[{name: lora, target_modules: [q_proj]}]"
+    study = load_study(str(study_file), [method])
+    assert Trial(study, study.cells()[0], "report", 1e-3, 1).recipe().method["target_modules"] == ["q_proj"]
+    with pytest.raises(UserError, match=r"lora\.target_modules: placements stand in grid\.placement"):
+        load_study(str(study_file), [method, "grid.placement={V: [v_proj]}"])
+
+
+def test_two_combinations_of_one_name_are_refused(study_file):
+    tasks = "grid.task=[family_relationships,{name: leg_counting, label: family_relationships-pera}]"
+    methods = "grid.method=[pera-rms,{name: lora, label: rms}]"
+    with pytest.raises(UserError, match="have one name, 'family_relationships-pera-rms-r2'; give one another label"):
+        load_study(str(study_file), [tasks, methods])
+
+
+def test_a_base_that_is_a_file_is_found_from_every_working_folder(study_file, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(recipe_file.parent)
+    folder = StudyFolder(tmp_path / "study")
+    folder.prepare(load_study(str(study_file), [f"base={recipe_file.name}"]))
+    monkeypatch.chdir(tmp_path)
+    assert folder.study.base == str(recipe_file)
+    assert load_study("glue-screen").base == "glue-minilm"
+
+
+def test_what_the_base_recipe_says_of_a_task_reaches_the_methods():
+    """The paper's recipe has its dropout by task."""
+    study = {"base": "glue-roberta-base", "grid.method": "[lora,pera,hira]", "grid.task": "[mrpc,sst2]"}
+    found = load_study("glue-confirm", [f"{key}={value}" for key, value in study.items()])
+    dropouts = {
+        (cell.task.label, cell.method.label): Trial(found, cell, "report", 1e-3, 42).recipe().method["dropout"]
+        for cell in found.cells()
+    }
+    assert dropouts == {
+        (task, method): dropout
+        for task, dropout in (("mrpc", 0.25), ("sst2", 0.0))
+        for method in ("lora", "pera", "hira")
+    }
+
+
+def test_the_methods_take_dropout_also_under_the_base_methods_own_name(study_file, tmp_path):
+    (tmp_path / "own.yaml").write_text("model: x\nmethod: {name: lora, lora_dropout: 0.1, target_modules: [q_proj]}\n")
+    study = load_study(str(study_file), [f"base={tmp_path / 'own.yaml'}"])
+    recipes = [Trial(study, cell, "report", 1e-3, 1).recipe().method for cell in study.cells()]
+    assert [(method["dropout"], method["target_modules"]) for method in recipes] == [(0.1, ["q_proj"])] * 2
+
+
+def test_values_reach_the_recipes_as_they_are(study_file):
+    study = load_study(str(study_file), ["model=/models/d\N{GRINNING FACE}"])
+    assert Trial(study, study.cells()[0], "report", 1e-3, 1).recipe().model.name == "/models/d\N{GRINNING FACE}"
+
+
+def test_an_unknown_study_is_refused():
+    with pytest.raises(UserError, match="'glue-scren' is no file and no study of pera's; did you mean 'glue-screen'"):
+        load_study("glue-scren")
+
+
+def test_the_command_plans_runs_and_reports(pera, study_file, tmp_path):
+    small = ["training.max_steps=1", "grid.method=[lora]", "report.seeds=[42]", "choose.learning_rate=[1e-3]"]
+    planned = pera("study", "run", study_file, *small, "--plan")
+    assert planned.code == 0
+    assert planned.out.split() == ["to", "do", "family_relationships-lora-r2-choose-lr0.001-seed1"]
+    assert not (tmp_path / "studies").exists()
+    done = pera("study", "run", study_file, *small)
+    assert done.code == 0
+    assert "2 finished" in done.out
+    assert pera("study", "report", "studies/small").code == 0
+    assert (tmp_path / "studies" / "small" / "report.md").is_file()
+
+
+def test_the_command_refuses_in_one_sentence(refused, study_file):
+    refused("study", "run", study_file, "against=dora", words=["against='dora'", "lora"])
+    refused("study", "report", "nowhere", "--output", "a.md", words=["--output='a.md' should end in .html"])
+    refused("study", "report", "nowhere", words=["'nowhere' is not the folder of a study"])

@@ -1,0 +1,119 @@
+"""Talking to a model in the terminal."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pera.errors import UserError
+from pera_lab.chat import Conversation, chat
+from pera_lab.runs import locate, open_model
+from pera_lab.tasks.prompts import encode_chat
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """Types some lines into a chat and returns what is shown."""
+
+    def with_lines(source, *lines, **options):
+        screen = io.StringIO()
+        console = Console(file=screen, width=100, force_terminal=False)
+        waiting = iter(lines)
+
+        def typed(*_, **__):
+            try:
+                return next(waiting)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr(console, "input", typed)
+        chat(locate(str(source)), console, dtype="float32", max_new_tokens=6, **options)
+        return screen.getvalue()
+
+    return with_lines
+
+
+def test_an_answer_is_what_the_model_generates_and_both_sides_are_remembered(finished_run):
+    model, tokenizer = open_model(locate(str(finished_run.path)), "float32")
+    talk = Conversation(model, tokenizer, max_new_tokens=5)
+    first, second = talk.answer("one"), talk.answer("two")
+    roles = ["user", "assistant", "user", "assistant"]
+    assert [m["role"] for m in talk.messages] == roles
+    assert [m["content"] for m in talk.messages] == ["one", first, "two", second]
+    ids = torch.tensor([encode_chat(tokenizer, talk.messages[:3])])
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip() == second
+
+
+def test_the_oldest_turns_make_room_where_the_model_reads_no_further(tokenizer):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    talk = Conversation(model, tokenizer, max_new_tokens=200)
+    for i in range(4):
+        assert talk.answer(f"message {i}")
+    assert [m["content"] for m in talk.messages if m["role"] == "user"][-1] == "message 3"
+    assert len(talk.messages) < 8
+    remembered = list(talk.messages)
+    with pytest.raises(UserError, match=r"^the message has \d+ tokens, and the model reads 96; give a shorter one"):
+        talk.answer("too long " * 40)
+    assert talk.messages == remembered
+
+
+def test_a_message_that_is_too_long_does_not_end_the_chat(finished_run, talk):
+    shown = talk(finished_run.path, "word " * 600, "/new")
+    assert "and the model reads 512; give a shorter one" in " ".join(shown.split())
+    assert "forgotten" in shown
+
+
+def test_comparing_shows_the_answers_of_base_and_adapter(finished_run, talk):
+    model, tokenizer = open_model(locate(str(finished_run.path)), "float32")
+    base = Conversation(model, tokenizer, base=True, max_new_tokens=6).answer("hello")
+    adapted = Conversation(model, tokenizer, max_new_tokens=6).answer("hello")
+    assert base != adapted
+    shown = talk(finished_run.path, "hello", compare=True)
+    assert "base" in shown
+    assert "adapter" in shown
+
+
+def test_comparing_needs_an_adapter(tiny_llama, talk):
+    with pytest.raises(UserError, match="--compare needs an adapter"):
+        talk(tiny_llama, "hello", compare=True)
+
+
+def test_commands_end_and_forget(finished_run, talk, monkeypatch):
+    answered = []
+    monkeypatch.setattr(Conversation, "answer", lambda self, text, *_: answered.append((text, id(self))) or text)
+    shown = talk(finished_run.path, "a", "", "/new", "b", "/quit", "never")
+    assert [text for text, _ in answered] == ["a", "b"]
+    assert answered[0][1] != answered[1][1]
+    assert "forgotten" in shown
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_escapes_and_markup_in_an_answer_are_shown_as_text(finished_run, talk, monkeypatch, compare):
+    model, tokenizer = open_model(locate(str(finished_run.path)), "float32")
+    answer = "\x1b[31m[bold]x"
+    ids = tokenizer(answer, add_special_tokens=False).input_ids
+
+    def generate(*_, input_ids, streamer=None, **__):
+        output = torch.cat([input_ids, torch.tensor([ids])], 1)
+        if streamer is not None:
+            streamer.put(input_ids)
+            for token in ids:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
+        return output
+
+    monkeypatch.setattr(type(model), "generate", lambda self, **options: generate(**options))
+    shown = talk(finished_run.path, "hello", compare=compare)
+    assert "\x1b" not in shown
+    assert r"\x1b[31m[bold]x" in shown
+
+
+def test_env_lists_versions_and_what_is_missing(pera, monkeypatch):
+    monkeypatch.setattr("pera_lab.runs.PACKAGES", ("torch", "no-such-package"))
+    shown = pera("env").out
+    assert f"torch: {torch.__version__}" in shown
+    assert "no-such-package: not installed" in shown

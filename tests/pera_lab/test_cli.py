@@ -1,0 +1,545 @@
+"""The command line as a person uses it: what it does, and one sentence for everything that cannot be."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import pera as package
+from pera import PeraConfig
+from pera.errors import UserError
+from pera_lab.recipe import load_recipe
+from pera_lab.runs import Run
+
+SMALL_QUICKSTART = [
+    *("model.dtype=float32", "task.train_size=16", "task.test_size=4", "training.batch_size=2"),
+    *("training.max_steps=4", "training.warmup_steps=0"),
+]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.fixture
+def lora(tiny_llama, tmp_path):
+    """Folder of a LoRA on the tiny LLaMA."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+# What the commands do
+
+
+def test_version_and_help(pera):
+    assert pera("--version").out == f"pera {package.__version__}\n"
+    page = pera("--help")
+    assert page.code == 0
+    for command in ("quickstart", "train", "evaluate", "merge", "export", "verify"):
+        assert command in page.out
+
+
+def test_from_recipe_to_verified_export(pera, recipe_file, tmp_path, finished_run):
+    trained = pera("train", recipe_file, "training.max_steps=4", "--output", "run")
+    assert trained.code == 0
+    assert "Next: pera evaluate run" in trained.out
+    assert "tokens/s" in trained.out
+    run = Run(tmp_path / "run")
+    assert run.recipe.training.max_steps == 4
+    assert [line["step"] for line in run.metrics()] == [2, 4]
+    for arguments in (["run", "--base"], ["run"]):
+        scored = pera("evaluate", *arguments)
+        assert scored.code == 0
+        assert "of 8; 95 % interval" in scored.out
+    assert set(run.scores()) == {"base", "adapter"}
+    for arguments in (["merge", "run", "--output", "merged"], ["export", "run", "--to", "lora", "--output", "lora"]):
+        made = pera(*arguments)
+        assert made.code == 0
+        assert "largest logit difference" in made.out
+        assert "of top-1 tokens equal over" in made.out.replace("\n", " ").replace("  ", " ")
+    for folder in ("merged", "lora"):
+        assert pera("verify", "run", folder).code == 0
+    other = pera("verify", "run", finished_run.path)
+    assert (other.code, other.err) == (1, "pera: the outputs differ.\n")
+    assert "largest logit difference" in other.out
+
+
+def test_without_output_a_run_goes_to_runs_and_can_be_resumed_by_its_recipe(pera, recipe_file, tmp_path):
+    overrides = ["training.max_steps=4", "training.save_steps=2"]
+    assert pera("train", recipe_file, *overrides).code == 0
+    (path,) = (tmp_path / "runs").iterdir()
+    assert path.name.startswith("small-")
+    run = Run(path)
+    adapter = (run.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-4")
+    assert pera("train", recipe_file, *overrides, "--resume").code == 0
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
+    assert list((tmp_path / "runs").iterdir()) == [path]
+
+
+@pytest.mark.parametrize("logging_steps", [2, 10])
+def test_quickstart_does_everything_and_says_what_is_next(logging_steps, pera, tiny_llama, tmp_path):
+    overrides = [f"model.name={tiny_llama}", *SMALL_QUICKSTART, f"training.logging_steps={logging_steps}"]
+    done = pera("quickstart", *overrides, "--output", "run")
+    assert done.code == 0
+    for words in ("base model", "with adapter", "tokens/s", "same outputs", "loss picture", "Next:"):
+        assert words in done.out
+    assert len(done.out.splitlines()) < 30
+    run = Run(tmp_path / "run")
+    assert set(run.scores()) == {"base", "adapter"}
+    for name in ("merged", "lora"):
+        assert json.loads((run.path / name / "verification.json").read_text())["agree"] is True
+    assert (run.path / "loss.svg").is_file()
+
+
+def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
+    outcome = pera("verify", tiny_llama, run.adapter)
+    assert (outcome.code, outcome.err) == (1, "pera: the outputs differ.\n")
+    assert "largest logit difference" in outcome.out
+
+
+# What the commands refuse: exit code 2, one line with key and value, nothing on the disk changed
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainign.seed=1", ["trainign", "'training'"]),
+        ("training.sead=1", ["training.sead", "'seed'"]),
+        ("method.normalisation=rms", ["method.normalisation", "'normalization'"]),
+        ("max_steps", ["'max_steps'", "key.subkey=value"]),
+        ("training.epochs=1", ["max_steps", "epochs"]),
+        ("method.r=0", ["r=0"]),
+        ("method.r=-1", ["r=-1"]),
+        ("method.terms=cubes", ["terms='cubes'"]),
+        ("method={name: pera, r: 1, terms: cross}", ["r=1", "terms='cross'"]),
+        ("method={name: lora, r: 0}", ["method", "0"]),
+        ("method.target_modules=[nope]", ["target_modules", "'nope'"]),
+        ("method.target_modules=[q_proj, v_prj]", ["target_modules", "'v_prj'", "'v_proj'"]),
+        ("method.target_modules='q_proj, v_proj'", ["target_modules", "q_proj, v_proj"]),
+        ("method.target_modules=[input_layernorm]", ["target_modules", "input_layernorm", "LlamaRMSNorm"]),
+        ("method={name: lora, target_modules: [nope]}", ["target_modules", "'nope'"]),
+        ("method={name: lora, target_modules: [q_proj, nope]}", ["target_modules", "'nope'"]),
+        ("method={name: lora, target_modules: [q_proj, 5]}", ["method: target_modules=", "should be a list of names"]),
+        ("method={name: lora, rank_pattern: {q_prj: 2}}", ["method: rank_pattern: 'q_prj'", "'q_proj'"]),
+        ("method={name: lora, bias: foo}", ["method: PEFT cannot take {", "'bias': 'foo'", "NotImplementedError: "]),
+        ("method={name: lora, layer_replication: [[0, 9]]}", ["'layer_replication': [[0, 9]]", "IndexError: "]),
+        ("method={name: lora, loftq_config: 5, init_lora_weights: loftq}", ["method: ", "loftq_config"]),
+        (
+            "method.name=lora",
+            ["method.normalization is not an option of lora, but of pera", "'method={name: lora, …}'"],
+        ),
+        ("model.name=./missing", ["model", "'./missing'"]),
+        ("model.name=nobodys-model", ["model", "'nobodys-model'"]),
+        ("task.name=family", ["task.name='family'"]),
+        ("task.options.x=1", ["task.options", "'x': 1"]),
+        ("task={name: leg_counting, options: {max_animals: 1, min_animals: 1}}", ["task.train_size=2000"]),
+        ("training.max_length=3", ["training.max_length=3"]),
+        ("training.report_to=[nonsense]", ["training.report_to", "nonsense"]),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained(override, words, refused, recipe_file):
+    refused("train", recipe_file, override, "--output", "run", words=words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["recipe", "mine.yaml", "does not exist"]),
+        ("model: [", ["recipe", "mine.yaml", "not valid YAML"]),
+        ("- model", ["recipe", "mine.yaml", "keys and values"]),
+        (b"\xff\xfe", ["recipe", "mine.yaml"]),
+        ("model: smollm2-135m", ["method is missing", "task is missing", "training is missing"]),
+        ("modle: smollm2-135m", ["modle", "'model'"]),
+    ],
+)
+def test_a_file_that_is_no_recipe(content, words, refused, tmp_path):
+    if content is not None:
+        (tmp_path / "mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused("train", "mine.yaml", "--output", "run", words=words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train", "RECIPE"], ["quickstart"], ["merge", "run"], ["export", "run", "--to", "lora"]],
+    ids=lambda command: command[0],
+)
+def test_an_output_that_is_not_empty(command, refused, run, recipe_file, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    command = [recipe_file if word == "RECIPE" else word for word in command]
+    refused(*command, "--output", "full", words=["output", "'full'", "not empty"])
+    refused(*command, "--output", "file", words=["output", "'file'", "is a file"])
+    refused(*command, "--output", "file/below", words=["output", "file/below'"])
+
+
+@pytest.fixture
+def commands(refused):
+    """Checks that merge, export and verify refuse the adapter folder "adapter" alike."""
+
+    def check(words, *, verify=True):
+        refused("merge", "adapter", "--output", "out", words=words)
+        refused("export", "adapter", "--to", "lora", "--output", "out", words=words)
+        if verify:
+            refused("verify", "adapter", "adapter", words=words)
+
+    return check
+
+
+@pytest.fixture
+def adapter(run, tmp_path):
+    """Folder of a trained adapter, "adapter" in the working folder, to be damaged."""
+    return Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("adapter_model.safetensors", Path.unlink, ["'adapter'", "has no adapter_model.safetensors"]),
+        ("adapter_model.safetensors", cut, ["adapter_model.safetensors'", "not a whole safetensors file"]),
+        ("adapter_config.json", Path.unlink, ["'adapter'", "neither a run folder, nor an adapter folder"]),
+        ("adapter_config.json", cut, ["adapter_config.json'", "not valid JSON"]),
+    ],
+)
+def test_a_broken_adapter_folder(name, damage, words, commands, adapter):
+    damage(adapter / name)
+    commands(words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hidden_size": 64, "head_dim": 16}, ["'adapter'", "pera_A"]),
+        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit the base model", "layers.1."]),
+        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit the base model", "layers.2."]),
+    ],
+)
+def test_an_adapter_for_another_base(options, words, commands, adapter, save_llama, tmp_path):
+    save_llama(tmp_path / "other", **options)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "other")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    commands(words)
+
+
+def test_an_adapter_whose_base_is_gone(commands, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/model"}))
+    commands(["model", "'/gone/model'"])
+
+
+def test_an_adapter_with_a_nan(commands, adapter, change_weights):
+    def spoil(weights):
+        next(iter(weights.values()))[0] = torch.nan
+        return weights
+
+    change_weights(adapter / "adapter_model.safetensors", spoil)
+    commands(["NaNs detected"], verify=False)
+
+
+def test_a_lora_is_not_exported(refused, lora):
+    refused("export", lora, "--to", "lora", "--output", "out", words=[str(lora), "LORA", "only a PERA adapter"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--for", "vlm"], ["--for: 'vlm'", "did you mean 'vllm'"]),
+        (["--for", "vllm", "--to", "gguf"], ["--to gguf", "vllm, which reads lora"]),
+        (["--to", "lora", "--max-rank", "4", "--energy", "0.9"], ["--max-rank=4 and --energy=0.9", "keep one"]),
+        (["--to", "lora", "--max-rank", "0"], ["--max-rank=0", "at least 1"]),
+        (["--to", "lora", "--energy", "1.5"], ["--energy=1.5", "a share above 0, at most 1"]),
+    ],
+)
+def test_what_an_adapter_cannot_be_exported_to(options, words, refused, run):
+    refused("export", "run", *options, "--output", "out", words=words)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ({"r": 32}, ["--for", "vllm"], ["K = 560", "vllm takes 512 at most", "--max-rank 512"]),
+        ({"bias": "pera_only"}, ["--for", "vllm"], ["bias='pera_only'", "cannot be carried to vllm", "pera merge"]),
+        ({"modules_to_save": ["lm_head"]}, ["--to", "gguf"], ["modules_to_save=['lm_head']", "cannot be carried"]),
+    ],
+)
+def test_what_an_export_cannot_carry(method, options, words, refused, save_llama, tmp_path):
+    save_llama(tmp_path / "base", attention_bias=True, tie_word_embeddings=False)
+    config = PeraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **method})
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    refused("export", "adapter", *options, "--output", "out", words=words)
+
+
+def test_a_base_that_changed_since_the_training(refused, run, save_llama, tmp_path):
+    """Another model of the same shape where the recipe says: both are named."""
+    torch.manual_seed(1)
+    other, trained_on = tmp_path / "other", run.recipe.model.name
+    model = AutoModelForCausalLM.from_pretrained(trained_on)
+    model.apply(lambda module: torch.nn.init.normal_(module.weight) if isinstance(module, torch.nn.Linear) else None)
+    shutil.copytree(trained_on, other)
+    model.save_pretrained(other)
+    run.recipe_file.write_text(run.recipe_file.read_text().replace(trained_on, str(other)))
+    words = [f"was trained on '{trained_on}' with the fingerprint", f"the base model '{other}' has"]
+    refused("merge", "run", "--output", "out", words=words)
+    for form in ("lora", "gguf"):
+        refused("export", "run", "--to", form, "--output", "out", words=words)
+    refused("verify", "run", "run", words=words)
+
+
+def test_a_gguf_base_of_another_architecture(pera, refused, run, tmp_path):
+    assert pera("export", "run", "--to", "gguf", "--output", "gguf").code == 0
+    writer = gguf.GGUFWriter(tmp_path / "qwen2.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    words = ["qwen2.gguf'", "a 'qwen2' model", "for a 'llama'"]
+    refused("verify", "run", "gguf", "--llama-cpp", "--base", "qwen2.gguf", words=words)
+
+
+def test_only_a_lora_is_imported(refused, run, lora):
+    refused("import", "run", "--from", "lora", "--output", "out", words=["'run' is a PERA adapter", "only a LoRA"])
+
+
+def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name, words in {
+        "notes.txt": ["'notes.txt' is a file"],
+        "folder": ["'folder' is neither"],
+        "nothing": ["'nothing' is no embedded model"],
+        "./nothing": ["'./nothing' does not exist"],
+        "nobody/model": ["'nobody/model' cannot be loaded"],
+    }.items():
+        refused("verify", tiny_llama, name, words=words)
+        refused("verify", name, tiny_llama, words=words)
+
+
+def test_what_is_for_lm_eval_alone(refused, run):
+    refused("evaluate", "run", "--limit", "3", words=["--limit", "--lm-eval", "task.test_size", "when it is trained"])
+    words = ["--include-path='nope' is not a folder"]
+    refused("evaluate", "run", "--lm-eval", "arc_easy", "--include-path", "nope", words=words)
+
+
+def test_a_report_is_html(refused, run, tmp_path):
+    (tmp_path / "x.pdf").write_text("mine")
+    refused("report", "run", "--output", "x.pdf", words=["--output='x.pdf'", "should end in .html"])
+
+
+def test_what_scores_need_is_asked_for_first(refused, run, tiny_llama, monkeypatch):
+    quickstart = ["quickstart", f"model.name={tiny_llama}", *SMALL_QUICKSTART, "--output", "out"]
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "scipy", None)
+        words = ["'scipy'", "pip install 'pera[eval]'"]
+        refused("evaluate", "run", words=words)
+        refused(*quickstart, words=words)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(*quickstart, words=["'matplotlib'", "pip install 'pera[report]'"])
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("where", ["training.get_peft_model", "models.AutoModelForCausalLM.from_pretrained"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(error, where, refused, recipe_file, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"pera.{where}", fail)
+    words = ["pera: out of memory; lower training.batch_size", "training.gradient_checkpointing=true"]
+    refused("train", recipe_file, "--output", "run", words=words)
+
+
+def test_another_error_is_not_taken_for_too_little_memory(pera, recipe_file, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("pera_lab.training.get_peft_model", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        pera("train", recipe_file, "--output", "run")
+
+
+def test_only_a_run_is_evaluated(refused, finished_run, tiny_llama):
+    for name in (finished_run.adapter, tiny_llama):
+        refused("evaluate", name, words=[f"'{name}' is not a run folder"])
+
+
+def test_a_model_without_an_adapter_is_neither_merged_nor_exported(refused, tiny_llama):
+    refused("merge", tiny_llama, "--output", "out", words=[f"'{tiny_llama}' has no adapter"])
+    refused("export", tiny_llama, "--to", "lora", "--output", "out", words=[f"'{tiny_llama}' has no adapter"])
+
+
+def test_an_unfinished_run_is_trained_on_first(refused, run):
+    shutil.rmtree(run.adapter)
+    words = ["'run' is an unfinished run", "pera train run --resume"]
+    refused("evaluate", "run", words=words)
+    refused("merge", "run", "--output", "out", words=words)
+    refused("export", "run", "--to", "lora", "--output", "out", words=words)
+
+
+def test_what_cannot_be_resumed(refused, run, recipe_file, tmp_path):
+    refused("train", recipe_file, "--resume", words=["--resume", "no unfinished run of 'small'"])
+    refused("train", recipe_file, "--resume", "--output", "none", words=["--resume", "'none' is not a run folder"])
+    for arguments in (["run"], [recipe_file, "--output", "run"]):
+        refused("train", *arguments, "--resume", words=["--resume", "'run' is finished"])
+    shutil.rmtree(run.adapter)
+    for arguments in (["run"], [recipe_file, "--output", "run"]):
+        refused("train", *arguments, "training.seed=7", "--resume", words=["--resume", "training.seed", "'run'"])
+    refused("train", "run", "--resume", "--output", "other", words=["--output='other'"])
+    refused("train", recipe_file, "--output", "run", words=["'run' exists and is not empty"])
+
+
+def test_a_resume_that_fails_leaves_the_run_as_it_was(refused, run):
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints)
+    run.metrics_file.unlink()
+    base = run.recipe.model.name
+    run.recipe_file.write_text(run.recipe_file.read_text().replace(base, "/gone/model"))
+    refused("train", "run", "--resume", words=["model", "'/gone/model'"])
+
+
+def test_a_training_that_fails_before_its_first_step_leaves_nothing(pera, recipe_file, tree, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("no memory")
+
+    monkeypatch.setattr("pera_lab.training.Trainer.train", fail)
+    before = tree()
+    assert pera("train", recipe_file, "--output", "run").code == 2
+    assert tree() == before
+
+
+def test_a_quickstart_with_a_mistake_leaves_nothing(pera, tiny_llama, tree):
+    overrides = [f"model.name={tiny_llama}", *SMALL_QUICKSTART, "method.target_modules=[nope]"]
+    before = tree()
+    outcome = pera("quickstart", *overrides, "--output", "run")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "target_modules: 'nope'" in outcome.err.splitlines()[-1]
+    assert tree() == before
+
+
+# The same in a process of its own
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "pera"], [str(Path(sys.executable).parent / "pera")]])
+def test_the_installed_command_prints_one_line_and_no_traceback(command, recipe_file, tmp_path):
+    arguments = ["train", recipe_file, "method.target_modules=[q_proj, nope]", "--output", tmp_path / "run"]
+    result = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    said = [line for line in result.stderr.splitlines() if not line.startswith(("Failed to load", "W1", "W0"))]
+    assert len(said) == 1, "beside what torchao and bitsandbytes say of themselves when they are imported"
+    assert said[0].startswith("pera: ")
+    assert "'nope'" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+FULL_DISK = """
+import contextlib, io, json, resource, sys
+from pera_lab.cli import main
+from transformers import Trainer
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def call(*arguments, size=10_000):
+    error = io.StringIO()
+    sys.argv = ["pera", *arguments]
+    limit(size)
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code
+    limit(resource.RLIM_INFINITY)
+    return code, error.getvalue()
+
+recipe = sys.argv[1]
+outcomes = {
+    "merge": call("merge", "run", "--output", "merged"),
+    "export": call("export", "run", "--to", "lora", "--output", "lora"),
+    "train": call("train", recipe, "--output", "no-checkpoint"),
+}
+train = Trainer.train
+
+def train_until_the_disk_is_full(*arguments, **options):
+    result = train(*arguments, **options)
+    limit(10_000)
+    return result
+
+Trainer.train = train_until_the_disk_is_full
+outcomes["adapter"] = call("train", recipe, "--output", "no-adapter", size=resource.RLIM_INFINITY)
+print(json.dumps(outcomes))
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_there_is_kept(
+    python, pera, run, recipe_file, tree, tmp_path, finished_run
+):
+    before = tree()
+    outcomes = json.loads(python(FULL_DISK, recipe_file, cwd=tmp_path).stdout)
+    for command, output in [
+        ("merge", "merged"),
+        ("export", "lora"),
+        ("train", "no-checkpoint"),
+        ("adapter", "adapter"),
+    ]:
+        code, error = outcomes[command]
+        last = error.splitlines()[-1]
+        assert code == 2
+        assert "Traceback" not in error
+        assert last.startswith("pera: output: ")
+        assert output in last
+        assert "cannot be written" in last
+    after = tree()
+    assert {path: content for path, content in after.items() if path in before} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "no-checkpoint", "no-adapter"}
+    for name in ("no-checkpoint", "no-adapter"):
+        left = Run(tmp_path / name)
+        assert [path.name for path in left.path.iterdir() if path.name.startswith("adapter")] == []
+        assert pera("train", name, "--resume").code == 0
+        adapter, expected = (r.adapter / "adapter_model.safetensors" for r in (left, finished_run))
+        assert adapter.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_quickstart_on_the_embedded_model(pera, fresh_logits, tmp_path):
+    """The demo, cut to 20 steps: merge and export agree with the adapter, in pera's own check and in plain PEFT's."""
+    torch.set_num_threads(2)
+    overrides = ["model.dtype=float32", "training.max_steps=20", "task.test_size=8", "task.train_size=160"]
+    done = pera("quickstart", *overrides, "--output", "run")
+    torch.set_num_threads(1)
+    assert done.code == 0
+    run = Run(tmp_path / "run")
+    assert load_recipe("quickstart").method == run.recipe.method
+    assert run.recipe.method["normalization"] == "rms"
+    for name in ("merged", "lora"):
+        record = json.loads((run.path / name / "verification.json").read_text())
+        assert record["max_difference"] <= 1e-3
+        assert (record["same_top1"], record["tolerance"], record["dtype"]) == (1.0, 1e-3, "float32")
+        assert record["tokens"] > 300
+    base = json.loads((run.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    adapted = fresh_logits({"run": (base, run.adapter)}, import_pera=True)["run"]
+    jobs = {"base": (base, None), "merged": (run.path / "merged", None), "lora": (base, run.path / "lora")}
+    plain = fresh_logits(jobs)
+    assert (plain["base"] - adapted).abs().max() > 0.5
+    best = adapted.topk(2).values
+    clear = best[..., 0] - best[..., 1] > 1e-3
+    for name in ("merged", "lora"):
+        assert (plain[name] - adapted).abs().max() <= 1e-3
+        assert torch.equal(plain[name].argmax(-1)[clear], adapted.argmax(-1)[clear])

@@ -1,0 +1,20 @@
+"""Text from outside is shown, never obeyed."""
+
+import pytest
+
+from pera_lab.text import visible
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain\n\ttext, ümläuts, 中文, 👩‍🚀", "plain\n\ttext, ümläuts, 中文, 👩‍🚀"),
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("bell\a and \x00", r"bell\x07 and \x00"),
+        ("carriage\rreturn and windows\r\nline", "carriage\\x0dreturn and windows\\x0d\nline"),
+        ("\x9b31m", r"\x9b31m"),
+        ("abc\u202edef", r"abc\u202edef"),
+    ],
+)
+def test_control_characters_become_visible(text, shown):
+    assert visible(text) == shown

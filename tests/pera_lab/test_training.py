@@ -1,0 +1,340 @@
+"""A recipe becomes a run folder, the same one on every machine's every try."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from pera.errors import UserError
+from pera_lab.recipe import load_recipe
+from pera_lab.runs import COMPLETE, Run
+from pera_lab.tasks.prompts import encode_example
+from pera_lab.training import _arguments, train
+
+STEPS = [2, 4, 6, 8, 10, 12]
+
+
+def same_adapter(a, b):
+    """Whether two runs have the same adapter, byte for byte."""
+    return all(
+        (a.adapter / name).read_bytes() == (b.adapter / name).read_bytes()
+        for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+
+
+def measured(run):
+    """The metrics without the one that measures this machine."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in run.metrics()]
+
+
+def tokens(run):
+    """Tokens that were trained on since the run was last resumed."""
+    return json.loads(run.cost_file.read_text())["tokens"]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_training_leaves_a_run_folder(finished_run, tiny_llama):
+    names = {path.name for path in finished_run.path.iterdir()}
+    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "adapter"} <= names
+    config = json.loads((finished_run.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_llama)
+    assert (config["peft_type"], config["r"], config["pera_dropout"]) == ("PERA", 4, 0.1)
+    weights = load_file(finished_run.adapter / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert {key.rpartition(".")[2] for key in weights} == {"pera_A", "pera_B", "pera_h"}
+
+
+def test_training_learns_and_the_high_order_terms_take_part(finished_run):
+    losses = [line["loss"] for line in finished_run.metrics()]
+    assert losses[-1] < losses[0] - 1
+    weights = load_file(finished_run.adapter / "adapter_model.safetensors")
+    assert all(weight.abs().max() > 0.01 for key, weight in weights.items() if key.endswith("pera_B"))
+    assert all((weight - 0.3).abs().max() > 0.01 for key, weight in weights.items() if key.endswith("pera_h"))
+
+
+def test_the_metrics_say_what_happened(finished_run):
+    metrics = finished_run.metrics()
+    assert [line["step"] for line in metrics] == STEPS
+    for line in metrics:
+        assert {"epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(line)
+        assert line["tokens_per_second"] > 0
+        assert line["grad_norm"] > 0
+    rates = [line["learning_rate"] for line in metrics]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < rates[0] < 0.03
+
+
+def test_the_last_two_checkpoints_are_kept_and_marked_complete(finished_run):
+    assert {path.name for path in finished_run.checkpoints.iterdir()} == {"checkpoint-8", "checkpoint-12"}
+    assert all((path / COMPLETE).is_file() for path in finished_run.checkpoints.iterdir())
+
+
+def test_one_seed_gives_one_adapter_and_another_gives_another(finished_run, train_run, tmp_path):
+    assert same_adapter(finished_run, train_run(tmp_path / "again"))
+    other = train_run(tmp_path / "other", "training.seed=43")
+    files = [run.adapter / "adapter_model.safetensors" for run in (finished_run, other)]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_the_seed_decides_initialisation_and_order_of_the_data(train_run, tmp_path):
+    """After one step A is as it was drawn, and the loss is the base model's on the first batch."""
+    overrides = ["training.max_steps=1", "training.logging_steps=1"]
+    runs = [train_run(tmp_path / str(seed), *overrides, f"training.seed={seed}") for seed in (1, 2)]
+    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
+    assert [key for key in a if key.endswith("pera_A") and torch.allclose(a[key], b[key], atol=1e-3)] == []
+    losses = [run.metrics()[0]["loss"] for run in runs]
+    assert losses[0] != losses[1]
+
+
+def without_adapter(run):
+    """Killed between the last checkpoint and the adapter."""
+
+
+def without_last_checkpoint(run):
+    """Killed between two checkpoints."""
+    shutil.rmtree(run.checkpoints / "checkpoint-12")
+
+
+def with_unmarked_checkpoint(run):
+    """Killed when a checkpoint was about to be complete."""
+    (run.checkpoints / "checkpoint-12" / COMPLETE).unlink()
+
+
+def with_cut_checkpoint(run):
+    """Killed while a checkpoint was being saved."""
+    with_unmarked_checkpoint(run)
+    cut(run.checkpoints / "checkpoint-12" / "adapter_model.safetensors")
+    (run.checkpoints / "checkpoint-12" / "trainer_state.json").unlink()
+
+
+def with_cut_metrics(run):
+    """Killed while a line of the metrics was being written."""
+    without_last_checkpoint(run)
+    cut(run.metrics_file)
+
+
+def without_checkpoints(run):
+    """Killed before the first checkpoint was complete."""
+    shutil.rmtree(run.checkpoints / "checkpoint-8")
+    with_cut_checkpoint(run)
+
+
+@pytest.mark.parametrize(
+    ("damage", "left"),
+    [
+        (without_adapter, 0),
+        (without_last_checkpoint, 4 / 12),
+        (with_unmarked_checkpoint, 4 / 12),
+        (with_cut_checkpoint, 4 / 12),
+        (with_cut_metrics, 4 / 12),
+        (without_checkpoints, 1),
+    ],
+)
+def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, finished_run):
+    shutil.rmtree(run.adapter)
+    damage(run)
+    train(run.recipe, run, resume=True)
+    assert same_adapter(run, finished_run)
+    assert tokens(run) / tokens(finished_run) == pytest.approx(left, abs=0.05)
+    if damage is with_cut_metrics:
+        assert [line["step"] for line in run.metrics() if line["step"] > 8] == [10, 12]
+    else:
+        assert measured(run) == measured(finished_run)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize("step", [8, 12])
+def test_a_complete_checkpoint_that_is_broken_is_named(step, name, run):
+    shutil.rmtree(run.adapter)
+    if step == 8:
+        without_last_checkpoint(run)
+    checkpoint = run.checkpoints / f"checkpoint-{step}"
+    cut(checkpoint / name)
+    with pytest.raises(UserError, match=rf"^--resume: {str(checkpoint / name)!r} .* delete {str(checkpoint)!r} to go"):
+        train(run.recipe, run, resume=True)
+    assert checkpoint.is_dir()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_without_what_training_goes_on_from_is_named(name, run):
+    shutil.rmtree(run.adapter)
+    without_last_checkpoint(run)
+    checkpoint = run.checkpoints / "checkpoint-8"
+    (checkpoint / name).unlink()
+    with pytest.raises(
+        UserError, match=rf"^--resume: {str(checkpoint / name)!r} is not whole \(it is missing\); delete"
+    ):
+        train(run.recipe, run, resume=True)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.dropout=0"],
+        ["method={name: lora, r: 2, target_modules: [q_proj]}"],
+        ["training.lr_ratio={B: 2, h: 0.5}", "training.weight_decay={A: 0.1}"],
+        ["method={name: lora, r: 2, target_modules: [q_proj]}", "training.lr_ratio.B=4", "training.weight_decay=0.1"],
+        ["training.max_steps=null", "training.epochs=0.75", "training.gradient_accumulation_steps=2"],
+        ["training.save_steps=3", "training.lr_scheduler=cosine", "training.warmup_steps=5"],
+        ["training.max_steps=null", "training.epochs=2", "training.save_steps=20", "training.group_by_length=true"],
+        ["training.max_steps=null", "training.epochs=2", "training.save_steps=16", "training.group_by_length=true"],
+    ],
+)
+def test_resumed_is_uninterrupted_for_other_recipes(overrides, train_run, tmp_path):
+    whole = train_run(tmp_path / "whole", *overrides)
+    steps = [int(path.name.rpartition("-")[2]) for path in whole.checkpoints.iterdir()]
+    assert len(steps) == 2
+    halted = Run(Path(shutil.copytree(whole.path, tmp_path / "halted")))
+    shutil.rmtree(halted.adapter)
+    shutil.rmtree(halted.checkpoints / f"checkpoint-{max(steps)}")
+    train(halted.recipe, halted, resume=True)
+    assert same_adapter(halted, whole)
+    assert 0 < tokens(halted) < 0.6 * tokens(whole)
+    assert [line["step"] for line in halted.metrics()] == [line["step"] for line in whole.metrics()]
+
+
+def test_a_run_that_lacks_only_its_adapter_is_not_trained_further(train_run, tmp_path):
+    """At a constant rate a further step would show; at the end of a linear schedule the rate is zero."""
+    whole = train_run(tmp_path / "whole", "training.lr_scheduler=constant")
+    halted = Run(Path(shutil.copytree(whole.path, tmp_path / "halted")))
+    shutil.rmtree(halted.adapter)
+    train(halted.recipe, halted, resume=True)
+    assert same_adapter(halted, whole)
+    assert measured(halted) == measured(whole)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, torch
+from pera_lab.cli import main
+save = torch.save
+def killed(content, file, **options):
+    if "checkpoint-8" in str(file):
+        open(file, "wb").write(b"cut")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, file, **options)
+torch.save = killed
+main()
+"""
+
+KILLED_BETWEEN_CHECKPOINTS = """
+import os, signal, torch
+from pera_lab.cli import main
+step, steps = torch.optim.AdamW.step, []
+def killed(self, *arguments, **options):
+    steps.append(1)
+    if len(steps) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments, **options)
+torch.optim.AdamW.step = killed
+main()
+"""
+
+
+@pytest.mark.parametrize("program", [KILLED_WHILE_SAVING, KILLED_BETWEEN_CHECKPOINTS])
+def test_a_killed_training_goes_on_to_the_same_adapter(program, pera, python, recipe_file, finished_run, tmp_path):
+    killed = python(program, "train", recipe_file, "--output", tmp_path / "run", check=False)
+    assert killed.returncode == -signal.SIGKILL
+    run = Run(tmp_path / "run")
+    assert not run.adapter.exists()
+    assert (run.checkpoints / "checkpoint-4" / COMPLETE).is_file()
+    assert pera("train", run.path, "--resume").code == 0
+    assert same_adapter(run, finished_run)
+    assert tokens(run) / tokens(finished_run) == pytest.approx(8 / 12, abs=0.05)
+    assert measured(run) == measured(finished_run)
+
+
+def test_the_summary_counts_what_was_done(recipe_file, tmp_path, tokenizer):
+    recipe = load_recipe(str(recipe_file), ["training.max_steps=null", "training.epochs=1", "training.batch_size=1"])
+    summary = train(recipe, Run.create(recipe, tmp_path / "run"))
+    lengths = [len(encode_example(tokenizer, example)["input_ids"]) for example in recipe.build_task().train]
+    assert summary.tokens == sum(lengths)
+    assert summary.left_out == 0
+    assert summary.seconds > 0
+    assert summary.peak_memory > 100e6
+    assert 0 < summary.final_loss < 10
+
+
+def test_examples_that_are_too_long_are_left_out_and_counted(recipe_file, tmp_path, tokenizer):
+    recipe = load_recipe(str(recipe_file), ["training.max_steps=1"])
+    lengths = sorted(len(encode_example(tokenizer, example)["input_ids"]) for example in recipe.build_task().train)
+    recipe = load_recipe(str(recipe_file), ["training.max_steps=1", f"training.max_length={lengths[9]}"])
+    summary = train(recipe, Run.create(recipe, tmp_path / "run"))
+    assert summary.left_out == sum(length > lengths[9] for length in lengths) > 0
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(finished_run, train_run, tmp_path):
+    run = train_run(tmp_path / "run", "training.gradient_checkpointing=true")
+    found, expected = (load_file(r.adapter / "adapter_model.safetensors") for r in (run, finished_run))
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_one_process_takes_one_gpu(recipe_file, monkeypatch, tmp_path):
+    recipe = load_recipe(str(recipe_file))
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(lambda arguments: torch.device("cpu")))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
+    arguments = _arguments(recipe, Run(tmp_path), recipe.build_task())
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
+
+
+def test_the_adapter_of_a_bfloat16_base_is_float32(train_run, tmp_path):
+    run = train_run(tmp_path / "run", "model.dtype=bfloat16", "training.max_steps=2")
+    assert json.loads(run.environment_file.read_text())["base_model"]["dtype"] == "bfloat16"
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_the_groups_of_the_recipe_are_those_of_the_optimizer(train_run, finished_run, tmp_path):
+    run = train_run(tmp_path / "run", "training.lr_ratio={B: 2, h: 0.5}", "training.weight_decay={A: 0.1}")
+    saved = torch.load(run.checkpoints / "checkpoint-8" / "optimizer.pt")["param_groups"]
+    found = {g["name"]: (g["initial_lr"], g["lr"] / g["initial_lr"], g["weight_decay"]) for g in saved}
+    left = pytest.approx(4 / 12)
+    assert found == {"A": (0.03, left, 0.1), "B": (0.06, left, 0.0), "h": (0.015, left, 0.0)}
+    rates = [[line["learning_rate"] for line in r.metrics()] for r in (run, finished_run)]
+    assert rates[0] == rates[1]
+
+
+def test_after_one_step_each_group_has_moved_by_its_ratio(train_run, tmp_path):
+    """The first step of Adam has the length of the rate, whatever the gradient."""
+    once = ["training.max_steps=1", "training.logging_steps=1"]
+    plain, grouped = (
+        load_file(train_run(tmp_path / name, *once, *more).adapter / "adapter_model.safetensors")
+        for name, more in [("plain", []), ("grouped", ["training.lr_ratio={B: 4, h: 0.5}"])]
+    )
+    for key, weight in plain.items():
+        kind = key.rpartition("_")[2]
+        start, ratio = {"A": (weight, 1), "B": (0, 4), "h": (0.3, 0.5)}[kind]
+        torch.testing.assert_close(grouped[key] - start, ratio * (weight - start), rtol=1e-4, atol=1e-6)
+
+
+def test_ratios_of_one_are_no_ratios(train_run, finished_run, tmp_path):
+    assert same_adapter(train_run(tmp_path / "run", "training.lr_ratio={B: 1, h: 1}"), finished_run)
+
+
+def test_a_group_that_the_model_lacks_is_refused(train_run, tmp_path):
+    with pytest.raises(UserError, match=r"^training: lr_ratio\['other'\] applies to no trained parameter; groups of"):
+        train_run(tmp_path / "run", "training.lr_ratio.other=2")
+
+
+@pytest.mark.parametrize("logging_steps", [1, 50])
+def test_a_loss_that_is_lost_is_an_error_and_leaves_no_adapter(logging_steps, train_run, tmp_path):
+    overrides = ["training.learning_rate=1.0e30", "training.max_grad_norm=0", f"training.logging_steps={logging_steps}"]
+    with pytest.raises(UserError, match=r"^training\.learning_rate=1e\+30: the loss is not finite at step \d+"):
+        train_run(tmp_path / "run", *overrides)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_the_recipe_in_the_folder_is_the_one_that_was_trained(finished_run, recipe_file):
+    content = yaml.safe_load(finished_run.recipe_file.read_text())
+    given = yaml.safe_load(recipe_file.read_text())
+    assert content["method"] == given["method"]
+    assert content["training"]["weight_decay"] == 0.0
