@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pera.polynomial import expand_A, expand_B
 from pera.tuner import PeraLayer
-from pera_lab.diagnose.kinds import kind
+from pera_lab.diagnose.factors import kind
 
 
 class RatioCallback(TrainerCallback):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pera.errors import UserError
+from pera.lora import truncate_factors
 from pera.polynomial import coefficient_pairs, lora_factors
 from pera.tuner import PeraLayer, adapted_layers
-from pera_lab.convert.truncate import truncate_factors
-from pera_lab.diagnose.kinds import kind
+from pera_lab.diagnose.factors import kind
 from pera_lab.files import write_json
 from pera_lab.runs import Run, open_model
 from pera_lab.tasks.prompts import IGNORED, encode_task, task_collator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
-from pera.tuner import PeraConfig
+from pera.tuner import ParamWrapper, PeraConfig, PeraLayer
 from pera.tuner.saved import saved_factors
-from pera_lab.diagnose.kinds import kind
 from pera_lab.runs import adapter_config, adapter_weights, method_name
 
 
@@ -129,8 +129,24 @@ def diagnose_adapter(folder: Path) -> dict[str, LayerDiagnosis]:
     return {name.removeprefix("base_model.model."): diagnose_layer(*factors) for name, factors in layers.items()}
 
 
+def kind(name: str, layer: PeraLayer | None = None) -> str:
+    """The kind of a layer, such as "q_proj": the last part of its name that is not a number or "base_layer".
+
+    If ``layer`` is given and adapts a parameter of a module, the kind is the name of that parameter.
+
+    Examples:
+        >>> kind("model.layers.0.self_attn.q_proj")
+        'q_proj'
+        >>> kind("model.layers.0.mlp.experts.base_layer.12")
+        'experts'
+    """
+    if isinstance(layer, ParamWrapper):
+        return layer.parameter_name
+    return re.sub(r"(\.(\d+|base_layer))+$", "", name).rpartition(".")[2]
+
+
 def by_kind(layers: dict[str, LayerDiagnosis]) -> dict[str, list[LayerDiagnosis]]:
-    """The layers by kind, such as "q_proj"."""
+    """Group the layers by their :func:`kind`."""
     kinds: dict[str, list[LayerDiagnosis]] = {}
     for name, layer in layers.items():
         kinds.setdefault(kind(name), []).append(layer)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tiny
 from pera import PeraConfig, UserError
-from pera_lab.diagnose import diagnose_adapter, effects, run_effects, zeroed
+from pera_lab.diagnose import diagnose_adapter, effects, high_order_ratios, run_effects, zeroed
 from pera_lab.diagnose.effect import cut_to_r, mean_loss
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
@@ -190,6 +191,16 @@ def test_tied_layers_are_zeroed_one_by_one_and_together():
     assert set(found.without_high_order) == {"embed_tokens", "lm_head"}
     assert all(found.without_high_order.values())
     assert found.without["high_order"] not in found.without_high_order.values()
+
+
+def test_fused_experts_are_grouped_by_their_parameter():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "moe_intermediate_size": 8, "num_experts": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=tiny.VOCABULARY, **sizes, **heads))
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = get_peft_model(base, PeraConfig(r=2, init_weights=False, **targets)).eval()
+    kinds = {"q_proj", "gate_up_proj", "down_proj"}
+    assert set(high_order_ratios(model)) == set(effects(model, [BATCH]).without_high_order) == kinds
 
 
 def test_the_effect_of_a_run_is_measured_on_its_held_out_problems_and_kept(run, pera):

@@ -11,7 +11,7 @@ import reference
 from pera.errors import UserError
 from pera.polynomial import num_coefficients
 from pera_lab.diagnose import diagnose_adapter, diagnose_layer
-from pera_lab.diagnose.factors import by_kind
+from pera_lab.diagnose.factors import by_kind, kind
 from reference import NORMALIZATIONS
 
 
@@ -80,6 +80,20 @@ def test_squares_alone_lie_mostly_along_the_ones():
     crosses = diagnose_layer(torch.randn(4, 900), torch.randn(800, 4), torch.ones(6), "cross", "rms")
     assert squares.ones_weight > 0.2
     assert crosses.ones_weight < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj", "q_proj"),
+        ("model.layers.0.mlp.experts.1.w1", "w1"),
+        ("model.layers.0.mlp.experts.base_layer.12", "experts"),
+        ("matrix", "matrix"),
+        ("0", "0"),
+    ],
+)
+def test_the_kind_is_the_last_part_of_the_name_that_is_not_a_number(name, expected):
+    assert kind(name) == expected
 
 
 def test_a_saved_adapter_is_diagnosed_without_its_base(finished_run, monkeypatch):
