@@ -64,7 +64,7 @@ class Method:
 
 def _pera(terms: str, normalization: str = "none", init_coefficients: float = 0.0, **fixed: Any) -> Method:
     variant = {"terms": terms, "normalization": normalization, "init_coefficients": init_coefficients}
-    return Method(PeraConfig, _PERA, {"coefficients": "learned", "random_signs": False, **variant, **fixed})
+    return Method(PeraConfig, _PERA, {"coefficients": "learned", **variant, **fixed})
 
 
 _LORA = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
