@@ -1,7 +1,8 @@
-"""A trained LoRA as a PERA adapter with equal outputs, to go on training with high-order terms."""
+"""Import a trained LoRA as a PERA adapter with equal outputs, to continue its training with high-order terms."""
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from pera.errors import UserError
 from pera.polynomial import Normalization, Terms
 from pera.tuner import PeraConfig
 from pera_lab import models
+from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free
-from pera_lab.runs import adapter_config, adapter_weights, copy_tokenizer, locate_adapter, method_name, open_model
+from pera_lab.opening import Location, copy_tokenizer, open_model
 
 _RENAMED = {
     "lora_A.weight": "pera_A",
@@ -29,47 +31,47 @@ _RENAMED = {
 
 
 def import_lora(
-    source: str,
+    location: Location,
     output: Path,
     *,
     terms: Terms = "all",
     normalization: Normalization = "rms",
     dtype: str = "float32",
-    trust_remote_code: bool = False,
 ) -> Agreement:
-    """Write the LoRA of a run or an adapter folder as a PERA adapter, and check that the outputs agree.
+    """Write a LoRA as a PERA adapter, and check that the outputs agree.
 
-    A and B stay as they are and h is zero, so that ΔW = s BA. The scale and all that is not about products is
-    carried over; with ``normalization="rms"`` the products have the scale of one factor, and h a gradient to match,
-    once training goes on.
+    A, B and the scale stay as they are, and h is zero, so ΔW = s BA. With ``normalization="rms"`` the products have the
+    scale of one factor, so h has a gradient of that scale when training continues.
 
     Args:
-        source: what :func:`pera_lab.runs.locate` takes, with a LoRA adapter.
-        output: folder to write: PEFT's format, ``verification.json``.
-        terms: products that take part from now on, "all", "square" or "cross".
-        normalization: of the products: "rms", "centred", "column" or "none".
-        dtype: what the check is computed in, a key of :data:`pera_lab.models.DTYPES`.
-        trust_remote_code: run code that comes with the base, also where no recipe says so.
+        location: the LoRA and its base model.
+        output: folder to write. It holds the adapter in PEFT's format, ``verification.json`` and a model card.
+        terms: products that the adapter can learn from now on, "all", "square" or "cross".
+        normalization: normalization of the products; see :mod:`pera.polynomial`.
+        dtype: dtype of the check, a key of :data:`pera_lab.models.DTYPES`.
+
+    Returns:
+        The comparison of the PERA adapter, read back from the disk, with the LoRA.
 
     Raises:
-        UserError: there is no LoRA, it is broken, it uses what PERA lacks (DoRA, fused experts, …), or ``terms`` leave
-            no product; the output cannot be written.
+        UserError: the adapter is not a LoRA, is broken, or uses an option that PERA lacks, such as DoRA; ``terms``
+            leave no product; the output exists.
     """
     require_free(output)
-    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
-    config = adapter_config(adapter)
+    adapter = location.require_adapter()
+    config = adapter.config
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{source!r} is a {method_name(config)} adapter; only a LoRA adapter is imported.")
+        raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a LoRA adapter can be imported.")
     if terms == "none":
-        raise UserError("--terms none leaves no products to wake; use all, square or cross.")
+        raise UserError("--terms none leaves no products to learn; use all, square or cross.")
     for key in ("target_parameters", "lora_bias"):
         if value := getattr(config, key):
-            raise UserError(f"{source!r} has {key}={value!r}, which is not imported; merge it instead.")
+            raise UserError(f"{location.name!r} has {key}={value!r}, which cannot be imported; merge it instead.")
     model, tokenizer = open_model(location, dtype)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)
     ours = _configuration(config, terms, normalization)
-    weights = _as_pera(adapter_weights(adapter))
+    weights = _as_pera(adapter.weights)
     base: Any = model.unload()
     fresh = get_peft_model(base, ours)
     for key, h in _coefficients(fresh).items():
@@ -80,22 +82,24 @@ def import_lora(
         ours.save_pretrained(str(folder))
         copy_tokenizer(location, folder)
         del model, base, fresh
-        after = logits(*open_model(location._replace(run=None, adapter=folder), dtype), prompts)
-        agreement = compare(before, after, models.DTYPES[dtype])
-        agreement.save(folder, of="PERA adapter", against=source)
-        write_card(folder, "adapter", location._replace(run=None, adapter=folder), agreement.sentence())
+        written = location._replace(run=None, adapter=Adapter(folder))
+        agreement = compare(before, logits(*open_model(written, dtype), prompts), models.DTYPES[dtype])
+        agreement.save(folder, of="PERA adapter", against=location.name)
+        write_card(folder, "adapter", written, agreement.sentence())
     return agreement
 
 
 def _configuration(config: LoraConfig, terms: Terms, normalization: Normalization) -> PeraConfig:
-    """The configuration of the PERA adapter. How the LoRA's first values were drawn does not matter any more."""
-    config.init_lora_weights = True
-    ours = PeraConfig.from_lora(config, terms=terms, normalization=normalization)
+    """The configuration of the PERA adapter. How the LoRA was initialized no longer matters."""
+    plain = copy(config)
+    plain.init_lora_weights = True
+    ours = PeraConfig.from_lora(plain, terms=terms, normalization=normalization)
     ours.base_model_name_or_path, ours.task_type = config.base_model_name_or_path, config.task_type
     return ours
 
 
 def _as_pera(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a LoRA under the names that PERA gives them."""
     renamed = {}
     for key, weight in weights.items():
         ending = next((ending for ending in _RENAMED if key.endswith(f".{ending}")), None)
@@ -108,5 +112,5 @@ def _as_pera(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _coefficients(model: PeftModel) -> dict[str, Tensor]:
-    """h of each layer, as PEFT names it in a file."""
+    """h of each layer, under the name that PEFT gives it in a file."""
     return {name.removesuffix(".default"): weight for name, weight in model.named_parameters() if ".pera_h." in name}
