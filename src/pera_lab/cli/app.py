@@ -6,15 +6,13 @@ Exit codes: 0 done, 1 a check failed, 2 a mistake in the call, the recipe or the
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from pera_lab.cli import convert, show, study, train
-
-if TYPE_CHECKING:
-    from typer import Context
 
 OUT_OF_MEMORY = (
     "out of memory; lower training.batch_size, training.max_length or method.r, or set "
@@ -27,7 +25,7 @@ UsageError: Any = typer.BadParameter.__base__
 class Command(TyperCommand):
     """A command that silences the messages of the libraries, then runs. Its help and its usage errors come before."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         import warnings
 
         from transformers.utils import logging
@@ -45,15 +43,12 @@ app = typer.Typer(
     help="Fine-tune language models with Polynomial Expansion Rank Adaptation (PERA). "
     "Score, merge, export and verify the result.",
 )
-for command in (train.quickstart, train.train, train.evaluate, train.predict):
-    app.command(cls=Command)(command)
-app.command(cls=Command)(show.inspect)
-for command in (convert.merge, convert.export):
-    app.command(cls=Command)(command)
-app.command("import", cls=Command)(convert.import_)
-app.command(cls=Command)(convert.verify)
-for command in (show.chat, show.report, show.env):
-    app.command(cls=Command)(command)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(train.quickstart, train.train, train.evaluate, train.predict, show.inspect),
+    *(convert.merge, convert.export, convert.import_, convert.verify, show.chat, show.report, show.env),
+)
+for command in COMMANDS:
+    app.command(command.__name__.strip("_"), cls=Command)(command)
 study_app = typer.Typer(no_args_is_help=True, help="Compare methods with tuned learning rates, seeds and statistics.")
 study_app.command("run", cls=Command)(study.run)
 study_app.command("report", cls=Command)(study.report)
