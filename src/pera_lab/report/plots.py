@@ -22,7 +22,7 @@ from pera_lab.report.drawing import (
     style,
     tick,
 )
-from pera_lab.report.words import ABSENT, count, number, percent, signed
+from pera_lab.report.formatting import ABSENT, count, number, percent, signed
 from pera_lab.text import visible
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from pera_lab.files import disk_errors, read_object, write_atomic
 from pera_lab.report import paper, plots, study_plots
 from pera_lab.report.contents import Contents, Metrics, placed
 from pera_lab.report.drawing import Table
+from pera_lab.report.formatting import ABSENT, chance, count, duration, number, percent, points, signed, size
 from pera_lab.report.page import jinja, require_html
 from pera_lab.report.pictures import save_figure
-from pera_lab.report.words import ABSENT, chance, count, duration, number, percent, points, signed, size
 from pera_lab.study.results import Results, Setting
 from pera_lab.study.runner import StudyFolder
 from pera_lab.study.spec import Cell, StudyMethod

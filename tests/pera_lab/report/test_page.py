@@ -13,9 +13,9 @@ import tiny
 from pera.errors import UserError
 from pera_lab.recipe import parse_recipe
 from pera_lab.report.contents import Contents, placed
+from pera_lab.report.formatting import duration, number
 from pera_lab.report.page import render, write_report
 from pera_lab.report.pictures import loss_picture
-from pera_lab.report.words import duration, number
 from pera_lab.runs import Run
 from pera_lab.text import visible
 
@@ -460,7 +460,7 @@ def test_colours_follow_the_page(tmp_path, adapters):
         assert "currentColor" in drawing
 
 
-def test_what_cannot_be_reported(tmp_path, monkeypatch):
+def test_what_cannot_be_reported(tmp_path):
     with pytest.raises(UserError, match="at least one run"):
         write_report([], tmp_path / "x.html")
     with pytest.raises(UserError, match=r"recipe\.yaml"):
@@ -468,16 +468,6 @@ def test_what_cannot_be_reported(tmp_path, monkeypatch):
     run = bare_run(tmp_path / "run")
     with pytest.raises(UserError, match="cannot be written"):
         write_report([run], tmp_path / "no" / "folder.html")
-    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
-    with pytest.raises(UserError, match=re.escape("pip install 'pera[report]'")):
-        write_report([run], tmp_path / "x.html")
-
-
-def test_without_matplotlib(tmp_path, adapters, monkeypatch):
-    run = full_run(tmp_path / "demo", adapters)
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.style", None)
-    with pytest.raises(UserError, match=re.escape("'matplotlib'; install it with: pip install 'pera[report]'")):
-        write_report([run], tmp_path / "x.html")
 
 
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
