@@ -119,10 +119,14 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
 
     from rich.table import Table
 
-    from pera_lab.diagnose.factors import by_kind
+    from pera_lab.diagnose import by_kind, place_layers
 
     common = os.path.commonprefix(list(found)).rpartition(".")[0] + "."  # noqa: RUF071
-    groups = {name.removeprefix(common): [d] for name, d in found.items()} if by_layer else by_kind(found)
+    groups = {name.removeprefix(common): [d] for name, d in found.items()}
+    if not by_layer:
+        groups = {
+            kind: [layer.diagnosis for layer in members] for kind, members in by_kind(place_layers(found)).items()
+        }
     caption = None if by_layer else "Medians over the layers of each kind; --layers shows every layer."
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption=caption, caption_justify="left")
     columns = ("‖ΔW‖", "linear", "square", "cross", "ratio", "1·1ᵀ", "rank ≤", "stable", "entropy")

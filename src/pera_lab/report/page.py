@@ -12,9 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pera import __version__
 from pera.errors import UserError
+from pera_lab.convert.verify import Agreement
+from pera_lab.diagnose import Layer, by_kind
 from pera_lab.files import write_atomic
 from pera_lab.report import formatting, plots
-from pera_lab.report.contents import Change, Contents, Layer, Metrics, Missing, Verification, by_kind
+from pera_lab.report.contents import Change, Contents, Metrics, Missing
 from pera_lab.report.drawing import Picture, Table
 from pera_lab.runs import Run
 from pera_lab.text import visible
@@ -95,7 +97,7 @@ def _section(contents: Contents) -> dict[str, Any]:
         "over_time": _over_time(contents),
         "effect": effects if isinstance(effects := contents.effects, Missing) else plots.effect(effects),
         "costs": _costs(contents),
-        "verifications": {k: v for k, v in contents.verifications.items() if isinstance(v, Verification)},
+        "verifications": {k: v for k, v in contents.verifications.items() if isinstance(v, Agreement)},
         "unverified": [v for v in contents.verifications.values() if isinstance(v, Missing)],
         "settings": _pairs(recipe.model_dump(mode="json")),
         "environment": found if isinstance(found := contents.environment, Missing) else _pairs(found),
@@ -165,7 +167,7 @@ def _costs(contents: Contents) -> Table:
     if not isinstance(cost := contents.cost, Missing):
         speed = cost.tokens / cost.seconds if cost.tokens and cost.seconds else math.nan
         steps = 0 if isinstance(contents.metrics, Missing) else contents.metrics.steps[-1]
-        since = " since it was resumed" if cost.steps is not None and cost.steps < steps else ""
+        since = " since it was resumed" if 0 < cost.steps < steps else ""
         rows += [
             [f"training time{since}", formatting.duration(cost.seconds)],
             [f"training tokens{since}", formatting.count(cost.tokens)],

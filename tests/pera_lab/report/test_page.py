@@ -12,7 +12,7 @@ from peft import DeloraConfig, LoraConfig, get_peft_model
 import tiny
 from pera.errors import UserError
 from pera_lab.recipe import parse_recipe
-from pera_lab.report.contents import Contents, placed
+from pera_lab.report.contents import Contents
 from pera_lab.report.formatting import duration, number
 from pera_lab.report.page import render, write_report
 from pera_lab.report.pictures import loss_picture
@@ -503,22 +503,6 @@ def test_number(value, shown):
 )
 def test_duration(seconds, shown):
     assert duration(seconds) == shown
-
-
-@pytest.mark.parametrize(
-    ("names", "places"),
-    [
-        (["model.layers.10.mlp.up_proj", "model.layers.2.mlp.up_proj"], [(2, "up_proj"), (10, "up_proj")]),
-        (["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.q"], [(0, "attn.c_proj"), (0, "mlp.c_proj"), (0, "q")]),
-        (["l.0.experts.0.w1", "l.0.experts.1.w1"], [(0, "experts.*.w1"), (0, "experts.*.w1")]),
-        (["score", "l.0.q"], [(0, "q"), (None, "score")]),
-        (["0"], [(0, "0")]),
-    ],
-)  # fmt: skip
-def test_places_of_layers(names, places):
-    assert [(layer.block, layer.kind) for layer in placed(dict.fromkeys(names))] == sorted(
-        places, key=lambda place: (place[0] is None, place[0] or 0, place[1])
-    )
 
 
 def test_templates_travel_with_the_package():
