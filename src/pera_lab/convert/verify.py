@@ -58,6 +58,10 @@ class Agreement:
     """Share of the other tokens for which both models predict the same token."""
     kl_divergence: float
     """Mean over the tokens of KL(reference ‖ other) between the distributions of the next token, in nats."""
+    of: str = ""
+    """What was checked, such as "merged model". Empty until the result is saved."""
+    against: str = ""
+    """Name of the reference. Empty until the result is saved."""
 
     @property
     def agree(self) -> bool:
@@ -82,7 +86,7 @@ class Agreement:
             against: the name of the reference.
             further: additional entries of the file.
         """
-        record = {"of": of, "against": against, "agree": self.agree, **asdict(self), **further}
+        record = {**asdict(self), "of": of, "against": against, "agree": self.agree, **further}
         write_json(folder / "verification.json", record)
 
 
