@@ -1,6 +1,11 @@
 """A PERA adapter is exported to a LoRA with the same outputs."""
 
+import ctypes
 import json
+import os
+import struct
+import sys
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from pera_lab.opening import locate_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +23,6 @@ from pera.errors import UserError
 from pera.lora import folded_layers, lora_of
 from pera_lab.convert.export import _write_lora
 from pera_lab.convert.export import export as export_adapter
-from pera_lab.opening import locate_adapter
 from reference import NORMALIZATIONS
 from tiny import llama, tokens
 
@@ -188,6 +193,22 @@ def test_the_export_has_the_tokenizer_and_the_tokens_of_the_adapter(
     for options, reader in (({"to": "gguf"}, "a GGUF adapter"), ({"server": "vllm"}, "vllm")):
         with pytest.raises(UserError, match=f"402 tokens, but its base has 400, which {reader} cannot hold"):
             export_adapter(adapter, tmp_path / "other", **options)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts with inotify")
+def test_an_export_opens_each_file_of_the_adapter_once(adapter, pera):
+    libc = ctypes.CDLL(None)
+    watch, opened, closed = libc.inotify_init1(os.O_NONBLOCK), 0x20, 0x10
+    libc.inotify_add_watch(watch, bytes(adapter), opened | closed)
+    assert pera("export", adapter, "--to", "lora", "--output", "out").code == 0
+    events = os.read(watch, 1 << 16)
+    os.close(watch)
+    counts = Counter()
+    while events:
+        _, mask, _, length = struct.unpack_from("iIII", events)
+        counts[events[16 : 16 + length].rstrip(b"\0").decode()] += bool(mask & opened)
+        events = events[16 + length :]
+    assert (counts["adapter_config.json"], counts["adapter_model.safetensors"]) == (1, 1)
 
 
 def test_a_lora_is_rejected(tiny_llama, tmp_path):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pera_lab.opening import locate_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.from_lora import import_lora
-from pera_lab.opening import locate_adapter
 
 VARIANTS = {
     "plain": ("tiny_llama", {}),

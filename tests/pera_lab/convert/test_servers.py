@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from pera_lab.opening import locate_adapter
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
 from pera_lab.convert.servers import SERVERS
-from pera_lab.opening import locate_adapter
 from reference import relative_error
 from tiny import evaluate
 
@@ -116,9 +116,19 @@ def test_target_modules_and_target_parameters_stay_separate(tokenizer, save_adap
 @pytest.mark.parametrize(
     ("server", "base", "options", "words"),
     [
-        ("vllm", "tiny_llama", {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\], which vllm cannot hold"),
+        (
+            "vllm",
+            "tiny_llama",
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save=\['lm_head'\], which vllm",
+        ),
         ("sglang", "biased_llama", {"bias": "pera_only"}, "bias='pera_only', which sglang cannot hold"),
-        ("lorax", "tied_llama", {"trainable_token_indices": [8]}, "trainable_token_indices=.*, which lorax cannot hold"),
+        (
+            "lorax",
+            "tied_llama",
+            {"trainable_token_indices": [8]},
+            "trainable_token_indices=.* lorax cannot hold",
+        ),
         ("llama.cpp", "biased_llama", {"bias": "all"}, "bias='all', which llama.cpp cannot hold"),
         ("ollama", "tiny_gpt2", {"target_modules": ["c_attn"]}, "is a Conv1D, on which ollama accepts no adapter"),
     ],

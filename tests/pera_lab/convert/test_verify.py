@@ -8,15 +8,15 @@ import gguf
 import pytest
 import torch
 from peft import get_peft_model
+from pera_lab.embedded import resolve_gguf
+from pera_lab.opening import locate, locate_adapter
 
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
 from pera_lab.convert.verify import COMPARED_IN_LLAMA_CPP, PROMPTS, TOLERANCE, compare, logits, prompts_of, verify
-from pera_lab.embedded import resolve_gguf
 from pera_lab.models import load_model, load_tokenizer
 from pera_lab.recipe import load_recipe
-from pera_lab.opening import locate, locate_adapter
 from pera_lab.tasks.prompts import encode_prompt
 
 CLEAR = torch.tensor([[0.0, 1.0, 3.0], [5.0, 1.0, 0.0]])
