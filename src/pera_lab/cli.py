@@ -51,7 +51,7 @@ def main() -> None:
     except PeraError as error:
         _leave(error)
     except RuntimeError as error:
-        from pera_lab.models import out_of_memory
+        from pera_lab.environment import out_of_memory
 
         if not out_of_memory(error):
             raise
@@ -137,7 +137,7 @@ def train(
     with run.discarded_on_error():
         summary = train_recipe(run.recipe, run, resume=resume, console=progress)
     table = _table()
-    table.add_row("adapter", str(run.adapter))
+    table.add_row("adapter", str(run.adapter.path))
     table.add_row("training", _cost(run, summary))
     table.add_row("report", _refreshed_report(run))
     out.print(table)
@@ -159,7 +159,7 @@ def evaluate(
 ) -> None:
     """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
     from pera_lab.evaluation import evaluate_run
-    from pera_lab.runs import locate
+    from pera_lab.opening import locate
 
     location = locate(run)
     if location.run is None:
@@ -210,8 +210,8 @@ def predict(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows answered at once.")] = None,
 ) -> None:
     """Answer the rows of a file, in batches; called again after an interruption, only those that are missing."""
+    from pera_lab.opening import locate
     from pera_lab.prediction import predict as answer
-    from pera_lab.runs import locate
 
     location = locate(run)
     if location.run is None:
@@ -239,9 +239,10 @@ def inspect(
     from dataclasses import asdict
 
     from pera_lab.diagnose import diagnose_adapter, run_effects
-    from pera_lab.runs import locate_adapter
+    from pera_lab.opening import locate_adapter
 
-    location, adapter = locate_adapter(source)
+    location = locate_adapter(source)
+    adapter = location.require_adapter()
     if effect and location.run is None:
         raise UserError(f"--effect needs a run folder, which says on what data; {source!r} is an adapter folder.")
     found = diagnose_adapter(adapter)
@@ -345,7 +346,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal."""
     from pera_lab.chat import chat as talk
-    from pera_lab.runs import locate
+    from pera_lab.opening import locate
 
     location = locate(source, trust_remote_code=trust_remote_code)
     talk(location, out, compare=compare, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -354,7 +355,7 @@ def chat(
 @app.command()
 def env() -> None:
     """Versions and hardware, to paste into a bug report."""
-    from pera_lab.runs import environment
+    from pera_lab.environment import environment
 
     found = environment()
     for package, version in found.pop("versions").items():
@@ -535,7 +536,7 @@ def _summary(
     table.add_row("base model", _accuracy(base))
     table.add_row("with adapter", f"[bold]{_accuracy(adapter)}[/bold]")
     table.add_row("training", _cost(run, summary))
-    table.add_row("adapter", str(run.adapter))
+    table.add_row("adapter", str(run.adapter.path))
     for name, check in checks.items():
         mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
         table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")

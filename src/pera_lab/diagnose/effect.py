@@ -16,7 +16,8 @@ from pera.tuner import PeraLayer, adapted_layers
 from pera_lab.convert.truncate import truncate_factors
 from pera_lab.diagnose.kinds import kind
 from pera_lab.files import write_json
-from pera_lab.runs import Run, open_model
+from pera_lab.opening import locate_run, open_model
+from pera_lab.runs import Run
 from pera_lab.tasks.prompts import IGNORED, encode_task, task_collator
 
 Part = Literal["square", "cross", "high_order"]
@@ -103,7 +104,7 @@ def run_loss(run: Run, *, examples: int | None = None, batch_size: int = 32) -> 
 def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list[dict[str, Tensor]]]:
     """The model of a run in float32, and the first held-out examples of its task in batches."""
     recipe = run.recipe
-    model, tokenizer = open_model(run.location, "float32")
+    model, tokenizer = open_model(locate_run(run), "float32")
     task = recipe.build_task()
     run.check_data(task.manifest)
     encoded = encode_task(task, tokenizer, task.test[:examples], recipe.training.max_length).rows

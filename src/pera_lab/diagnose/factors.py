@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,8 +11,8 @@ from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
 from pera.tuner import PeraConfig
 from pera.tuner.saved import saved_factors
+from pera_lab.adapters import Adapter
 from pera_lab.diagnose.kinds import kind
-from pera_lab.runs import adapter_config, adapter_weights, method_name
 
 
 @dataclass(frozen=True)
@@ -116,16 +115,16 @@ def diagnose_layer(
     )
 
 
-def diagnose_adapter(folder: Path) -> dict[str, LayerDiagnosis]:
+def diagnose_adapter(adapter: Adapter) -> dict[str, LayerDiagnosis]:
     """Diagnose each layer of a saved PERA adapter, without its base model; by the layer's name in that model.
 
     Raises:
         UserError: the folder holds no PERA adapter, or a broken one.
     """
-    config = adapter_config(folder)
+    config = adapter.config
     if not isinstance(config, PeraConfig):
-        raise UserError(f"{str(folder)!r} is a {method_name(config)} adapter; only PERA adapters can be diagnosed.")
-    layers = saved_factors(adapter_weights(folder), config)
+        raise UserError(f"{str(adapter.path)!r} is a {adapter.method} adapter; only PERA adapters can be diagnosed.")
+    layers = saved_factors(adapter.weights, config)
     return {name.removeprefix("base_model.model."): diagnose_layer(*factors) for name, factors in layers.items()}
 
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from pera.errors import UserError
 from pera.lora import Folded
 from pera.polynomial import lora_factors, num_coefficients
+from pera_lab.adapters import Adapter
 from pera_lab.convert.export import export
 from pera_lab.convert.truncate import factored_svd, measured, truncate, truncate_factors
-from pera_lab.runs import adapter_weights
 from reference import NORMALIZATIONS
 from tiny import adapt
 
@@ -110,7 +110,7 @@ def test_the_change_of_a_layers_output_is_measured_on_its_own_inputs():
 def test_an_export_is_cut_and_says_what_it_loses(save_adapter, tiny_llama, tmp_path, logits):
     expected = logits(save_adapter(tmp_path / "adapter", tiny_llama, normalization="rms"))
     done = export(str(tmp_path / "adapter"), tmp_path / "lora", max_rank=4)
-    weights = adapter_weights(tmp_path / "lora")
+    weights = Adapter(tmp_path / "lora").weights
     assert {len(w) for key, w in weights.items() if "lora_A" in key} == {4}
     assert done.good
     assert done.truncation.rank == 4
