@@ -29,12 +29,11 @@ import gguf
 import numpy as np
 import torch
 
-from pera.lora import fold
+from pera.lora import fold, truncate_factors
 from pera.polynomial import lora_factors, num_coefficients
 from pera_lab.convert.export import export
 from pera_lab.convert.gguf import ADAPTER
 from pera_lab.convert.llamacpp import complete, log_probabilities, serving
-from pera_lab.convert.truncate import truncate_factors
 from pera_lab.convert.verify import compare, logits
 from pera_lab.embedded import resolve_gguf
 from pera_lab.environment import environment

@@ -96,7 +96,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
     set_seed(spec.seed)
     try:
-        config = methods.fit_to(model, recipe.peft_config())
+        config = methods.resolve_targets(model, recipe.peft_config())
         adapted = get_peft_model(model, config)
     except methods.REFUSALS as error:
         raise methods.refusal(recipe.method, error) from error

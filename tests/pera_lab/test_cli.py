@@ -1,9 +1,11 @@
 """The command line as a person uses it: what it does, and one sentence for everything that cannot be."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import gguf
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import pera as package
 from pera import PeraConfig
 from pera.errors import UserError
+from pera_lab.__main__ import PACKAGES
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 
@@ -40,11 +43,53 @@ def lora(tiny_llama, tmp_path):
 
 
 def test_version_and_help(pera):
-    assert pera("--version").out == f"pera {package.__version__}\n"
+    assert pera("--version") == (0, f"pera {package.__version__}\n", "")
     page = pera("--help")
     assert page.code == 0
     for command in ("quickstart", "train", "evaluate", "merge", "export", "verify"):
         assert command in page.out
+    bare = pera()
+    assert (bare.code, bare.out.strip(), bare.err) == (2, page.out.strip(), "")
+
+
+LIGHT_CALLS = """
+import contextlib, io, json, sys
+from pera_lab.__main__ import main
+
+def call(*arguments):
+    sys.argv = ["pera", *arguments]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code
+    heavy = {"torch", "transformers", "peft", "pera", "matplotlib", "scipy"}
+    return code, sorted(heavy & set(sys.modules))
+
+print(json.dumps({line: call(*line.split()) for line in sys.argv[1:]}))
+"""
+
+
+def test_help_version_and_usage_errors_import_nothing_heavy(python):
+    codes = {"--help": 0, "--version": 0, "": 2, "trian": 2, "train --help": 0, "study run --help": 0, "verify x": 2}
+    outcomes = json.loads(python(LIGHT_CALLS, *codes).stdout)
+    assert outcomes == {line: [code, []] for line, code in codes.items()}
+
+
+@pytest.mark.parametrize("missing", [["typer"], ["yaml", "scipy"]])
+def test_without_the_extra_the_command_says_what_to_install(missing):
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); from pera_lab.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"pera: the command line needs {', '.join(sorted(missing))}; install the extra: pip install 'pera[lab]'\n"
+    )
+
+
+def test_the_packages_that_the_command_checks_are_those_of_the_extra():
+    extra = {re.match(r"[\w-]+", line)[0].lower() for line in requires("pera") if re.search("extra == .lab.", line)}
+    names = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+    assert {names.get(package, package) for package in PACKAGES} == extra
 
 
 def test_from_recipe_to_verified_export(pera, recipe_file, tmp_path, finished_run):
@@ -111,6 +156,25 @@ def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("trian", ["No such command 'trian'", "Did you mean 'train'?", "See: pera --help"]),
+        ("study rum", ["'rum'", "'run'", "See: pera study --help"]),
+        ("train small --otput x", ["--otput", "--output", "See: pera train --help"]),
+        ("verify a", ["Missing argument 'B'", "See: pera verify --help"]),
+        ("evaluate run --limit 0", ["--limit", "1", "See: pera evaluate --help"]),
+        ("evaluate run --limit 3", ["--limit", "--lm-eval", "task.test_size"]),
+        ("evaluate run --lm-eval ,", ["--lm-eval", "','", "names no task"]),
+        ("evaluate run --lm-eval piqa --scorer likelihood", ["--scorer", "'likelihood'", "--lm-eval"]),
+        ("export adapter --to onnx --output x", ["--to", "'onnx'", "'lora', 'gguf'"]),
+        ("export adapter --output x", ["--to lora, --to gguf or --for SERVER"]),
+    ],
+)
+def test_a_usage_error(line, words, refused):
+    refused(*line.split(), words=words)
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("trainign.seed=1", ["trainign", "'training'"]),
@@ -131,12 +195,12 @@ def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
         ("method={name: lora, target_modules: [q_proj, nope]}", ["target_modules", "'nope'"]),
         ("method={name: lora, target_modules: [q_proj, 5]}", ["method: target_modules=", "should be a list of names"]),
         ("method={name: lora, rank_pattern: {q_prj: 2}}", ["method: rank_pattern: 'q_prj'", "'q_proj'"]),
-        ("method={name: lora, bias: foo}", ["method: PEFT cannot take {", "'bias': 'foo'", "NotImplementedError: "]),
+        ("method={name: lora, bias: foo}", ["method: PEFT cannot use {", "'bias': 'foo'", "NotImplementedError: "]),
         ("method={name: lora, layer_replication: [[0, 9]]}", ["'layer_replication': [[0, 9]]", "IndexError: "]),
         ("method={name: lora, loftq_config: 5, init_lora_weights: loftq}", ["method: ", "loftq_config"]),
         (
             "method.name=lora",
-            ["method.normalization is not an option of lora, but of pera", "'method={name: lora, …}'"],
+            ["method.normalization is an option of pera, not of lora", "'method={name: lora, …}'"],
         ),
         ("model.name=./missing", ["model", "'./missing'"]),
         ("model.name=nobodys-model", ["model", "'nobodys-model'"]),
@@ -326,8 +390,7 @@ def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
         refused("verify", name, tiny_llama, words=words)
 
 
-def test_what_is_for_lm_eval_alone(refused, run):
-    refused("evaluate", "run", "--limit", "3", words=["--limit", "--lm-eval", "task.test_size", "when it is trained"])
+def test_a_folder_of_lm_eval_tasks_that_is_none(refused, run):
     words = ["--include-path='nope' is not a folder"]
     refused("evaluate", "run", "--lm-eval", "arc_easy", "--include-path", "nope", words=words)
 
@@ -335,18 +398,6 @@ def test_what_is_for_lm_eval_alone(refused, run):
 def test_a_report_is_html(refused, run, tmp_path):
     (tmp_path / "x.pdf").write_text("mine")
     refused("report", "run", "--output", "x.pdf", words=["--output='x.pdf'", "should end in .html"])
-
-
-def test_what_scores_need_is_asked_for_first(refused, run, tiny_llama, monkeypatch):
-    quickstart = ["quickstart", f"model.name={tiny_llama}", *SMALL_QUICKSTART, "--output", "out"]
-    with monkeypatch.context() as missing:
-        missing.setitem(sys.modules, "scipy", None)
-        words = ["'scipy'", "pip install 'pera[eval]'"]
-        refused("evaluate", "run", words=words)
-        refused(*quickstart, words=words)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused(*quickstart, words=["'matplotlib'", "pip install 'pera[report]'"])
-    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("where", ["training.get_peft_model", "models.AutoModelForCausalLM.from_pretrained"])
@@ -361,7 +412,7 @@ def test_too_little_memory_is_one_sentence(error, where, refused, recipe_file, m
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(f"pera.{where}", fail)
+    monkeypatch.setattr(f"pera_lab.{where}", fail)
     words = ["pera: out of memory; lower training.batch_size", "training.gradient_checkpointing=true"]
     refused("train", recipe_file, "--output", "run", words=words)
 

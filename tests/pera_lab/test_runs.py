@@ -223,7 +223,7 @@ def test_an_adapter_without_a_base_is_refused(run):
         (lambda c: {**c, "modules_to_save": 3}, "adapter_config.json: modules_to_save=3 should be a list"),
         (lambda c: {**c, "base_model_name_or_path": 5}, "adapter_config.json: base_model_name_or_path=5 should be a"),
         (lambda c: {**c, "revision": ["main"]}, r"adapter_config.json: revision=\['main'\] should be a string"),
-        (lambda c: {**c, "pera_version": 99}, "adapter_config.json: pera_version=99 is a newer adapter layout"),
+        (lambda c: {**c, "pera_version": 99}, "adapter_config.json: pera_version=99 is newer than the layout"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(change, sentence, run):

@@ -57,6 +57,9 @@ class Agreement:
     """Share of the other tokens for which both models would say the same."""
     kl_divergence: float
     """Mean over the tokens of KL(reference ‖ other) between the distributions of the next token, in nats."""
+    of: str = ""
+    """What was compared; with ``against`` it is known once the agreement is saved."""
+    against: str = ""
 
     @property
     def agree(self) -> bool:
@@ -74,7 +77,7 @@ class Agreement:
 
     def save(self, folder: Path, of: str, against: str, **further: Any) -> None:
         """Write the result, and what else is known, to ``verification.json`` in ``folder``."""
-        record = {"of": of, "against": against, "agree": self.agree, **asdict(self), **further}
+        record = {**asdict(self), "of": of, "against": against, "agree": self.agree, **further}
         write_json(folder / "verification.json", record)
 
 

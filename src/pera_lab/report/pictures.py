@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from pera.errors import UserError
 from pera_lab.adapters import Adapter
-from pera_lab.diagnose import diagnose_adapter
+from pera_lab.diagnose import diagnose_adapter, place_layers
 from pera_lab.files import write_atomic
-from pera_lab.report.contents import Contents, Missing, placed
+from pera_lab.report.contents import Contents, Missing
 from pera_lab.report.drawing import style
 from pera_lab.report.plots import ratio_map, training_figure
 from pera_lab.runs import Run
@@ -37,7 +37,7 @@ def ratio_picture(adapter: Adapter, file: Path) -> None:
     Raises:
         UserError: there is no PERA adapter, it has no high-order terms, or as :func:`save_figure`.
     """
-    picture = ratio_map(placed(diagnose_adapter(adapter)))
+    picture = ratio_map(place_layers(diagnose_adapter(adapter)))
     if picture is None:
         raise UserError(f"{str(adapter.path)!r} has no high-order terms to draw.")
     save_figure(picture.figure, file)

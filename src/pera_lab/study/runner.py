@@ -23,12 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pera.errors import PeraError, UserError
 from pera.tuner import PeraConfig
 from pera_lab.adapters import HEAD
-from pera_lab.diagnose import run_effects, run_interaction
+from pera_lab.diagnose import run_effects
 from pera_lab.diagnose.effect import run_loss
 from pera_lab.evaluation import evaluate_run
 from pera_lab.files import disk_errors, read_as, write_atomic, write_json
 from pera_lab.recipe import difference
 from pera_lab.runs import Run
+from pera_lab.study.interaction import run_interaction
 from pera_lab.study.spec import Cell, Phase, Study, Trial, load_study
 from pera_lab.training import LossNotFinite, TrainingSummary, train
 

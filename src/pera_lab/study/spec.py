@@ -94,8 +94,7 @@ class StudyMethod(_Named):
     @property
     def has_rank(self) -> bool:
         """Whether ranks and placements apply to the method."""
-        known = methods.METHODS.get(self.name)
-        return known is None or known.has_rank
+        return methods.find_method(self.name).has_rank
 
 
 def _named_list(value: Any) -> Any:
@@ -336,7 +335,7 @@ def _overrides(changes: list[tuple[str, Any]]) -> tuple[str, ...]:
 def _common_options(base: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The options of the base recipe's method that all methods take."""
     method = _base_method(base, overrides)
-    own_words = methods.METHODS[method["name"]].words
+    own_words = methods.find_method(method["name"]).words
     found = {word: method.get(own_words.get(word, word), method.get(word)) for word in _COMMON}
     return {word: value for word, value in found.items() if value is not None}
 

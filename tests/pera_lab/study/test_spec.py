@@ -95,7 +95,7 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("choose.learning_rate=[-1]", "choose.learning_rate.0=-1: input should be greater than 0"),
         ("grid.method=[lora,lora]", "method 'lora' occurs twice; give each a label of its own"),
         ("grid.method=[lore]", "method.name='lore' is not known; did you mean 'lora'?"),
-        ("grid.method=[mora]", "'mora' cannot be had: MoRA is not in PEFT"),
+        ("grid.method=[mora]", "'mora' is not available: MoRA is not in PEFT"),
         ("grid.method=[{name: lora, label: a/b}]", "label='a/b' names folders"),
         ("grid.method=[{name: lora, ranks: 3}]", "method.ranks is not an option of lora"),
         ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2, as in report"),
