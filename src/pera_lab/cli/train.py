@@ -31,6 +31,7 @@ def quickstart(
     from pera_lab.convert.export import export
     from pera_lab.convert.merge import merge
     from pera_lab.evaluation import evaluate_run
+    from pera_lab.opening import locate_run
     from pera_lab.recipe import load_recipe
     from pera_lab.report.pictures import loss_picture
     from pera_lab.runs import Run
@@ -50,9 +51,10 @@ def quickstart(
     base = evaluate_run(run, base=True, console=progress)
     adapter = evaluate_run(run, console=progress)
     progress.print("Merging and exporting; each result is read back and compared with the adapter …")
+    location = locate_run(run)
     checks = {
-        "merged": merge(str(run.path), run.path / "merged"),
-        "lora": export(str(run.path), run.path / "lora").agreement,
+        "merged": merge(location, run.path / "merged"),
+        "lora": export(location, run.path / "lora").agreement,
     }
     loss_picture(run, run.path / "loss.svg")
     out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
@@ -83,7 +85,7 @@ def train(
     with run.discarded_on_error():
         summary = train_recipe(run.recipe, run, resume=resume, console=progress)
     table = facts()
-    table.add_row("adapter", str(run.adapter))
+    table.add_row("adapter", str(run.adapter.path))
     table.add_row("training", _cost(run, summary))
     table.add_row("report", refreshed_report(run))
     out.print(table)
@@ -109,7 +111,7 @@ def evaluate(
     """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
     from pera.errors import UserError
     from pera_lab.evaluation import evaluate_run
-    from pera_lab.runs import locate
+    from pera_lab.opening import locate
 
     names = None if lm_eval is None else [name for part in lm_eval.split(",") if (name := part.strip())]
     if names == []:
@@ -152,8 +154,8 @@ def predict(
 ) -> None:
     """Answer the rows of a file. After an interruption, the same command answers the remaining rows."""
     from pera.errors import UserError
+    from pera_lab.opening import locate
     from pera_lab.prediction import predict as answer
-    from pera_lab.runs import locate
 
     location = locate(run)
     if location.run is None:
@@ -184,7 +186,7 @@ def _summary(
     table.add_row("base model", _value(base))
     table.add_row("with adapter", f"[bold]{_value(adapter)}[/bold]")
     table.add_row("training", _cost(run, summary))
-    table.add_row("adapter", str(run.adapter))
+    table.add_row("adapter", str(run.adapter.path))
     for name, check in checks.items():
         mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
         table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from pera_lab.opening import locate_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +22,7 @@ from pera.errors import UserError
 from pera.lora import folded_layers, lora_of
 from pera_lab.convert.export import _write_lora
 from pera_lab.convert.export import export as export_adapter
+from pera_lab.opening import locate_adapter
 from reference import NORMALIZATIONS
 from tiny import llama, tokens
 
@@ -127,7 +127,7 @@ def test_a_trained_run_is_exported_and_checked_on_its_own_task(
     assert agreement.agree
     record = json.loads((tmp_path / "lora" / "verification.json").read_text())
     assert record == stored(agreement, "LoRA export", finished_run.path)
-    adapted, exported = (unmerged(tiny_llama, path) for path in (finished_run.adapter, tmp_path / "lora"))
+    adapted, exported = (unmerged(tiny_llama, path) for path in (finished_run.adapter.path, tmp_path / "lora"))
     assert (logits(adapted) - logits(tiny_llama)).abs().max() > 0.1
     assert (logits(adapted) - logits(exported)).abs().max() < 1e-5
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from pera_lab.opening import locate_adapter
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +19,7 @@ from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
 from pera_lab.convert.merge import merge
+from pera_lab.opening import locate_adapter
 from reference import relative_error
 
 
@@ -28,7 +28,7 @@ def test_a_trained_run_is_merged_and_checked_on_its_own_task(
 ):
     agreement = merge(locate_adapter(str(finished_run.path)), tmp_path / "merged")
     assert agreement.agree
-    adapted = logits(unmerged(tiny_llama, finished_run.adapter))
+    adapted = logits(unmerged(tiny_llama, finished_run.adapter.path))
     assert (adapted - logits(tiny_llama)).abs().max() > 0.1
     assert (adapted - logits(tmp_path / "merged")).abs().max() < 1e-5
     record = json.loads((tmp_path / "merged" / "verification.json").read_text())

@@ -3,16 +3,16 @@
 import pytest
 import torch
 from peft import PeftModel
-from pera_lab.adapters import Adapter
-from pera_lab.opening import locate_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pera.errors import UserError
 from pera.lora import Folded
 from pera.polynomial import lora_factors, num_coefficients
+from pera_lab.adapters import Adapter
 from pera_lab.convert.export import export
 from pera_lab.convert.truncate import FLOAT32_ROUNDING, measured, truncate
+from pera_lab.opening import locate_adapter
 from tiny import adapt
 
 

@@ -8,14 +8,14 @@ import gguf
 import pytest
 import torch
 from peft import get_peft_model
-from pera_lab.embedded import resolve_gguf
-from pera_lab.opening import locate, locate_adapter
 
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
 from pera_lab.convert.verify import COMPARED_IN_LLAMA_CPP, PROMPTS, TOLERANCE, compare, logits, prompts_of, verify
+from pera_lab.embedded import resolve_gguf
 from pera_lab.models import load_model, load_tokenizer
+from pera_lab.opening import locate, locate_adapter
 from pera_lab.recipe import load_recipe
 from pera_lab.tasks.prompts import encode_prompt
 
@@ -85,7 +85,11 @@ def test_logits_that_are_not_finite_never_agree(value):
         agreement = compare(pair[:1], pair[1:], torch.float32)
         assert not agreement.agree
         assert agreement.max_difference == float("inf")
-        assert agreement.same_top1 == 0
+
+
+def test_nan_logits_count_as_different_predictions():
+    nan = torch.full_like(CLEAR, float("nan"))
+    assert compare([nan], [nan], torch.float32).same_top1 == 0
 
 
 def test_models_of_different_vocabularies_cannot_be_compared():
@@ -163,19 +167,19 @@ def test_a_run_provides_the_prompts_of_its_task(finished_run, recipe_file):
     held_out = [example.prompt for example in load_recipe(str(recipe_file)).build_task().test[:6]]
     run, model = locate(str(finished_run.path)), locate("smollm2-135m")
     assert prompts_of(model, run) == prompts_of(run) == held_out
-    assert prompts_of(model) == prompts_of(locate(str(finished_run.adapter))) == list(PROMPTS)
+    assert prompts_of(model) == prompts_of(locate(str(finished_run.adapter.path))) == list(PROMPTS)
 
 
 def test_a_run_its_adapter_and_a_copy_agree(finished_run, tmp_path):
-    copy = shutil.copytree(finished_run.adapter, tmp_path / "copy")
-    for a, b in [(finished_run.path, finished_run.adapter), (finished_run.adapter, copy)]:
+    copy = shutil.copytree(finished_run.adapter.path, tmp_path / "copy")
+    for a, b in [(finished_run.path, finished_run.adapter.path), (finished_run.adapter.path, copy)]:
         agreement = verify(str(a), str(b))
         assert agreement.agree
         assert agreement.max_difference == 0.0
 
 
 def test_an_adapter_and_its_base_do_not_agree(finished_run, tiny_llama):
-    for pair in [(finished_run.path, tiny_llama), (tiny_llama, finished_run.adapter)]:
+    for pair in [(finished_run.path, tiny_llama), (tiny_llama, finished_run.adapter.path)]:
         agreement = verify(*map(str, pair))
         assert not agreement.agree
         assert agreement.max_difference > 0.1
