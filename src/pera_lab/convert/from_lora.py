@@ -10,10 +10,11 @@ from pera.errors import UserError
 from pera.lora import from_lora
 from pera.polynomial import Normalization, Terms
 from pera_lab import models
+from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free
-from pera_lab.runs import adapter_config, copy_tokenizer, locate_adapter, method_name, open_model
+from pera_lab.opening import copy_tokenizer, locate_adapter, open_model
 
 
 def import_lora(
@@ -32,7 +33,7 @@ def import_lora(
     once training goes on.
 
     Args:
-        source: what :func:`pera_lab.runs.locate` takes, with a LoRA adapter.
+        source: what :func:`pera_lab.opening.locate` takes, with a LoRA adapter.
         output: folder to write: PEFT's format, ``verification.json``.
         terms: products that take part from now on, "all", "square" or "cross".
         normalization: of the products: "rms", "centred", "column" or "none".
@@ -44,10 +45,11 @@ def import_lora(
             no product; the output cannot be written.
     """
     require_free(output)
-    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
-    config = adapter_config(adapter)
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
+    adapter = location.require_adapter()
+    config = adapter.config
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{source!r} is a {method_name(config)} adapter; only a LoRA adapter is imported.")
+        raise UserError(f"{source!r} is a {adapter.method} adapter; only a LoRA adapter is imported.")
     model, tokenizer = open_model(location, dtype)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)
@@ -56,8 +58,8 @@ def import_lora(
         converted.save_pretrained(str(folder))
         copy_tokenizer(location, folder)
         del model, converted
-        after = logits(*open_model(location._replace(run=None, adapter=folder), dtype), prompts)
+        after = logits(*open_model(location._replace(run=None, adapter=Adapter(folder)), dtype), prompts)
         agreement = compare(before, after, models.DTYPES[dtype])
         agreement.save(folder, of="PERA adapter", against=source)
-        write_card(folder, "adapter", location._replace(run=None, adapter=folder), agreement.sentence())
+        write_card(folder, "adapter", location._replace(run=None, adapter=Adapter(folder)), agreement.sentence())
     return agreement
