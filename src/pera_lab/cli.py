@@ -296,13 +296,15 @@ def study_run(
 ) -> None:
     """Run what is left of a study: rates for every method first, then the seeds that are reported."""
     from pera_lab.study import load_study
-    from pera_lab.study.runner import StudyFolder, all_trials, run_study
+    from pera_lab.study.folder import StudyFolder
+    from pera_lab.study.plan import known_trials
+    from pera_lab.study.runner import run_study
 
     spec = load_study(study, overrides)
     folder = StudyFolder(output or Path("studies") / spec.name)
     if plan:
         ended = folder.outcomes(spec)
-        for trial in all_trials(spec, ended):
+        for trial in known_trials(spec, ended):
             status = ended[trial.name].status if trial.name in ended else "to do"
             out.print(f"{status:9} {trial.name}", soft_wrap=True, markup=False)
         return
@@ -314,7 +316,7 @@ def study_run(
     for name, outcome in outcomes.items():
         if outcome.status == "failed":
             table.add_row("failed", f"{escape(name)}: {escape(outcome.error)}")
-    left = len(folder.left(spec))
+    left = len(folder.remaining(spec))
     table.add_row("known to be left", f"{left} runs; the same command goes on" if left else "none")
     out.print(table)
     out.print(f"Next: pera study report {folder.path}")
@@ -329,7 +331,7 @@ def study_report(
 ) -> None:
     """Write what a study shows, as a page and as Markdown beside it."""
     from pera_lab.report.study import write_study_report
-    from pera_lab.study.runner import StudyFolder
+    from pera_lab.study.folder import StudyFolder
 
     for file in write_study_report(StudyFolder(folder), output or folder / "report.html"):
         out.print(f"report written to {file}", soft_wrap=True)
