@@ -13,14 +13,14 @@ from typing import Any
 from pera import __version__
 from pera.errors import UserError
 from pera_lab import methods
-from pera_lab.diagnose import Part
+from pera_lab.diagnose import Part, place_layers
 from pera_lab.files import disk_errors, read_object, write_atomic
 from pera_lab.report import paper, plots, study_plots
-from pera_lab.report.contents import Contents, Metrics, placed
+from pera_lab.report.contents import Contents, Metrics
 from pera_lab.report.drawing import Table
+from pera_lab.report.formatting import ABSENT, chance, count, duration, number, percent, points, signed, size
 from pera_lab.report.page import jinja, require_html
 from pera_lab.report.pictures import save_figure
-from pera_lab.report.words import ABSENT, chance, count, duration, number, percent, points, signed, size
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.results import Results, Setting
 from pera_lab.study.spec import Cell, StudyMethod
@@ -347,10 +347,10 @@ def _terms(results: Results) -> list[Item]:
         contents = Contents(results.scored(cell)[0].run)
         over_time = contents.metrics.ratios if isinstance(contents.metrics, Metrics) else []
         pictures = [
-            plots.ratio_map(placed(layers)),
+            plots.ratio_map(place_layers(layers)),
             study_plots.effect_by_group(results.effects(cell)),
             plots.ratio_over_time(over_time) if over_time else None,
-            plots.spectra(placed(layers)),
+            plots.spectra(place_layers(layers)),
         ]
         items.append(Item("heading", f"{cell.label}, first seed"))
         items += [Item("picture", picture) for picture in pictures if picture is not None]

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from pera.errors import UserError
-from pera_lab.files import disk_errors, write_atomic
+from pera_lab.files import disk_errors, read_as, write_atomic
 from pera_lab.recipe import difference
-from pera_lab.runs import Run, read_as
+from pera_lab.runs import Run
 from pera_lab.study.plan import Outcome, known_trials
 from pera_lab.study.spec import Phase, Study, Trial, load_study
 

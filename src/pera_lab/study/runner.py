@@ -13,16 +13,18 @@ from threading import Thread
 
 import torch
 from filelock import FileLock, Timeout
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pera.errors import PeraError, UserError
 from pera.tuner import PeraConfig
+from pera_lab.adapters import HEAD
 from pera_lab.diagnose import run_effects
 from pera_lab.diagnose.effect import run_loss
 from pera_lab.evaluation import evaluate_run
-from pera_lab.files import write_json
-from pera_lab.runs import HEAD, Run, read_as, trained_sizes
+from pera_lab.files import read_as, write_json
+from pera_lab.runs import Run
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.interaction import run_interaction
 from pera_lab.study.plan import Expectation, Outcome, known_trials
@@ -148,7 +150,7 @@ def _run(trial: Trial, run: Run) -> Outcome:
     if not run.recipe_file.is_file():
         shutil.rmtree(run.path, ignore_errors=True)  # killed before the recipe was written
         run = Run.create(recipe, run.path)
-    if not run.adapter.is_dir():
+    if not run.finished:
         train(recipe, run, resume=True)
     if trial.phase == "report":
         _report(trial, run)
@@ -178,10 +180,8 @@ def _training_seconds(run: Run) -> float | None:
 
 def num_parameters(run: Run) -> int:
     """Trained parameters without a classification head, which all methods share. For full fine-tuning, all of them."""
-    sizes = trained_sizes(run.adapter)
-    if any(f".{kind}_" in key for key in sizes for kind in ("pera", "lora", "hira", "delora")):
-        sizes = {key: n for key, n in sizes.items() if not HEAD.search(key)}
-    return sum(sizes.values())
+    is_full = getattr(run.adapter.config, "target_modules", None) == DUMMY_TARGET_MODULES
+    return sum(n for key, n in run.adapter.sizes.items() if is_full or not HEAD.search(key))
 
 
 def _worker(path: Path, deadline: float, threads: int) -> None:

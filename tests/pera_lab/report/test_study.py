@@ -12,8 +12,8 @@ from test_page import adapters, check, write  # noqa: F401
 from pera.errors import UserError
 from pera_lab.evaluation import Score
 from pera_lab.report import paper
+from pera_lab.report.formatting import ABSENT
 from pera_lab.report.study import study_sections, write_study_report
-from pera_lab.report.words import ABSENT
 from pera_lab.runs import Run
 from pera_lab.study import load_study
 from pera_lab.study.folder import StudyFolder

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 import tiny
 from pera.errors import UserError
 from pera_lab.files import write_json
+from pera_lab.methods import peft_config, resolve_targets
 from pera_lab.report.study import study_sections
 from pera_lab.runs import Run
 from pera_lab.study import load_study
@@ -89,20 +90,27 @@ def test_the_parameters_of_a_run_are_those_of_its_adapter(finished):
     assert outcomes[PERA]["parameters"] - outcomes[LORA]["parameters"] == 3 * layers > 0
 
 
-def test_the_parameters_of_delora_leave_out_the_norms_that_it_saves(tmp_path):
+def test_the_parameters_leave_out_the_norms_that_delora_saves(tmp_path):
     model, run = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=["q_proj"])), Run(tmp_path)
-    model.save_pretrained(str(run.adapter))
+    model.save_pretrained(str(run.adapter.path))
     assert num_parameters(run) == model.num_parameters(only_trainable=True)
 
 
-def test_the_parameters_of_a_run_are_all_that_it_trained_but_a_head(tiny_bert, tmp_path):
-    options = {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "lora_only", "modules_to_save": ["dense"]}
+@pytest.mark.parametrize(
+    ("config", "counts_head"),
+    [
+        (LoraConfig(r=2, target_modules=["query"], bias="lora_only", modules_to_save=["dense"]), False),
+        (peft_config("full", "SEQ_CLS"), True),
+    ],
+)
+def test_the_parameters_leave_out_a_head_except_for_full_fine_tuning(config, counts_head, tiny_bert, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
-    model, run = get_peft_model(base, LoraConfig(r=2, **options)), Run(tmp_path)
-    model.save_pretrained(str(run.adapter))
+    config.task_type = "SEQ_CLS"
+    model, run = get_peft_model(base, resolve_targets(base, config)), Run(tmp_path)
+    model.save_pretrained(str(run.adapter.path))
     head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" in name)
-    assert num_parameters(run) == model.num_parameters(only_trainable=True) - head
     assert head > 0
+    assert num_parameters(run) == model.num_parameters(only_trainable=True) - (0 if counts_head else head)
 
 
 def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
