@@ -320,7 +320,10 @@ def test_a_lora_is_not_exported(refused, lora):
     [
         (["--for", "vlm"], ["--for: 'vlm'", "did you mean 'vllm'"]),
         (["--for", "vllm", "--to", "gguf"], ["--to gguf", "vllm, which reads lora"]),
-        (["--to", "lora", "--max-rank", "4", "--energy", "0.9"], ["--max-rank=4 and --energy=0.9", "give only one of them"]),
+        (
+            ["--to", "lora", "--max-rank", "4", "--energy", "0.9"],
+            ["--max-rank=4 and --energy=0.9", "give only one"],
+        ),
         (["--to", "lora", "--max-rank", "0"], ["--max-rank=0", "at least 1"]),
         (["--to", "lora", "--energy", "1.5"], ["--energy=1.5", "above 0 and at most 1"]),
     ],

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from pera_lab.opening import locate_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.from_lora import import_lora
+from pera_lab.opening import locate_adapter
 
 VARIANTS = {
     "plain": ("tiny_llama", {}),
@@ -87,7 +87,7 @@ def test_training_continues_and_the_coefficients_learn(save_lora, tiny_llama, tm
     ("options", "terms", "words"),
     [
         ({"use_dora": True}, "all", "use_dora=True has no counterpart"),
-        ({}, "none", "--terms none leaves no products to learn"),
+        ({}, "none", "terms='none' leaves no products"),
         ({"r": 1}, "cross", "terms='cross'"),
     ],
 )
