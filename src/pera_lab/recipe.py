@@ -32,7 +32,7 @@ from pera.errors import UserError, nearest
 from pera.optim import check_groups
 from pera.tuner import PeraConfig
 from pera_lab import methods
-from pera_lab.models import EMBEDDED
+from pera_lab.embedded import EMBEDDED
 from pera_lab.tasks import (
     CommonsenseTask,
     Example,

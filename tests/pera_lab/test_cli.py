@@ -123,11 +123,11 @@ def test_without_output_a_run_goes_to_runs_and_can_be_resumed_by_its_recipe(pera
     (path,) = (tmp_path / "runs").iterdir()
     assert path.name.startswith("small-")
     run = Run(path)
-    adapter = (run.adapter / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(run.adapter)
+    adapter = (run.adapter.path / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.adapter.path)
     shutil.rmtree(run.checkpoints / "checkpoint-4")
     assert pera("train", recipe_file, *overrides, "--resume").code == 0
-    assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
+    assert (run.adapter.path / "adapter_model.safetensors").read_bytes() == adapter
     assert list((tmp_path / "runs").iterdir()) == [path]
 
 
@@ -147,7 +147,7 @@ def test_quickstart_does_everything_and_says_what_is_next(logging_steps, pera, t
 
 
 def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
-    outcome = pera("verify", tiny_llama, run.adapter)
+    outcome = pera("verify", tiny_llama, run.adapter.path)
     assert (outcome.code, outcome.err) == (1, "pera: the outputs differ.\n")
     assert "largest logit difference" in outcome.out
 
@@ -263,7 +263,7 @@ def commands(refused):
 @pytest.fixture
 def adapter(run, tmp_path):
     """Folder of a trained adapter, "adapter" in the working folder, to be damaged."""
-    return Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
+    return Path(shutil.copytree(run.adapter.path, tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_a_gguf_base_of_another_architecture(pera, refused, run, tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    words = ["qwen2.gguf'", "a 'qwen2' model", "for a 'llama'"]
+    words = ["'qwen2.gguf' is a model of 'qwen2'", "for 'llama'"]
     refused("verify", "run", "gguf", "--llama-cpp", "--base", "qwen2.gguf", words=words)
 
 
@@ -427,7 +427,7 @@ def test_another_error_is_not_taken_for_too_little_memory(pera, recipe_file, mon
 
 
 def test_only_a_run_is_evaluated(refused, finished_run, tiny_llama):
-    for name in (finished_run.adapter, tiny_llama):
+    for name in (finished_run.adapter.path, tiny_llama):
         refused("evaluate", name, words=[f"'{name}' is not a run folder"])
 
 
@@ -437,7 +437,7 @@ def test_a_model_without_an_adapter_is_neither_merged_nor_exported(refused, tiny
 
 
 def test_an_unfinished_run_is_trained_on_first(refused, run):
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     words = ["'run' is an unfinished run", "pera train run --resume"]
     refused("evaluate", "run", words=words)
     refused("merge", "run", "--output", "out", words=words)
@@ -449,7 +449,7 @@ def test_what_cannot_be_resumed(refused, run, recipe_file, tmp_path):
     refused("train", recipe_file, "--resume", "--output", "none", words=["--resume", "'none' is not a run folder"])
     for arguments in (["run"], [recipe_file, "--output", "run"]):
         refused("train", *arguments, "--resume", words=["--resume", "'run' is finished"])
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     for arguments in (["run"], [recipe_file, "--output", "run"]):
         refused("train", *arguments, "training.seed=7", "--resume", words=["--resume", "training.seed", "'run'"])
     refused("train", "run", "--resume", "--output", "other", words=["--output='other'"])
@@ -457,7 +457,7 @@ def test_what_cannot_be_resumed(refused, run, recipe_file, tmp_path):
 
 
 def test_a_resume_that_fails_leaves_the_run_as_it_was(refused, run):
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     shutil.rmtree(run.checkpoints)
     run.metrics_file.unlink()
     base = run.recipe.model.name
@@ -564,7 +564,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_there_is_kept(
         left = Run(tmp_path / name)
         assert [path.name for path in left.path.iterdir() if path.name.startswith("adapter")] == []
         assert pera("train", name, "--resume").code == 0
-        adapter, expected = (r.adapter / "adapter_model.safetensors" for r in (left, finished_run))
+        adapter, expected = (r.adapter.path / "adapter_model.safetensors" for r in (left, finished_run))
         assert adapter.read_bytes() == expected.read_bytes()
 
 
@@ -584,8 +584,8 @@ def test_the_quickstart_on_the_embedded_model(pera, fresh_logits, tmp_path):
         assert record["max_difference"] <= 1e-3
         assert (record["same_top1"], record["tolerance"], record["dtype"]) == (1.0, 1e-3, "float32")
         assert record["tokens"] > 300
-    base = json.loads((run.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    adapted = fresh_logits({"run": (base, run.adapter)}, import_pera=True)["run"]
+    base = json.loads((run.adapter.path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    adapted = fresh_logits({"run": (base, run.adapter.path)}, import_pera=True)["run"]
     jobs = {"base": (base, None), "merged": (run.path / "merged", None), "lora": (base, run.path / "lora")}
     plain = fresh_logits(jobs)
     assert (plain["base"] - adapted).abs().max() > 0.5

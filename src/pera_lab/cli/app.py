@@ -87,10 +87,10 @@ def _mistake(error: Exception) -> tuple[str, int]:
 
     The modules that define these errors import torch, so they are looked up only if a command has imported them.
     """
-    errors, models = sys.modules.get("pera.errors"), sys.modules.get("pera_lab.models")
+    errors, environment = sys.modules.get("pera.errors"), sys.modules.get("pera_lab.environment")
     if errors is not None and isinstance(error, errors.PeraError):
         return str(error), error.exit_code
-    if models is not None and models.out_of_memory(error):
+    if environment is not None and environment.out_of_memory(error):
         return OUT_OF_MEMORY, 2
     return "", 1
 

@@ -36,9 +36,10 @@ def inspect(
 
     from pera.errors import UserError
     from pera_lab.diagnose import diagnose_adapter, run_effects
-    from pera_lab.runs import locate_adapter
+    from pera_lab.opening import locate_adapter
 
-    location, adapter = locate_adapter(source)
+    location = locate_adapter(source)
+    adapter = location.require_adapter()
     if effect and location.run is None:
         raise UserError(f"--effect needs a run folder, which records the data; {source!r} is an adapter folder.")
     found = diagnose_adapter(adapter)
@@ -97,7 +98,7 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal."""
     from pera_lab.chat import chat as talk
-    from pera_lab.runs import locate
+    from pera_lab.opening import locate
 
     location = locate(source, trust_remote_code=trust_remote_code)
     talk(location, out, compare=compare, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -105,7 +106,7 @@ def chat(
 
 def env() -> None:
     """Print versions and hardware, for a bug report."""
-    from pera_lab.runs import environment
+    from pera_lab.environment import environment
 
     found = environment()
     for package, version in found.pop("versions").items():

@@ -83,7 +83,7 @@ def train(
     with run.discarded_on_error():
         summary = train_recipe(run.recipe, run, resume=resume, console=progress)
     table = facts()
-    table.add_row("adapter", str(run.adapter))
+    table.add_row("adapter", str(run.adapter.path))
     table.add_row("training", _cost(run, summary))
     table.add_row("report", refreshed_report(run))
     out.print(table)
@@ -109,7 +109,7 @@ def evaluate(
     """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
     from pera.errors import UserError
     from pera_lab.evaluation import evaluate_run
-    from pera_lab.runs import locate
+    from pera_lab.opening import locate
 
     names = None if lm_eval is None else [name for part in lm_eval.split(",") if (name := part.strip())]
     if names == []:
@@ -152,8 +152,8 @@ def predict(
 ) -> None:
     """Answer the rows of a file. After an interruption, the same command answers the remaining rows."""
     from pera.errors import UserError
+    from pera_lab.opening import locate
     from pera_lab.prediction import predict as answer
-    from pera_lab.runs import locate
 
     location = locate(run)
     if location.run is None:
@@ -184,7 +184,7 @@ def _summary(
     table.add_row("base model", _value(base))
     table.add_row("with adapter", f"[bold]{_value(adapter)}[/bold]")
     table.add_row("training", _cost(run, summary))
-    table.add_row("adapter", str(run.adapter))
+    table.add_row("adapter", str(run.adapter.path))
     for name, check in checks.items():
         mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
         table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")

@@ -15,10 +15,11 @@ from pera.errors import UserError
 from pera.polynomial import Normalization, Terms
 from pera.tuner import PeraConfig
 from pera_lab import models
+from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free
-from pera_lab.runs import adapter_config, adapter_weights, copy_tokenizer, locate_adapter, method_name, open_model
+from pera_lab.opening import copy_tokenizer, locate_adapter, open_model
 
 _RENAMED = {
     "lora_A.weight": "pera_A",
@@ -44,7 +45,7 @@ def import_lora(
     once training goes on.
 
     Args:
-        source: what :func:`pera_lab.runs.locate` takes, with a LoRA adapter.
+        source: what :func:`pera_lab.opening.locate` takes, with a LoRA adapter.
         output: folder to write: PEFT's format, ``verification.json``.
         terms: products that take part from now on, "all", "square" or "cross".
         normalization: of the products: "rms", "centred", "column" or "none".
@@ -56,10 +57,11 @@ def import_lora(
             no product; the output cannot be written.
     """
     require_free(output)
-    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
-    config = adapter_config(adapter)
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
+    adapter = location.require_adapter()
+    config = adapter.config
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{source!r} is a {method_name(config)} adapter; only a LoRA adapter is imported.")
+        raise UserError(f"{source!r} is a {adapter.method} adapter; only a LoRA adapter is imported.")
     if terms == "none":
         raise UserError("--terms none leaves no products to wake; use all, square or cross.")
     for key in ("target_parameters", "lora_bias"):
@@ -69,7 +71,7 @@ def import_lora(
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)
     ours = _configuration(config, terms, normalization)
-    weights = _as_pera(adapter_weights(adapter))
+    weights = _as_pera(adapter.weights)
     base: Any = model.unload()
     fresh = get_peft_model(base, ours)
     for key, h in _coefficients(fresh).items():
@@ -80,10 +82,10 @@ def import_lora(
         ours.save_pretrained(str(folder))
         copy_tokenizer(location, folder)
         del model, base, fresh
-        after = logits(*open_model(location._replace(run=None, adapter=folder), dtype), prompts)
+        after = logits(*open_model(location._replace(run=None, adapter=Adapter(folder)), dtype), prompts)
         agreement = compare(before, after, models.DTYPES[dtype])
         agreement.save(folder, of="PERA adapter", against=source)
-        write_card(folder, "adapter", location._replace(run=None, adapter=folder), agreement.sentence())
+        write_card(folder, "adapter", location._replace(run=None, adapter=Adapter(folder)), agreement.sentence())
     return agreement
 
 

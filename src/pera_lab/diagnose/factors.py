@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer
 from pera.tuner.saved import saved_factors
-from pera_lab.runs import adapter_config, adapter_weights, method_name
+from pera_lab.adapters import Adapter
 
 
 @dataclass(frozen=True)
@@ -123,16 +122,16 @@ def diagnose_layer(
     )
 
 
-def diagnose_adapter(folder: Path) -> dict[str, LayerDiagnosis]:
+def diagnose_adapter(adapter: Adapter) -> dict[str, LayerDiagnosis]:
     """Diagnose each layer of a saved PERA adapter without its base model.
 
     Raises:
         UserError: the folder holds no PERA adapter, or a broken one.
     """
-    config = adapter_config(folder)
+    config = adapter.config
     if not isinstance(config, PeraConfig):
-        raise UserError(f"{str(folder)!r} is a {method_name(config)} adapter; only PERA adapters can be diagnosed.")
-    layers = saved_factors(adapter_weights(folder), config)
+        raise UserError(f"{str(adapter.path)!r} is a {adapter.method} adapter; only PERA adapters can be diagnosed.")
+    layers = saved_factors(adapter.weights, config)
     return {name.removeprefix("base_model.model."): diagnose_layer(*factors) for name, factors in layers.items()}
 
 

@@ -10,14 +10,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-
 from pera.errors import UserError
 from pera.tuner import PeraConfig
 from pera_lab.convert.verify import Agreement
 from pera_lab.diagnose import Effects, Layer, diagnose_adapter, place_layers
 from pera_lab.evaluation import Prediction, Score, read_predictions
-from pera_lab.runs import Run, checked, read_as, trained_sizes
+from pera_lab.files import checked, read_as
+from pera_lab.runs import Run
 from pera_lab.training import TrainingSummary
 
 T = TypeVar("T")
@@ -121,7 +120,7 @@ class Contents:
     @property
     def trained(self) -> bool:
         """Whether training has finished."""
-        return self.run.adapter.is_dir()
+        return self.run.finished
 
     @cached_property
     def scores(self) -> dict[str, ScoreOf | Missing]:
@@ -178,8 +177,8 @@ class Contents:
     def parameters(self) -> int | None:
         """Number of trained values in the weights file of the adapter, including a classification head."""
         try:
-            return sum(trained_sizes(self.run.adapter).values())
-        except (SafetensorError, OSError):
+            return sum(self.run.adapter.sizes.values())
+        except UserError:
             return None
 
     @cached_property

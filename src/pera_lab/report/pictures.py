@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pera.errors import UserError
+from pera_lab.adapters import Adapter
 from pera_lab.diagnose import diagnose_adapter, place_layers
 from pera_lab.files import write_atomic
 from pera_lab.report.contents import Contents, Missing
@@ -30,7 +31,7 @@ def loss_picture(run: Run, file: Path) -> None:
     save_figure(training_figure(metrics, run.path.name), file)
 
 
-def ratio_picture(adapter: Path, file: Path) -> None:
+def ratio_picture(adapter: Adapter, file: Path) -> None:
     """Save a figure of the high-order ratio of a saved PERA adapter by block and kind of module.
 
     Raises:
@@ -38,7 +39,7 @@ def ratio_picture(adapter: Path, file: Path) -> None:
     """
     picture = ratio_map(place_layers(diagnose_adapter(adapter)))
     if picture is None:
-        raise UserError(f"{str(adapter)!r} has no high-order terms to draw.")
+        raise UserError(f"{str(adapter.path)!r} has no high-order terms to draw.")
     save_figure(picture.figure, file)
 
 

@@ -17,7 +17,8 @@ from pera.errors import UserError
 from pera.tuner import PeraConfig
 from pera_lab.diagnose import Effects, LayerDiagnosis, diagnose_adapter
 from pera_lab.evaluation import Score, read_predictions
-from pera_lab.runs import Run, checked, read_as
+from pera_lab.files import checked, read_as
+from pera_lab.runs import Run
 from pera_lab.study.interaction import Interaction
 from pera_lab.study.runner import Outcome, StudyFolder, choose_trials, rate_losses, report_trials
 from pera_lab.study.spec import Cell, StudyTask, Trial
@@ -188,7 +189,7 @@ class Results:
         deleted."""
         scored = self.scored(cell)
         is_pera = bool(scored) and isinstance(scored[0].trial.recipe().peft_config(), PeraConfig)
-        return diagnose_adapter(scored[0].run.adapter) if is_pera and scored[0].run.adapter.is_dir() else {}
+        return diagnose_adapter(scored[0].run.adapter) if is_pera and scored[0].run.finished else {}
 
     def loss_curve(self, cell: Cell) -> tuple[list[int], list[float]]:
         """Mean training loss over the seeds at each logged step."""

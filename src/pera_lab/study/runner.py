@@ -22,12 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pera.errors import PeraError, UserError
 from pera.tuner import PeraConfig
+from pera_lab.adapters import HEAD
 from pera_lab.diagnose import run_effects
 from pera_lab.diagnose.effect import run_loss
 from pera_lab.evaluation import evaluate_run
-from pera_lab.files import disk_errors, write_atomic, write_json
+from pera_lab.files import disk_errors, read_as, write_atomic, write_json
 from pera_lab.recipe import difference
-from pera_lab.runs import HEAD, Run, read_as, trained_sizes
+from pera_lab.runs import Run
 from pera_lab.study.interaction import run_interaction
 from pera_lab.study.spec import Cell, Phase, Study, Trial, load_study
 from pera_lab.training import LossNotFinite, TrainingSummary, train
@@ -338,7 +339,7 @@ def _run(trial: Trial, run: Run) -> Outcome:
     if not run.recipe_file.is_file():
         shutil.rmtree(run.path, ignore_errors=True)  # killed before the recipe was written
         run = Run.create(recipe, run.path)
-    if not run.adapter.is_dir():
+    if not run.finished:
         train(recipe, run, resume=True)
     losses = [line["loss"] for line in run.metrics()]
     reported = trial.phase == "report"
@@ -364,7 +365,7 @@ def _training_seconds(run: Run) -> float | None:
 
 def _parameters(run: Run) -> int:
     """Trained parameters without a classification head, which all methods share; for full fine-tuning, all."""
-    sizes = trained_sizes(run.adapter)
+    sizes = run.adapter.sizes
     if any(f".{kind}_" in key for key in sizes for kind in ("pera", "lora", "hira", "delora")):
         sizes = {key: n for key, n in sizes.items() if not HEAD.search(key)}
     return sum(sizes.values())

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from pera.errors import UserError
 from pera.lora import Folded
 from pera.polynomial import lora_factors, num_coefficients
+from pera_lab.adapters import Adapter
 from pera_lab.convert.export import export
 from pera_lab.convert.truncate import FLOAT32_ROUNDING, measured, truncate
-from pera_lab.runs import adapter_weights
 from tiny import adapt
 
 
@@ -78,7 +78,7 @@ def test_the_output_change_is_measured_on_the_inputs_of_the_layer():
 def test_an_export_with_max_rank_is_truncated_and_reports_the_loss(save_adapter, tiny_llama, tmp_path, logits):
     expected = logits(save_adapter(tmp_path / "adapter", tiny_llama, normalization="rms"))
     done = export(str(tmp_path / "adapter"), tmp_path / "lora", max_rank=4)
-    weights = adapter_weights(tmp_path / "lora")
+    weights = Adapter(tmp_path / "lora").weights
     assert {len(w) for key, w in weights.items() if "lora_A" in key} == {4}
     assert done.good
     assert done.truncation.rank == 4

@@ -114,7 +114,7 @@ def test_inspect_shows_kinds_and_layers_and_json(pera, finished_run):
     assert "q_proj (2)" in shown
     assert "model.layers" not in shown
     assert "1.mlp.down_proj" in pera("inspect", finished_run.path, "--layers").out
-    content = json.loads(pera("inspect", finished_run.adapter, "--json").out)
+    content = json.loads(pera("inspect", finished_run.adapter.path, "--json").out)
     explicit = diagnose_adapter(finished_run.adapter)["model.layers.0.self_attn.q_proj"]
     assert content["layers"]["model.layers.0.self_attn.q_proj"]["high_order_ratio"] == explicit.high_order_ratio
 

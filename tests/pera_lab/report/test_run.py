@@ -230,7 +230,7 @@ def test_recipe_alone(tmp_path):
 
 def test_half_finished_run(tmp_path, adapters):
     run = full_run(tmp_path / "demo", adapters)
-    run.adapter.unlink()
+    run.adapter.path.unlink()
     run.metrics_file.write_text(run.metrics_file.read_text() + '{"step": 50, "lo')
     found = page(run)
     assert "The last logged step is 40 of 40." in found.text
@@ -287,7 +287,7 @@ def test_what_is_not_trained_is_no_parameter(tmp_path):
     """DeLoRA saves the norms of the base's columns."""
     model = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=KINDS))
     run = bare_run(tmp_path / "demo", method="delora")
-    model.save_pretrained(str(run.adapter))
+    model.save_pretrained(str(run.adapter.path))
     assert Contents(run).parameters == model.num_parameters(only_trainable=True)
 
 

@@ -89,7 +89,7 @@ def test_the_parameters_of_a_run_are_those_of_its_adapter(finished):
 
 def test_the_parameters_of_delora_leave_out_the_norms_that_it_saves(tmp_path):
     model, run = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=["q_proj"])), Run(tmp_path)
-    model.save_pretrained(str(run.adapter))
+    model.save_pretrained(str(run.adapter.path))
     assert _parameters(run) == model.num_parameters(only_trainable=True)
 
 
@@ -97,7 +97,7 @@ def test_the_parameters_of_a_run_are_all_that_it_trained_but_a_head(tiny_bert, t
     options = {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "lora_only", "modules_to_save": ["dense"]}
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
     model, run = get_peft_model(base, LoraConfig(r=2, **options)), Run(tmp_path)
-    model.save_pretrained(str(run.adapter))
+    model.save_pretrained(str(run.adapter.path))
     head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" in name)
     assert _parameters(run) == model.num_parameters(only_trainable=True) - head
     assert head > 0
