@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from pera_lab.study.folder import StudyFolder
 from pera_lab.study.results import Results, Setting
-from pera_lab.study.runner import StudyFolder
 from pera_lab.study.spec import Cell
 
 
@@ -40,7 +40,7 @@ def setting_label(setting: Setting) -> str:
 
 def mean_over_tasks(results: Results, cells: list[Cell]) -> float:
     """Mean score of the cells; NaN if one was not scored or a run diverged, since lucky seeds must not stand for it."""
-    if any(map(results.diverged, cells)):
+    if any(map(results.num_diverged, cells)):
         return math.nan
     means = [results.mean(cell).mean for cell in cells if results.mean(cell).n]
     return fmean(means) if means and len(means) == len(cells) else math.nan

@@ -12,8 +12,8 @@ from pera_lab.report.drawing import Table
 from pera_lab.report.items import Section, run_command
 from pera_lab.report.pictures import save_figure
 from pera_lab.report.run import jinja, require_html
+from pera_lab.study.folder import StudyFolder
 from pera_lab.study.results import Results
-from pera_lab.study.runner import StudyFolder
 
 
 def write_study_report(folder: StudyFolder, file: Path) -> list[Path]:

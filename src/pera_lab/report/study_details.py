@@ -132,10 +132,10 @@ def sweeps(results: Results) -> list[Item]:
 
 def gaps(results: Results) -> list[Item]:
     """Failed and diverged runs, methods that are not available, and remaining runs."""
-    rows = [[name, outcome.status, outcome.error] for name, outcome in results.lost()]
+    rows = [[name, outcome.status, outcome.error] for name, outcome in results.unsuccessful()]
     items = [Item("table", Table(["run", "status", "why"], rows), "Runs that failed or diverged")] if rows else []
     items += [Item("text", f"{name}: {reason}") for name, reason in methods.ABSENT.items()]
-    if left := [trial.name for trial in results.folder.left(results.study)]:
+    if left := [trial.name for trial in results.folder.remaining(results.study)]:
         items.append(Item("text", f"{len(left)} known runs remain. Continue with: {run_command(results.folder)}"))
         items.append(Item("details", "\n".join(left), "Remaining runs"))
     return items

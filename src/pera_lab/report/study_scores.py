@@ -39,10 +39,10 @@ def summary(results: Results) -> list[Item]:
         items += [
             Item("text", f"{c.method.label}, {c.task.label}: not compared, because {n} of its reported runs diverged.")
             for c in results.cells_of(setting)
-            if (n := results.diverged(c))
+            if (n := results.num_diverged(c))
         ]
-    ended, left = len(results.outcomes), len(results.folder.left(results.study))
-    lost = len(results.lost())
+    ended, left = len(results.outcomes), len(results.folder.remaining(results.study))
+    lost = len(results.unsuccessful())
     items.append(
         Item("note", f"{ended} runs have ended, of which {lost} failed or diverged; {left} known runs remain.")
     )
@@ -83,11 +83,11 @@ def scores(results: Results) -> list[Item]:
         for method in results.study.grid.method:
             cells = {c.task.label: c for c in results.cells_of(setting) if c.method.label == method.label}
             means = {task: results.mean(cell) for task, cell in cells.items()}
-            if not any(mean.n or results.diverged(cells[task]) for task, mean in means.items()):
+            if not any(mean.n or results.num_diverged(cells[task]) for task, mean in means.items()):
                 continue
             parameters = next((results.costs(c)[0] for c in cells.values() if means[c.task.label].n), None)
             over_tasks = percent(mean_over_tasks(results, list(cells.values())))
-            columns = [_mean(means[t], results.diverged(cells[t])) if t in means else ABSENT for t in tasks]
+            columns = [_mean(means[t], results.num_diverged(cells[t])) if t in means else ABSENT for t in tasks]
             rows.append([method.label, count(parameters), *columns, over_tasks])
         if len(results.settings) > 1:
             items.append(Item("heading", setting_label(setting)))
@@ -148,12 +148,12 @@ def rates(results: Results) -> list[Item]:
     items, rows = [], []
     for setting, task, cells in results.by_task():
         curves = {c.method.label: results.rates(c) for c in cells}
-        chosen = {c.method.label: results.chosen(c) for c in cells}
+        chosen = {c.method.label: results.chosen_rate(c) for c in cells}
         picture = study_figures.rate_curves(f"{task.label}, {setting_label(setting)}", curves, chosen)
         if picture is not None:
             items.append(Item("picture", picture))
-        rows += [[c.label, number(results.chosen(c)), "yes: extend the grid" if results.at_an_edge(c) else "no"]
-                 for c in cells if results.chosen(c) is not None]  # fmt: skip
+        rows += [[c.label, number(results.chosen_rate(c)), "yes: extend the grid" if results.at_grid_edge(c) else "no"]
+                 for c in cells if results.chosen_rate(c) is not None]  # fmt: skip
     if rows:
         items.append(Item("table", Table(["cell", "chosen rate", "at an edge of the grid"], rows), "Chosen rates"))
     held_out, seeds = results.study.choose.rows, len(results.study.choose.seeds)
@@ -178,7 +178,7 @@ def costs(results: Results) -> list[Item]:
             n = sum(results.mean(cell).n for cell in cells)
             rows.append([f"{method.label}, {setting_label(setting)}", count(parameters[0]), duration(sum(seconds)),
                          size(max(memory, default=None)), str(len(cells)), str(n)])  # fmt: skip
-            if len(cells) == len(results.study.grid.task) and all(map(results.complete, cells)):
+            if len(cells) == len(results.study.grid.task) and all(map(results.is_complete, cells)):
                 gain = mean_over_tasks(results, cells)
                 by_parameters[method.label] = (float(parameters[0] or math.nan), gain)
                 by_time[method.label] = (sum(seconds) if len(seconds) == len(cells) else math.nan, gain)
