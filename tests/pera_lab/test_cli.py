@@ -320,10 +320,7 @@ def test_a_lora_is_not_exported(refused, lora):
     [
         (["--for", "vlm"], ["--for: 'vlm'", "did you mean 'vllm'"]),
         (["--for", "vllm", "--to", "gguf"], ["--to gguf", "vllm, which reads lora"]),
-        (
-            ["--to", "lora", "--max-rank", "4", "--energy", "0.9"],
-            ["--max-rank=4 and --energy=0.9", "give only one"],
-        ),
+        (["--to", "lora", "--max-rank", "4", "--energy", "0.9"], ["--max-rank=4 and --energy=0.9", "give only one"]),
         (["--to", "lora", "--max-rank", "0"], ["--max-rank=0", "at least 1"]),
         (["--to", "lora", "--energy", "1.5"], ["--energy=1.5", "above 0 and at most 1"]),
     ],
@@ -371,7 +368,7 @@ def test_a_gguf_base_of_another_architecture(pera, refused, run, tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    words = ["qwen2.gguf'", "a model of 'qwen2'", "for 'llama'"]
+    words = ["'qwen2.gguf' is a model of 'qwen2'", "for 'llama'"]
     refused("verify", "run", "gguf", "--llama-cpp", "--base", "qwen2.gguf", words=words)
 
 
