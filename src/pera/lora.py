@@ -26,6 +26,46 @@ class Folded(NamedTuple):
     B: Tensor
 
 
+def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of B A, computed from the factors in O((m + n) K² + K³).
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A, only the K × K matrix R_B R_Aᵀ is decomposed. Its singular vectors are
+    multiplied by Q_B and Q_A.
+
+    Args:
+        A: ``(..., K, n)``.
+        B: ``(..., m, K)``.
+
+    Returns:
+        U ``(..., m, k)``, singular values ``(..., k)`` in descending order, and Vᵀ ``(..., k, n)``, with
+        k = min(K, m, n).
+    """
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.mT
+
+
+def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors √S Vᵀ ``(..., rank, n)`` and U √S ``(..., m, rank)`` of the leading ``rank`` singular directions."""
+    root = S[..., :rank].sqrt()
+    return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
+
+
+def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the best approximation of B A of a given rank (Eckart and Young).
+
+    Args:
+        A: ``(..., K, n)``.
+        B: ``(..., m, K)``.
+        rank: the new rank. Above k = min(K, m, n) the factors have rank k and their product equals B A.
+
+    Returns:
+        A′ ``(..., rank, n)`` and B′ ``(..., m, rank)``.
+    """
+    return balanced_factors(*factored_svd(A, B), rank)
+
+
 def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftModel:
     """The model with each PERA adapter replaced by the LoRA of rank K that it equals.
 

@@ -20,9 +20,9 @@ from pera.errors import CheckFailed, PeraError, UserError, missing_extra
 if TYPE_CHECKING:
     from pera_lab.convert.verify import Agreement
     from pera_lab.diagnose import Effects, LayerDiagnosis
-    from pera_lab.evaluation import Part, Score
     from pera_lab.recipe import Recipe
     from pera_lab.runs import Run
+    from pera_lab.scorers import Part, Score
     from pera_lab.training import TrainingSummary
 
 app = typer.Typer(
@@ -87,7 +87,7 @@ def quickstart(
     """Fine-tune the embedded model on a reasoning task; score, merge and export it; say what to do next."""
     from pera_lab.convert.export import export as export_adapter
     from pera_lab.convert.merge import merge as merge_adapter
-    from pera_lab.evaluation import evaluate_run, require_packages
+    from pera_lab.evaluation import evaluate_run
     from pera_lab.recipe import load_recipe
     from pera_lab.report.pictures import loss_picture
     from pera_lab.runs import Run
@@ -99,7 +99,6 @@ def quickstart(
         raise UserError(
             f"method.name={recipe.method['name']!r} is not for quickstart, which shows PERA; use: pera train"
         )
-    require_packages(recipe)
     if find_spec("matplotlib") is None:
         raise missing_extra("matplotlib", "lab")
     run = Run.create(recipe, output)

@@ -31,9 +31,9 @@ def read_predictions(file: Path) -> list[Prediction]:
 def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, console: Console | None = None) -> Score:
     """Score the adapter of a run, or its base model, on the held-out examples of its task.
 
-    The score is written to ``scores.json`` under "adapter" or "base", and the answers to ``predictions/``. With a scorer
-    other than the recipe's, its name is added: "adapter-likelihood". Answers are saved as they come, so an interrupted
-    evaluation resumes with the missing ones.
+    The score is written to ``scores.json`` under "adapter" or "base", and the answers to ``predictions/``. The name of
+    a scorer other than the recipe's is added, as in "adapter-likelihood". Answers are saved as they come, so an
+    interrupted evaluation resumes with the missing ones.
 
     Args:
         run: the run.

@@ -28,8 +28,8 @@ def predict(
 
     A language model writes text. Its rows have ``prompt`` or ``messages``, or the task's own field. A classifier gives
     the name of the class and the logits, or a number. Its rows have the task's texts. ``shortened`` marks a row whose
-    prompt was truncated. Answers are saved in ``<target>.partial`` as they come, so an interrupted call resumes with the
-    missing rows.
+    prompt was truncated. Answers are saved in ``<target>.partial`` as they come, so an interrupted call resumes with
+    the missing rows.
 
     Args:
         run: the run whose adapter answers.

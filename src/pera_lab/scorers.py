@@ -349,9 +349,7 @@ class ClassificationScorer(Scorer):
         if not names:
             return Prediction(example.prompt, repr(example.label), text, None, text, shortened=cut)
         expected = names[int(example.label)]
-        return Prediction(
-            example.prompt, expected, text, text == expected, text, shortened=cut, scores=output.scores
-        )
+        return Prediction(example.prompt, expected, text, text == expected, text, shortened=cut, scores=output.scores)
 
     def score(self, splits: Splits, predictions: list[Prediction], seconds: float) -> Score:
         names = self.task.classes

@@ -93,7 +93,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
     set_seed(spec.seed)
     try:
-        config = methods.fit_to(model, recipe.peft_config())
+        config = methods.resolve_targets(model, recipe.peft_config())
         adapted = get_peft_model(model, config)
     except methods.REFUSALS as error:
         raise methods.refusal(recipe.method, error) from error
@@ -212,7 +212,7 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    # One process uses one GPU: DataParallel would multiply the batch size and split tensors that describe whole batches.
+    # One process uses one GPU: DataParallel would multiply the batch size and split what describes whole batches.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 

@@ -10,41 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pera.lora import Folded
+from pera.lora import Folded, balanced_factors, factored_svd
 from pera.tuner.layers import PeraLinear
 
-
-def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of B A, without building it.
-
-    With B = Q_B R_B and Aᵀ = Q_A R_A, that of the small matrix R_B R_Aᵀ is turned by Q_B and Q_A. Costs
-    O((m + n) K² + K³).
-
-    Args:
-        A: ``(..., K, n)``.
-        B: ``(..., m, K)``.
-
-    Returns:
-        U ``(..., m, k)``, the singular values ``(..., k)``, largest first, and Vᵀ ``(..., k, n)``, with
-        k = min(K, m, n).
-    """
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Q_B @ U, S, Vh @ Q_A.mT
-
-
-def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors ``(rank, n)`` and ``(m, rank)`` of the best approximation of B A of that rank (Eckart and Young).
-
-    Where ``rank`` is above min(K, m, n), the factors are as long as that, and equal B A.
-    """
-    return _cut(*factored_svd(A, B), rank)
-
-
-def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    root = S[..., :rank].sqrt()
-    return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
+FLOAT32_ROUNDING = torch.finfo(torch.float32).eps ** 2
+"""Share of ‖ΔW‖_F² that is lost when ΔW is rounded to float32, in which adapters are written."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +33,8 @@ class Truncation:
 
     @property
     def lossless(self) -> bool:
-        """Whether what is left out is rounding."""
-        return self.total_discarded < 1e-14
+        """Whether every layer loses at most what rounding its weights to float32 loses."""
+        return max(self.discarded.values()) <= FLOAT32_ROUNDING
 
     def sentence(self) -> str:
         """The result in one line."""
@@ -102,7 +72,7 @@ def truncate(
     rank = min(max_rank, longest)
     lost = {name: float(spectrum[..., rank:].sum()) for name, spectrum in spectra.items()}
     whole = {name: float(spectrum.sum()) for name, spectrum in spectra.items()}
-    cut = {name: Folded(layer.layer, *_cut(*found[name], rank)) for name, layer in layers.items()}
+    cut = {name: Folded(layer.layer, *balanced_factors(*found[name], rank)) for name, layer in layers.items()}
     total = sum(whole.values())
     return cut, Truncation(
         rank=rank,

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from peft import PeftConfig
-from pydantic import BeforeValidator, Field, PlainValidator, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pera.errors import UserError, nearest
 from pera.tuner import PeraConfig
@@ -49,12 +57,12 @@ class Recipe(Section):
     model: Annotated[ModelSection, BeforeValidator(name_alone)]
     """The base model."""
     method: dict[str, Any]
-    """``name``, a key of :data:`pera_lab.methods.METHODS`, and that method's options."""
+    """``name``, a name in :func:`pera_lab.methods.known_methods`, and that method's options."""
     task: Annotated[SerializeAsAny[Task], PlainValidator(parse_task)]
     """What is learned: the name of a task alone, or a section with ``name`` and the options of its family."""
     training: TrainingSection
     """How the adapter is trained."""
-    evaluation: EvaluationSection = Field(default_factory=dict, validate_default=True)  # type: ignore[assignment]
+    evaluation: EvaluationSection = Field(default_factory=dict, validate_default=True)
     """How answers are scored; by default as the task says."""
 
     @field_validator("evaluation", mode="before")
@@ -71,7 +79,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_method(self) -> Recipe:
         if not isinstance(self.method.get("name"), str):
-            raise ValueError(f"method.name is missing; {nearest('', methods.METHODS)}")
+            raise ValueError(f"method.name is missing; {nearest('', methods.known_methods())}")
         config = self.peft_config()
         if not (isinstance(config, PeraConfig) and config.learns_coefficients):
             for key in ("lr_ratio", "weight_decay"):
@@ -86,7 +94,9 @@ class Recipe(Section):
     def peft_config(self) -> PeftConfig:
         """The PEFT configuration of the adapter."""
         return methods.peft_config(
-            self.method["name"], self.task.task_type, **{key: value for key, value in self.method.items() if key != "name"}
+            self.method["name"],
+            self.task.task_type,
+            **{key: value for key, value in self.method.items() if key != "name"},
         )
 
     def build_splits(self) -> Splits:

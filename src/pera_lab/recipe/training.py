@@ -15,7 +15,7 @@ class TrainingSection(Section):
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate."""
-    lr_ratio: dict[str, float] = {}
+    lr_ratio: dict[str, float] = Field(default_factory=dict)
     """Learning rates of "B", "h" and "other" divided by the rate of A, as in :func:`pera.optim.parameter_groups`."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps."""
@@ -58,9 +58,9 @@ class TrainingSection(Section):
     ] = None
     """Steps between evaluations on the validation rows, or "epoch"; by default there are none."""
     keep: Literal["last", "best"] = "last"
-    """"last": keep the adapter after the last step. "best": keep the best checkpoint on the validation rows, by loss or,
-    for classification, by the task's metric. A checkpoint is then saved with each evaluation."""
-    report_to: list[str] = []
+    """"last": keep the adapter after the last step. "best": keep the best checkpoint on the validation rows, by loss
+    or, for classification, by the task's metric. A checkpoint is then saved with each evaluation."""
+    report_to: list[str] = Field(default_factory=list)
     """Trackers for transformers: tensorboard, trackio, wandb."""
 
     @model_validator(mode="after")

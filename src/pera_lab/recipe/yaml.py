@@ -38,7 +38,9 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
     elif path.suffix in (".yaml", ".yml") or "/" in source:
         raise UserError(f"{kind}: file {source!r} does not exist.")
     else:
-        raise UserError(f"{kind}: {source!r} is neither a file nor a {kind} that ships with pera; {nearest(source, known)}")
+        raise UserError(
+            f"{kind}: {source!r} is neither a file nor a {kind} that ships with pera; {nearest(source, known)}"
+        )
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:

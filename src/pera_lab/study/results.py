@@ -15,9 +15,11 @@ import numpy as np
 
 from pera.errors import UserError
 from pera.tuner import PeraConfig
-from pera_lab.diagnose import Effects, Interaction, LayerDiagnosis, diagnose_adapter
-from pera_lab.evaluation import Score, read_predictions
+from pera_lab.diagnose import Effects, LayerDiagnosis, diagnose_adapter
+from pera_lab.evaluation import read_predictions
 from pera_lab.runs import Run, checked, read_as
+from pera_lab.scorers import Score
+from pera_lab.study.interaction import Interaction
 from pera_lab.study.runner import Outcome, StudyFolder, choose_trials, rate_losses, report_trials
 from pera_lab.study.spec import Cell, StudyTask, Trial
 from pera_lab.study.statistics import (

@@ -22,12 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pera.errors import PeraError, UserError
 from pera.tuner import PeraConfig
-from pera_lab.diagnose import run_effects, run_interaction
+from pera_lab.diagnose import run_effects
 from pera_lab.diagnose.effect import run_loss
 from pera_lab.evaluation import evaluate_run
 from pera_lab.files import disk_errors, write_atomic, write_json
 from pera_lab.recipe import difference
 from pera_lab.runs import HEAD, Run, read_as, trained_sizes
+from pera_lab.study.interaction import run_interaction
 from pera_lab.study.spec import Cell, Phase, Study, Trial, load_study
 from pera_lab.training import LossNotFinite, TrainingSummary, train
 
@@ -258,7 +259,7 @@ def _check_data(study: Study) -> None:
     """Raise UserError where the data of a task cannot be had, or has too few rows to choose by, before all runs fail of
     it."""
     for cell in {(cell.task.label, cell.train_share): cell for cell in study.cells()}.values():
-        Trial(study, cell, "choose", study.choose.learning_rate[0], 0).recipe().build_task()
+        Trial(study, cell, "choose", study.choose.learning_rate[0], 0).recipe().build_splits()
 
 
 def work(study: Study, folder: StudyFolder, deadline: float, bar: _Bar | None = None) -> None:

@@ -14,7 +14,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pera.errors import UserError, nearest
 from pera_lab import methods
-from pera_lab.recipe import Recipe, Section, apply_override, load_recipe, parse, read_yaml
+from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml
+from pera_lab.sections import Section
 
 Phase = Literal["choose", "report"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -94,8 +95,7 @@ class StudyMethod(_Named):
     @property
     def has_rank(self) -> bool:
         """Whether ranks and placements apply to the method."""
-        known = methods.METHODS.get(self.name)
-        return known is None or known.has_rank
+        return methods.find_method(self.name).has_rank
 
 
 def _named_list(value: Any) -> Any:
@@ -336,7 +336,7 @@ def _overrides(changes: list[tuple[str, Any]]) -> tuple[str, ...]:
 def _common_options(base: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The options of the base recipe's method that all methods take."""
     method = _base_method(base, overrides)
-    own_words = methods.METHODS[method["name"]].words
+    own_words = methods.find_method(method["name"]).words
     found = {word: method.get(own_words.get(word, word), method.get(word)) for word in _COMMON}
     return {word: value for word, value in found.items() if value is not None}
 

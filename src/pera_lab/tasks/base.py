@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from pera_lab.sections import Section
 from pera_lab.tasks.encoding import CHAT, AnswerCollator, Encoded, Frame, encode_example, encode_texts
-from pera_lab.tasks.examples import Example, LabelledText, Splits, Verdict
+from pera_lab.tasks.examples import Example, Splits, Verdict
 from pera_lab.tasks.sources import example_of
 
 
@@ -255,9 +255,7 @@ class ClassificationTask(Task):
     ) -> Encoded:
         kind = int if self.classes else float
         pairs = [encode_texts(tokenizer, row.texts, max_length) for row in examples]
-        rows = [
-            {**encoded, "labels": kind(row.label)} for (encoded, _), row in zip(pairs, examples, strict=True)
-        ]
+        rows = [{**encoded, "labels": kind(row.label)} for (encoded, _), row in zip(pairs, examples, strict=True)]
         return Encoded(rows, 0, sum(cut for _, cut in pairs))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:

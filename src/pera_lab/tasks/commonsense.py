@@ -240,8 +240,10 @@ class CommonsenseTask(GenerationTask):
         return Splits(train, [row for rows in tests.values() for row in rows], validation, missing, manifest)
 
     def judge(self, example: Example, output: str) -> Verdict:
-        """Compare the first match of the member's pattern with the answer. A row from a mixed file has no member, so its
-        options are the pattern. An output without a match is wrong."""
+        """Compare the first match of the member's pattern with the answer; an output without a match is wrong.
+
+        A row from a mixed file has no member, so its options are the pattern.
+        """
         options = (re.escape(option.removeprefix(TARGET)) for option in example.options)
         found = re.search(MEMBERS[example.group].pattern if example.group else "|".join(options), output)
         return Verdict(found[0], found[0] == example.answer.removeprefix(TARGET)) if found else Verdict(None, False)
@@ -253,13 +255,18 @@ class CommonsenseTask(GenerationTask):
     def _check_mix(self) -> None:
         if self.name != ALL and self.names is not None:
             raise UserError(f"task.names={self.names!r} are members of {ALL!r}; task {self.name!r} has none.")
-        by_member = {"shares": {} if self.shares == "equal" else self.shares or {}, "caps": self.caps or {}}
+        by_member: dict[str, Mapping[str, float]] = {
+            "shares": {} if self.shares == "equal" else self.shares or {},
+            "caps": self.caps or {},
+        }
         for member in (*self.members, *by_member["shares"], *by_member["caps"]):
             if member not in MEMBERS:
                 raise UserError(f"task: {member!r} is not a commonsense task; {nearest(member, MEMBERS)}")
         for key, given in by_member.items():
             if unused := [member for member in given if member not in self.members]:
-                raise UserError(f"task.{key}.{unused[0]}: {unused[0]!r} is not in the mix of {', '.join(self.members)}.")
+                raise UserError(
+                    f"task.{key}.{unused[0]}: {unused[0]!r} is not in the mix of {', '.join(self.members)}."
+                )
         if self.shares and self.train_size is None:
             raise UserError("task.shares needs task.train_size, the number of rows to divide.")
 

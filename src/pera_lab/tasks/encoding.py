@@ -70,7 +70,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         roles, reason = ", ".join(m["role"] for m in messages), " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"messages with the roles {roles}: the model's chat template rejects them: {reason}.") from error
+        raise UserError(
+            f"messages with the roles {roles}: the model's chat template rejects them: {reason}."
+        ) from error
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

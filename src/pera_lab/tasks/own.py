@@ -38,7 +38,7 @@ class OwnTask(GenerationTask):
     data: DataPath
     """A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder with ``train`` and optionally ``validation`` and
     ``test`` files, or the id of a data set on the Hub."""
-    columns: dict[Literal["prompt", "completion", "messages"], str] = {}
+    columns: dict[Literal["prompt", "completion", "messages"], str] = Field(default_factory=dict)
     """Names of the columns in the data, by the names used here."""
     template: Literal["chat", "plain"] = "chat"
     """"chat": the prompt is a user's message in the model's chat template. "plain": the completion follows the prompt

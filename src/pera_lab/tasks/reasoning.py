@@ -32,7 +32,7 @@ class ReasoningTask(GenerationTask):
     """Number of held-out problems."""
     seed: int = Field(0, ge=0)
     """Seed of the problems. It is independent of the training seed, so that runs are comparable."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the data set."""
 
     @classmethod

@@ -180,7 +180,9 @@ def _load(what: str, *arguments: Any, **options: Any) -> Any:
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # the library raises anything, from no network to an unknown split
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise UserError(f"task.data: {what} cannot be loaded: {reason}; offline, give a folder: data=FOLDER.") from error
+        raise UserError(
+            f"task.data: {what} cannot be loaded: {reason}; offline, give a folder: data=FOLDER."
+        ) from error
 
 
 def folder_of(data: str) -> Path:
@@ -214,7 +216,7 @@ def split_file(folder: Path, names: Sequence[str], suffixes: Sequence[str] = SUF
 
 
 def take(rows: list[T], size: int | None, seed: int) -> list[T]:
-    """``size`` rows drawn by ``seed``, in their original order. None, or a size beyond the number of rows, gives all."""
+    """``size`` rows drawn by ``seed``, in their original order. None, or a size above the number of rows, gives all."""
     if size is None or size >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), size))]

@@ -10,11 +10,11 @@ from scipy.stats import false_discovery_control
 from test_page import adapters, check, write  # noqa: F401
 
 from pera.errors import UserError
-from pera_lab.evaluation import Score
 from pera_lab.report import paper
 from pera_lab.report.study import study_sections, write_study_report
 from pera_lab.report.words import ABSENT
 from pera_lab.runs import Run
+from pera_lab.scorers import Score
 from pera_lab.study import load_study
 from pera_lab.study.results import Results
 from pera_lab.study.runner import StudyFolder, all_trials

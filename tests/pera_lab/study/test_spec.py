@@ -95,7 +95,7 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("choose.learning_rate=[-1]", "choose.learning_rate.0=-1: input should be greater than 0"),
         ("grid.method=[lora,lora]", "method 'lora' occurs twice; give each a label of its own"),
         ("grid.method=[lore]", "method.name='lore' is not known; did you mean 'lora'?"),
-        ("grid.method=[mora]", "'mora' cannot be had: MoRA is not in PEFT"),
+        ("grid.method=[mora]", "'mora' is not available: MoRA is not in PEFT"),
         ("grid.method=[{name: lora, label: a/b}]", "label='a/b' names folders"),
         ("grid.method=[{name: lora, ranks: 3}]", "method.ranks is not an option of lora"),
         ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2, as in report"),
@@ -115,7 +115,7 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("report.seeds=[4294967296]", "report.seeds.0=4294967296: input should be less than 4294967296"),
         ("choose={learning_rate: [1e-3], extend: 2}", "choose.extend=2 goes on in the ratio of two rates"),
         ("grid.method=[{name: lora, alpha: 2024-01-01}]", "2024-01-01"),
-        (f"base={'x' * 300}", "is no file and no recipe of pera's"),
+        (f"base={'x' * 300}", "is neither a file nor a recipe that ships with pera"),
         ("training.batch_sise=3", "training.batch_sise is not a key of a recipe; did you mean 'batch_size'?"),
     ],
 )
@@ -177,7 +177,7 @@ def test_values_reach_the_recipes_as_they_are(study_file):
 
 
 def test_an_unknown_study_is_refused():
-    with pytest.raises(UserError, match="'glue-scren' is no file and no study of pera's; did you mean 'glue-screen'"):
+    with pytest.raises(UserError, match="'glue-scren' is neither a file nor a study .*; did you mean 'glue-screen'"):
         load_study("glue-scren")
 
 
