@@ -7,7 +7,7 @@ and ``AutoPeftModel…`` know it.
 from pera.errors import PeraError, UserError
 from pera.expansion import use_kernels
 from pera.linear import pera_linear
-from pera.lora import combine, to_lora
+from pera.lora import combine, from_lora, to_lora
 from pera.optim import parameter_groups
 from pera.tuner import PeraConfig, PeraModel, hotswap_adapter, register
 
@@ -18,6 +18,7 @@ __all__ = [
     "PeraModel",
     "UserError",
     "combine",
+    "from_lora",
     "hotswap_adapter",
     "parameter_groups",
     "pera_linear",

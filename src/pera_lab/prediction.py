@@ -9,7 +9,8 @@ from rich.console import Console
 
 from pera.errors import UserError
 from pera_lab.files import Journal, disk_errors, json_line, write_atomic
-from pera_lab.runs import Run, open_model
+from pera_lab.opening import locate_run, open_model
+from pera_lab.runs import Run
 from pera_lab.scorers import Output, answer_batches, make_scorer
 from pera_lab.tasks.sources import read_file
 
@@ -49,7 +50,7 @@ def predict(
     recipe, task = run.recipe, run.recipe.task
     if target.exists():
         raise UserError(f"--output: {str(target)!r} exists; give another file or remove it.")
-    if not base and not run.adapter.is_dir():
+    if not base and not run.finished:
         raise UserError(f"{str(run.path)!r} is an unfinished run; resume it with: pera train {run.path} --resume")
     if base and task.base_refusal:
         raise UserError(f"--base: {task.base_refusal}")
@@ -62,7 +63,7 @@ def predict(
     given = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value}
     spec = recipe.evaluation.model_copy(update={"scorer": task.scorers[0], **changes})
-    location = run.location._replace(adapter=None) if base else run.location
+    location = locate_run(run)._replace(adapter=None) if base else locate_run(run)
     model, tokenizer = open_model(location, recipe.model.dtype)
     key = {"input": content.sha256, "base": base, "recipe": recipe.to_yaml(), "evaluation": spec.model_dump()}
     journal = Journal(target.with_name(f"{target.name}.partial"), key)

@@ -139,7 +139,7 @@ def test_either_length_can_replace_the_other(file):
         ("method.name=loar", "method.name='loar' is not known; did you mean 'lora'?"),
         ("method={r: 4}", "method.name is missing; known: "),
         ("method=pera", "method='pera': input should be a valid dictionary"),
-        ("method={name: pera, alpha: 0}", "method: pera_alpha=0 should be a finite number, not 0"),
+        ("method={name: pera, alpha: 0}", "method: pera_alpha=0 should be a finite number other than 0"),
         ("method.r=0", "method: r=0 should be a whole number of at least 1."),
         ("method.r=-1", "method: r=-1 should be a whole number of at least 1."),
         ("method.r=two", "method: r='two' should be a whole number of at least 1."),

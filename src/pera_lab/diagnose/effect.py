@@ -16,7 +16,8 @@ from pera.polynomial import coefficient_pairs, lora_factors
 from pera.tuner import PeraLayer, adapted_layers
 from pera_lab.diagnose.factors import kind
 from pera_lab.files import write_json
-from pera_lab.runs import Run, open_model
+from pera_lab.opening import locate_run, open_model
+from pera_lab.runs import Run
 from pera_lab.tasks.encoding import IGNORED
 
 Part = Literal["square", "cross", "high_order"]
@@ -122,7 +123,7 @@ def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list
         batch_size: examples per batch.
     """
     recipe = run.recipe
-    model, tokenizer = open_model(run.location, "float32")
+    model, tokenizer = open_model(locate_run(run), "float32")
     splits = recipe.build_splits()
     run.check_data(splits.manifest)
     encoded = recipe.task.encode(tokenizer, splits.test[:examples], recipe.training.max_length).rows

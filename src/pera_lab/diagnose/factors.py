@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer
 from pera.tuner.saved import saved_factors
-from pera_lab.runs import adapter_config, adapter_weights, method_name
+from pera_lab.adapters import Adapter
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,16 @@ def diagnose_layer(
     )
 
 
-def diagnose_adapter(folder: Path) -> dict[str, LayerDiagnosis]:
+def diagnose_adapter(adapter: Adapter) -> dict[str, LayerDiagnosis]:
     """Diagnose each layer of a saved PERA adapter without its base model.
 
     Raises:
         UserError: the folder holds no PERA adapter, or a broken one.
     """
-    config = adapter_config(folder)
+    config = adapter.config
     if not isinstance(config, PeraConfig):
-        raise UserError(f"{str(folder)!r} is a {method_name(config)} adapter; only PERA adapters can be diagnosed.")
-    layers = saved_factors(adapter_weights(folder), config)
+        raise UserError(f"{str(adapter.path)!r} is a {adapter.method} adapter; only PERA adapters can be diagnosed.")
+    layers = saved_factors(adapter.weights, config)
     return {name.removeprefix("base_model.model."): diagnose_layer(*factors) for name, factors in layers.items()}
 
 
@@ -150,12 +151,42 @@ def kind(name: str, layer: PeraLayer | None = None) -> str:
     return re.sub(r"(\.(\d+|base_layer))+$", "", name).rpartition(".")[2]
 
 
-def by_kind(layers: dict[str, LayerDiagnosis]) -> dict[str, list[LayerDiagnosis]]:
-    """Group the layers by their :func:`kind`."""
-    kinds: dict[str, list[LayerDiagnosis]] = {}
-    for name, layer in layers.items():
-        kinds.setdefault(kind(name), []).append(layer)
-    return kinds
+@dataclass(frozen=True)
+class Layer:
+    """An adapted layer and its place in the model."""
+
+    name: str
+    block: int | None
+    """Number of its block; None for a layer outside the blocks."""
+    kind: str
+    diagnosis: LayerDiagnosis
+
+
+def place_layers(diagnoses: dict[str, LayerDiagnosis]) -> list[Layer]:
+    """Read block and kind of each layer from its name; the layers come in the order of their blocks.
+
+    If a block has several layers of one :func:`kind`, their kind is the path after the block's number, with ``*`` for
+    further numbers, such as "attn.c_proj" and "mlp.c_proj", or "experts.*.w1".
+    """
+    paths = {}
+    for name in diagnoses:
+        parts = name.split(".")
+        start = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+        path = ".".join("*" if part.isdecimal() else part for part in parts[start + 1 :] if part != "base_layer")
+        paths[name] = (int(parts[start]) if start >= 0 else None, path or name)
+    counts = Counter((block, kind(name)) for name, (block, _) in paths.items())
+    several = {found for (_, found), count in counts.items() if count > 1}
+    layers = [
+        Layer(name, block, path if kind(name) in several else kind(name), diagnoses[name])
+        for name, (block, path) in paths.items()
+    ]
+    return sorted(layers, key=lambda layer: (layer.block is None, layer.block or 0, layer.kind, layer.name))
+
+
+def by_kind(layers: list[Layer]) -> dict[str, list[Layer]]:
+    """Group the layers by kind, in alphabetical order."""
+    ordered = sorted(layers, key=lambda layer: layer.kind)
+    return {kind: list(members) for kind, members in groupby(ordered, key=lambda layer: layer.kind)}
 
 
 def _ratio(part: float, linear: float) -> float:

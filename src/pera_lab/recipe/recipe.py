@@ -22,7 +22,7 @@ from pydantic import (
 from pera.errors import UserError, nearest
 from pera.tuner import PeraConfig
 from pera_lab import methods
-from pera_lab.models import EMBEDDED
+from pera_lab.embedded import EMBEDDED
 from pera_lab.recipe.training import TrainingSection
 from pera_lab.recipe.yaml import apply_override, parse, read_yaml, shipped_files
 from pera_lab.sections import Section, absolute_path, name_alone

@@ -30,7 +30,7 @@ def test_a_trained_run_is_merged_and_checked_on_its_own_task(
 ):
     agreement = merge(str(finished_run.path), tmp_path / "merged")
     assert agreement.agree
-    adapted = logits(unmerged(tiny_llama, finished_run.adapter))
+    adapted = logits(unmerged(tiny_llama, finished_run.adapter.path))
     assert (adapted - logits(tiny_llama)).abs().max() > 0.1
     assert (adapted - logits(tmp_path / "merged")).abs().max() < 1e-5
     record = json.loads((tmp_path / "merged" / "verification.json").read_text())

@@ -1,4 +1,4 @@
-"""A cut to a smaller rank is the best there is, and says what it loses."""
+"""A truncated adapter has one rank, and its loss is reported."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from pera.errors import UserError
 from pera.lora import Folded
 from pera.polynomial import lora_factors, num_coefficients
+from pera_lab.adapters import Adapter
 from pera_lab.convert.export import export
 from pera_lab.convert.truncate import FLOAT32_ROUNDING, measured, truncate
-from pera_lab.runs import adapter_weights
 from tiny import adapt
 
 
@@ -22,7 +22,7 @@ def random_factors(m, n, r, seed=0):
     return lora_factors(A, B, torch.randn(num_coefficients(r, "all"), dtype=torch.float64), "all", "rms")
 
 
-def test_a_rank_of_the_smaller_side_loses_nothing():
+def test_the_rank_of_the_smaller_side_keeps_the_product():
     layers = {"layer": Folded(None, *random_factors(12, 10, 4))}
     cut, truncation = truncate(layers, max_rank=10)
     assert (truncation.expanded_rank, truncation.rank) == (14, 10)
@@ -40,7 +40,7 @@ def test_a_cut_is_lossless_if_no_layer_loses_more_than_float32_rounds(share, los
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.999])
-def test_the_rank_that_keeps_an_energy_is_the_least_for_every_layer(energy):
+def test_the_rank_for_an_energy_is_the_smallest_that_every_layer_allows(energy):
     layers = {name: Folded(None, *random_factors(30, 20, 4, seed=seed)) for seed, name in enumerate("abc")}
     _, truncation = truncate(layers, energy=energy)
     assert max(truncation.discarded.values()) <= 1 - energy
@@ -53,14 +53,14 @@ def test_the_rank_that_keeps_an_energy_is_the_least_for_every_layer(energy):
     assert truncation.total_discarded == pytest.approx(lost / sum(float(s.sum()) for s in spectra.values()))
 
 
-def test_an_adapter_that_is_zero_is_cut_to_rank_one():
+def test_a_zero_adapter_is_cut_to_rank_one_and_loses_nothing():
     zero = Folded(None, torch.randn(5, 9).double(), torch.zeros(7, 5).double())
     _, truncation = truncate({"layer": zero}, energy=0.9)
     assert truncation.rank == 1
     assert truncation.total_discarded == 0
 
 
-def test_the_change_of_a_layers_output_is_measured_on_its_own_inputs():
+def test_the_output_change_is_measured_on_the_inputs_of_the_layer():
     model = adapt(nn.Sequential(nn.Linear(9, 7)), target_modules=["0"])
     layer = model.base_model.model[0]
     A, B = random_factors(7, 9, 3)
@@ -75,10 +75,10 @@ def test_the_change_of_a_layers_output_is_measured_on_its_own_inputs():
     assert changes == {"0": pytest.approx(float(expected))}
 
 
-def test_an_export_is_cut_and_says_what_it_loses(save_adapter, tiny_llama, tmp_path, logits):
+def test_an_export_with_max_rank_is_truncated_and_reports_the_loss(save_adapter, tiny_llama, tmp_path, logits):
     expected = logits(save_adapter(tmp_path / "adapter", tiny_llama, normalization="rms"))
     done = export(str(tmp_path / "adapter"), tmp_path / "lora", max_rank=4)
-    weights = adapter_weights(tmp_path / "lora")
+    weights = Adapter(tmp_path / "lora").weights
     assert {len(w) for key, w in weights.items() if "lora_A" in key} == {4}
     assert done.good
     assert done.truncation.rank == 4
@@ -89,7 +89,7 @@ def test_an_export_is_cut_and_says_what_it_loses(save_adapter, tiny_llama, tmp_p
     assert 0.01 < (found - expected).abs().max() < (logits(tiny_llama) - expected).abs().max()
 
 
-def test_a_cut_that_loses_nothing_has_to_agree(save_adapter, tiny_llama, tmp_path):
+def test_a_lossless_truncation_must_agree(save_adapter, tiny_llama, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_llama, r=8)  # K = 44, and q_proj is (32, 32)
     done = export(str(tmp_path / "adapter"), tmp_path / "lora", max_rank=32)
     assert done.truncation.lossless
@@ -105,7 +105,7 @@ def test_a_cut_that_loses_nothing_has_to_agree(save_adapter, tiny_llama, tmp_pat
         ({"energy": 99.9}, "--energy=99.9 should be a share above 0"),
     ],
 )
-def test_a_rank_that_cannot_be_is_refused(options, words, adapter, tmp_path):
+def test_an_impossible_rank_is_rejected(options, words, adapter, tmp_path):
     with pytest.raises(UserError, match=words):
         export(str(adapter), tmp_path / "lora", **options)
     assert not (tmp_path / "lora").exists()

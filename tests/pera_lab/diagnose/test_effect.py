@@ -210,7 +210,7 @@ def test_the_effect_of_a_run_is_measured_on_held_out_examples_and_written(run, p
     assert kept["without"]["high_order"] != 0
     assert kept["at_rank_r"] != 0
     assert "cut to rank r" in pera("inspect", run.path, "--effect").out
-    assert "needs a run folder" in pera("inspect", run.adapter, "--effect").err
+    assert "needs a run folder" in pera("inspect", run.adapter.path, "--effect").err
 
 
 @pytest.mark.slow

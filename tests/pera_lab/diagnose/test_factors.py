@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import reference
 from pera.errors import UserError
 from pera.polynomial import num_coefficients
-from pera_lab.diagnose import diagnose_adapter, diagnose_layer
-from pera_lab.diagnose.factors import by_kind, kind
+from pera_lab.diagnose import by_kind, diagnose_adapter, diagnose_layer, place_layers
+from pera_lab.diagnose.factors import kind
 from reference import NORMALIZATIONS
 
 
@@ -98,7 +98,7 @@ def test_the_kind_is_the_last_part_of_the_name_that_is_not_a_number(name, expect
 def test_a_saved_adapter_is_diagnosed_without_its_base(finished_run, monkeypatch):
     monkeypatch.setattr("pera_lab.models.load_model", lambda *a, **k: pytest.fail("the base model was loaded"))
     found = diagnose_adapter(finished_run.adapter)
-    assert set(by_kind(found)) == {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert set(by_kind(place_layers(found))) == {"q_proj", "v_proj", "up_proj", "down_proj"}
     assert all(layer.high_order_ratio > 0.01 for layer in found.values())
     assert "model.layers.1.mlp.up_proj" in found
 
@@ -114,6 +114,23 @@ def test_inspect_shows_kinds_and_layers_and_json(pera, finished_run):
     assert "q_proj (2)" in shown
     assert "model.layers" not in shown
     assert "1.mlp.down_proj" in pera("inspect", finished_run.path, "--layers").out
-    content = json.loads(pera("inspect", finished_run.adapter, "--json").out)
+    content = json.loads(pera("inspect", finished_run.adapter.path, "--json").out)
     explicit = diagnose_adapter(finished_run.adapter)["model.layers.0.self_attn.q_proj"]
     assert content["layers"]["model.layers.0.self_attn.q_proj"]["high_order_ratio"] == explicit.high_order_ratio
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        (["model.layers.10.mlp.up_proj", "model.layers.2.mlp.up_proj"], [(2, "up_proj"), (10, "up_proj")]),
+        (["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.q"], [(0, "attn.c_proj"), (0, "mlp.c_proj"), (0, "q")]),
+        (["l.0.experts.0.w1", "l.0.experts.1.w1"], [(0, "experts.*.w1"), (0, "experts.*.w1")]),
+        (["l.0.experts.base_layer.0", "l.0.experts.base_layer.1"], [(0, "experts.*")] * 2),
+        (["score", "l.0.q"], [(0, "q"), (None, "score")]),
+        (["0"], [(0, "0")]),
+    ],
+)  # fmt: skip
+def test_block_and_kind_are_read_from_the_names(names, places):
+    assert [(layer.block, layer.kind) for layer in place_layers(dict.fromkeys(names))] == sorted(
+        places, key=lambda place: (place[0] is None, place[0] or 0, place[1])
+    )
