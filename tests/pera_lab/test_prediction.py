@@ -78,7 +78,7 @@ def test_a_classifier_gives_names_and_logits(glue_run, tmp_path):
 def test_the_command(pera, run, tmp_path):
     write(tmp_path / "in.jsonl", PROMPTS)
     done = pera("predict", run.path, "--input", "in.jsonl", "--output", "out.jsonl", "--base")
-    assert (done.code, done.out) == (0, "5 rows answered, in out.jsonl\n")
+    assert (done.code, done.out) == (0, "5 rows answered, written to out.jsonl\n")
 
 
 @pytest.mark.parametrize(
