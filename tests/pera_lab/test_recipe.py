@@ -164,7 +164,7 @@ def test_either_length_can_replace_the_other(file):
             "training={max_steps: 5, lr_scheduler: constant, warmup_ratio: 0.1}",
             "training: lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up",
         ),
-        ("training.lr_ratio=16", "training: lr_ratio=16 should give ratios by group, such as {'B': 16}."),
+        ("training.lr_ratio=16", "training: lr_ratio=16 should map groups to ratios, such as {'B': 16}."),
         ("training.lr_ratio.B=-1", "training: lr_ratio['B']=-1 should be a finite number of at least 0."),
         ("training.lr_ratio.b=16", "training: lr_ratio['b'] cannot be set; known: B, h, other."),
         ("training.weight_decay=-1", "training: weight_decay=-1 should be a finite number of at least 0."),

@@ -298,7 +298,7 @@ def test_without_the_option_a_merge_separates_them(tied, names, tmp_path):
     with pytest.warns(UserWarning, match="has been separated") as warned:
         model.merge_adapter()
     (sentence,) = separations(warned)
-    assert sentence.startswith(f"{', '.join(adapted_ones)}: the base weight was shared")
+    assert sentence.startswith(f"{', '.join(adapted_ones)}: the weight was shared")
     assert "ensure_weight_tying=True" in sentence
     assert not shared(model)
     assert relative_error(logits(model), expected) <= 1e-5
