@@ -14,9 +14,10 @@ from pera.errors import UserError
 from pera.tuner import PeraConfig
 from pera_lab.convert.verify import Agreement
 from pera_lab.diagnose import Effects, Layer, diagnose_adapter, place_layers
-from pera_lab.evaluation import Prediction, Score, read_predictions
+from pera_lab.evaluation import read_predictions
 from pera_lab.files import checked, read_as
 from pera_lab.runs import Run
+from pera_lab.scorers import Prediction, Score
 from pera_lab.training import TrainingSummary
 
 T = TypeVar("T")
@@ -132,8 +133,8 @@ class Contents:
             command = f"scores of the {what}"
             if isinstance(content, Missing):
                 scores[which] = self._missing(content.reason, command)
-            elif which == "base" and self.recipe.task_type != "CAUSAL_LM":
-                scores[which] = Missing("The base model has no trained head, so it has no score.")
+            elif which == "base" and (reason := self.recipe.task.base_refusal):
+                scores[which] = Missing(reason)
             elif which not in content:
                 scores[which] = self._missing(f"The {what} has not been scored.", command)
             else:

@@ -10,10 +10,10 @@ from scipy.stats import false_discovery_control
 from test_run import adapters, check, write  # noqa: F401
 
 from pera.errors import UserError
-from pera_lab.evaluation import Score
 from pera_lab.report.formatting import ABSENT
 from pera_lab.report.study import study_sections, write_study_report
 from pera_lab.runs import Run
+from pera_lab.scorers import Score
 from pera_lab.study import load_study
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.plan import known_trials
