@@ -5,7 +5,6 @@ and ``AutoPeftModel…`` know it.
 """
 
 from pera.errors import PeraError, UserError
-from pera.expansion import use_kernels
 from pera.linear import pera_linear
 from pera.lora import combine, to_lora
 from pera.optim import parameter_groups
@@ -22,7 +21,6 @@ __all__ = [
     "parameter_groups",
     "pera_linear",
     "to_lora",
-    "use_kernels",
 ]
 
 register()

@@ -27,8 +27,7 @@ All functions are pure. They compute in float32 or better, whatever the dtype of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ from pera.errors import UserError, nearest
 
 Terms = Literal["all", "square", "cross", "none"]
 Coefficients = Literal["learned", "fixed"]
-Normalization = Literal["none", "rms", "centred", "column"]
+Normalization = Literal["none", "rms", "centred"]
 
 EPSILON = 1e-12
 """Lower bound of ρ, so that an all-zero factor has a finite expansion and gradient."""
@@ -81,150 +80,132 @@ def fixed_coefficients(
     return h
 
 
-def rms(X: Tensor) -> Tensor:
-    """ρ(X) = sqrt(mean(X²) + ε²) over the entries of a factor ``(..., r, d)`` in columns that are not all zero,
-    ε = 1e-12; of each row, ``(..., r)``, by :func:`rms_of_rows`. A scalar ``(...,)``, float32 or better."""
-    return (_energies(X).mean(-1) / used_columns(X)).sqrt()
+class Normalizer(NamedTuple):
+    """The divisor ρ of the products of one factor. ``energy`` is N ρ², where N counts the entries ρ is taken over."""
+
+    rho: Tensor
+    energy: Tensor
 
 
-def rms_of_rows(X: Tensor) -> Tensor:
-    """ρ(x_i) = sqrt(mean(x_i²) + ε²) over the columns of ``X`` that are not all zero, ``(..., r)``."""
-    return (_energies(X) / used_columns(X).unsqueeze(-1)).sqrt()
-
-
-def _energies(X: Tensor) -> Tensor:
-    """d ρ(x_i)², with d the :func:`used_columns`, ``(..., r)``."""
-    return working(X).square().sum(-1) + used_columns(X).unsqueeze(-1) * EPSILON**2
-
-
-def used_columns(X: Tensor) -> Tensor:
-    """How many columns of ``(..., r, d)`` are not all zero, at least 1."""
-    return X.ne(0).any(-2).sum(-1).clamp(min=1)
-
-
-def divisors(X: Tensor, terms: Terms, normalization: Normalization) -> Tensor | None:
-    """What each product is divided by: ρ ``(1,)``, for "column" sqrt(ρ(x_i) ρ(x_j)) in the order of h,
-    ``(num_coefficients,)``, or None for "none". Leading dimensions are kept."""
-    if normalization == "none":
-        return None
-    if normalization != "column":
-        return rms(X).unsqueeze(-1)
-    rho = rms_of_rows(X)
-    products = [rho[..., left] * rho[..., right] for left, right in _blocks(X.shape[-2], terms)]
-    return torch.cat([rho[..., :0], *products], -1).sqrt()
-
-
-def through_divisors(
-    X: Tensor, shares: Tensor, pairs: Sequence[tuple[int, int]] | Tensor, normalization: Normalization
-) -> Tensor:
-    r"""How much of x_i its gradient loses by way of the :func:`divisors`.
-
-    With s_kl = ⟨G_kl, row kl of the expansion⟩ and d the :func:`used_columns` this is \frac{\sum_{kl} s_{kl}}{r d ρ^2},
-    for "column" \frac{\sum_j s_{ij}}{2 d ρ(x_i)^2} with a square counted twice.
+def normalizer(X: Tensor) -> Normalizer:
+    """Return ρ(X) = sqrt(mean(X²) + ε²) with ε = 1e-12, over the entries in columns that are not all zero.
 
     Args:
-        X: factor, ``(r, d)``.
-        shares: s, one for each product, ``(count,)``.
-        pairs: the indices of each product, ``(count, 2)``.
-        normalization: not "none".
+        X: factor, ``(..., r, d)``.
 
     Returns:
-        One number for all rows, or a column ``(r, 1)``.
+        ρ and N ρ², each of shape ``(...,)``, float32 or better.
     """
-    shares, energies = shares.to(X.dtype), _energies(X)
-    if normalization != "column":
-        return shares.sum() / energies.sum()
-    left, right = torch.as_tensor(pairs, device=X.device).unbind(1)
-    of_rows = X.new_zeros(len(X)).index_add(0, left, shares).index_add(0, right, shares)
-    return (of_rows / (2 * energies)).unsqueeze(1)
+    X = working(X)
+    used = X.abs().sum(-2).ne(0).sum(-1)  # sums, not any(): also right for a factor sharded over devices
+    count = used.clamp(min=1) * X.shape[-2]
+    energy = torch.add(X.square().sum((-2, -1)), count, alpha=EPSILON**2)
+    return Normalizer((energy / count).sqrt(), energy)
+
+
+def rms(X: Tensor) -> Tensor:
+    """Return ρ of :func:`normalizer`, ``(..., r, d)`` → ``(...,)``."""
+    return normalizer(X).rho
 
 
 def expand(
-    X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, whole: Tensor | None = None
+    X: Tensor,
+    h: Tensor | None,
+    terms: Terms,
+    normalization: Normalization,
+    *,
+    whole: Tensor | None = None,
+    rho: Tensor | None = None,
 ) -> Tensor:
     """Append the products of the rows of ``X`` to its rows.
 
+    The result has the rows x_i, then h_ij (x_i ⊙ x_j) / ρ in the order of h. "centred" subtracts the mean over the
+    row from x_i ⊙ x_i.
+
     Args:
-        X: factor with one row for each rank, ``(r, d)``: A itself, or B transposed.
-        h: coefficients, ``(num_coefficients(r, terms),)``; None leaves the products as they are.
+        X: factor with one row for each rank, ``(..., r, d)``: A, or B transposed.
+        h: coefficients, ``(..., num_coefficients(r, terms))``; None means 1 for every product.
         terms: which products to append.
-        normalization: each product is divided by its :func:`divisors`; "centred" also takes its mean over the row from
-            each square.
-        whole: the whole factor, when ``X`` is some of its columns: ρ and means are over all of them.
+        normalization: what the products are divided by.
+        whole: the whole factor, if ``X`` holds only some of its columns; ρ and the means are taken over it.
+        rho: ρ of the whole factor, if it is already known.
 
     Returns:
-        ``(K, d)``, float32 or better: the rows x_i, then h_ij (x_i ⊙ x_j) / ρ in the order of h.
+        ``(..., K, d)``, float32 or better.
 
     Raises:
-        UserError: unknown ``terms`` or ``normalization``, or h of another length than the terms need.
+        UserError: ``terms`` or ``normalization`` is unknown, or h has the wrong length.
     """
     X = working(X)
     check(X, h, terms, normalization)
-    blocks = _blocks(X.shape[-2], terms)
-    if not blocks:
+    r = X.shape[-2]
+    if not num_coefficients(r, terms):
         return X
-    whole = X if whole is None else working(whole)
-    products = [X[..., left, :] * X[..., right, :] for left, right in blocks]
+    X = X.contiguous()  # rows that lie apart are slow to gather
+    left, right, *_ = _indices(r, terms, X.device)
+    whole, divided = X if whole is None else working(whole), X
+    if normalization != "none":
+        divisor = (rms(whole) if rho is None else rho)[..., None, None]
+        divided = X / divisor
+    products = X.index_select(-2, left).mul_(divided.index_select(-2, right))
     if normalization == "centred" and squares_and_crosses(terms)[0]:
-        products[0] = products[0] - whole.square().mean(-1, keepdim=True)
-    factor = _factor(X, h, terms, normalization, whole)
-    appended = torch.cat(products, -2)
-    return torch.cat([X, appended if factor is None else appended * factor], -2)
+        means = whole.square().mean(-1, keepdim=True) / divisor
+        products = torch.cat([products[..., :r, :] - means, products[..., r:, :]], -2)
+    if h is not None:
+        products = products * working(h).unsqueeze(-1)
+    return torch.cat([X, products], -2)
 
 
-def expand_vjp(
-    grad: Tensor, X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization
-) -> tuple[Tensor, Tensor | None]:
-    r"""The vector–Jacobian product of :func:`expand`: fold a gradient of the expansion back.
+def expand_backward(
+    grad: Tensor,
+    X: Tensor,
+    terms: Terms,
+    normalization: Normalization,
+    *,
+    known: Normalizer | None = None,
+    inner: Tensor | None = None,
+) -> Tensor:
+    r"""Return the gradient of ``X``, given that of ``expand(X, None, terms, normalization)``.
 
-    With G_ij the gradient of row h_ij (x_i ⊙ x_j)/ρ and c_ij = ⟨G_ij, x_i ⊙ x_j⟩/ρ,
+    With G_i and G_ij the gradients of the rows x_i and (x_i ⊙ x_j)/ρ,
 
     .. math::
 
-        ∂h_{ij} = c_{ij}, \qquad
-        ∂x_i = G_i + \sum_j \frac{h_{ij}}{ρ} G_{ij} ⊙ x_j \;(\text{twice for } j = i)
-               - \frac{\sum_{kl} h_{kl} c_{kl}}{N ρ^2} x_i
+        ∂x_i = G_i + \sum_j \frac{G_{ij} ⊙ x_j}{ρ} \;(\text{twice for } j = i) - \frac{c}{N ρ^2} x_i, \qquad
+        c = \sum_{ij} \left\langle G_{ij}, \frac{x_i ⊙ x_j}{ρ} \right\rangle
 
-    where N is the number of entries that count in ρ; the last term is that of :func:`through_divisors`. For
-    "centred", G_ii is less its own mean over the row. Written in differentiable operations, so that it can be
-    differentiated again.
+    where the last term is the gradient through ρ. "centred" subtracts the mean over the row from G_ii. All operations
+    are differentiable.
 
     Args:
         grad: gradient of the expansion, ``(K, d)``.
-        X, h, terms, normalization: as given to :func:`expand`.
+        X: factor, ``(r, d)``.
+        terms, normalization: as for :func:`expand`.
+        known: the :func:`normalizer` of X, if it is already computed.
+        inner: c, if it is already computed.
 
     Returns:
-        Gradient of X, ``(r, d)``, and of h (``None`` when h is), both float32 or better.
+        ``(r, d)``, float32 or better.
     """
     X, grad = working(X), working(grad)
-    r = X.shape[0]
-    grad_X = grad[:r].clone()
-    if grad.shape[0] == r:
-        return grad_X, None if h is None else h.new_zeros(h.shape)
-    factor = _factor(X, h, terms, normalization)
-    inner = []  # ⟨G_ij, x_i ⊙ x_j⟩, block by block, in the order of h
-    start = r
-    for rows, others in _blocks(r, terms):
-        count = others.stop - others.start
-        G = grad[start : start + count]
-        if normalization == "centred" and rows == others:
-            G = G - G.mean(1, keepdim=True)
-        f = None if factor is None else factor[start - r : start - r + count]
-        start += count
-        left, right = X[rows], X[others]
-        toward_left = G * right
-        inner.append((toward_left * left).sum(1))
-        toward_right = G * left
-        if f is not None:
-            toward_left, toward_right = toward_left * f, toward_right * f
-        grad_X[rows] += toward_left.sum(0, keepdim=True) if rows.stop - rows.start == 1 else toward_left
-        grad_X[others] += toward_right
-    c = torch.cat(inner)
-    if (divisor := divisors(X, terms, normalization)) is not None:
-        c = c / divisor
-        shares = c if h is None else h * c
-        grad_X = grad_X - through_divisors(X, shares, coefficient_pairs(r, terms), normalization) * X
-    return grad_X, None if h is None else c
+    r = len(X)
+    if len(grad) == r:
+        return grad
+    products = grad[r:]
+    if normalization == "centred" and squares_and_crosses(terms)[0]:
+        squares = products[:r] - products[:r].mean(-1, keepdim=True)
+        products = torch.cat([squares, products[r:]])
+    left, right, partners, selection = _indices(r, terms, X.device)
+    divided = X
+    if normalization != "none":
+        rho, energy = normalizer(X) if known is None else known
+        divided = X / rho
+        if inner is None:
+            inner = (products * X.index_select(0, left) * divided.index_select(0, right)).sum()
+    toward = divided.index_select(0, partners)
+    toward.view(2, *products.shape).mul_(products)
+    grad_X = torch.addmm(grad[:r], selection.to(X.dtype), toward)
+    return grad_X if inner is None else grad_X - (inner / energy) * X
 
 
 def expand_A(A: Tensor, h: Tensor | None, terms: Terms = "all", normalization: Normalization = "none") -> Tensor:
@@ -289,20 +270,34 @@ def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalizatio
         raise UserError(f"h has shape {tuple(h.shape)}; r={r} and terms={terms!r} need ({needed},).")
 
 
-def _blocks(r: int, terms: Terms) -> list[tuple[slice, slice]]:
-    """Row slices (left, right) whose products, broadcast and in this order, are the terms in the order of h:
-    all squares at once, then for each i the crosses of row i with the rows behind it."""
-    squares, crosses = squares_and_crosses(terms)
-    return [(slice(0, r), slice(0, r))] * squares + [(slice(i, i + 1), slice(i + 1, r)) for i in range(r - 1)] * crosses
+class _Indices(NamedTuple):
+    """Which rows the products are made of, in the order of h, for :func:`expand` and :func:`expand_backward`."""
+
+    left: Tensor
+    right: Tensor
+    partners: Tensor
+    """``right``, then ``left``: what each row of a product is multiplied by."""
+    selection: Tensor
+    """0/1 matrix ``(r, 2 · count)`` that sums what belongs to each row."""
 
 
-def _factor(
-    X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, whole: Tensor | None = None
-) -> Tensor | None:
-    """What each product is multiplied by, h / ρ, as a column ``(num_coefficients, 1)``; None where that is 1."""
-    if h is None and normalization == "none":
-        return None
-    factor = X.new_ones(num_coefficients(X.shape[-2], terms)) if h is None else working(h)
-    if (divisor := divisors(X if whole is None else whole, terms, normalization)) is not None:
-        factor = factor / divisor
-    return factor.unsqueeze(-1)
+_known_indices: dict[tuple[int, Terms, torch.device], _Indices] = {}
+
+
+def _indices(r: int, terms: Terms, device: torch.device) -> _Indices:
+    key = (r, terms, device)
+    if torch.compiler.is_compiling():
+        return _make_indices(*key)
+    if key not in _known_indices:
+        with torch.inference_mode(False):
+            made = _Indices(*(torch.func.debug_unwrap(t) for t in _make_indices(*key)))
+        if any(type(t) is not Tensor for t in made):  # a fake tensor does not outlive its trace
+            return made
+        _known_indices[key] = made
+    return _known_indices[key]
+
+
+def _make_indices(r: int, terms: Terms, device: torch.device) -> _Indices:
+    left, right = torch.tensor(coefficient_pairs(r, terms), device=device).unbind(1)
+    selection = torch.nn.functional.one_hot(torch.cat([left, right]), r).T.to(torch.float32)
+    return _Indices(left, right, torch.cat([right, left]), selection)

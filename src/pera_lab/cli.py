@@ -431,7 +431,7 @@ def import_(
     form: Annotated[Literal["lora"], typer.Option("--from", help="What the adapter is.")],
     terms: Annotated[Literal["all", "square", "cross"], typer.Option(help="Products that take part.")] = "all",
     normalization: Annotated[
-        Literal["rms", "centred", "column", "none"], typer.Option(help="rms gives a product the scale of one factor.")
+        Literal["rms", "centred", "none"], typer.Option(help="rms gives a product the scale of one factor.")
     ] = "rms",
     trust_remote_code: Trust = False,
 ) -> None:

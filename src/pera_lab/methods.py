@@ -38,7 +38,7 @@ class Method(NamedTuple):
 
 def _pera(terms: str, normalization: str = "none", init_coefficients: float = 0.0, **fixed: Any) -> Method:
     method = {"terms": terms, "normalization": normalization, "init_coefficients": init_coefficients}
-    return Method(PeraConfig, _PERA, {"coefficients": "learned", "random_signs": False, **method, **fixed})
+    return Method(PeraConfig, _PERA, {"coefficients": "learned", **method, **fixed})
 
 
 _LORA = {"alpha": "lora_alpha", "dropout": "lora_dropout"}

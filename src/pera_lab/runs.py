@@ -33,7 +33,6 @@ T = TypeVar("T")
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
     *("reasoning-gym", "scipy", "scikit-learn", "datasets", "lm-eval", "matplotlib", "jinja2", "gguf", "xllamacpp"),
-    "triton",
 )
 """What :func:`environment` reports on: the core, then what is optional."""
 

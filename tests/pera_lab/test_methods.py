@@ -143,7 +143,6 @@ def test_an_unknown_option_is_refused_with_the_nearest_known(name, option, near)
     ("name", "option", "other"),
     [
         ("lora", "normalization", "pera"),
-        ("lora", "recompute", "pera"),
         ("hira", "alpha", "pera"),
         ("pera-rms", "terms", "pera"),
         ("rslora", "use_rslora", "pera"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, InitVar, dataclass, field, fields
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,14 @@ from pera.polynomial import Coefficients, Normalization, Terms
 
 LAYOUT_VERSION = 1
 """Version of the names, shapes and order of the saved parameters (docs/architecture.md)."""
+
+
+_RETIRED = {
+    "random_signs": "it changed only the start of training, so remove it from the configuration",
+    "recompute": "layers decide it themselves, so remove it from the configuration",
+    "normalization": "use 'rms' and train again, or merge this adapter with the version of pera that trained it",
+}
+"""What to do about a value that earlier versions could save."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -52,15 +60,10 @@ class PeraConfig(PeftConfig):
         coefficients: "learned" trains one coefficient h for each product; "fixed" keeps 1 for squares
             and 2 for crosses, so that ΔW = s (BA + (BA) ⊙ (BA)) for ``terms="all"`` without normalization.
         init_coefficients: the value learned coefficients start at. ΔW is zero at the start either way.
-        random_signs: whether each learned coefficient starts at plus or minus ``init_coefficients`` by chance, so that
-            the products do not all pull one way.
         normalization: "none" as published; the products are then orders of magnitude below the factors
             and hardly take part. "rms" divides a product by the root mean square of its factor, which
             wakes them; use it when the high-order terms are what you want to study or use. "centred" is "rms" with
             every square less its mean, so that squares have no constant part in common; without squares it is "rms".
-            "column" takes the root mean squares of the two columns in the place of the factor's.
-        recompute: whether linear layers compute the thin product x Âᵀ, tokens × K, again in backward instead of keeping
-            it. None does so where it is larger than the input of the layer; True saves memory for a little time.
         bias: which biases to train: "none", "all", or "pera_only" (those of adapted modules).
         modules_to_save: further modules to train in full and save, such as a classification head.
         trainable_token_indices: rows of the input embedding to train in full, as token ids, or by the name of an
@@ -103,17 +106,10 @@ class PeraConfig(PeftConfig):
     init_coefficients: float = _option(
         0.0, "Value that learned coefficients start at; the update starts at zero anyway."
     )
-    random_signs: bool = _option(
-        False,
-        "Learned coefficients start at plus or minus init_coefficients by chance, so they do not all pull one way.",
-    )
     normalization: Normalization = _option(
         "none",
         "'none' as published; 'rms' gives a product the scale of one factor and so wakes the high-order terms; "
-        "'centred' also takes the mean from each square; 'column' has a scale of its own for each column.",
-    )
-    recompute: bool | None = _option(
-        None, "Compute the tokens x K product again in backward. None does so where it is larger than the input."
+        "'centred' also subtracts the mean from each square.",
     )
     bias: Literal["none", "all", "pera_only"] = _option(
         "none", "Biases to train: 'none', 'all', 'pera_only'. With biases trained, disabling is not the base model."
@@ -140,8 +136,18 @@ class PeraConfig(PeftConfig):
     )
     pera_version: int = _option(LAYOUT_VERSION, "Version of the saved layout; filled in, not to be set.")
 
-    def __post_init__(self) -> None:
+    random_signs: InitVar[bool] = False  # this and the next are read from old adapters alone
+    recompute: InitVar[bool | None] = None
+
+    def __post_init__(self, random_signs: bool, recompute: bool | None) -> None:
         super().__post_init__()
+        for key, value, retired in (
+            ("random_signs", random_signs, random_signs is not False),
+            ("recompute", recompute, recompute is not None),
+            ("normalization", self.normalization, str(self.normalization) == "column"),
+        ):
+            if retired:
+                raise UserError(f"{key}={value!r} is no longer supported; {_RETIRED[key]}.")
         self.peft_type = PeftType("PERA")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
@@ -163,7 +169,6 @@ class PeraConfig(PeftConfig):
             "terms": "all",
             "coefficients": "learned",
             "init_coefficients": 0.0,
-            "random_signs": False,
             "normalization": "none",
         }
         for key in method.keys() & options.keys():
@@ -265,13 +270,9 @@ class PeraConfig(PeftConfig):
             )
         if not _is_initialisation(self.init_weights):
             raise UserError(f"init_weights={self.init_weights!r} should be True, False or 'gaussian'.")
-        for key in ("random_signs", "use_rslora", "ensure_weight_tying"):
+        for key in ("use_rslora", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{key}={getattr(self, key)!r} should be True or False.")
-        if self.random_signs and not self.init_coefficients:
-            raise UserError("random_signs=True has no effect with init_coefficients=0; set a value, such as 0.3.")
-        if self.recompute not in (None, True, False):
-            raise UserError(f"recompute={self.recompute!r} should be True, False or None.")
         if isinstance(self.target_modules, str):
             for key in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, key) is not None:

@@ -18,8 +18,8 @@ _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, EOFError,
 
 
 def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", **kwargs: Any) -> None:
-    """Replace the weights and the scale of a loaded PERA adapter by those of a saved one, in place. Its dropout and
-    ``recompute`` stay.
+    """Replace the weights and the scale of a loaded PERA adapter by those of a saved one, in place. Its dropout
+    stays.
 
     No module and no parameter is replaced, so that a compiled model stays compiled and an optimizer keeps its
     parameters. Everything is checked first: on an error nothing has changed.
@@ -64,7 +64,7 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     layers = adapted_layers(model.get_base_model(), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise UserError(f"adapter {adapter_name!r} is merged; call unmerge_adapter first.")
-    for key in ("inference_mode", "pera_dropout", "recompute"):
+    for key in ("inference_mode", "pera_dropout"):
         setattr(config, key, getattr(before, key))
     with torch.no_grad():
         set_peft_model_state_dict(model, {key: weights[key] for key in current}, adapter_name=adapter_name)

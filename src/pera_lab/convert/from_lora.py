@@ -47,7 +47,7 @@ def import_lora(
         source: what :func:`pera_lab.runs.locate` takes, with a LoRA adapter.
         output: folder to write: PEFT's format, ``verification.json``.
         terms: products that take part from now on, "all", "square" or "cross".
-        normalization: of the products: "rms", "centred", "column" or "none".
+        normalization: of the products: "rms", "centred" or "none".
         dtype: what the check is computed in, a key of :data:`pera_lab.models.DTYPES`.
         trust_remote_code: run code that comes with the base, also where no recipe says so.
 
