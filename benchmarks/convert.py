@@ -29,16 +29,17 @@ import gguf
 import numpy as np
 import torch
 
-from pera.lora import fold
+from pera.lora import fold, truncate_factors
 from pera.polynomial import lora_factors, num_coefficients
 from pera_lab.convert.export import export
 from pera_lab.convert.gguf import ADAPTER
 from pera_lab.convert.llamacpp import complete, log_probabilities, serving
-from pera_lab.convert.truncate import truncate_factors
 from pera_lab.convert.verify import compare, logits
+from pera_lab.embedded import resolve_gguf
+from pera_lab.environment import environment
 from pera_lab.evaluation import wilson_interval
-from pera_lab.models import resolve_gguf
-from pera_lab.runs import Run, environment, open_model
+from pera_lab.opening import locate_run, open_model
+from pera_lab.runs import Run
 from pera_lab.tasks.prompts import encode_prompt
 
 
@@ -81,7 +82,7 @@ def folding(run: Run) -> dict[str, Any]:
     """The trained adapter as a LoRA of rank K: folded, beside PEFT's ``convert_to_lora`` at the same rank."""
     from peft import convert_to_lora
 
-    model, _ = open_model(run.location, "float32")
+    model, _ = open_model(locate_run(run), "float32")
     ours, (config, state) = timed(lambda: fold(model), 5)
     theirs, (_, converted) = timed(lambda: convert_to_lora(copy.deepcopy(model), rank=config.r, progressbar=False))
     return {
@@ -123,7 +124,7 @@ assert "pera" not in sys.modules
 def in_plain_peft(run: Run, problems: int, folder: Path) -> dict[str, Any]:
     """The logits of the exported LoRA in a process that never imports pera, beside those of the adapter."""
     export(str(run.path), folder / "lora", to="lora")
-    model, tokenizer = open_model(run.location, "float32")
+    model, tokenizer = open_model(locate_run(run), "float32")
     prompts = [example.prompt for example in run.recipe.build_task().test[:problems]]
     (folder / "prompts.json").write_text(json.dumps([encode_prompt(tokenizer, prompt) for prompt in prompts]))
     base = json.loads((folder / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -142,7 +143,7 @@ def in_llama_cpp(run: Run, problems: int, folder: Path) -> dict[str, Any]:
     full = in_float32(shipped, folder / "f32.gguf")
     export(str(run.path), folder / "gguf", to="gguf")
     adapter = folder / "gguf" / ADAPTER
-    model, tokenizer = open_model(run.location, "float32")
+    model, tokenizer = open_model(locate_run(run), "float32")
     examples = task.test[:problems]
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
 

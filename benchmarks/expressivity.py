@@ -1,10 +1,10 @@
-"""How well a matrix can be fitted by ΔW = B̂ Â at equal r: LoRA against PERA, and the best there is at rank r and K.
+"""Fit given matrices with ΔW = B̂ Â at equal r: LoRA, PERA, and the optimum at rank r and at rank K.
 
     python benchmarks/expressivity.py --output docs/results/expressivity.md
 
-Every matrix is fitted by Adam with a cosine schedule, from LoRA's initialisation, at several learning rates; the best
-is shown. The error is ‖M − ΔW‖² / ‖M‖². By Eckart and Young no matrix of rank k has a smaller error than the truncated
-SVD.
+Adam with a cosine schedule fits each matrix from LoRA's initialization, at several learning rates. The table shows the
+best rate. The error is ‖M − ΔW‖² / ‖M‖². The truncated SVD has the smallest error of all matrices of its rank (Eckart
+and Young).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pera.polynomial import delta_weight, expanded_rank, num_coefficients
 
 RATES = (3e-3, 1e-2, 3e-2)
 DIFFERENCE = (
-    "SmolLM2: what full fine-tuning (40 steps of 8 examples of family_relationships, AdamW at 2e-5) added to a weight "
-    "of block 15."
+    "The SmolLM2 matrices are weight differences: a weight of block 15 after full fine-tuning (40 steps of 8 examples "
+    "of family_relationships, AdamW at 2e-5) minus the same weight before."
 )
 METHODS = {  # terms, normalization, initial h
     "LoRA": ("none", "none", 0.0),
@@ -37,7 +37,7 @@ METHODS = {  # terms, normalization, initial h
 
 
 def targets(size: int, weight_difference: Path | None) -> dict[str, Tensor]:
-    """The matrices, each scaled to a mean square of 1."""
+    """Return the matrices to fit by name, each scaled to a mean square of 1."""
     generator = torch.Generator().manual_seed(0)
 
     def gauss(*shape: int) -> Tensor:
@@ -57,13 +57,22 @@ def targets(size: int, weight_difference: Path | None) -> dict[str, Tensor]:
 
 
 def eckart_young(M: Tensor, rank: int) -> float:
-    """Relative squared error of the best approximation of a rank."""
+    """Return the relative squared error of the best approximation of M with the given rank."""
     energy = torch.linalg.svdvals(M.double()).square()
     return float(energy[rank:].sum() / energy.sum())
 
 
 def fit(M: Tensor, r: int, method: str, rate: float, steps: int, seed: int) -> float:
-    """Relative squared error after ``steps`` of Adam; infinite where it diverges."""
+    """Fit M with Adam and return the relative squared error, or infinity if the fit diverges.
+
+    Args:
+        M: the matrix to fit, (rows, columns).
+        r: rank of the factors.
+        method: a key of ``METHODS``.
+        rate: peak learning rate.
+        steps: number of optimizer steps.
+        seed: seed of the initial factor A.
+    """
     terms, normalization, initial = METHODS[method]
     torch.manual_seed(seed)
     rows, columns = M.shape
@@ -90,7 +99,7 @@ def _delta(parameters: list[Tensor], terms: str, normalization: str) -> Tensor:
 
 
 def weight_difference(steps: int, rows: int) -> dict[str, Tensor]:
-    """What full fine-tuning on the task of quickstart, ``steps`` of 8 examples, adds to weights of SmolLM2-135M."""
+    """Fine-tune SmolLM2-135M on the quickstart task, ``steps`` of 8 examples, and return the change of two weights."""
     from pera_lab.models import load_model, load_tokenizer
     from pera_lab.recipe import load_recipe
     from pera_lab.tasks.prompts import AnswerCollator, encode_task
@@ -117,7 +126,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--difference", type=Path, help="weight differences, made there if the file does not exist")
+    parser.add_argument("--difference", type=Path, help="file of weight differences; created if it does not exist")
     parser.add_argument("--output", type=Path, default=Path("docs/results/expressivity.md"))
     options = parser.parse_args()
     git = ["git", "rev-parse", "--short", "HEAD"]
@@ -148,8 +157,8 @@ def main() -> None:
         "",
         " ".join((__doc__ or "").split("\n\n")[2].split()),
         *([DIFFERENCE] if options.difference else []),
-        f"Rates {', '.join(f'{rate:g}' for rate in RATES)}, n = {options.seeds} seeds, {options.steps} steps. The two "
-        "last columns are no fits: no update of that rank can do better.",
+        f"Rates {', '.join(f'{rate:g}' for rate in RATES)}, n = {options.seeds} seeds, {options.steps} steps. The "
+        "last two columns are the optimum for that rank, from the SVD.",
         "",
         "| " + " | ".join(head) + " |",
         "| --- |" + " ---: |" * (len(head) - 1),

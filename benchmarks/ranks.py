@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pera import to_lora
+from pera.lora import truncate_factors
 from pera.tuner import PeraModel
-from pera_lab.convert.truncate import truncate_factors
 from pera_lab.diagnose.effect import held_out, mean_loss
 from pera_lab.runs import Run
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -160,6 +161,24 @@ def save_adapter():
         return adapted.eval()
 
     return save
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Folder with a base model, adapters and runs that pera 0.1.0 saved at commit f969fb9, as tiny as they can be.
+
+    It holds ``base``, ``encoder``, ``adapters/*``, ``runs/*`` and ``logits.safetensors``, which has the token ids and
+    the logits that each adapter gave. Text files name this folder as SAVED. Copy what a test changes.
+    """
+    folder = tmp_path_factory.mktemp("saved")
+    with tarfile.open(Path(__file__).parent / "saved_0.1.0.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    for pattern in ("*.json", "*.yaml", "*.md"):
+        for file in folder.rglob(pattern):
+            text = file.read_text()
+            if "SAVED" in text:
+                file.write_text(text.replace("SAVED", str(folder / "saved")))
+    return folder / "saved"
 
 
 @pytest.fixture

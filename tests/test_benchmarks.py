@@ -9,7 +9,7 @@ from peft import DeloraConfig, HiraConfig, LoraConfig, get_peft_model
 
 import tiny
 from pera import to_lora
-from pera_lab.methods import fit_to, peft_config
+from pera_lab.methods import peft_config, resolve_targets
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def ranks():
     [
         (HiraConfig(target_modules=["q_proj"]), "this adapter has none"),
         (DeloraConfig(target_modules=["q_proj"]), "this adapter has none"),
-        (fit_to(tiny.llama(), peft_config("full")), "this adapter has none"),
+        (resolve_targets(tiny.llama(), peft_config("full")), "this adapter has none"),
         (LoraConfig(target_modules=["q_proj", "embed_tokens"]), "embed_tokens is none"),
         (LoraConfig(target_modules=["q_proj"], use_dora=True), "q_proj is none"),
     ],

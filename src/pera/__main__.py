@@ -1,4 +1,4 @@
-"""``python -m pera`` runs the ``pera`` command that is installed with this package."""
+"""``python -m pera`` runs the installed ``pera`` command, so that this package need not import ``pera_lab``."""
 
 from importlib.metadata import entry_points
 

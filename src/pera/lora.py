@@ -1,25 +1,37 @@
-"""PERA adapters of a model in memory as the LoRA they equal; needs torch and PEFT alone."""
+"""Conversions between PERA and LoRA adapters of a model in memory.
+
+A PERA adapter of rank r is exactly a LoRA of the expanded rank K. A LoRA is exactly a PERA adapter with h = 0. The
+functions of this module need torch and PEFT only; ``pera export`` and ``pera import`` work on files.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pera.errors import UserError, nearest
-from pera.polynomial import lora_factors
+from pera.polynomial import Normalization, Terms, lora_factors, num_coefficients
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, PeraModel, adapted_layers
+from pera.tuner.layers import layer_class
+from pera.tuner.tying import without
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations of LoRA that also change the weights of the base model."""
 
 
 class Folded(NamedTuple):
-    """A layer and the LoRA on it: A ``(K, columns)`` and B ``(rows, K)`` in float64, each with a leading dimension
-    for fused experts."""
+    """A layer and the factors of the equal LoRA: A ``(K, in)`` and B ``(out, K)`` in float64. Fused experts add a
+    leading dimension."""
 
     layer: PeraLayer
     A: Tensor
@@ -27,49 +39,64 @@ class Folded(NamedTuple):
 
 
 def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftModel:
-    """The model with each PERA adapter replaced by the LoRA of rank K that it equals.
+    """Return the model with each PERA adapter replaced by the equal LoRA.
 
-    Exact: h, normalization and scale are folded into the factors, in float64, and r = lora_alpha = K. The base model
-    goes over to the result, as with ``unload``: use only what is returned. Saving it gives an adapter that loads
-    without pera.
+    The conversion is exact: h, normalization and scale go into the factors, in float64. The LoRA has rank K and
+    lora_alpha = K, and loads without pera when saved. With r = 8 and all terms, K = 44::
+
+        model                               # PERA: pera_A (8, in), pera_B (out, 8), pera_h (36,)
+        lora = to_lora(model)               # LoRA: lora_A (44, in), lora_B (out, 44)
+        lora.save_pretrained("adapter")     # plain PEFT loads it
+        lora.merge_and_unload()             # or merge it
+
+        to_lora(model, ["a", "b"])          # converts these adapters and drops the others
+
+    Like ``unload``, this takes the base model out of ``model``. Use only the returned object.
 
     Args:
-        model: a model with PERA adapters, none of them merged.
-        adapter_names: the adapters to convert; None means all. The others are gone from the result.
+        model: model with PERA adapters, none of them merged.
+        adapter_names: adapters to convert. None converts all. Other adapters are not in the result.
 
     Returns:
-        The LoRA model, with the same adapter active if it was converted.
+        The LoRA model. The active adapters stay active if they were converted; otherwise the first is active.
 
     Raises:
-        UserError: it is no PERA model, an adapter is unknown or merged, or LoRA lacks a kind of layer.
+        UserError: ``model`` has no PERA adapters, an adapter is unknown or merged, or LoRA cannot express a layer.
+            ``model`` is then unchanged.
     """
-    _check(model, adapter_names)
-    names = list(model.peft_config) if adapter_names is None else adapter_names
-    if not names:
-        raise UserError("adapter_names=[] names no adapter; leave it out for all.")
-    return _replaced(model, {name: fold(model, name) for name in names})
+    names = _adapters(model, adapter_names, PeraModel)
+    return _replace_adapters(model, {name: fold(model, name) for name in names})
 
 
 def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "combined") -> PeftModel:
-    """The model with its PERA adapters replaced by one LoRA, their weighted sum: Σ w ΔW.
+    """Return the model with its PERA adapters replaced by one LoRA, their weighted sum Σ w ΔW.
 
-    Exact: the folded factors of all adapters, put side by side, so that the rank is the sum of theirs. The base model
-    goes over to the result, as with ``unload``: use only what is returned.
+    The sum is exact. Its factors are the factors of all adapters side by side, so the ranks add up::
+
+        model                                        # adapters a, b and c, each of r = 8
+        combine(model, {"a": 0.7, "b": 0.3})         # lora_A (88, in), lora_B (out, 88)
+        combine(model, {"a": 1, "b": -1})            # the difference of two adapters
+        combine(model, {"a": 0.5})                   # one adapter at half strength, of rank 44
+
+    Like ``unload``, this takes the base model out of ``model``. Use only the returned object.
 
     Args:
-        model: a model with PERA adapters, none of them merged.
-        weights: a finite weight for each adapter to take part.
+        model: model with PERA adapters, none of them merged.
+        weights: a finite weight for each adapter that takes part.
         adapter_name: name of the LoRA.
 
+    Returns:
+        The LoRA model, with one adapter.
+
     Raises:
-        UserError: as :func:`to_lora`; a weight is no finite number; an adapter trains more than its factors
-            (``modules_to_save``, ``bias``, ``trainable_token_indices``), which has no weighted sum.
+        UserError: as for :func:`to_lora`; also if a weight is not a finite number, or an adapter trains more than its
+            factors (``modules_to_save``, ``bias``, ``trainable_token_indices``), which cannot be added.
     """
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"weights={weights!r} names no adapter; give one or more as {{name: weight}}.")
-    _check(model, list(weights))
+    _adapters(model, list(weights), PeraModel)
     if "." in adapter_name:
-        raise UserError(f"adapter_name={adapter_name!r} is the name of a module in the result; leave out the dot.")
+        raise UserError(f"adapter_name={adapter_name!r} becomes the name of a module; leave out the dot.")
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise UserError(f"weights[{name!r}]={weight!r} should be a finite number.")
@@ -87,40 +114,88 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
         **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
     }
     config = lora_config(configs[0], _rank(folded), **targets)
-    return _replaced(model, {adapter_name: (config, _state(folded))})
+    return _replace_adapters(model, {adapter_name: (config, _lora_state(folded))})
+
+
+def from_lora(
+    model: PeftModel,
+    adapter_names: list[str] | None = None,
+    *,
+    terms: Terms = "all",
+    normalization: Normalization = "rms",
+) -> PeftModel:
+    """Return the model with each LoRA adapter replaced by an equal PERA adapter, to train it further.
+
+    A, B and the scale stay as they are and h is zero, so the outputs do not change. Training then moves h away from
+    zero. With r = 8::
+
+        model                                # LoRA: lora_A (8, in), lora_B (out, 8)
+        pera = from_lora(model)              # PERA: pera_A (8, in), pera_B (out, 8), pera_h (36,)
+        from_lora(model, terms="square")     # pera_h (8,)
+        from_lora(model, ["a"])              # converts this adapter and drops the others
+
+    Like ``unload``, this takes the base model out of ``model``. Use only the returned object.
+
+    Args:
+        model: model with LoRA adapters, none of them merged.
+        adapter_names: adapters to convert. None converts all. Other adapters are not in the result.
+        terms: products of the new adapter: "all", "square" or "cross".
+        normalization: scale of the products. With "rms", h has gradients of about the size of the other parameters'.
+            With "none", products are tiny and h has almost no effect.
+
+    Returns:
+        The PERA model, trainable. The active adapters stay active if they were converted; otherwise the first is
+        active.
+
+    Raises:
+        UserError: ``model`` has no LoRA adapters, an adapter is unknown or merged, it uses something that PERA does not
+            have (DoRA, PiSSA, fused experts, …), or ``terms`` leave no product. ``model`` is then unchanged.
+    """
+    if terms == "none":
+        raise UserError("terms='none' leaves no products to train; use 'all', 'square' or 'cross'.")
+    names = _adapters(model, adapter_names, LoraModel)
+    return _replace_adapters(model, {name: _as_pera(model, name, terms, normalization) for name in names})
 
 
 def fold(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
     """Configuration and weights, as PEFT saves them, of the LoRA that equals a PERA adapter.
 
     Args:
-        model: a model with the adapter.
+        model: model with the adapter.
         adapter_name: name of the adapter.
 
     Returns:
-        The configuration, with r = lora_alpha = K, the largest expanded rank of all layers, and float32 weights:
-        ``<layer>.lora_A.weight`` ``(K, in)``, ``<layer>.lora_B.weight`` ``(out, K)`` or what LoRA calls and shapes them
-        for other kinds of layer, and whatever else the adapter trains, as it is.
+        The configuration, with r = lora_alpha = K, the largest expanded rank of all layers. The weights in float32:
+        ``<layer>.lora_A.weight`` ``(K, in)`` and ``<layer>.lora_B.weight`` ``(out, K)``, or the names and shapes that
+        LoRA has for other kinds of layers, and everything else that the adapter trains.
 
     Raises:
-        UserError: LoRA computes something else for a layer of this kind.
+        UserError: LoRA cannot express a layer of this kind.
     """
-    folded = folded_layers(model, {adapter_name: 1.0})
-    return lora_of(model, folded, adapter_name)
+    return lora_of(model, folded_layers(model, {adapter_name: 1.0}), adapter_name)
 
 
 def lora_of(model: PeftModel, folded: dict[str, Folded], adapter_name: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """:func:`fold` with the layers as they are given, such as truncated ones."""
+    """As :func:`fold`, from folded layers that the caller may have changed, such as by truncation.
+
+    Args:
+        model: model with the adapter.
+        folded: what :func:`folded_layers` returned.
+        adapter_name: name of the adapter.
+    """
     config: Any = model.peft_config[adapter_name]
-    saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    others = {key: weight.clone() for key, weight in saved.items() if ".pera_" not in key}  # tied ones share memory
-    return lora_config(config, _rank(folded)), _state(folded) | others
+    return lora_config(config, _rank(folded)), _lora_state(folded) | _other_state(model, adapter_name)
 
 
 def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
-    """The configuration of the LoRA of rank K that equals a PERA adapter: same modules, r = lora_alpha = K.
+    """Configuration of the equal LoRA: the same modules, r = lora_alpha = ``rank``.
 
-    Tied layers have weights of their own in it: LoRA's tie is not kept by a merge, nor read by servers.
+    Tied layers get weights of their own: a merge would not keep LoRA's tie, and servers do not read it.
+
+    Args:
+        config: configuration of the PERA adapter.
+        rank: rank K of the LoRA.
+        changed: options of LoRA that replace what ``config`` gives.
     """
     carried: dict[str, Any] = {
         key: getattr(config, key)
@@ -146,35 +221,18 @@ def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, bias=bias, **{**carried, **changed})
 
 
-def _check(model: PeftModel, adapter_names: list[str] | None) -> None:
-    if not isinstance(getattr(model, "base_model", None), PeraModel):
-        raise UserError(f"model is a {type(model).__name__}; give a PeftModel with PERA adapters.")
-    if isinstance(adapter_names, str):
-        raise UserError(f"adapter_names={adapter_names!r} should be a list of names.")
-    for name in adapter_names or ():
-        if name not in model.peft_config:
-            raise UserError(f"adapter {name!r} is not in the model; {nearest(name, model.peft_config)}")
-    for name in model.peft_config:
-        layers = adapted_layers(model, name).values()
-        if not layers:
-            raise UserError(
-                f"adapter {name!r} is in no layer of the model; use what unload, to_lora or combine returned."
-            )
-        if any(name in layer.merged_adapters for layer in layers):
-            raise UserError(f"adapter {name!r} is merged; call unmerge_adapter first.")
-
-
 def folded_layers(model: PeftModel, weights: dict[str, float]) -> dict[str, Folded]:
-    """The layers of a weighted sum of adapters, by their name in the base model, each as the LoRA it equals, on the
-    CPU, since not every accelerator has float64.
+    """Each layer of a weighted sum of adapters as a LoRA, by the layer's name in the base model.
+
+    The factors are on the CPU, because not every accelerator has float64.
 
     Raises:
-        UserError: LoRA computes something else for a layer of this kind.
+        UserError: LoRA cannot express a layer of this kind.
     """
     sums: dict[str, Folded] = {}
     for adapter, weight in weights.items():
         for name, layer in adapted_layers(model.get_base_model(), adapter).items():
-            layer.check_lora(name)
+            layer.check_lora(layer.get_base_layer(), name)
             A, B, h = (factor.detach().cpu().double() for factor in layer.factors(adapter))
             A, B = lora_factors(A, B, h, *layer.expansion[adapter], weight * layer.scaling[adapter])
             if name in sums:
@@ -183,12 +241,73 @@ def folded_layers(model: PeftModel, weights: dict[str, float]) -> dict[str, Fold
     return sums
 
 
+def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular value decomposition of B A, computed from the factors in O((m + n) K² + K³).
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A, only the K × K matrix R_B R_Aᵀ is decomposed. Its singular vectors are
+    multiplied by Q_B and Q_A.
+
+    Args:
+        A: ``(..., K, n)``.
+        B: ``(..., m, K)``.
+
+    Returns:
+        U ``(..., m, k)``, singular values ``(..., k)`` in descending order, and Vᵀ ``(..., k, n)``, with
+        k = min(K, m, n).
+    """
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.mT
+
+
+def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors √S Vᵀ ``(..., rank, n)`` and U √S ``(..., m, rank)`` of the leading ``rank`` singular directions."""
+    root = S[..., :rank].sqrt()
+    return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
+
+
+def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of the best approximation of B A of a given rank (Eckart and Young).
+
+    Args:
+        A: ``(..., K, n)``.
+        B: ``(..., m, K)``.
+        rank: the new rank. Above k = min(K, m, n) the factors have rank k and their product equals B A.
+
+    Returns:
+        A′ ``(..., rank, n)`` and B′ ``(..., m, rank)``.
+    """
+    return balanced_factors(*factored_svd(A, B), rank)
+
+
+def _adapters(model: PeftModel, adapter_names: list[str] | None, tuner: type[BaseTuner]) -> list[str]:
+    """The names of the adapters to convert, after checks that need no conversion."""
+    method = "LoRA" if tuner is LoraModel else "PERA"
+    if not isinstance(getattr(model, "base_model", None), tuner):
+        raise UserError(f"model is a {type(model).__name__}; give a PeftModel with {method} adapters.")
+    if isinstance(adapter_names, str):
+        raise UserError(f"adapter_names={adapter_names!r} should be a list of names.")
+    if adapter_names == []:
+        raise UserError("adapter_names=[] names no adapter; leave it out to convert all.")
+    for name in adapter_names or ():
+        if name not in model.peft_config:
+            raise UserError(f"adapter {name!r} is not in the model; {nearest(name, model.peft_config)}")
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, tuner.tuner_layer_cls)]
+    for name in model.peft_config:
+        if not any(name in layer._get_available_adapters() for layer in layers):
+            raise UserError(f"adapter {name!r} is in no layer of the model; use the model that was returned from it.")
+        if any(name in layer.merged_adapters for layer in layers):
+            raise UserError(f"adapter {name!r} is merged; call unmerge_adapter first.")
+    return list(model.peft_config) if adapter_names is None else adapter_names
+
+
 def _rank(folded: dict[str, Folded]) -> int:
     return max(A.shape[-2] for _, A, _ in folded.values())
 
 
-def _state(folded: dict[str, Folded]) -> dict[str, Tensor]:
-    """The weights as PEFT saves them, those of smaller rank padded with zeros."""
+def _lora_state(folded: dict[str, Folded]) -> dict[str, Tensor]:
+    """The weights as PEFT saves them. Layers of smaller rank are padded with zeros."""
     state = {}
     for name, (layer, A, B) in folded.items():
         missing = _rank(folded) - A.shape[-2]
@@ -197,25 +316,70 @@ def _state(folded: dict[str, Folded]) -> dict[str, Tensor]:
     return state
 
 
-def _factor_names(state: dict[str, Tensor]) -> set[str]:
-    return {key for key in state if ".lora_" in key}
+def _other_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """What an adapter trains besides its factors, as PEFT saves it. Tied modules share memory, so it is copied."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {key: weight.clone() for key, weight in state.items() if not _is_factor(key)}
 
 
-def _replaced(model: PeftModel, adapters: dict[str, tuple[LoraConfig, dict[str, Tensor]]]) -> PeftModel:
+def _is_factor(key: str) -> bool:
+    return ".lora_" in key or ".pera_" in key
+
+
+def _as_pera(
+    model: PeftModel, adapter_name: str, terms: Terms, normalization: Normalization
+) -> tuple[PeraConfig, dict[str, Tensor]]:
+    """Configuration and weights of the PERA adapter with h = 0 that equals a LoRA."""
+    lora: Any = copy.copy(model.peft_config[adapter_name])
+    if str(lora.init_lora_weights).startswith(_CHANGES_BASE):
+        raise UserError(
+            f"init_lora_weights={lora.init_lora_weights!r} of adapter {adapter_name!r} also changed the base "
+            "model; merge the adapter instead."
+        )
+    if lora.target_parameters:
+        raise UserError(f"target_parameters={lora.target_parameters!r} cannot be converted; merge the adapter instead.")
+    lora.init_lora_weights, lora.inference_mode = True, False  # trained weights replace the initial ones
+    config = PeraConfig.from_lora(lora, terms=terms, normalization=normalization)
+    quantization = get_quantization_kwargs(model.base_model)
+    state = _other_state(model, adapter_name)
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer) or adapter_name not in layer._get_available_adapters():
+            continue
+        base_layer = layer.get_base_layer()
+        cls = layer_class(base_layer, name, quantization)
+        cls.check_config(config)
+        cls.check_lora(base_layer, name)
+        if not without([name], set(getattr(lora, "target_modules_to_tie", None) or ())):
+            continue  # PERA keeps one set of factors for tied layers
+        if adapter_name in layer.lora_embedding_A:
+            A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+        else:
+            A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        h = A.new_zeros(num_coefficients(len(A), terms))
+        for key, weight in (("pera_A", A.flatten(1)), ("pera_B", B.flatten(1)), ("pera_h", h)):
+            state[f"base_model.model.{name}.{key}"] = weight.detach().clone()
+    return config, state
+
+
+def _replace_adapters(model: PeftModel, adapters: dict[str, tuple[Any, dict[str, Tensor]]]) -> PeftModel:
+    """The base model of ``model`` with ``adapters``, each a configuration and weights, instead of its own."""
     first, *others = adapters
     active = [name for name in model.active_adapters if name in adapters] or [first]
     training = model.training
+    names = {name: config.base_model_name_or_path for name, (config, _) in adapters.items()}
+    adapters[first][0].base_model_name_or_path = None  # otherwise get_peft_model warns that it changes
     for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):  # else unloading would leave its module in the base model
+        if isinstance(module, AuxiliaryTrainingWrapper):  # otherwise unload leaves its module in the base model
             module.set_adapter([])
-    lora: Any = get_peft_model(model.unload(), adapters[first][0], adapter_name=first)
+    result: Any = get_peft_model(model.unload(), adapters[first][0], adapter_name=first)
     for name in others:
-        lora.add_adapter(name, adapters[name][0])
+        result.add_adapter(name, adapters[name][0])
     for name, (_, state) in adapters.items():
-        set_peft_model_state_dict(lora, state, adapter_name=name)
-        made = get_peft_model_state_dict(lora, adapter_name=name, save_embedding_layers=False)
-        assert _factor_names(made) == _factor_names(state), "PEFT adapts other layers than the factors are for"
-    lora.base_model.set_adapter(active)
-    lora.active_adapter = active[0]
-    lora.train(training)
-    return lora  # type: ignore[no-any-return]
+        set_peft_model_state_dict(result, state, adapter_name=name)
+        result.peft_config[name].base_model_name_or_path = names[name]
+        made = get_peft_model_state_dict(result, adapter_name=name, save_embedding_layers=False)
+        assert set(filter(_is_factor, made)) == set(filter(_is_factor, state)), "PEFT adapted other layers"
+    result.base_model.set_adapter(active)
+    result.active_adapter = active[0]
+    result.train(training)
+    return result  # type: ignore[no-any-return]

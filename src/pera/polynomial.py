@@ -1,8 +1,7 @@
 r"""The algebra of PERA: polynomial expansion of low-rank factors (arXiv 2604.11841).
 
-A low-rank update of a frozen weight W₀ ∈ ℝ^{m×n} has the factors B ∈ ℝ^{m×r} (columns b_i) and
-A ∈ ℝ^{r×n} (rows a_i). PERA multiplies the columns of B with one another, and the rows of A, and
-uses the products as further columns and rows:
+A low-rank update of a frozen weight W₀ ∈ ℝ^{m×n} has the factors B ∈ ℝ^{m×r} with columns b_i and A ∈ ℝ^{r×n} with
+rows a_i. PERA appends the element-wise products of the columns of B to B, and those of the rows of A to A:
 
 .. math::
 
@@ -10,19 +9,22 @@ uses the products as further columns and rows:
     \hat A = [\, a_i ; h_{ii}(a_i ⊙ a_i)/ρ_A ; h_{ij}(a_i ⊙ a_j)/ρ_A \,] ∈ ℝ^{K×n}, \qquad
     ΔW = s \, \hat B \hat A
 
-with i < j in lexicographic order, one coefficient h for every product, and a scale s. It is a LoRA
-of rank K whose factors are polynomials of B and A.
+for i < j in lexicographic order. Each product has one coefficient h. ΔW is a LoRA update of rank K whose factors are
+polynomials of B and A.
 
-``terms`` says which products take part ("square", "cross", "all", "none"; the last is LoRA).
-``normalization`` is "none" (ρ = 1, as published) or "rms" (ρ = root mean square of the factor),
-which gives a product the scale of one factor, so that ΔW scales with A and with B as LoRA's does. Columns of A, and
-rows of B, that are all zero, such as those of tokens that were never seen, do not count in ρ.
-"centred" is "rms" with squares less their mean over the row (column), (a_i ⊙ a_i − mean(a_i ⊙ a_i))/ρ_A: the squares
-of different rows then have no large constant part in common. "column" divides by the geometric mean of the root mean
-squares of the two columns (rows) alone, so that a small one is not drowned by the others.
+``terms`` selects the products: "square", "cross", "all", or "none", which is LoRA.
 
-All functions are pure. They compute in float32 or better, whatever the dtype of the factors. But for
-:func:`expand_vjp`, factors may have leading dimensions, such as one for experts: each matrix by itself.
+``normalization`` is one of:
+
+- "none": ρ = 1, as published.
+- "rms": ρ is the root mean square of the factor. A product then has the scale of one factor, and ΔW scales with A and
+  with B as in LoRA. Columns of A (rows of B) that are all zero do not count in ρ, such as the columns of tokens that
+  never occurred.
+- "centred": as "rms", and each square has its mean subtracted: (a_i ⊙ a_i − mean(a_i ⊙ a_i))/ρ_A. The squares of
+  different rows then have no large constant part in common.
+
+All functions are pure and compute in float32 or better, whatever the dtype of the factors. Factors may have leading
+dimensions, such as one for experts; :func:`expand_backward` takes one factor at a time.
 """
 
 from __future__ import annotations
@@ -39,41 +41,43 @@ Coefficients = Literal["learned", "fixed"]
 Normalization = Literal["none", "rms", "centred"]
 
 EPSILON = 1e-12
-"""Lower bound of ρ, so that an all-zero factor has a finite expansion and gradient."""
+"""Lower bound of ρ. It keeps the expansion and the gradient of an all-zero factor finite."""
 
 
 _SQUARES_AND_CROSSES = {"all": (True, True), "square": (True, False), "cross": (False, True), "none": (False, False)}
 
 
 def squares_and_crosses(terms: Terms) -> tuple[bool, bool]:
-    """Whether the squares, and whether the crosses take part. Raises UserError for unknown ``terms``."""
+    """Return whether ``terms`` include squares, and whether they include crosses. Raises UserError if unknown."""
     if terms not in _SQUARES_AND_CROSSES:
         raise UserError(f"terms={terms!r} is not known; {nearest(terms, _SQUARES_AND_CROSSES)}")
     return _SQUARES_AND_CROSSES[terms]
 
 
 def coefficient_pairs(r: int, terms: Terms) -> list[tuple[int, int]]:
-    """The index pairs (i, j), counted from 0, in the order of h: squares, then crosses lexicographically."""
+    """Return the index pairs (i, j) of the products in the order of h: squares, then crosses lexicographically."""
     squares, crosses = squares_and_crosses(terms)
     return [(i, i) for i in range(r) if squares] + [(i, j) for i in range(r) for j in range(i + 1, r) if crosses]
 
 
 def num_coefficients(r: int, terms: Terms) -> int:
-    """Length of h: r(r+1)/2 for "all", r for "square", r(r−1)/2 for "cross", 0 for "none"."""
+    """Return the length of h: r(r+1)/2 for "all", r for "square", r(r−1)/2 for "cross", 0 for "none"."""
     squares, crosses = squares_and_crosses(terms)
     return squares * r + crosses * (r * (r - 1) // 2)
 
 
 def expanded_rank(r: int, terms: Terms = "all") -> int:
-    """K, the number of columns of B̂: r plus one for every product."""
+    """Return K, the number of columns of B̂: r plus one for each product."""
     return r + num_coefficients(r, terms)
 
 
 def fixed_coefficients(
     r: int, terms: Terms, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """The constant h of the published code: 1 for squares, 2 for crosses, so that the high-order part of
-    "all" is exactly (BA) ⊙ (BA). Shape ``(num_coefficients,)``."""
+    """Return the constant h of the published code, ``(num_coefficients,)``: 1 for squares, 2 for crosses.
+
+    The high-order part of "all" is then exactly (BA) ⊙ (BA).
+    """
     h = torch.full((num_coefficients(r, terms),), 2.0, dtype=dtype, device=device)
     if squares_and_crosses(terms)[0]:
         h[:r] = 1.0
@@ -196,25 +200,25 @@ def expand_backward(
         squares = products[:r] - products[:r].mean(-1, keepdim=True)
         products = torch.cat([squares, products[r:]])
     left, right, partners, selection = _indices(r, terms, X.device)
-    divided = X
+    linear, divided = grad[:r], X
     if normalization != "none":
         rho, energy = normalizer(X) if known is None else known
         divided = X / rho
         if inner is None:
             inner = (products * X.index_select(0, left) * divided.index_select(0, right)).sum()
+        linear = linear - (inner / energy) * X
     toward = divided.index_select(0, partners)
     toward.view(2, *products.shape).mul_(products)
-    grad_X = torch.addmm(grad[:r], selection.to(X.dtype), toward)
-    return grad_X if inner is None else grad_X - (inner / energy) * X
+    return torch.addmm(linear, selection.to(X.dtype), toward)
 
 
 def expand_A(A: Tensor, h: Tensor | None, terms: Terms = "all", normalization: Normalization = "none") -> Tensor:
-    """Â = Poly2_H(A), eq. 7: ``(r, in_features)`` → ``(K, in_features)``."""
+    """Return Â = Poly2_H(A), eq. 7: ``(r, in_features)`` → ``(K, in_features)``."""
     return expand(A, h, terms, normalization)
 
 
 def expand_B(B: Tensor, terms: Terms = "all", normalization: Normalization = "none") -> Tensor:
-    """B̂ = Poly2(B), eq. 6: ``(out_features, r)`` → ``(out_features, K)``."""
+    """Return B̂ = Poly2(B), eq. 6: ``(out_features, r)`` → ``(out_features, K)``."""
     return expand(B.mT, None, terms, normalization).mT
 
 
@@ -226,7 +230,7 @@ def lora_factors(
     normalization: Normalization = "none",
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The LoRA of rank K that equals this adapter exactly, with h, ρ and the scale folded in.
+    """Return the factors of the LoRA of rank K that equals this adapter exactly.
 
     Args:
         A: ``(r, in_features)``.
@@ -236,7 +240,8 @@ def lora_factors(
         scaling: s = α / r.
 
     Returns:
-        ``lora_A`` ``(K, in_features)`` and ``lora_B`` ``(out_features, K)`` with ΔW = lora_B @ lora_A.
+        ``lora_A`` ``(K, in_features)`` and ``lora_B`` ``(out_features, K)``, with ΔW = lora_B @ lora_A. They contain
+        h, ρ and s.
     """
     return expand_A(A, h, terms, normalization), scaling * expand_B(B, terms, normalization)
 
@@ -249,18 +254,18 @@ def delta_weight(
     normalization: Normalization = "none",
     scaling: float = 1.0,
 ) -> Tensor:
-    """ΔW = s B̂ Â, eq. 9 (arguments as for :func:`lora_factors`). Shape ``(out_features, in_features)``."""
+    """Return ΔW = s B̂ Â, eq. 9, ``(out_features, in_features)``. The arguments are those of :func:`lora_factors`."""
     lora_A, lora_B = lora_factors(A, B, h, terms, normalization, scaling)
     return lora_B @ lora_A
 
 
 def working(X: Tensor) -> Tensor:
-    """``X`` in the dtype the algebra is computed in: float64 stays, anything smaller becomes float32."""
+    """Return ``X`` in the dtype of the computation: float64 stays, anything smaller becomes float32."""
     return X.to(torch.promote_types(X.dtype, torch.float32))
 
 
 def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> None:
-    """Raise UserError as :func:`expand` does."""
+    """Raise UserError if ``terms`` or ``normalization`` is unknown, or h does not fit ``X``."""
     known = get_args(Normalization)
     if normalization not in known:
         raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, known)}")
@@ -271,14 +276,14 @@ def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalizatio
 
 
 class _Indices(NamedTuple):
-    """Which rows the products are made of, in the order of h, for :func:`expand` and :func:`expand_backward`."""
+    """Which rows are multiplied, in the order of h."""
 
     left: Tensor
     right: Tensor
     partners: Tensor
-    """``right``, then ``left``: what each row of a product is multiplied by."""
+    """``right``, then ``left``: the partners of the rows ``left``, then ``right``."""
     selection: Tensor
-    """0/1 matrix ``(r, 2 · count)`` that sums what belongs to each row."""
+    """0/1 matrix ``(r, 2 · count)``. It sums the gradients of the rows ``left``, then ``right``, by row."""
 
 
 _known_indices: dict[tuple[int, Terms, torch.device], _Indices] = {}

@@ -1,17 +1,23 @@
-"""The ``pera`` command, also as ``python -m pera_lab``."""
+"""The entry point of the ``pera`` command, also as ``python -m pera_lab``."""
 
 import sys
+from importlib.util import find_spec
+
+PACKAGES = ("filelock", "jinja2", "matplotlib", "pydantic", "rich", "scipy", "sklearn", "typer", "yaml")
+"""The packages of the extra "lab", by the name they are imported by."""
 
 
 def main() -> None:
-    """Run the command, or say what to install where the packages of the extra "lab" are missing."""
-    try:
-        from pera_lab import cli
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("typer", "rich", "pydantic", "yaml"):
-            raise
-        sys.exit("pera: the command line needs further packages; install them with: pip install 'pera[lab]'")
-    cli.main()
+    """Run the command, or name the packages of the extra "lab" that are missing."""
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        print(  # noqa: T201
+            f"pera: the command line needs {', '.join(missing)}; install the extra: pip install 'pera[lab]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    from pera_lab.cli import main as run
+
+    run()
 
 
 if __name__ == "__main__":

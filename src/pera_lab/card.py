@@ -9,9 +9,9 @@ from typing import Literal
 
 from huggingface_hub import ModelCardData
 
-from pera_lab.files import write_atomic
-from pera_lab.models import hub_name
-from pera_lab.runs import Location, adapter_config, checked, method_name
+from pera_lab.embedded import hub_name
+from pera_lab.files import checked, write_atomic
+from pera_lab.opening import Location
 
 Form = Literal["adapter", "merged", "lora", "gguf"]
 
@@ -45,10 +45,8 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
         verification: the sentence of the comparison with the adapter, if one was made.
     """
     base = hub_name(location.base)
-    assert location.adapter is not None
-    config = adapter_config(location.adapter)
-    method = method_name(config)
-    classifies = config.task_type == "SEQ_CLS"
+    adapter = location.require_adapter()
+    method, classifies = adapter.method, adapter.config.task_type == "SEQ_CLS"
     imports = "import pera  # makes the method known to PEFT\n" if method == "PERA" else ""
     data = ModelCardData(
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,

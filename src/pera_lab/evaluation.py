@@ -21,10 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError, missing_extra
 from pera_lab.card import write_card
-from pera_lab.files import Journal, json_line, write_atomic, write_json
+from pera_lab.files import Journal, checked, json_line, write_atomic, write_json
 from pera_lab.models import longest_input
+from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import EvaluationSection, Recipe
-from pera_lab.runs import Run, checked, open_model
+from pera_lab.runs import Run
 from pera_lab.tasks import ClassificationTask, Example, GenerationTask, Labelled, Task
 from pera_lab.tasks.prompts import Prompt, encode_answered, encode_question, encode_texts
 
@@ -118,7 +119,7 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
             f"--base: the base model of {recipe.task.name!r} has no trained head, so there is nothing to score; "
             'the majority baseline stands in scores.json under "adapter".'
         )
-    location = run.location._replace(adapter=None) if base else run.location
+    location = locate_run(run)._replace(adapter=None) if base else locate_run(run)
     which = "base" if base else "adapter"
     name = which if spec.scorer == run.recipe.evaluation.scorer else f"{which}-{spec.scorer}"
     model, tokenizer = open_model(location, recipe.model.dtype)
@@ -132,8 +133,8 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
     write_json(run.scores_file, {**run.scores(), name: {"scorer": spec.scorer, **asdict(score)}})
     journal.close()
-    if run.adapter.is_dir():
-        write_card(run.adapter, "adapter", run.location)
+    if run.finished:
+        write_card(run.adapter.path, "adapter", locate_run(run))
     return score
 
 

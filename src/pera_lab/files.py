@@ -11,11 +11,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from pera.errors import UserError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -113,6 +116,25 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} should hold a JSON object, and holds {content!r:.40}; restore or remove it.")
     return content
+
+
+def read_as(file: Path, kind: type[T]) -> T:
+    """The content of a JSON file of a run as what it was written from, such as a dataclass.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else.
+    """
+    return checked(read_json(file), kind, repr(str(file)))
+
+
+def checked(content: Any, kind: type[T], name: str) -> T:
+    """What was read from the file ``name`` as what it was written from; UserError if it holds something else."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "content"
+        raise UserError(f"{name} is not as pera writes it ({where}: {first['msg']}).") from error
 
 
 def json_line(value: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 from pera.errors import UserError, missing_extra, nearest
 from pera_lab.files import read_object, write_json
-from pera_lab.runs import Run, open_model
+from pera_lab.opening import locate_run, open_model
+from pera_lab.runs import Run
 
 
 def run_harness(
@@ -53,7 +54,7 @@ def run_harness(
     for task in tasks:
         if task not in manager.all_tasks:
             raise UserError(f"--lm-eval: {task!r} is not a task of lm-eval; {nearest(task, manager.all_tasks)}")
-    location = run.location._replace(adapter=None) if base else run.location
+    location = locate_run(run)._replace(adapter=None) if base else locate_run(run)
     model, tokenizer = open_model(location, recipe.model.dtype)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=recipe.evaluation.batch_size)
     try:

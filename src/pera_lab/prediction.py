@@ -10,8 +10,9 @@ from rich.console import Console
 from pera.errors import UserError
 from pera_lab.evaluation import Prediction, answer_batches, make_scorer
 from pera_lab.files import Journal, disk_errors, json_line, write_atomic
+from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import GlueSection
-from pera_lab.runs import Run, open_model
+from pera_lab.runs import Run
 from pera_lab.tasks import Example, Labelled
 from pera_lab.tasks.sources import read_file
 
@@ -51,7 +52,7 @@ def predict(
     classifies = isinstance(section, GlueSection)
     if target.exists():
         raise UserError(f"--output: {str(target)!r} exists; give another file or remove it.")
-    if not base and not run.adapter.is_dir():
+    if not base and not run.finished:
         raise UserError(f"{str(run.path)!r} is an unfinished run; go on with: pera train {run.path} --resume")
     if classifies and base:
         raise UserError(f"--base: the base model of {section.name!r} has no trained head, so it can predict nothing.")
@@ -66,7 +67,7 @@ def predict(
     wanted |= {"batch_size": batch_size} if batch_size else {}
     spec = recipe.evaluation.model_copy(update=wanted)
     task = section.asked(rows)
-    location = run.location._replace(adapter=None) if base else run.location
+    location = locate_run(run)._replace(adapter=None) if base else locate_run(run)
     model, tokenizer = open_model(location, recipe.model.dtype)
     key = {"input": content.sha256, "base": base, "recipe": recipe.to_yaml(), "evaluation": spec.model_dump()}
     journal = Journal(target.with_name(f"{target.name}.partial"), key)

@@ -32,7 +32,7 @@ from pera.errors import UserError, nearest
 from pera.optim import check_groups
 from pera.tuner import PeraConfig
 from pera_lab import methods
-from pera_lab.models import EMBEDDED
+from pera_lab.embedded import EMBEDDED
 from pera_lab.tasks import (
     CommonsenseTask,
     Example,
@@ -396,7 +396,7 @@ class Recipe(Section):
     """Names the run folder; by default the file's name."""
     model: Annotated[ModelSection, BeforeValidator(_name_alone)]
     method: dict[str, Any]
-    """``name``, a key of :data:`pera_lab.methods.METHODS`, and that method's options."""
+    """``name``, a name in :func:`pera_lab.methods.known_methods`, and that method's options."""
     task: TaskSection
     training: TrainingSection
     evaluation: EvaluationSection = EvaluationSection()
@@ -427,7 +427,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_method(self) -> Recipe:
         if not isinstance(self.method.get("name"), str):
-            raise ValueError(f"method.name is missing; {nearest('', methods.METHODS)}")
+            raise ValueError(f"method.name is missing; {nearest('', methods.known_methods())}")
         config = self.peft_config()
         if not (isinstance(config, PeraConfig) and config.learns_coefficients):
             for key in ("lr_ratio", "weight_decay"):

@@ -35,11 +35,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from pera.errors import UserError
 from pera.optim import parameter_groups
 from pera_lab import methods, models
+from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
+from pera_lab.environment import command_line, device
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
+from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import Recipe, TrainingSection
-from pera_lab.runs import COMPLETE, Run, command_line, open_model
+from pera_lab.runs import COMPLETE, Run
 from pera_lab.tasks import ClassificationTask, Task
 from pera_lab.tasks.prompts import Encoded, encode_task, task_collator
 
@@ -79,7 +82,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     task = recipe.build_task()
     run.check_data(task.manifest)
     set_seed(spec.seed)  # a classification head is drawn when the model is loaded
-    model, tokenizer = open_model(run.location._replace(adapter=None), recipe.model.dtype, task.labels)
+    model, tokenizer = open_model(locate_run(run)._replace(adapter=None), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
     encoded = _encode(task, tokenizer, limit)
     choosing = encode_task(task, tokenizer, task.validation, limit)
@@ -93,7 +96,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
     set_seed(spec.seed)
     try:
-        config = methods.fit_to(model, recipe.peft_config())
+        config = methods.resolve_targets(model, recipe.peft_config())
         adapted = get_peft_model(model, config)
     except methods.REFUSALS as error:
         raise methods.refusal(recipe.method, error) from error
@@ -139,15 +142,15 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     steps = trainer.state.global_step - progress.steps_before
     summary = TrainingSummary(seconds, tokens, peak_memory(), final_loss, encoded.left_out, encoded.shortened, steps)
     write_json(run.cost_file, summary._asdict())
-    with atomic_folder(run.adapter) as folder:
+    with atomic_folder(run.adapter.path) as folder:
         adapted.save_pretrained(str(folder))
-        write_card(folder, "adapter", run.location._replace(adapter=folder))
+        write_card(folder, "adapter", locate_run(run)._replace(adapter=Adapter(folder)))
     return summary
 
 
 def peak_memory() -> int | None:
     """Peak memory of this process in bytes: on the accelerator if there is one, else resident; None if unknown."""
-    if models.device().type == "cuda":
+    if device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
         import resource

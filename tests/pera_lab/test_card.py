@@ -8,7 +8,7 @@ from pera_lab.card import write_card
 from pera_lab.convert.export import export
 from pera_lab.convert.merge import merge
 from pera_lab.files import write_json
-from pera_lab.runs import locate
+from pera_lab.opening import locate
 
 
 def test_an_adapter_says_how_it_was_made_and_how_to_load_it(run):
@@ -23,8 +23,8 @@ def test_an_adapter_says_how_it_was_made_and_how_to_load_it(run):
         "seconds": 1,
     }
     write_json(run.scores_file, {"base": {**score, "value": 0.0}, "adapter": score})
-    write_card(run.adapter, "adapter", locate(str(run.path)))
-    card = ModelCard.load(run.adapter / "README.md")
+    write_card(run.adapter.path, "adapter", locate(str(run.path)))
+    card = ModelCard.load(run.adapter.path / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.tags == ["pera"]
     assert "import pera" in card.text
@@ -34,7 +34,7 @@ def test_an_adapter_says_how_it_was_made_and_how_to_load_it(run):
 
 
 def test_training_writes_one_with_the_adapter(finished_run):
-    assert "# PERA adapter" in (finished_run.adapter / "README.md").read_text()
+    assert "# PERA adapter" in (finished_run.adapter.path / "README.md").read_text()
 
 
 def test_merged_models_and_exports_say_how_they_were_verified(run, tmp_path):
@@ -53,18 +53,18 @@ def test_merged_models_and_exports_say_how_they_were_verified(run, tmp_path):
     [("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("some/model", "some/model"), ("/a/local/folder", None)],
 )
 def test_only_a_hub_id_is_named_as_base_model(run, base, named):
-    write_card(run.adapter, "adapter", locate(str(run.path))._replace(run=None, base=base))
-    assert ModelCard.load(run.adapter / "README.md").data.base_model == named
+    write_card(run.adapter.path, "adapter", locate(str(run.path))._replace(run=None, base=base))
+    assert ModelCard.load(run.adapter.path / "README.md").data.base_model == named
 
 
 def test_markdown_in_names_stays_text(run):
     base = "folder`](http://example.org) <b>"
-    write_card(run.adapter, "adapter", locate(str(run.path))._replace(run=None, base=base))
-    assert f"Base model: ``{base}``" in (run.adapter / "README.md").read_text()
+    write_card(run.adapter.path, "adapter", locate(str(run.path))._replace(run=None, base=base))
+    assert f"Base model: ``{base}``" in (run.adapter.path / "README.md").read_text()
 
 
 def test_an_adapter_of_another_method_is_not_called_pera(train_run, tmp_path):
     run = train_run(tmp_path / "lora", "method={name: lora, r: 2, target_modules: [q_proj]}", "training.max_steps=1")
-    card = (run.adapter / "README.md").read_text()
+    card = (run.adapter.path / "README.md").read_text()
     assert "# LORA adapter" in card
     assert "import pera" not in card

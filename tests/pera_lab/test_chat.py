@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pera.errors import UserError
 from pera_lab.chat import Conversation, chat
-from pera_lab.runs import locate, open_model
+from pera_lab.opening import locate, open_model
 from pera_lab.tasks.prompts import encode_chat
 
 
@@ -113,7 +113,7 @@ def test_escapes_and_markup_in_an_answer_are_shown_as_text(finished_run, talk, m
 
 
 def test_env_lists_versions_and_what_is_missing(pera, monkeypatch):
-    monkeypatch.setattr("pera_lab.runs.PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("pera_lab.environment.PACKAGES", ("torch", "no-such-package"))
     shown = pera("env").out
     assert f"torch: {torch.__version__}" in shown
     assert "no-such-package: not installed" in shown

@@ -12,17 +12,18 @@ from pera.errors import UserError
 from pera_lab.diagnose import run_effects
 from pera_lab.evaluation import evaluate, evaluate_run
 from pera_lab.models import DTYPES
+from pera_lab.opening import locate, locate_run, open_model
 from pera_lab.recipe import load_recipe
-from pera_lab.runs import Run, locate, open_model
+from pera_lab.runs import Run
 from pera_lab.training import train
 
 
 def weights(run):
-    return load_file(run.adapter / "adapter_model.safetensors")
+    return load_file(run.adapter.path / "adapter_model.safetensors")
 
 
 def test_the_head_is_saved_with_the_adapter(finished_glue_run):
-    config = json.loads((finished_glue_run.adapter / "adapter_config.json").read_text())
+    config = json.loads((finished_glue_run.adapter.path / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS"
     assert weights(finished_glue_run)["base_model.model.classifier.weight"].shape == (2, 32)
 
@@ -63,7 +64,7 @@ def test_the_head_is_float32_on_a_base_that_is_not(dtype, glue_recipe, tmp_path,
     run = Run.create(recipe, tmp_path / "run")
     train(recipe, run)
     assert {weight.dtype for weight in weights(run).values()} == {torch.float32}
-    model, tokenizer = open_model(run.location, dtype)
+    model, tokenizer = open_model(locate_run(run), dtype)
     assert model.get_base_model().bert.dtype == DTYPES[dtype]
     logits = model(**tokenizer("fine film", return_tensors="pt")).logits
     assert logits.dtype == torch.float32
@@ -74,7 +75,7 @@ def test_the_head_is_float32_on_a_base_that_is_not(dtype, glue_recipe, tmp_path,
 
 
 def test_a_batch_gives_what_single_texts_give(glue_run):
-    model, tokenizer = open_model(glue_run.location)
+    model, tokenizer = open_model(locate_run(glue_run))
     task, spec = glue_run.recipe.build_task(), glue_run.recipe.evaluation
     one, many = (evaluate(model, tokenizer, task, spec.model_copy(update={"batch_size": n}))[1] for n in (1, 16))
     for a, b in zip(one, many, strict=True):
@@ -104,20 +105,20 @@ def test_the_best_checkpoint_is_kept(glue_recipe, tmp_path):
 
 
 def test_a_run_that_lacks_only_its_adapter_gets_the_best(glue_run):
-    expected = (glue_run.adapter / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(glue_run.adapter)
+    expected = (glue_run.adapter.path / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(glue_run.adapter.path)
     train(glue_run.recipe, glue_run, resume=True)
-    assert (glue_run.adapter / "adapter_model.safetensors").read_bytes() == expected
+    assert (glue_run.adapter.path / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_resumed_is_uninterrupted(glue_run):
-    expected = (glue_run.adapter / "adapter_model.safetensors").read_bytes()
+    expected = (glue_run.adapter.path / "adapter_model.safetensors").read_bytes()
     measured = glue_run.validation()
     last = max(glue_run.checkpoints.iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
-    shutil.rmtree(glue_run.adapter)
+    shutil.rmtree(glue_run.adapter.path)
     shutil.rmtree(last)
     train(glue_run.recipe, glue_run, resume=True)
-    assert (glue_run.adapter / "adapter_model.safetensors").read_bytes() == expected
+    assert (glue_run.adapter.path / "adapter_model.safetensors").read_bytes() == expected
     for line, before in zip(glue_run.validation(), measured, strict=True):
         assert (line["step"], line["loss"]) == (before["step"], before["loss"])
 
@@ -182,7 +183,7 @@ def test_it_exports_as_a_lora_with_its_head(glue_run, tmp_path, pera):
 
 
 def test_its_card_loads_a_classifier_and_it_cannot_talk(glue_run, refused):
-    card = (glue_run.adapter / "README.md").read_text()
+    card = (glue_run.adapter.path / "README.md").read_text()
     assert "AutoPeftModelForSequenceClassification" in card
     assert "pipeline_tag: text-classification" in card
     refused("chat", glue_run.path, words=["is a classifier", "pera predict"])

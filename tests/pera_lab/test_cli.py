@@ -1,9 +1,11 @@
 """The command line as a person uses it: what it does, and one sentence for everything that cannot be."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import gguf
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import pera as package
 from pera import PeraConfig
 from pera.errors import UserError
+from pera_lab.__main__ import PACKAGES
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 
@@ -40,11 +43,53 @@ def lora(tiny_llama, tmp_path):
 
 
 def test_version_and_help(pera):
-    assert pera("--version").out == f"pera {package.__version__}\n"
+    assert pera("--version") == (0, f"pera {package.__version__}\n", "")
     page = pera("--help")
     assert page.code == 0
     for command in ("quickstart", "train", "evaluate", "merge", "export", "verify"):
         assert command in page.out
+    bare = pera()
+    assert (bare.code, bare.out.strip(), bare.err) == (2, page.out.strip(), "")
+
+
+LIGHT_CALLS = """
+import contextlib, io, json, sys
+from pera_lab.__main__ import main
+
+def call(*arguments):
+    sys.argv = ["pera", *arguments]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as exit:
+            code = exit.code
+    heavy = {"torch", "transformers", "peft", "pera", "matplotlib", "scipy"}
+    return code, sorted(heavy & set(sys.modules))
+
+print(json.dumps({line: call(*line.split()) for line in sys.argv[1:]}))
+"""
+
+
+def test_help_version_and_usage_errors_import_nothing_heavy(python):
+    codes = {"--help": 0, "--version": 0, "": 2, "trian": 2, "train --help": 0, "study run --help": 0, "verify x": 2}
+    outcomes = json.loads(python(LIGHT_CALLS, *codes).stdout)
+    assert outcomes == {line: [code, []] for line, code in codes.items()}
+
+
+@pytest.mark.parametrize("missing", [["typer"], ["yaml", "scipy"]])
+def test_without_the_extra_the_command_says_what_to_install(missing):
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); from pera_lab.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"pera: the command line needs {', '.join(sorted(missing))}; install the extra: pip install 'pera[lab]'\n"
+    )
+
+
+def test_the_packages_that_the_command_checks_are_those_of_the_extra():
+    extra = {re.match(r"[\w-]+", line)[0].lower() for line in requires("pera") if re.search("extra == .lab.", line)}
+    names = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+    assert {names.get(package, package) for package in PACKAGES} == extra
 
 
 def test_from_recipe_to_verified_export(pera, recipe_file, tmp_path, finished_run):
@@ -78,11 +123,11 @@ def test_without_output_a_run_goes_to_runs_and_can_be_resumed_by_its_recipe(pera
     (path,) = (tmp_path / "runs").iterdir()
     assert path.name.startswith("small-")
     run = Run(path)
-    adapter = (run.adapter / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(run.adapter)
+    adapter = (run.adapter.path / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run.adapter.path)
     shutil.rmtree(run.checkpoints / "checkpoint-4")
     assert pera("train", recipe_file, *overrides, "--resume").code == 0
-    assert (run.adapter / "adapter_model.safetensors").read_bytes() == adapter
+    assert (run.adapter.path / "adapter_model.safetensors").read_bytes() == adapter
     assert list((tmp_path / "runs").iterdir()) == [path]
 
 
@@ -102,12 +147,31 @@ def test_quickstart_does_everything_and_says_what_is_next(logging_steps, pera, t
 
 
 def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
-    outcome = pera("verify", tiny_llama, run.adapter)
+    outcome = pera("verify", tiny_llama, run.adapter.path)
     assert (outcome.code, outcome.err) == (1, "pera: the outputs differ.\n")
     assert "largest logit difference" in outcome.out
 
 
 # What the commands refuse: exit code 2, one line with key and value, nothing on the disk changed
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("trian", ["No such command 'trian'", "Did you mean 'train'?", "See: pera --help"]),
+        ("study rum", ["'rum'", "'run'", "See: pera study --help"]),
+        ("train small --otput x", ["--otput", "--output", "See: pera train --help"]),
+        ("verify a", ["Missing argument 'B'", "See: pera verify --help"]),
+        ("evaluate run --limit 0", ["--limit", "1", "See: pera evaluate --help"]),
+        ("evaluate run --limit 3", ["--limit", "--lm-eval", "task.test_size"]),
+        ("evaluate run --lm-eval ,", ["--lm-eval", "','", "names no task"]),
+        ("evaluate run --lm-eval piqa --scorer likelihood", ["--scorer", "'likelihood'", "--lm-eval"]),
+        ("export adapter --to onnx --output x", ["--to", "'onnx'", "'lora', 'gguf'"]),
+        ("export adapter --output x", ["--to lora, --to gguf or --for SERVER"]),
+    ],
+)
+def test_a_usage_error(line, words, refused):
+    refused(*line.split(), words=words)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +195,12 @@ def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
         ("method={name: lora, target_modules: [q_proj, nope]}", ["target_modules", "'nope'"]),
         ("method={name: lora, target_modules: [q_proj, 5]}", ["method: target_modules=", "should be a list of names"]),
         ("method={name: lora, rank_pattern: {q_prj: 2}}", ["method: rank_pattern: 'q_prj'", "'q_proj'"]),
-        ("method={name: lora, bias: foo}", ["method: PEFT cannot take {", "'bias': 'foo'", "NotImplementedError: "]),
+        ("method={name: lora, bias: foo}", ["method: PEFT cannot use {", "'bias': 'foo'", "NotImplementedError: "]),
         ("method={name: lora, layer_replication: [[0, 9]]}", ["'layer_replication': [[0, 9]]", "IndexError: "]),
         ("method={name: lora, loftq_config: 5, init_lora_weights: loftq}", ["method: ", "loftq_config"]),
         (
             "method.name=lora",
-            ["method.normalization is not an option of lora, but of pera", "'method={name: lora, …}'"],
+            ["method.normalization is an option of pera, not of lora", "'method={name: lora, …}'"],
         ),
         ("model.name=./missing", ["model", "'./missing'"]),
         ("model.name=nobodys-model", ["model", "'nobodys-model'"]),
@@ -199,7 +263,7 @@ def commands(refused):
 @pytest.fixture
 def adapter(run, tmp_path):
     """Folder of a trained adapter, "adapter" in the working folder, to be damaged."""
-    return Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
+    return Path(shutil.copytree(run.adapter.path, tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(
@@ -326,8 +390,7 @@ def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
         refused("verify", name, tiny_llama, words=words)
 
 
-def test_what_is_for_lm_eval_alone(refused, run):
-    refused("evaluate", "run", "--limit", "3", words=["--limit", "--lm-eval", "task.test_size", "when it is trained"])
+def test_a_folder_of_lm_eval_tasks_that_is_none(refused, run):
     words = ["--include-path='nope' is not a folder"]
     refused("evaluate", "run", "--lm-eval", "arc_easy", "--include-path", "nope", words=words)
 
@@ -335,18 +398,6 @@ def test_what_is_for_lm_eval_alone(refused, run):
 def test_a_report_is_html(refused, run, tmp_path):
     (tmp_path / "x.pdf").write_text("mine")
     refused("report", "run", "--output", "x.pdf", words=["--output='x.pdf'", "should end in .html"])
-
-
-def test_what_scores_need_is_asked_for_first(refused, run, tiny_llama, monkeypatch):
-    quickstart = ["quickstart", f"model.name={tiny_llama}", *SMALL_QUICKSTART, "--output", "out"]
-    with monkeypatch.context() as missing:
-        missing.setitem(sys.modules, "scipy", None)
-        words = ["'scipy'", "pip install 'pera[eval]'"]
-        refused("evaluate", "run", words=words)
-        refused(*quickstart, words=words)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused(*quickstart, words=["'matplotlib'", "pip install 'pera[report]'"])
-    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("where", ["training.get_peft_model", "models.AutoModelForCausalLM.from_pretrained"])
@@ -361,7 +412,7 @@ def test_too_little_memory_is_one_sentence(error, where, refused, recipe_file, m
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(f"pera.{where}", fail)
+    monkeypatch.setattr(f"pera_lab.{where}", fail)
     words = ["pera: out of memory; lower training.batch_size", "training.gradient_checkpointing=true"]
     refused("train", recipe_file, "--output", "run", words=words)
 
@@ -376,7 +427,7 @@ def test_another_error_is_not_taken_for_too_little_memory(pera, recipe_file, mon
 
 
 def test_only_a_run_is_evaluated(refused, finished_run, tiny_llama):
-    for name in (finished_run.adapter, tiny_llama):
+    for name in (finished_run.adapter.path, tiny_llama):
         refused("evaluate", name, words=[f"'{name}' is not a run folder"])
 
 
@@ -386,7 +437,7 @@ def test_a_model_without_an_adapter_is_neither_merged_nor_exported(refused, tiny
 
 
 def test_an_unfinished_run_is_trained_on_first(refused, run):
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     words = ["'run' is an unfinished run", "pera train run --resume"]
     refused("evaluate", "run", words=words)
     refused("merge", "run", "--output", "out", words=words)
@@ -398,7 +449,7 @@ def test_what_cannot_be_resumed(refused, run, recipe_file, tmp_path):
     refused("train", recipe_file, "--resume", "--output", "none", words=["--resume", "'none' is not a run folder"])
     for arguments in (["run"], [recipe_file, "--output", "run"]):
         refused("train", *arguments, "--resume", words=["--resume", "'run' is finished"])
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     for arguments in (["run"], [recipe_file, "--output", "run"]):
         refused("train", *arguments, "training.seed=7", "--resume", words=["--resume", "training.seed", "'run'"])
     refused("train", "run", "--resume", "--output", "other", words=["--output='other'"])
@@ -406,7 +457,7 @@ def test_what_cannot_be_resumed(refused, run, recipe_file, tmp_path):
 
 
 def test_a_resume_that_fails_leaves_the_run_as_it_was(refused, run):
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     shutil.rmtree(run.checkpoints)
     run.metrics_file.unlink()
     base = run.recipe.model.name
@@ -513,7 +564,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_there_is_kept(
         left = Run(tmp_path / name)
         assert [path.name for path in left.path.iterdir() if path.name.startswith("adapter")] == []
         assert pera("train", name, "--resume").code == 0
-        adapter, expected = (r.adapter / "adapter_model.safetensors" for r in (left, finished_run))
+        adapter, expected = (r.adapter.path / "adapter_model.safetensors" for r in (left, finished_run))
         assert adapter.read_bytes() == expected.read_bytes()
 
 
@@ -533,8 +584,8 @@ def test_the_quickstart_on_the_embedded_model(pera, fresh_logits, tmp_path):
         assert record["max_difference"] <= 1e-3
         assert (record["same_top1"], record["tolerance"], record["dtype"]) == (1.0, 1e-3, "float32")
         assert record["tokens"] > 300
-    base = json.loads((run.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    adapted = fresh_logits({"run": (base, run.adapter)}, import_pera=True)["run"]
+    base = json.loads((run.adapter.path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    adapted = fresh_logits({"run": (base, run.adapter.path)}, import_pera=True)["run"]
     jobs = {"base": (base, None), "merged": (run.path / "merged", None), "lora": (base, run.path / "lora")}
     plain = fresh_logits(jobs)
     assert (plain["base"] - adapted).abs().max() > 0.5

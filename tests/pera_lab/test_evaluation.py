@@ -186,7 +186,7 @@ def test_the_base_can_be_scored_before_training(finished_run, tmp_path):
     untrained = Run.create(finished_run.recipe, tmp_path / "untrained")
     assert evaluate_run(untrained, base=True).n == 8
     assert set(untrained.scores()) == {"base"}
-    assert not untrained.adapter.exists()
+    assert not untrained.adapter.path.exists()
 
 
 # Answers among options

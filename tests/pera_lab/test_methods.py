@@ -1,7 +1,8 @@
-"""Every method under the same words."""
+"""Every method under the same option names, and methods of other packages."""
 
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -12,23 +13,43 @@ from transformers import AutoModelForCausalLM
 from pera import PeraConfig
 from pera.errors import UserError
 from pera.polynomial import expanded_rank
-from pera_lab.methods import METHODS, fit_to, peft_config
+from pera_lab.methods import BUILT_IN, known_methods, peft_config, resolve_targets
+
+RANKED = [name for name, method in BUILT_IN.items() if method.has_rank]
 
 
 @pytest.fixture
 def adapted(tiny_llama):
     """The tiny LLaMA with the adapter of a method."""
     return lambda name, **options: get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_llama), peft_config(name, target_modules=["q_proj"], **options)
+        AutoModelForCausalLM.from_pretrained(tiny_llama), peft_config(name, **{"target_modules": ["q_proj"], **options})
     )
 
 
-def layer(model):
-    return next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Install a package that registers its table of methods."""
+
+    def install(name, source):
+        (tmp_path / f"{name}.py").write_text(f"from pera_lab.methods import Method\n{source}\n")
+        metadata = tmp_path / f"{name}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[pera.methods]\n{name} = {name}:METHODS\n")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    known_methods.cache_clear()
+    yield install
+    known_methods.cache_clear()
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_rank])
-def test_every_method_trains_on_a_model(name, adapted, logits, tiny_llama):
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_every_method_starts_as_the_base_model_and_trains(name, adapted, logits, tiny_llama):
     model = adapted(name, r=4)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert 0 < sum(p.numel() for p in trainable) < 2000
@@ -41,44 +62,42 @@ def test_every_method_trains_on_a_model(name, adapted, logits, tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "options"),
+    ("name", "config", "fields"),
     [
-        ("pera", PeraConfig, {"peft_type": "PERA"}),
-        ("lora", LoraConfig, {"use_rslora": False, "use_dora": False}),
-        ("rslora", LoraConfig, {"use_rslora": True, "use_dora": False}),
-        ("dora", LoraConfig, {"use_rslora": False, "use_dora": True}),
-        ("hira", HiraConfig, {}),
-        ("delora", DeloraConfig, {}),
+        ("pera", PeraConfig, {"pera_dropout": 0.25}),
+        ("lora", LoraConfig, {"lora_dropout": 0.25, "use_rslora": False, "use_dora": False}),
+        ("rslora", LoraConfig, {"lora_dropout": 0.25, "use_rslora": True, "use_dora": False}),
+        ("dora", LoraConfig, {"lora_dropout": 0.25, "use_rslora": False, "use_dora": True}),
+        ("hira", HiraConfig, {"hira_dropout": 0.25}),
+        ("delora", DeloraConfig, {"module_dropout": 0.25}),
     ],
 )
-def test_a_name_stands_for_a_configuration(name, config, options):
-    found = peft_config(name)
+def test_a_name_stands_for_a_configuration_and_dropout_is_one_name_for_all(name, config, fields):
+    found = peft_config(name, dropout=0.25)
     assert type(found) is config
-    assert {key: getattr(found, key) for key in options} == options
+    assert {key: getattr(found, key) for key in fields} == fields
     assert found.task_type == TaskType.CAUSAL_LM
 
 
-@pytest.mark.parametrize("r", [2, 8])
-@pytest.mark.parametrize(("name", "scale"), [("pera", 1), ("lora", 1), ("dora", 1), ("rslora", None)])
-def test_the_scale_is_1_unless_alpha_is_given(name, scale, r, adapted):
-    assert layer(adapted(name, r=r)).scaling["default"] == pytest.approx(scale or math.sqrt(r))
-    with_alpha = layer(adapted(name, r=r, alpha=3 * r)).scaling["default"]
-    assert with_alpha == pytest.approx(3 * (scale or math.sqrt(r)))
+@pytest.mark.parametrize(("name", "scale"), [("pera", 1), ("lora", 1), ("lora-K", 1), ("dora", 1), ("rslora", None)])
+def test_without_alpha_the_scale_follows_each_layers_own_rank(name, scale, adapted):
+    rank = BUILT_IN[name].rank
+    found = layers(adapted(name, r=4, rank_pattern={"v_proj": 2}, target_modules=["q_proj", "v_proj"]))
+    assert {layer.r["default"] for layer in found} == {rank(4), rank(2)}
+    for layer in found:
+        assert layer.scaling["default"] == pytest.approx(scale or math.sqrt(layer.r["default"]))
 
 
-@pytest.mark.parametrize("name", ["pera", "lora", "lora-K", "rslora", "dora"])
-def test_without_alpha_the_scale_is_by_each_layers_own_rank(name, tiny_llama):
-    config = peft_config(name, r=4, rank_pattern={"v_proj": 2}, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    rank = METHODS[name].rank
-    assert {module.r["default"] for module in layers} == {rank(4), rank(2)}
-    for module in layers:
-        own = math.sqrt(module.r["default"]) if name == "rslora" else 1
-        assert module.scaling["default"] == pytest.approx(own)
+@pytest.mark.parametrize(("name", "scale"), [("pera", 3), ("lora", 3), ("dora", 3), ("rslora", 3 * 2)])
+def test_alpha_sets_the_scale(name, scale, adapted):
+    assert layers(adapted(name, r=4, alpha=12))[0].scaling["default"] == pytest.approx(scale)
 
 
-def test_an_alpha_that_is_given_for_some_layers_is_kept():
+def test_without_r_the_scale_is_1(adapted):
+    assert layers(adapted("lora"))[0].scaling["default"] == 1
+
+
+def test_an_alpha_pattern_is_kept():
     ranks, alphas = {"v_proj": 2, "k_proj": 2}, {r"1\..*_proj": 8, "v_proj": 6}
     config = peft_config("lora", r=4, rank_pattern=ranks, alpha_pattern=alphas)
     assert list(config.alpha_pattern.items()) == [(r"1\..*_proj", 8), ("v_proj", 6), ("k_proj", 2)]
@@ -86,114 +105,57 @@ def test_an_alpha_that_is_given_for_some_layers_is_kept():
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-K"])
-def test_ranks_that_are_no_mapping_are_refused(name):
-    with pytest.raises(UserError, match=r"^method: "):
-        peft_config(name, rank_pattern=3)
-    assert peft_config(name, rank_pattern=None).r == METHODS[name].rank(8)
-
-
-def test_without_r_the_scale_is_1_too(adapted):
-    assert layer(adapted("lora")).scaling["default"] == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "word"),
-    [
-        ("pera", "pera_dropout"),
-        ("lora", "lora_dropout"),
-        ("rslora", "lora_dropout"),
-        ("dora", "lora_dropout"),
-        ("hira", "hira_dropout"),
-        ("delora", "module_dropout"),
-    ],
-)
-def test_dropout_is_one_word_for_all(name, word):
-    assert getattr(peft_config(name, dropout=0.25), word) == 0.25
+def test_a_rank_pattern_of_none_is_the_default(name):
+    assert peft_config(name, rank_pattern=None).r == BUILT_IN[name].rank(8)
 
 
 @pytest.mark.parametrize("word", ["alpha", "pera_alpha"])
-def test_the_own_words_of_a_method_are_known_too(word):
+def test_the_configurations_own_option_names_work_too(word):
     assert peft_config("pera", **{word: 6}).pera_alpha == 6
 
 
-def test_one_option_under_two_names_is_refused():
-    with pytest.raises(UserError, match=r"method\.(pera_)?alpha"):
-        peft_config("pera", alpha=4, pera_alpha=8)
-
-
 @pytest.mark.parametrize(
-    ("name", "option", "near"),
+    ("name", "options", "sentence"),
     [
-        ("pera", "normalisation", "did you mean 'normalization'?"),
-        ("pera", "lora_alpha", "did you mean 'pera_alpha'?"),
-        ("lora", "target_module", "did you mean 'target_modules'?"),
-        ("lora", "pera_dropout", "did you mean 'lora_dropout'?"),
-        ("pera", "peft_type", ""),
-        ("lora", "base_model_name_or_path", "known: "),
+        ("peera", {}, "method.name='peera' is not known; did you mean 'pera'?"),
+        ("mora", {}, "method.name='mora' is not available: MoRA is not in PEFT"),
+        ("pera", {"alpha": 4, "pera_alpha": 8}, "method.alpha and method.pera_alpha are the same option of pera"),
+        (
+            "pera",
+            {"normalisation": "x"},
+            "method.normalisation is not an option of pera; did you mean 'normalization'",
+        ),
+        ("lora", {"base_model_name_or_path": "x"}, "method.base_model_name_or_path is not an option of lora; known: "),
+        ("pera", {"peft_type": "x"}, "method.peft_type is not an option of pera; "),
+        (
+            "lora",
+            {"normalization": "rms"},
+            "method.normalization is an option of pera, not of lora; give the whole method, such as "
+            "'method={name: lora, …}'.",
+        ),
+        ("rslora", {"use_rslora": False}, "method.use_rslora is an option of pera, not of rslora; "),
+        ("pera-rms", {"terms": "all"}, "method.terms is an option of pera, not of pera-rms; "),
+        ("full", {"r": 8}, "method.r is not an option of full, which has none; give the whole method, "),
+        ("pera", {"terms": "cubes"}, "method: terms='cubes'"),
+        ("pera", {"dropout": 1}, "method: pera_dropout=1"),
+        ("pera", {"rank_pattern": 3}, "method: rank_pattern=3"),
+        ("lora-K", {"rank_pattern": 3}, "method: PEFT cannot use {'name': 'lora-K', 'rank_pattern': 3}: TypeError"),
+        ("lora", {"alpha": 0}, "method: lora_alpha=0 should be a finite number"),
+        ("pera", {"alpha": math.inf}, "method: pera_alpha=inf should be a finite number"),
+        *((name, {"r": 0}, "method: r=0 should be a whole number of at least 1") for name in RANKED),
     ],
 )
-def test_an_unknown_option_is_refused_with_the_nearest_known(name, option, near):
-    with pytest.raises(UserError) as caught:
-        peft_config(name, **{option: "x"})
-    assert str(caught.value).startswith(f"method.{option} is not an option of {name}; ")
-    assert near in str(caught.value)
+def test_a_mistake_is_named_with_its_remedy(name, options, sentence):
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
+        peft_config(name, **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "option", "other"),
-    [
-        ("lora", "normalization", "pera"),
-        ("hira", "alpha", "pera"),
-        ("pera-rms", "terms", "pera"),
-        ("rslora", "use_rslora", "pera"),
-        ("pera", "use_dora", "lora"),
-    ],
-)
-def test_an_option_of_another_method_says_whose_it_is(name, option, other):
-    sentence = f"but of {other}; give the whole method, such as 'method={{name: {name}, …}}'."
-    with pytest.raises(UserError, match=f"^method.{option} is not an option of {name}, {re.escape(sentence)}$"):
-        peft_config(name, **{option: "x"})
-
-
-def test_an_unknown_method_is_refused_with_the_nearest_known():
-    with pytest.raises(UserError, match=r"method\.name='peera' is not known; did you mean 'pera'\?"):
-        peft_config("peera")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"r": 0}, "r=0"),
-        ({"terms": "cubes"}, "terms='cubes'"),
-        ({"dropout": 1}, "dropout=1"),
-        ({"rank_pattern": 3}, "rank_pattern=3"),
-    ],
-)
-def test_a_value_that_the_method_refuses_is_named(options, words):
-    with pytest.raises(UserError, match=f"^method: .*{words}"):
-        peft_config("pera", **options)
-
-
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_rank])
-@pytest.mark.parametrize("r", ["abc", None, True, 0])
-def test_a_rank_that_is_none_is_named(name, r):
-    with pytest.raises(UserError, match=rf"^method: r={r!r} should be a whole number of at least 1\.$"):
-        peft_config(name, r=r)
-
-
-@pytest.mark.parametrize("name", ["lora", "dora", "pera"])
-@pytest.mark.parametrize("alpha", ["abc", 0, math.inf])
-def test_an_alpha_that_is_none_is_named(name, alpha):
-    with pytest.raises(UserError, match=rf"^method: (lora|pera)_alpha={alpha!r} should be a finite number, not 0"):
-        peft_config(name, alpha=alpha)
-
-
-def test_full_trains_every_parameter_and_comes_back_from_the_disk(tiny_llama, logits, tmp_path):
+def test_full_trains_every_parameter_and_is_read_back_from_the_disk(tiny_llama, logits, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    sizes = sum(p.numel() for p in base.parameters())
-    model = get_peft_model(base, fit_to(base, peft_config("full")))
+    size = sum(p.numel() for p in base.parameters())
+    model = get_peft_model(base, resolve_targets(base, peft_config("full")))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trainable) == sizes
+    assert sum(p.numel() for p in trainable) == size
     model(torch.arange(10)[None]).logits.square().mean().backward()
     torch.optim.SGD(trainable, lr=0.1).step()
     model.save_pretrained(tmp_path / "adapter")
@@ -202,20 +164,9 @@ def test_full_trains_every_parameter_and_comes_back_from_the_disk(tiny_llama, lo
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_full_has_no_options():
-    with pytest.raises(
-        UserError, match=r"^method\.r is not an option of full, which has none; .* 'method=\{name: full\}'\.$"
-    ):
-        peft_config("full", r=8)
-
-
-@pytest.mark.parametrize("r", [2, 4, 8])
-def test_lora_k_has_the_expanded_rank_and_scale_1(r):
-    config = peft_config("lora-K", r=r)
-    assert config.r == config.lora_alpha == expanded_rank(r) == r + r * (r + 1) // 2
-
-
-def test_lora_k_of_the_default_rank_is_that_of_the_default_pera():
+def test_lora_k_has_the_expanded_rank_and_scale_1():
+    config = peft_config("lora-K", r=4)
+    assert config.r == config.lora_alpha == 4 + 4 * 5 // 2
     assert peft_config("lora-K").r == expanded_rank(peft_config("pera").r)
 
 
@@ -228,14 +179,43 @@ def test_the_published_variant_is_the_published_method():
     [("pera-squares", "square", "none", 0.0), ("pera-crosses", "cross", "none", 0.0), ("pera-rms", "all", "rms", 0.0),
      ("pera-rms-0.3", "all", "rms", 0.3), ("pera-rms-squares", "square", "rms", 0.3)],
 )  # fmt: skip
-def test_a_named_variant_fixes_what_makes_it(name, terms, normalization, h):
+def test_a_named_variant_fixes_its_options(name, terms, normalization, h):
     config = peft_config(name, r=4)
     assert (config.terms, config.normalization, config.init_coefficients) == (terms, normalization, h)
     assert config.coefficients == "learned"
-    with pytest.raises(UserError, match="is not an option of"):
+    with pytest.raises(UserError, match=r"method\.init_coefficients is an option of pera, not of"):
         peft_config(name, init_coefficients=0.1)
 
 
-def test_a_method_that_cannot_be_had_is_refused_with_the_reason():
-    with pytest.raises(UserError, match="'mora' cannot be had: MoRA is not in PEFT"):
-        peft_config("mora")
+def test_an_installed_package_adds_a_method(install):
+    install("acme", "from peft import VeraConfig\nMETHODS = {'vera': Method(VeraConfig, {'dropout': 'vera_dropout'})}")
+    config = peft_config("vera", r=16, dropout=0.5)
+    assert (type(config).__name__, config.r, config.vera_dropout) == ("VeraConfig", 16, 0.5)
+    with pytest.raises(UserError, match=r"method\.name='verra' is not known; did you mean 'vera'"):
+        peft_config("verra")
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("import nowhere", "'acme:METHODS' of package 'acme' cannot be loaded (ModuleNotFoundError: No module named"),
+        ("METHODS = 3", "'acme:METHODS' of package 'acme' cannot be loaded (TypeError: "),
+        ("METHODS = {'vera': 3}", "'vera' of package 'acme' is 3; it should be a Method."),
+        (
+            "from pera_lab.methods import BUILT_IN as METHODS",
+            "both define the method 'pera'; uninstall",
+        ),
+    ],
+)
+def test_a_mistake_in_a_package_is_named_with_its_package(source, sentence, install):
+    install("acme", source)
+    with pytest.raises(UserError) as caught:
+        known_methods()
+    assert sentence in str(caught.value)
+
+
+def test_without_an_installation_the_remedy_is_to_install(monkeypatch):
+    monkeypatch.setattr("pera_lab.methods.GROUP", "pera.nothing")
+    known_methods.cache_clear()
+    with pytest.raises(UserError, match="own methods are not registered; reinstall pera"):
+        known_methods()  # an error is not cached

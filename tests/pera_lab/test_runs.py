@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera.errors import UserError
 from pera_lab.models import fingerprint, load_model
+from pera_lab.opening import Location, locate, locate_run, open_model
 from pera_lab.recipe import load_recipe
-from pera_lab.runs import COMPLETE, Location, Run, adapter_config, load_adapter, locate, open_model, resumable
+from pera_lab.runs import COMPLETE, Run, resumable
 from pera_lab.training import train
 
 
@@ -37,7 +38,7 @@ def started(workplace):
         time = run.recipe_file.stat().st_mtime - age
         os.utime(run.recipe_file, (time, time))
         if finished:
-            run.adapter.mkdir()
+            run.adapter.path.mkdir()
         return run
 
     return start
@@ -124,7 +125,7 @@ def test_what_is_no_checkpoint_is_left_alone(recipe, workplace):
 def test_a_record_that_is_no_object_is_refused(content, run):
     for file in (run.scores_file, run.data_file, run.environment_file):
         file.write_text(content)
-    for read in (run.scores, lambda: run.check_data({}), lambda: open_model(run.location)):
+    for read in (run.scores, lambda: run.check_data({}), lambda: open_model(locate_run(run))):
         with pytest.raises(UserError, match=r"json' should hold a JSON object, and holds .*; restore or remove it\.$"):
             read()
 
@@ -133,7 +134,7 @@ def test_a_record_that_is_no_object_is_refused(content, run):
 def test_a_record_of_the_base_that_cannot_be_is_refused(base, run):
     run.environment_file.write_text(json.dumps({"base_model": base}))
     with pytest.raises(UserError, match=r"environment.json': base_model=.* should hold name, dtype and fingerprint"):
-        open_model(run.location)
+        open_model(locate_run(run))
 
 
 def test_a_line_that_was_cut_off_is_left_out_of_the_metrics(recipe, workplace):
@@ -178,7 +179,7 @@ def test_a_run_is_not_gone_on_with_on_another_base(key, was, run):
     record = json.loads(run.environment_file.read_text())
     record["base_model"][key] = was
     run.environment_file.write_text(json.dumps(record))
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     with pytest.raises(UserError, match=rf"^--resume: .* was begun with '.*' of the {key} {was}, and here it has "):
         train(run.recipe, run, resume=True)
     assert json.loads(run.environment_file.read_text()) == record
@@ -187,11 +188,13 @@ def test_a_run_is_not_gone_on_with_on_another_base(key, was, run):
 def test_a_run_says_what_its_adapter_and_base_are(finished_run, tiny_llama):
     location = locate(str(finished_run.path))
     assert location.run.path == finished_run.path
-    assert (location.adapter, location.base) == (finished_run.adapter, str(tiny_llama))
+    assert (location.adapter.path, location.base) == (finished_run.adapter.path, str(tiny_llama))
 
 
 def test_an_adapter_folder_says_what_its_base_is(finished_run, tiny_llama):
-    assert locate(str(finished_run.adapter)) == Location(None, finished_run.adapter, str(tiny_llama))
+    location = locate(str(finished_run.adapter.path))
+    assert location.adapter.path == finished_run.adapter.path
+    assert location == Location(None, location.adapter, str(tiny_llama))
 
 
 def test_anything_else_is_a_model(tiny_llama):
@@ -200,10 +203,10 @@ def test_anything_else_is_a_model(tiny_llama):
 
 
 def test_an_adapter_without_a_base_is_refused(run):
-    config = json.loads((run.adapter / "adapter_config.json").read_text())
-    (run.adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    config = json.loads((run.adapter.path / "adapter_config.json").read_text())
+    (run.adapter.path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(UserError, match="names no base_model_name_or_path"):
-        locate(str(run.adapter))
+        locate(str(run.adapter.path))
 
 
 @pytest.mark.parametrize(
@@ -220,30 +223,30 @@ def test_an_adapter_without_a_base_is_refused(run):
         (lambda c: {**c, "modules_to_save": 3}, "adapter_config.json: modules_to_save=3 should be a list"),
         (lambda c: {**c, "base_model_name_or_path": 5}, "adapter_config.json: base_model_name_or_path=5 should be a"),
         (lambda c: {**c, "revision": ["main"]}, r"adapter_config.json: revision=\['main'\] should be a string"),
-        (lambda c: {**c, "pera_version": 99}, "adapter_config.json: pera_version=99 is a newer adapter layout"),
+        (lambda c: {**c, "pera_version": 99}, "adapter_config.json: pera_version=99 is newer than the layout"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(change, sentence, run):
-    file = run.adapter / "adapter_config.json"
+    file = run.adapter.path / "adapter_config.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
-    with pytest.raises(UserError, match=f"^{str(run.adapter)!r}: {sentence}"):
-        adapter_config(run.adapter)
+    with pytest.raises(UserError, match=f"^{str(run.adapter.path)!r}: {sentence}"):
+        _ = run.adapter.config
 
 
 def test_an_adapter_saved_as_bin_says_how_to_write_it_anew(run):
-    torch.save({}, run.adapter / "adapter_model.bin")
-    (run.adapter / "adapter_model.safetensors").unlink()
+    torch.save({}, run.adapter.path / "adapter_model.bin")
+    (run.adapter.path / "adapter_model.safetensors").unlink()
     with pytest.raises(
         UserError, match=r"weights in adapter_model\.bin, and only safetensors is read; .*save_pretrained"
     ):
-        open_model(run.location)
+        open_model(locate_run(run))
 
 
 def test_weights_in_float8_are_read(run, change_weights):
     change_weights(
-        run.adapter / "adapter_model.safetensors", lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}
+        run.adapter.path / "adapter_model.safetensors", lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}
     )
-    open_model(run.location)
+    open_model(locate_run(run))
 
 
 @pytest.mark.parametrize(
@@ -254,17 +257,17 @@ def test_weights_in_float8_are_read(run, change_weights):
     ],
 )
 def test_tokens_that_were_not_trained_are_refused(tokens, sentence, run):
-    file = run.adapter / "adapter_config.json"
+    file = run.adapter.path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": tokens}))
     with pytest.raises(UserError, match=sentence):
-        open_model(run.location)
+        open_model(locate_run(run))
 
 
 def test_a_tokenizer_saved_with_the_adapter_takes_the_place_of_the_bases(run, tiny_llama):
     own = AutoTokenizer.from_pretrained(tiny_llama)
     own.chat_template = "{{ messages[0]['content'] }}"
-    own.save_pretrained(run.adapter)
-    for name in (run.path, run.adapter):
+    own.save_pretrained(run.adapter.path)
+    for name in (run.path, run.adapter.path):
         assert open_model(locate(str(name)))[1].chat_template == own.chat_template
 
 
@@ -280,7 +283,7 @@ def test_a_run_is_opened_with_its_adapter(finished_run, tiny_llama, logits):
 
 def test_a_saved_adapter_gives_identical_logits_in_a_fresh_process(finished_run, tiny_llama, logits, fresh_logits):
     model, _ = open_model(locate(str(finished_run.path)), "float32")
-    fresh = fresh_logits({"run": (tiny_llama, finished_run.adapter)}, import_pera=True)
+    fresh = fresh_logits({"run": (tiny_llama, finished_run.adapter.path)}, import_pera=True)
     assert torch.equal(fresh["run"], logits(model))
 
 
@@ -300,9 +303,9 @@ def test_adapters_of_other_methods_are_loaded_too(tiny_llama, tmp_path, logits):
     ],
 )
 def test_weights_that_do_not_match_the_base_by_name_are_refused(change, sentence, run, tiny_llama, change_weights):
-    change_weights(run.adapter / "adapter_model.safetensors", change)
-    with pytest.raises(UserError, match=f"^{str(run.adapter)!r} does not fit the base model: {sentence}"):
-        load_adapter(load_model(str(tiny_llama)), run.adapter)
+    change_weights(run.adapter.path / "adapter_model.safetensors", change)
+    with pytest.raises(UserError, match=f"^{str(run.adapter.path)!r} does not fit the base model: {sentence}"):
+        run.adapter.load_on(load_model(str(tiny_llama)))
 
 
 def test_a_run_can_be_moved(run, tmp_path, logits):
@@ -312,7 +315,7 @@ def test_a_run_can_be_moved(run, tmp_path, logits):
 
 
 def test_a_resumed_run_that_fails_to_start_is_not_discarded(pera, run, monkeypatch):
-    for folder in (run.adapter, run.checkpoints):
+    for folder in (run.adapter.path, run.checkpoints):
         shutil.rmtree(folder)
     run.metrics_file.unlink()
     recipe = run.recipe_file.read_text()

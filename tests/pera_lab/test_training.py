@@ -23,7 +23,7 @@ STEPS = [2, 4, 6, 8, 10, 12]
 def same_adapter(a, b):
     """Whether two runs have the same adapter, byte for byte."""
     return all(
-        (a.adapter / name).read_bytes() == (b.adapter / name).read_bytes()
+        (a.adapter.path / name).read_bytes() == (b.adapter.path / name).read_bytes()
         for name in ("adapter_model.safetensors", "adapter_config.json")
     )
 
@@ -45,10 +45,10 @@ def cut(file):
 def test_training_leaves_a_run_folder(finished_run, tiny_llama):
     names = {path.name for path in finished_run.path.iterdir()}
     assert {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints", "adapter"} <= names
-    config = json.loads((finished_run.adapter / "adapter_config.json").read_text())
+    config = json.loads((finished_run.adapter.path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_llama)
     assert (config["peft_type"], config["r"], config["pera_dropout"]) == ("PERA", 4, 0.1)
-    weights = load_file(finished_run.adapter / "adapter_model.safetensors")
+    weights = load_file(finished_run.adapter.path / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert {key.rpartition(".")[2] for key in weights} == {"pera_A", "pera_B", "pera_h"}
 
@@ -56,7 +56,7 @@ def test_training_leaves_a_run_folder(finished_run, tiny_llama):
 def test_training_learns_and_the_high_order_terms_take_part(finished_run):
     losses = [line["loss"] for line in finished_run.metrics()]
     assert losses[-1] < losses[0] - 1
-    weights = load_file(finished_run.adapter / "adapter_model.safetensors")
+    weights = load_file(finished_run.adapter.path / "adapter_model.safetensors")
     assert all(weight.abs().max() > 0.01 for key, weight in weights.items() if key.endswith("pera_B"))
     assert all((weight - 0.3).abs().max() > 0.01 for key, weight in weights.items() if key.endswith("pera_h"))
 
@@ -81,7 +81,7 @@ def test_the_last_two_checkpoints_are_kept_and_marked_complete(finished_run):
 def test_one_seed_gives_one_adapter_and_another_gives_another(finished_run, train_run, tmp_path):
     assert same_adapter(finished_run, train_run(tmp_path / "again"))
     other = train_run(tmp_path / "other", "training.seed=43")
-    files = [run.adapter / "adapter_model.safetensors" for run in (finished_run, other)]
+    files = [run.adapter.path / "adapter_model.safetensors" for run in (finished_run, other)]
     assert files[0].read_bytes() != files[1].read_bytes()
 
 
@@ -89,7 +89,7 @@ def test_the_seed_decides_initialisation_and_order_of_the_data(train_run, tmp_pa
     """After one step A is as it was drawn, and the loss is the base model's on the first batch."""
     overrides = ["training.max_steps=1", "training.logging_steps=1"]
     runs = [train_run(tmp_path / str(seed), *overrides, f"training.seed={seed}") for seed in (1, 2)]
-    a, b = (load_file(run.adapter / "adapter_model.safetensors") for run in runs)
+    a, b = (load_file(run.adapter.path / "adapter_model.safetensors") for run in runs)
     assert [key for key in a if key.endswith("pera_A") and torch.allclose(a[key], b[key], atol=1e-3)] == []
     losses = [run.metrics()[0]["loss"] for run in runs]
     assert losses[0] != losses[1]
@@ -140,7 +140,7 @@ def without_checkpoints(run):
     ],
 )
 def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, finished_run):
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     damage(run)
     train(run.recipe, run, resume=True)
     assert same_adapter(run, finished_run)
@@ -154,7 +154,7 @@ def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, fi
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"])
 @pytest.mark.parametrize("step", [8, 12])
 def test_a_complete_checkpoint_that_is_broken_is_named(step, name, run):
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     if step == 8:
         without_last_checkpoint(run)
     checkpoint = run.checkpoints / f"checkpoint-{step}"
@@ -166,7 +166,7 @@ def test_a_complete_checkpoint_that_is_broken_is_named(step, name, run):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
 def test_a_checkpoint_without_what_training_goes_on_from_is_named(name, run):
-    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.adapter.path)
     without_last_checkpoint(run)
     checkpoint = run.checkpoints / "checkpoint-8"
     (checkpoint / name).unlink()
@@ -194,7 +194,7 @@ def test_resumed_is_uninterrupted_for_other_recipes(overrides, train_run, tmp_pa
     steps = [int(path.name.rpartition("-")[2]) for path in whole.checkpoints.iterdir()]
     assert len(steps) == 2
     halted = Run(Path(shutil.copytree(whole.path, tmp_path / "halted")))
-    shutil.rmtree(halted.adapter)
+    shutil.rmtree(halted.adapter.path)
     shutil.rmtree(halted.checkpoints / f"checkpoint-{max(steps)}")
     train(halted.recipe, halted, resume=True)
     assert same_adapter(halted, whole)
@@ -206,7 +206,7 @@ def test_a_run_that_lacks_only_its_adapter_is_not_trained_further(train_run, tmp
     """At a constant rate a further step would show; at the end of a linear schedule the rate is zero."""
     whole = train_run(tmp_path / "whole", "training.lr_scheduler=constant")
     halted = Run(Path(shutil.copytree(whole.path, tmp_path / "halted")))
-    shutil.rmtree(halted.adapter)
+    shutil.rmtree(halted.adapter.path)
     train(halted.recipe, halted, resume=True)
     assert same_adapter(halted, whole)
     assert measured(halted) == measured(whole)
@@ -244,7 +244,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(program, pera, python, re
     killed = python(program, "train", recipe_file, "--output", tmp_path / "run", check=False)
     assert killed.returncode == -signal.SIGKILL
     run = Run(tmp_path / "run")
-    assert not run.adapter.exists()
+    assert not run.adapter.path.exists()
     assert (run.checkpoints / "checkpoint-4" / COMPLETE).is_file()
     assert pera("train", run.path, "--resume").code == 0
     assert same_adapter(run, finished_run)
@@ -273,7 +273,7 @@ def test_examples_that_are_too_long_are_left_out_and_counted(recipe_file, tmp_pa
 
 def test_gradient_checkpointing_changes_nothing_but_memory(finished_run, train_run, tmp_path):
     run = train_run(tmp_path / "run", "training.gradient_checkpointing=true")
-    found, expected = (load_file(r.adapter / "adapter_model.safetensors") for r in (run, finished_run))
+    found, expected = (load_file(r.adapter.path / "adapter_model.safetensors") for r in (run, finished_run))
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-4)
 
@@ -289,7 +289,7 @@ def test_one_process_takes_one_gpu(recipe_file, monkeypatch, tmp_path):
 def test_the_adapter_of_a_bfloat16_base_is_float32(train_run, tmp_path):
     run = train_run(tmp_path / "run", "model.dtype=bfloat16", "training.max_steps=2")
     assert json.loads(run.environment_file.read_text())["base_model"]["dtype"] == "bfloat16"
-    weights = load_file(run.adapter / "adapter_model.safetensors")
+    weights = load_file(run.adapter.path / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
@@ -307,7 +307,7 @@ def test_after_one_step_each_group_has_moved_by_its_ratio(train_run, tmp_path):
     """The first step of Adam has the length of the rate, whatever the gradient."""
     once = ["training.max_steps=1", "training.logging_steps=1"]
     plain, grouped = (
-        load_file(train_run(tmp_path / name, *once, *more).adapter / "adapter_model.safetensors")
+        load_file(train_run(tmp_path / name, *once, *more).adapter.path / "adapter_model.safetensors")
         for name, more in [("plain", []), ("grouped", ["training.lr_ratio={B: 4, h: 0.5}"])]
     )
     for key, weight in plain.items():

@@ -1,6 +1,7 @@
-"""The PEFT plug-in: configuration, layers and model, and their registration with PEFT."""
+"""The PEFT plug-in: configuration, layers, model and registration."""
 
-from pera.tuner.config import PeraConfig, check_alpha, check_lists, check_rank
+from pera.tuner.checks import check_alpha, check_lists, check_names, check_rank
+from pera.tuner.config import PeraConfig
 from pera.tuner.hotswap import hotswap_adapter
 from pera.tuner.layers import (
     ParamWrapper,
@@ -11,7 +12,7 @@ from pera.tuner.layers import (
     PeraLinear,
     adapted_layers,
 )
-from pera.tuner.model import PeraModel, check_names
+from pera.tuner.model import PeraModel
 from pera.tuner.registration import register
 
 __all__ = [

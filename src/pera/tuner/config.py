@@ -1,10 +1,9 @@
-"""The configuration of a PERA adapter, written to ``adapter_config.json``."""
+"""The configuration of a PERA adapter, saved as ``adapter_config.json``."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import MISSING, InitVar, dataclass, field, fields
 from itertools import combinations
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ from peft.utils import PeftType
 
 from pera.errors import UserError, nearest
 from pera.polynomial import Coefficients, Normalization, Terms
+from pera.tuner.checks import check_alpha, check_lists, check_rank, is_number
 
 LAYOUT_VERSION = 1
 """Version of the names, shapes and order of the saved parameters (docs/architecture.md)."""
@@ -24,119 +24,93 @@ _RETIRED = {
     "recompute": "layers decide it themselves, so remove it from the configuration",
     "normalization": "use 'rms' and train again, or merge this adapter with the version of pera that trained it",
 }
-"""What to do about a value that earlier versions could save."""
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+"""Remedies for values that 0.1.0 could save."""
 
 
 @dataclass
 class PeraConfig(PeftConfig):
     """Configuration of Polynomial Expansion Rank Adaptation (arXiv 2604.11841).
 
-    The update of a weight is ΔW = s B̂ Â with s = α / r, where B̂ and Â are B and A with element-wise
-    products of their columns and rows appended (see :mod:`pera.polynomial`). The defaults are the
-    published method.
+    The update of a weight is ΔW = s B̂ Â with s = α / r. B̂ is B with element-wise products of its columns appended, and
+    Â is A with the products of its rows (see :mod:`pera.polynomial`). The defaults are the published method.
 
     Args:
-        r: rank of the trained factors, at least 1. The merged update has rank up to
-            K = r + r(r+1)/2 for ``terms="all"``.
-        pera_alpha: scale numerator α; None means the layer's own r, so that s = 1. Raise it only if
-            you also lower the learning rate.
-        pera_dropout: probability in [0, 1) of dropping an entry of the adapter's input while training.
-        use_rslora: scale by α / sqrt(r) instead of α / r. Has no effect when ``pera_alpha`` is None
-            and r = 1; otherwise use it to keep one learning rate over several ranks.
-        target_modules: names (or endings of names) of the modules to adapt, a regular expression for
-            the full name, or "all-linear". None takes PEFT's choice for the architecture. Every name
-            of a list has to match a module.
-        exclude_modules: names, or a regular expression, of modules to leave out.
-        target_parameters: names (or endings of names) of single parameters to adapt, such as the fused experts
-            "mlp.experts.gate_up_proj". Each forward builds their whole update, so use it where there is no layer
-            to name in ``target_modules``. They take ``r`` and ``pera_alpha``, and no dropout; ``exclude_modules`` and
-            ``layers_to_transform`` do not act on them.
-        terms: products that take part: "all", "square" (K = 2r, cheapest), "cross" (needs r ≥ 2), or
-            "none", which is LoRA.
-        coefficients: "learned" trains one coefficient h for each product; "fixed" keeps 1 for squares
-            and 2 for crosses, so that ΔW = s (BA + (BA) ⊙ (BA)) for ``terms="all"`` without normalization.
-        init_coefficients: the value learned coefficients start at. ΔW is zero at the start either way.
-        normalization: "none" as published; the products are then orders of magnitude below the factors
-            and hardly take part. "rms" divides a product by the root mean square of its factor, which
-            wakes them; use it when the high-order terms are what you want to study or use. "centred" is "rms" with
-            every square less its mean, so that squares have no constant part in common; without squares it is "rms".
-        bias: which biases to train: "none", "all", or "pera_only" (those of adapted modules).
-        modules_to_save: further modules to train in full and save, such as a classification head.
-        trainable_token_indices: rows of the input embedding to train in full, as token ids, or by the name of an
-            embedding; use it for a few new tokens.
-        ensure_weight_tying: one adapter for the input embedding and the layers that share its weight. Use it when
-            you target either in a model with tied embeddings; otherwise a merge separates them.
-        init_weights: True starts with ΔW = 0 (A Kaiming-uniform, B zero). "gaussian" does so with A normal of standard
-            deviation 1 / r, as LoRA's of that name, embeddings apart: a larger A, which brings products nearer to the
-            factors without normalization. False draws B and h at random as well, for tests only.
-        layers_to_transform: index or indices of the layers to adapt; the others are left alone. Not
-            together with a regular expression.
-        layers_pattern: name of the list of layers, if it is not found by itself.
-        rank_pattern: rank by module name or regular expression, where it differs from ``r``.
-        alpha_pattern: α by module name or regular expression, where it differs from ``pera_alpha``.
-        pera_version: version of the saved layout; filled in.
+        r: rank of the trained factors. The expanded rank is K = r + r(r+1)/2 for ``terms="all"``. Raise r when the
+            task needs more capacity. Lower it when you want to serve the adapter as a LoRA of rank K.
+        pera_alpha: numerator α of the scale. None means the rank of the layer, so that s = 1. Set it to carry over
+            settings from LoRA. With a larger α, lower the learning rate.
+        pera_dropout: probability in [0, 1) of zeroing an entry of the adapter's input in training. Use it on small data
+            sets. It must be 0 with ``target_parameters``.
+        use_rslora: scale by α / sqrt(r) instead of α / r. Use it with ``pera_alpha`` to keep one learning rate over
+            several ranks. With ``pera_alpha=None`` it multiplies the scale by sqrt(r).
+        target_modules: modules to adapt: a list of names or endings of names, a regular expression for the full name,
+            or "all-linear". None takes PEFT's choice for the architecture. Every name in a list must match.
+        exclude_modules: modules to leave out of ``target_modules``: a list of names or a regular expression.
+        target_parameters: single parameters to adapt, by name or ending, such as "mlp.experts.gate_up_proj". Use it for
+            fused experts. Do not use it where there is a layer to target: it builds the whole ΔW in every forward.
+            Parameters take ``r`` and ``pera_alpha``; ``exclude_modules``, ``layers_to_transform``, the patterns and
+            dropout do not apply to them.
+        terms: products to append: "all", "square" (the cheapest, K = 2r), "cross" (needs r ≥ 2), or "none" (LoRA). Use
+            "none" as a baseline.
+        coefficients: "learned" trains one coefficient h for each product. "fixed" keeps h at 1 for squares and 2 for
+            crosses, so that ΔW = s (BA + (BA) ⊙ (BA)) without normalization.
+        init_coefficients: initial value of learned coefficients. With 0, the products start without effect. With a
+            normalization, use about 0.3 to make them take part from the start. ΔW starts at zero either way.
+        normalization: scale of the products. With "none", as published, products are orders of magnitude smaller than
+            the factors and have almost no effect. "rms" divides each product by the root mean square of its factor; use
+            it when the high-order terms should take part. "centred" also subtracts the mean from each square.
+        bias: biases to train: "none", "all", or "pera_only" (biases of adapted modules). With trained biases,
+            disabling the adapter does not restore the base model.
+        modules_to_save: other modules to train in full and save with the adapter, such as a new classification head.
+        trainable_token_indices: token ids whose embeddings are trained in full, or such lists by the name of the
+            embedding. Use it for a few new tokens. For many, use ``modules_to_save``.
+        ensure_weight_tying: train one adapter for the input embedding and all layers that share its weight. Use it when
+            you target tied embeddings; otherwise a merge gives them separate weights.
+        init_weights: True initializes A with Kaiming-uniform(a=√5) and B with zeros. "gaussian" draws A from a normal
+            distribution with standard deviation 1 / r instead, which is larger for large layers. False also draws B
+            and h at random; it is for tests, because training does not start at the base model.
+        layers_to_transform: indices of the layers to adapt, such as [0, 1]. None adapts all layers. It needs a list of
+            names in ``target_modules``, not a regular expression.
+        layers_pattern: name of the module list that ``layers_to_transform`` counts, such as "layers". Set it only if
+            PEFT does not find the list.
+        rank_pattern: rank by module name or regular expression, where it differs from ``r``. If several names match a
+            module, the longest wins (PEFT: the first). An entry that matches nothing is an error.
+        alpha_pattern: α by module name or regular expression, where it differs from ``pera_alpha``, by the same rule.
+        pera_version: version of the saved layout. It is filled in; do not set it.
 
     Raises:
-        UserError: a value that cannot work, named with what would be right.
+        UserError: an option has a value that cannot work. The message names the option and what would be right.
+
+    Example::
+
+        PeraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")  # as published
+        PeraConfig(r=8, target_modules="all-linear", normalization="rms", init_coefficients=0.3)  # terms take part
+        PeraConfig(r=8, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4})
     """
 
-    r: int = _option(8, "Rank of the trained factors. Raise it when the task is far from the base model's training.")
-    pera_alpha: float | None = _option(
-        None, "Scale numerator; None means the layer's own rank, so that the scale alpha / r is 1."
-    )
-    pera_dropout: float = _option(0.0, "Dropout on the adapter's input while training. Use it on small data sets.")
-    use_rslora: bool = _option(False, "Scale by alpha / sqrt(r). Use it to keep one learning rate over several ranks.")
-    target_modules: list[str] | str | None = _option(
-        None, "Module names, a regular expression, or 'all-linear'. None takes PEFT's choice for the architecture."
-    )
-    exclude_modules: list[str] | str | None = _option(None, "Module names or a regular expression to leave out.")
-    target_parameters: list[str] | None = _option(
-        None, "Names of single parameters to adapt, such as fused experts. Only where there is no layer to name."
-    )
-    terms: Terms = _option(
-        "all", "Products that take part: 'all', 'square' (cheapest), 'cross' (needs r of 2 or more), 'none' (LoRA)."
-    )
-    coefficients: Coefficients = _option(
-        "learned", "'learned' trains one coefficient for each product; 'fixed' keeps 1 for squares and 2 for crosses."
-    )
-    init_coefficients: float = _option(
-        0.0, "Value that learned coefficients start at; the update starts at zero anyway."
-    )
-    normalization: Normalization = _option(
-        "none",
-        "'none' as published; 'rms' gives a product the scale of one factor and so wakes the high-order terms; "
-        "'centred' also subtracts the mean from each square.",
-    )
-    bias: Literal["none", "all", "pera_only"] = _option(
-        "none", "Biases to train: 'none', 'all', 'pera_only'. With biases trained, disabling is not the base model."
-    )
-    modules_to_save: list[str] | None = _option(None, "Further modules to train in full and save, such as a new head.")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
-        None, "Token ids whose embeddings are trained in full, or such by name of the embedding. For a few new tokens."
-    )
-    ensure_weight_tying: bool = _option(
-        False, "One adapter for tied input and output embeddings. Without it a merge separates them."
-    )
-    init_weights: bool | Literal["gaussian"] = _option(
-        True,
-        "True starts with a zero update, as does 'gaussian', with A normal of deviation 1 / r. False, where B and h "
-        "are random, is for tests only.",
-    )
-    layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to adapt. None adapts all.")
-    layers_pattern: list[str] | str | None = _option(None, "Name of the list of layers, with layers_to_transform only.")
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Rank by module name or regular expression, where it differs from r."}
-    )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Alpha by module name or regular expression, where it differs."}
-    )
-    pera_version: int = _option(LAYOUT_VERSION, "Version of the saved layout; filled in, not to be set.")
+    r: int = 8
+    pera_alpha: float | None = None
+    pera_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    terms: Terms = "all"
+    coefficients: Coefficients = "learned"
+    init_coefficients: float = 0.0
+    normalization: Normalization = "none"
+    bias: Literal["none", "all", "pera_only"] = "none"
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    init_weights: bool | Literal["gaussian"] = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    pera_version: int = LAYOUT_VERSION
 
-    random_signs: InitVar[bool] = False  # this and the next are read from old adapters alone
+    random_signs: InitVar[bool] = False  # this and recompute are only read from adapters of 0.1.0
     recompute: InitVar[bool | None] = None
 
     def __post_init__(self, random_signs: bool, recompute: bool | None) -> None:
@@ -159,11 +133,13 @@ class PeraConfig(PeftConfig):
 
     @classmethod
     def published(cls, **options: Any) -> PeraConfig:
-        """The method of the paper, whatever the defaults become: all terms, learned coefficients started at 0,
-        no normalization. ``options`` set the rest (r, target_modules, …); s is 1 unless they set ``pera_alpha``.
+        """The method of the paper, independent of the defaults of this class.
+
+        It has all terms, learned coefficients that start at 0, and no normalization. ``options`` set everything else,
+        such as ``r`` and ``target_modules``.
 
         Raises:
-            UserError: an option that the paper fixes.
+            UserError: ``options`` set something that the paper fixes.
         """
         method: dict[str, Any] = {
             "terms": "all",
@@ -177,25 +153,25 @@ class PeraConfig(PeftConfig):
 
     @classmethod
     def from_lora(cls, lora_config: LoraConfig, **options: Any) -> PeraConfig:
-        """Carry a LoRA configuration over to PERA; ``options`` are PERA's own (terms, normalization, …).
+        """The configuration of LoRA as one of PERA. ``options`` add PERA's own, such as ``normalization``.
 
         Raises:
-            UserError: it is no LoRA configuration, it uses an option of LoRA that PERA does not have (DoRA, LoftQ,
-                another initialisation, …), or patterns that PERA may read in another order.
+            UserError: ``lora_config`` is not a LoraConfig, it uses an option that PERA does not have (DoRA, LoftQ,
+                PiSSA, …), or PERA reads its patterns in a different order.
         """
         if not isinstance(lora_config, LoraConfig):
             raise UserError(f"from_lora takes a LoraConfig of PEFT, not a {type(lora_config).__name__}.")
-        for key in ("rank_pattern", "alpha_pattern"):  # PEFT takes the first that matches, PERA the longest name
+        for key in ("rank_pattern", "alpha_pattern"):  # PEFT takes the first match, PERA the longest name
             patterns = getattr(lora_config, key) or {}
             for first, second in combinations(patterns, 2):
                 if patterns[first] == patterns[second]:
                     continue
                 if first.endswith(f".{second}") or second.endswith(f".{first}"):
-                    raise UserError(f"{key}: {first!r} and {second!r} match the same modules and disagree; keep one.")
-                if _is_plain(second) and not _is_plain(first):
+                    raise UserError(f"{key}: {first!r} and {second!r} match the same modules and differ; keep one.")
+                if _is_name(second) and not _is_name(first):
                     raise UserError(
-                        f"{key}: LoRA takes {first!r} before {second!r}, and PERA a name before an expression; "
-                        "put the name first, or keep one."
+                        f"{key}: LoRA takes {first!r} before {second!r}, but PERA takes names before expressions; "
+                        "put the name first, or keep one of them."
                     )
         renamed = {"pera_alpha": lora_config.lora_alpha, "pera_dropout": lora_config.lora_dropout}
         own = {f.name for f in fields(cls)}
@@ -211,31 +187,31 @@ class PeraConfig(PeftConfig):
                         f"init_lora_weights={value!r} has no counterpart in PERA; use True, False or 'gaussian'."
                     )
                 renamed["init_weights"] = value
-            elif f.name not in _LORA_WITHOUT_COUNTERPART and value != _default(f):
+            elif f.name not in _LORA_ONLY and value != _default(f):
                 raise UserError(f"{f.name}={value!r} has no counterpart in PERA; leave it at {_default(f)!r}.")
         return cls(**{**renamed, **options})
 
     @property
     def learns_coefficients(self) -> bool:
-        """Whether the adapter has an h to train."""
+        """Whether the adapter trains coefficients h."""
         return self.coefficients == "learned" and self.terms != "none"
 
     def scaling(self, r: int, alpha: float | None) -> float:
-        """s = α / r, or α / sqrt(r) with ``use_rslora``, for a layer of rank ``r``; α None means r."""
+        """s = α / r, or α / sqrt(r) with ``use_rslora``, for a layer of rank ``r``. ``alpha=None`` means r."""
         alpha = r if alpha is None else alpha
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def layer_settings(self, name: str) -> tuple[int, float | None]:
-        """Rank and α (or None) of the module ``name``, after ``rank_pattern`` and ``alpha_pattern``.
+        """Rank and α (or None) of the module ``name``, from the patterns or else from ``r`` and ``pera_alpha``.
 
         Raises:
-            UserError: two entries of a pattern match the module and disagree.
+            UserError: two regular expressions of a pattern match the module and give different values.
         """
         r: int = _lookup("rank_pattern", self.rank_pattern, name, self.r)
         return r, _lookup("alpha_pattern", self.alpha_pattern, name, self.pera_alpha)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain, ordered values, so that equal configurations are equal files."""
+        """The options as JSON values. Sets become sorted lists, so that equal configurations give equal files."""
         values: dict[str, Any] = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
@@ -258,9 +234,9 @@ class PeraConfig(PeftConfig):
         ]:
             if alpha is not None:
                 check_alpha(key, alpha)
-        if not (_is_number(self.pera_dropout) and 0 <= self.pera_dropout < 1):
-            raise UserError(f"pera_dropout={self.pera_dropout!r} should be at least 0 and below 1.")
-        if not (_is_number(self.init_coefficients) and math.isfinite(self.init_coefficients)):
+        if not (is_number(self.pera_dropout) and 0 <= self.pera_dropout < 1):
+            raise UserError(f"pera_dropout={self.pera_dropout!r} should be at least 0 and less than 1.")
+        if not (is_number(self.init_coefficients) and math.isfinite(self.init_coefficients)):
             raise UserError(f"init_coefficients={self.init_coefficients!r} should be a finite number.")
         if self.init_coefficients and self.terms == "none":
             raise UserError(f"init_coefficients={self.init_coefficients} needs terms other than 'none'; leave it at 0.")
@@ -280,17 +256,17 @@ class PeraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
         if not isinstance(self.pera_version, int):
-            raise UserError(f"pera_version={self.pera_version!r} should be a whole number, now {LAYOUT_VERSION}.")
+            raise UserError(f"pera_version={self.pera_version!r} should be a whole number; leave it out.")
         if self.pera_version > LAYOUT_VERSION:
             raise UserError(
-                f"pera_version={self.pera_version} is a newer adapter layout than this pera reads ({LAYOUT_VERSION}); "
+                f"pera_version={self.pera_version} is newer than the layout that this pera reads, {LAYOUT_VERSION}; "
                 "upgrade with: pip install -U pera"
             )
 
 
-# Options of LoRA that need nothing in PERA: the layout of Conv1D weights is found by itself, and the rest
-# says how other methods are run, not what is trained.
-_LORA_WITHOUT_COUNTERPART = {
+# Options of LoRA that PERA ignores. It detects the layout of Conv1D weights itself. The others say how other methods
+# run, not what they train.
+_LORA_ONLY = {
     "peft_type",
     "peft_version",
     "lora_alpha",
@@ -306,99 +282,24 @@ def _default(f: Any) -> Any:
     return f.default if f.default is not MISSING else f.default_factory()
 
 
-def _lookup(key: str, pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """The value for module ``name``: of the longest plain name that matches, else of the regular expression.
-
-    PEFT takes the first match, and the order of the entries is lost when a configuration is saved.
-    """
-    matching = [k for k in pattern if re.match(rf"(.*\.)?({k})$", name)]
-    plain = [k for k in matching if _is_plain(k)]
-    if plain:
-        return pattern[max(plain, key=len)]
-    values = {pattern[k] for k in matching}
-    if len(values) > 1:
-        raise UserError(f"{key}: {' and '.join(map(repr, matching))} both match {name!r} and disagree; keep one.")
-    return values.pop() if values else default
-
-
-def _is_plain(pattern: str) -> bool:
-    return re.fullmatch(r"[\w.]+", pattern) is not None
-
-
-def _is_list(value: Any, each: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple, set)) and all(map(each, value))
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_index(value: Any) -> bool:
-    return _is_whole(value) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_expression(key: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
-
-
 def _is_initialisation(value: Any) -> bool:
     return isinstance(value, bool) or value == "gaussian"
 
 
-def check_rank(key: str, r: Any, terms: Terms = "none") -> None:
-    """Raise UserError if ``r``, the value of ``key``, is no rank, or none for ``terms``."""
-    if not _is_whole(r) or r < 1:
-        raise UserError(f"{key}={r!r} should be a whole number of at least 1.")
-    if terms == "cross" and r == 1:
-        raise UserError(f"{key}=1 with terms='cross' leaves no products; use r of at least 2, or terms='square'.")
+def _lookup(key: str, pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of ``pattern`` for the module ``name``: from the longest name that matches, else from an expression.
 
-
-def check_alpha(key: str, alpha: Any) -> None:
-    """Raise UserError if ``alpha``, the value of ``key``, is no numerator of a scale; with 0, ΔW is always zero."""
-    if not (_is_number(alpha) and math.isfinite(alpha) and alpha):
-        raise UserError(f"{key}={alpha!r} should be a finite number, not 0; leave it out for the layer's own rank.")
-
-
-def check_lists(config: PeftConfig) -> None:
-    """Refuse, in a configuration of any PEFT method, what is no list of names or of indices and no pattern.
-
-    Raises:
-        UserError: such a value, by the name of its option.
+    PEFT takes the first match. Saving a configuration does not keep the order of the entries, so PERA cannot.
     """
-    for key in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = getattr(config, key, None)
-        if isinstance(value, str):
-            _check_expression(key, value)
-        elif value is not None and not _is_list(value, _is_name):
-            raise UserError(f"{key}={value!r} should be a list of names, or a regular expression.")
-    for key in ("target_parameters", "modules_to_save"):
-        value = getattr(config, key, None)
-        if value is not None and not _is_list(value, _is_name):
-            raise UserError(f"{key}={value!r} should be a list of names.")
-    indices = getattr(config, "layers_to_transform", None)
-    if indices is not None and not _is_index(indices) and not _is_list(indices, _is_index):
-        raise UserError(f"layers_to_transform={indices!r} should be a whole number or a list of them.")
-    if indices == []:
-        raise UserError("layers_to_transform=[] names no layer, and PEFT takes it for all; leave it out, or name some.")
-    tokens = getattr(config, "trainable_token_indices", None) or []
-    if not all(_is_list(ids, _is_whole) for ids in (tokens.values() if isinstance(tokens, dict) else [tokens])):
-        raise UserError(
-            f"trainable_token_indices={tokens!r} should be a list of token ids, or map names to such lists."
-        )
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, key, None) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_name, patterns)):
-            raise UserError(f"{key}={patterns!r} should map names, or regular expressions, to numbers.")
-        for pattern in patterns:
-            _check_expression(key, pattern)
+    matching = [k for k in pattern if re.match(rf"(.*\.)?({k})$", name)]
+    names = [k for k in matching if _is_name(k)]
+    if names:
+        return pattern[max(names, key=len)]
+    values = {pattern[k] for k in matching}
+    if len(values) > 1:
+        raise UserError(f"{key}: {' and '.join(map(repr, matching))} both match {name!r} and differ; keep one.")
+    return values.pop() if values else default
+
+
+def _is_name(pattern: str) -> bool:
+    return re.fullmatch(r"[\w.]+", pattern) is not None

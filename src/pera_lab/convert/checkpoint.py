@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pera.errors import UserError
+from pera_lab.adapters import base_name
 from pera_lab.files import read_object, write_json
 from pera_lab.models import reading
-from pera_lab.runs import base_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

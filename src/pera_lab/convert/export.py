@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pera.errors import UserError
 from pera.lora import folded_layers, lora_of
-from pera.tuner import PeraConfig
-from pera_lab import models
+from pera_lab import embedded, models
+from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert import gguf, servers
 from pera_lab.convert.gguf import ADAPTER
@@ -22,16 +22,7 @@ from pera_lab.convert.servers import Form
 from pera_lab.convert.truncate import Truncation, measured, truncate
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free
-from pera_lab.runs import (
-    Location,
-    adapter_config,
-    adapter_weights,
-    copy_tokenizer,
-    locate_adapter,
-    method_name,
-    open_model,
-    saved_embeddings,
-)
+from pera_lab.opening import Location, copy_tokenizer, locate_adapter, open_model
 
 
 class Export(NamedTuple):
@@ -71,7 +62,7 @@ def export(
     check fails.
 
     Args:
-        source: what :func:`pera_lab.runs.locate` takes, with a PERA adapter.
+        source: what :func:`pera_lab.opening.locate` takes, with a PERA adapter.
         output: folder to write, with ``verification.json`` and a model card: for "lora" PEFT's
             ``adapter_config.json`` and weights, for "gguf" ``adapter.gguf``.
         to: the form; by default what the server reads, or "lora".
@@ -89,11 +80,10 @@ def export(
     form = _form(to, server)
     _check_options(max_rank, energy, server)
     require_free(output)
-    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
-    config = adapter_config(adapter)
-    if not isinstance(config, PeraConfig):
-        raise UserError(f"{source!r} is a {method_name(config)} adapter; only a PERA adapter is exported.")
-    saved = adapter_weights(adapter)  # refuses what is broken or not finite
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
+    adapter = location.require_adapter()
+    if not adapter.is_pera:
+        raise UserError(f"{source!r} is a {adapter.method} adapter; only a PERA adapter is exported.")
     model, tokenizer = open_model(location, dtype)
     _check_tokens(source, location, model, form, server)
     layers, truncation = folded_layers(model, {"default": 1.0}), None
@@ -102,7 +92,7 @@ def export(
         written, truncation = truncate(layers, max_rank=max_rank, energy=energy)
     lora, weights = lora_of(model, written, "default")
     base = model.get_base_model()
-    weights |= saved_embeddings(base, saved)
+    weights |= adapter.saved_embeddings(base)
     if server is not None:
         servers.check_rank(server, lora.r, chosen=max_rank is not None or energy is not None)
         servers.check(server, layers, lora, getattr(base.config, "num_hidden_layers", None))
@@ -115,7 +105,7 @@ def export(
             copy_tokenizer(location, folder)
         else:
             gguf.write_adapter(folder / ADAPTER, weights, lora.lora_alpha, base.config)
-            if file := models.resolve_gguf(location.base):
+            if file := embedded.resolve_gguf(location.base):
                 gguf.check_base(file, folder / ADAPTER)
         prompts = prompts_of(location)
         if truncation is None:
@@ -199,6 +189,6 @@ def _write_lora(folder: Path, lora: LoraConfig, weights: dict[str, Tensor]) -> N
 
 def _read_back(location: Location, folder: Path, form: Form, dtype: str) -> tuple[Any, Any]:
     if form == "lora":
-        return open_model(location._replace(adapter=folder), dtype)
+        return open_model(location._replace(adapter=Adapter(folder)), dtype)
     base, tokenizer = open_model(location._replace(adapter=None), dtype)
     return gguf.read_adapter(folder / ADAPTER, base), tokenizer

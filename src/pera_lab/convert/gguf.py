@@ -1,4 +1,4 @@
-"""A LoRA in GGUF, the form that llama.cpp and Ollama read: names and rows as in the GGUF file of the base model."""
+"""A LoRA in GGUF, the format of llama.cpp and Ollama, with the names and row order of the base model's GGUF file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pera.errors import UserError, missing_extra, nearest
+from pera.errors import UserError, missing_extra
 
 
 class Architecture(NamedTuple):
-    """How llama.cpp names a family of models, and whether it stores the rows of q and k in another order.
+    """An architecture of llama.cpp.
 
-    transformers rotates the first half of a head against the second, llama.cpp's "llama" neighbours against one
-    another; so there row i of the first half comes to stand before row i of the second.
+    Rotary embeddings in transformers rotate entry i of a head with entry i + d/2. In llama.cpp's "llama" they rotate
+    entry 2i with entry 2i + 1. A file of that architecture therefore stores the rows of q and k in the order
+    0, d/2, 1, d/2 + 1, … within each head.
     """
 
     name: str
+    """The name in ``general.architecture``."""
     permuted: bool = False
+    """Whether the rows of q and k are stored in that order."""
 
 
 ARCHITECTURES = {
@@ -35,10 +38,10 @@ ARCHITECTURES = {
     "gemma2": Architecture("gemma2"),
     "gemma3_text": Architecture("gemma3"),
 }
-"""By the ``model_type`` of transformers."""
+"""Supported architectures by the ``model_type`` of transformers."""
 
 ADAPTER = "adapter.gguf"
-"""The file of a GGUF adapter in the folder of its export."""
+"""File name of a GGUF adapter in an export folder."""
 
 _WHOLE = "base_model.model."
 
@@ -49,11 +52,11 @@ def write_adapter(file: Path, state: dict[str, Tensor], alpha: int, config: PreT
     Args:
         file: the file to write.
         state: ``base_model.model.<layer>.lora_A.weight`` ``(r, in)`` and ``…lora_B.weight`` ``(out, r)``.
-        alpha: lora_alpha; the reader scales by alpha / r.
+        alpha: lora_alpha. The reader scales by alpha / r.
         config: the configuration of the base model.
 
     Raises:
-        UserError: the architecture is not one of :data:`ARCHITECTURES`, or a layer has no name in it.
+        UserError: the architecture is not in :data:`ARCHITECTURES`, or a layer has no name in GGUF.
     """
     gguf = _library()
     architecture = architecture_of(config)
@@ -75,27 +78,27 @@ def write_adapter(file: Path, state: dict[str, Tensor], alpha: int, config: PreT
 
 
 def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
-    """The base model with a GGUF adapter on it, as a LoRA of PEFT's, in evaluation mode.
+    """Load a GGUF adapter on its base model as a LoRA of PEFT, in evaluation mode.
 
     Raises:
-        UserError: the file is no LoRA adapter in GGUF, or one for another architecture or for other shapes.
+        UserError: the file is not a LoRA adapter in GGUF, or its architecture or a shape does not fit the base model.
     """
     gguf = _library()
     reader = open_gguf(file)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     if fields.get(gguf.Keys.General.TYPE) != gguf.GGUFType.ADAPTER or fields.get(gguf.Keys.Adapter.TYPE) != "lora":
-        raise UserError(f"{str(file)!r} is a GGUF file, but no LoRA adapter; its general.type should be 'adapter'.")
+        raise UserError(f"{str(file)!r} is not a LoRA: general.type should be 'adapter' and adapter.type 'lora'.")
     config: Any = base.config
     architecture = architecture_of(config)
     if (found := _architecture(reader)) != architecture.name:
-        raise UserError(f"{str(file)!r} is an adapter for {found!r}, and the base model is a {architecture.name!r}.")
+        raise UserError(f"{str(file)!r} is an adapter for {found!r}, but the base model is {architecture.name!r}.")
     linear = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     layers = {name: layer for layer, name in tensor_names(linear, config, skip=True).items()}
     state: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         name, _, suffix = tensor.name.rpartition(".")
         if name not in layers or suffix not in ("lora_a", "lora_b"):
-            raise UserError(f"{str(file)!r} has {tensor.name!r}, which the base model has no place for.")
+            raise UserError(f"{str(file)!r} holds {tensor.name!r}, which matches no layer of the base model.")
         layer = layers[name]
         factor = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if suffix == "lora_b" and (heads := _permuted_heads(layer, config)):
@@ -103,15 +106,15 @@ def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
         rows, columns = linear[layer].weight.shape
         if factor.ndim != 2 or factor.shape[suffix == "lora_a"] != (columns if suffix == "lora_a" else rows):
             raise UserError(
-                f"{str(file)!r} has {tensor.name!r} of shape {tuple(factor.shape)}, which does not fit a weight of "
-                f"{(rows, columns)} in the base model."
+                f"{str(file)!r}: {tensor.name!r} has shape {tuple(factor.shape)}, which does not fit the base model's "
+                f"weight {(rows, columns)}."
             )
         state[f"{_WHOLE}{layer}.lora_{suffix[-1].upper()}.weight"] = factor
     targets = {key.removeprefix(_WHOLE).rpartition(".lora_")[0] for key in state}
     if len(state) != 2 * len(targets) or not targets:
         raise _cut_off(file)
     ranks = {layer: len(state[f"{_WHOLE}{layer}.lora_A.weight"]) for layer in targets}
-    alpha = float(fields.get(gguf.Keys.Adapter.LORA_ALPHA, 0.0))  # as llama.cpp: without one the scale is 1
+    alpha = float(fields.get(gguf.Keys.Adapter.LORA_ALPHA, 0.0))  # without alpha llama.cpp scales by 1
     largest = max(ranks.values())
     lora = LoraConfig(
         r=largest,
@@ -126,15 +129,18 @@ def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
 
 
 def check_base(file: Path, adapter: Path) -> None:
-    """Raise UserError unless a GGUF adapter fits the GGUF model ``file``, by architecture, names and shapes; llama.cpp
-    would refuse it without a reason, or worse, not."""
+    """Check that a GGUF adapter fits a GGUF model. llama.cpp rejects a wrong one without a reason, or accepts it.
+
+    Raises:
+        UserError: the architectures, the names of tensors or their shapes do not match.
+    """
     model, factors = open_gguf(file), open_gguf(adapter)
     found, expected = (_architecture(reader) for reader in (model, factors))
     if found != expected:
-        raise UserError(f"{str(file)!r} is a {found!r} model, and the adapter is for a {expected!r}.")
+        raise UserError(f"{str(file)!r} is a model of {found!r}, but the adapter is for {expected!r}.")
     shapes, ends = ({tensor.name: _shape(tensor) for tensor in reader.tensors} for reader in (model, factors))
     names = sorted({name.rpartition(".lora_")[0] for name in ends})
-    split = model.fields.get("split.count")  # the rest of the tensors lies in other files, which llama.cpp finds
+    split = model.fields.get("split.count")  # llama.cpp finds the other files of a split model
     elsewhere = split is not None and split.contents() > 1
     for name in names:
         A, B = (ends.get(f"{name}.lora_{suffix}", ()) for suffix in "ab")
@@ -143,31 +149,44 @@ def check_base(file: Path, adapter: Path) -> None:
         if name not in shapes and elsewhere:
             continue
         if shapes.get(name) != (needed := (B[0], A[1])):
-            there = f"has {name} of shape {shapes[name]}" if name in shapes else f"has no {name}"
-            raise UserError(f"{str(file)!r} {there}, and the adapter is for one of {needed}.")
+            there = f"has {name} with shape {shapes[name]}" if name in shapes else f"has no {name}"
+            raise UserError(f"{str(file)!r} {there}, but the adapter needs {needed}.")
     if not names:
         raise _cut_off(adapter)
 
 
 def layers_of(state: dict[str, Tensor]) -> list[str]:
-    """The names in the base model of the layers that a LoRA ``state`` has factors for."""
+    """Names of the base model's layers that have factors in the state dict of a LoRA."""
     return sorted({key.removeprefix(_WHOLE).partition(".lora_")[0] for key in state if ".lora_" in key})
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """llama.cpp's name for the architecture of a transformers model; raises UserError if it is none of
-    :data:`ARCHITECTURES`."""
+    """The llama.cpp architecture of a transformers model.
+
+    Raises:
+        UserError: its ``model_type`` is not in :data:`ARCHITECTURES`.
+    """
     kind = str(config.model_type)
     if kind not in ARCHITECTURES:
-        raise UserError(f"the base model is a {kind!r}, for which no GGUF adapter is written; {_known()}")
+        raise UserError(
+            f"model_type={kind!r} of the base model is not supported in GGUF; supported: {', '.join(ARCHITECTURES)}."
+        )
     return ARCHITECTURES[kind]
 
 
 def tensor_names(layers: Iterable[str], config: PreTrainedConfig, *, skip: bool = False) -> dict[str, str]:
-    """The names that the weights of the modules ``layers`` have in GGUF, by module.
+    """Names in GGUF of the weights of modules.
+
+    Args:
+        layers: names of the modules in the base model.
+        config: the configuration of the base model.
+        skip: leave out a module that has no name in GGUF.
+
+    Returns:
+        The GGUF name by module name.
 
     Raises:
-        UserError: GGUF has no name for one of them, unless ``skip``, which leaves it out.
+        UserError: a module has no name in GGUF and ``skip`` is False.
     """
     gguf = _library()
     architecture = architecture_of(config).name
@@ -175,27 +194,29 @@ def tensor_names(layers: Iterable[str], config: PreTrainedConfig, *, skip: bool 
     known = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     names = {layer: known.get_name(f"{layer}.weight", try_suffixes=(".weight",)) for layer in layers}
     if not skip and (missing := [layer for layer, name in names.items() if name is None]):
-        raise UserError(f"{missing[0]!r} has no name in a GGUF file of architecture {architecture!r}; leave it out.")
+        raise UserError(
+            f"{missing[0]!r} has no name in GGUF files of architecture {architecture!r}; merge the adapter."
+        )
     return {layer: name for layer, name in names.items() if name is not None}
 
 
 def open_gguf(file: Path) -> Any:
-    """A reader of a GGUF file; raises UserError if it is missing or broken."""
+    """Open a GGUF file for reading; raises UserError if it is missing or broken."""
     try:
         return _library().GGUFReader(file)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{str(file)!r} is not a whole GGUF file: {error}") from error
+        raise UserError(f"{str(file)!r} is not a complete GGUF file: {error}") from error
 
 
 def is_adapter(file: Path) -> bool:
-    """Whether a GGUF file holds an adapter, not a model."""
+    """Whether a GGUF file holds an adapter rather than a model."""
     gguf = _library()
     field = open_gguf(file).fields.get(gguf.Keys.General.TYPE)
     return field is not None and field.contents() == gguf.GGUFType.ADAPTER
 
 
 def _cut_off(adapter: Path) -> UserError:
-    return UserError(f"{str(adapter)!r} lacks one of the two factors of a layer, or all; it may have been cut off.")
+    return UserError(f"{str(adapter)!r} lacks lora_a or lora_b of a layer, or holds no layer; it may be truncated.")
 
 
 def _architecture(reader: Any) -> str:
@@ -204,12 +225,12 @@ def _architecture(reader: Any) -> str:
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
-    """As PyTorch counts it."""
+    """The shape of a GGUF tensor in the order of PyTorch."""
     return tuple(int(side) for side in reversed(tensor.shape))
 
 
 def _permuted_heads(layer: str, config: Any) -> int:
-    """How many heads the rows of a weight are divided into where GGUF orders them anew; else 0."""
+    """Number of heads whose rows GGUF permutes in this layer; 0 if it keeps the order."""
     if not architecture_of(config).permuted:
         return 0
     heads = {
@@ -217,10 +238,6 @@ def _permuted_heads(layer: str, config: Any) -> int:
         "k_proj": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
     }
     return int(heads.get(layer.rpartition(".")[2], 0))
-
-
-def _known() -> str:
-    return nearest("", ARCHITECTURES)
 
 
 def _library() -> Any:

@@ -1,4 +1,4 @@
-"""llama.cpp itself, prebuilt in the package xllamacpp: a server on the loopback interface, asked over HTTP."""
+"""A llama.cpp server on the loopback interface, from the package xllamacpp, and requests to it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from pera.errors import UserError, missing_extra
 from pera_lab.convert.gguf import check_base, open_gguf
 
 LEAST = -80.0
-"""Log-probabilities below this, which llama.cpp may round to zero probability, count as this."""
+"""Lower bound of log-probabilities. llama.cpp may round smaller ones to a probability of zero."""
 
 
 @contextmanager
 def serving(model: Path, adapter: Path | None = None, *, context: int = 2048, threads: int = 2) -> Iterator[str]:
-    """While the block lasts, a llama.cpp server with a GGUF model, on the CPU, and its address. Keys and values are
-    kept in float32.
+    """Context manager that runs a llama.cpp server on the CPU, with keys and values in float32.
 
     Args:
         model: the GGUF model.
-        adapter: a GGUF adapter to serve it with.
-        context: the longest prompt and answer, in tokens.
-        threads: threads to compute with.
+        adapter: a GGUF adapter to load with it.
+        context: the longest prompt with its answer, in tokens.
+        threads: number of threads.
+
+    Yields:
+        The address of the server.
 
     Raises:
-        UserError: xllamacpp is not installed, the adapter is for another model, or llama.cpp refuses the files.
+        UserError: xllamacpp is not installed, the adapter is for another model, or llama.cpp cannot load a file.
     """
     try:
         import xllamacpp
@@ -55,7 +57,7 @@ def serving(model: Path, adapter: Path | None = None, *, context: int = 2048, th
         server = xllamacpp.Server(parameters)
     except (RuntimeError, ValueError) as error:
         files = " with ".join(repr(str(file)) for file in (model, adapter) if file)
-        raise UserError(f"llama.cpp does not load {files}: {error}") from error
+        raise UserError(f"llama.cpp cannot load {files}: {error}") from error
     try:
         yield str(server.listening_address)
     finally:
@@ -63,12 +65,18 @@ def serving(model: Path, adapter: Path | None = None, *, context: int = 2048, th
 
 
 def complete(address: str, prompt: list[int], **options: Any) -> dict[str, Any]:
-    """The answer of the server's completion endpoint to a prompt of token ids, decoded greedily.
+    """Request a greedy completion from the server.
 
     Args:
-        address: what :func:`serving` gives.
-        prompt: the token ids.
-        options: further fields of the request, such as ``n_predict``.
+        address: the address from :func:`serving`.
+        prompt: token ids.
+        options: additional fields of the request, such as ``n_predict``.
+
+    Returns:
+        The JSON response.
+
+    Raises:
+        UserError: the server does not answer with JSON.
     """
     body = json.dumps({"prompt": prompt, "temperature": 0, "cache_prompt": True, **options}).encode()
     request = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
@@ -76,12 +84,22 @@ def complete(address: str, prompt: list[int], **options: Any) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=600) as response:
             found: dict[str, Any] = json.load(response)
             return found
-    except (OSError, HTTPException, ValueError) as error:  # refused, cut off, or no JSON
+    except (OSError, HTTPException, ValueError) as error:
         raise UserError(f"llama.cpp did not answer at {address}: {error}") from error
 
 
 def log_probabilities(address: str, prompt: list[int], vocabulary: int, last: int) -> Tensor:
-    """Log-probabilities of the next token at the ``last`` tokens of a prompt, ``(last, vocabulary)`` in float32."""
+    """Log-probabilities of the next token after each of the last tokens of a prompt.
+
+    Args:
+        address: the address from :func:`serving`.
+        prompt: token ids.
+        vocabulary: number of tokens of the model.
+        last: number of positions, counted from the end of the prompt.
+
+    Returns:
+        ``(last, vocabulary)``, float32, at least :data:`LEAST`.
+    """
     found = torch.full((min(last, len(prompt)), vocabulary), LEAST)
     for row in range(len(found)):
         end = len(prompt) - len(found) + row + 1
@@ -93,8 +111,7 @@ def log_probabilities(address: str, prompt: list[int], vocabulary: int, last: in
 
 
 def weights_of(model: Path) -> str:
-    """What the matrices of a GGUF model are stored in: "float32", "float16", "bfloat16" or the kinds of quantisation,
-    such as "Q4_1, Q8_0"."""
+    """Storage type of the matrices of a GGUF model: a dtype such as "float16", or GGUF types such as "Q4_1, Q8_0"."""
     kinds = {tensor.tensor_type.name for tensor in open_gguf(model).tensors} - {"F32"}
     plain = {"F16": "float16", "BF16": "bfloat16"}
     return ", ".join(plain.get(kind, kind) for kind in sorted(kinds)) or "float32"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pera.errors import UserError
 from pera.tuner import ParamWrapper, PeraConfig
 from pera.tuner.tying import separate_shared_weights
+from pera_lab.adapters import base_name
 from pera_lab.card import write_card
 from pera_lab.convert.checkpoint import (
     Checkpoint,
@@ -32,20 +33,13 @@ from pera_lab.convert.checkpoint import (
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, read_object, require_free, write_json
 from pera_lab.models import DTYPES, dequantise, local_folder, tokenizer_files
-from pera_lab.runs import (
+from pera_lab.opening import (
     Location,
-    adapter_config,
-    adapter_labels,
-    adapter_weights,
-    base_name,
     check_fingerprint,
     copy_tokenizer,
-    load_adapter,
     locate_adapter,
-    method_name,
     open_model,
     open_tokenizer,
-    resized_to,
 )
 
 
@@ -65,7 +59,7 @@ def merge(
     A layer that shares its weight, as tied embeddings do, gets one of its own if the adapter is on it alone.
 
     Args:
-        source: what :func:`pera_lab.runs.locate` takes, with an adapter.
+        source: what :func:`pera_lab.opening.locate` takes, with an adapter.
         output: folder to write: model, tokenizer, ``verification.json``, model card.
         dtype: dtype of the merged model, a key of :data:`pera_lab.models.DTYPES`, or "stored".
         dequantised: dequantise a quantised base first, and write a plain model.
@@ -76,11 +70,12 @@ def merge(
             ``dequantised``, or it is not, with it; the sum is not finite in ``dtype``; the output cannot be written.
     """
     require_free(output)
-    location, adapter = locate_adapter(source, trust_remote_code=trust_remote_code)
-    config = adapter_config(adapter)
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
+    adapter = location.require_adapter()
+    config = adapter.config
     if config.is_prompt_learning:
         raise UserError(
-            f"{source!r} is a {method_name(config)} adapter, which is no change of weights and cannot be merged."
+            f"{source!r} is a {adapter.method} adapter, which is no change of weights and cannot be merged."
         )
     folder = local_folder(location.base, location.revision)
     quantised = "quantization_config" in read_object(folder / "config.json")
@@ -115,13 +110,12 @@ def _streamed(
     shared, found = _shared(base), sources(base, checkpoint)
     if found is None or not {key for keys in checkpoint.shards.values() for key in keys} <= set(base.state_dict()):
         return None
-    assert location.adapter is not None
     check_fingerprint(location, base, lambda name: checkpoint.read(found[name]))
-    weights = adapter_weights(location.adapter)
-    if resized_to(base, weights, location.adapter):
+    adapter = location.require_adapter()
+    if adapter.resized_to(base):
         return None
-    model = load_adapter(base, location.adapter)
-    fill_adapter(model, weights, computed)
+    model = adapter.load_on(base)
+    fill_adapter(model, adapter.weights, computed)
     for name, module in model.get_base_model().named_modules():
         changed = isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
         if isinstance(module, ParamWrapper) or (changed and base_name(f"{name}.weight") in shared):
@@ -222,10 +216,10 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
     if quantised:
         before = logits(model, tokenizer, prompts)
         del model
-        assert location.adapter is not None
-        base, _ = open_model(location._replace(adapter=None, tokenizer=None), labels=adapter_labels(location.adapter))
+        adapter = location.require_adapter()
+        base, _ = open_model(location._replace(adapter=None, tokenizer=None), labels=adapter.labels)
         plain: Any = dequantise(base)
-        model = load_adapter(plain.to(DTYPES.get(dtype, plain.dtype)), location.adapter)
+        model = adapter.load_on(plain.to(DTYPES.get(dtype, plain.dtype)))
     separate_shared_weights(model.base_model.model)
     if not quantised:
         before = logits(model, tokenizer, prompts)

@@ -17,9 +17,9 @@ from peft import LoraConfig
 from pera.errors import UserError, nearest
 from pera.lora import Folded
 from pera.tuner.layers import ParamWrapper, PeraConv1DLinear, PeraEmbedding, PeraLayer, PeraLinear
+from pera_lab.adapters import Adapter
 from pera_lab.convert.gguf import ADAPTER
-from pera_lab.models import hub_name, resolve_gguf
-from pera_lab.runs import adapter_labels
+from pera_lab.embedded import hub_name, resolve_gguf
 
 Form = Literal["lora", "gguf"]
 
@@ -93,7 +93,7 @@ def _ollama(base: str, output: Path, rank: int) -> str:
 
 
 def _peft(base: str, output: Path, rank: int) -> str:
-    labels = adapter_labels(output)
+    labels = Adapter(output).labels
     kind, head = ("CausalLM", "") if labels is None else ("SequenceClassification", f", num_labels={labels}")
     code = f"from peft import AutoPeftModelFor{kind} as M; model = M.from_pretrained({str(output)!r}{head})"
     return f"python -c {shlex.quote(code)}"

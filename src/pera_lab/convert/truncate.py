@@ -1,4 +1,4 @@
-"""Fewer ranks: the best approximation of a LoRA's ΔW = B A by one of smaller rank, from its factors alone."""
+"""Truncation: all layers of a LoRA cut to one smaller rank, and what that loses."""
 
 from __future__ import annotations
 
@@ -10,41 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pera.lora import Folded
+from pera.lora import Folded, balanced_factors, factored_svd
 from pera.tuner.layers import PeraLinear
 
-
-def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of B A, without building it.
-
-    With B = Q_B R_B and Aᵀ = Q_A R_A, that of the small matrix R_B R_Aᵀ is turned by Q_B and Q_A. Costs
-    O((m + n) K² + K³).
-
-    Args:
-        A: ``(..., K, n)``.
-        B: ``(..., m, K)``.
-
-    Returns:
-        U ``(..., m, k)``, the singular values ``(..., k)``, largest first, and Vᵀ ``(..., k, n)``, with
-        k = min(K, m, n).
-    """
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Q_B @ U, S, Vh @ Q_A.mT
-
-
-def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors ``(rank, n)`` and ``(m, rank)`` of the best approximation of B A of that rank (Eckart and Young).
-
-    Where ``rank`` is above min(K, m, n), the factors are as long as that, and equal B A.
-    """
-    return _cut(*factored_svd(A, B), rank)
-
-
-def _cut(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    root = S[..., :rank].sqrt()
-    return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
+FLOAT32_ROUNDING = torch.finfo(torch.float32).eps ** 2
+"""Share of ‖ΔW‖_F² that is lost when ΔW is rounded to float32, the dtype in which adapters are written."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +23,18 @@ class Truncation:
 
     rank: int
     expanded_rank: int
-    """The largest K of the layers."""
+    """The largest K of the layers before the cut."""
     discarded: dict[str, float]
-    """By layer, the share of ‖ΔW‖_F² that is left out."""
+    """Discarded share of ‖ΔW‖_F² by layer."""
     total_discarded: float
-    """The share of Σ ‖ΔW‖_F² over all layers."""
+    """Discarded share of the sum of ‖ΔW‖_F² over all layers."""
     output_change: dict[str, float] = field(default_factory=dict)
-    """By linear layer, ‖x (ΔW − ΔW′)ᵀ‖_F / ‖x ΔWᵀ‖_F over the tokens of the prompts; see :func:`measured`."""
+    """‖x (ΔW − ΔW′)ᵀ‖_F / ‖x ΔWᵀ‖_F over the tokens of the prompts, by linear layer; see :func:`measured`."""
 
     @property
     def lossless(self) -> bool:
-        """Whether what is left out is rounding."""
-        return self.total_discarded < 1e-14
+        """Whether every layer loses at most what rounding its weights to float32 loses."""
+        return max(self.discarded.values()) <= FLOAT32_ROUNDING
 
     def sentence(self) -> str:
         """The result in one line."""
@@ -75,34 +45,33 @@ class Truncation:
         ]
         if self.output_change:
             layer = max(self.output_change, key=lambda name: self.output_change[name])
-            parts.append(f"outputs of a layer changed by at most {100 * self.output_change[layer]:.2g} %, in {layer}")
+            parts.append(f"outputs of a layer change by at most {100 * self.output_change[layer]:.2g} %, in {layer}")
         return "; ".join(parts)
 
 
 def truncate(
     layers: dict[str, Folded], *, max_rank: int | None = None, energy: float | None = None
 ) -> tuple[dict[str, Folded], Truncation]:
-    """All layers cut to one rank: ``max_rank``, or the least that keeps the share ``energy`` of ‖ΔW‖_F² in every
-    layer.
+    """Cut all layers to one rank. Each layer becomes its best approximation of that rank (Eckart and Young).
 
     Args:
-        layers: the layers by name, as :func:`pera.lora.folded_layers` gives them.
+        layers: the layers by name, from :func:`pera.lora.folded_layers`.
         max_rank: the largest rank, at least 1.
-        energy: a share above 0, at most 1; not together with ``max_rank``.
+        energy: the share of ‖ΔW‖_F² to keep in every layer, above 0 and at most 1. The rank is the smallest that
+            keeps it. Give either ``max_rank`` or ``energy``.
 
     Returns:
-        The layers, and what is lost, without ``output_change``.
+        The layers, and the loss without ``output_change``.
     """
     found = {name: factored_svd(layer.A, layer.B) for name, layer in layers.items()}
     spectra = {name: S.square() for name, (_, S, _) in found.items()}
     if energy is not None:
         max_rank = max(_rank_for(spectrum, energy) for spectrum in spectra.values())
     assert max_rank is not None
-    longest = max(spectrum.shape[-1] for spectrum in spectra.values())
-    rank = min(max_rank, longest)
+    rank = min(max_rank, max(spectrum.shape[-1] for spectrum in spectra.values()))
     lost = {name: float(spectrum[..., rank:].sum()) for name, spectrum in spectra.items()}
     whole = {name: float(spectrum.sum()) for name, spectrum in spectra.items()}
-    cut = {name: Folded(layer.layer, *_cut(*found[name], rank)) for name, layer in layers.items()}
+    cut = {name: Folded(layer.layer, *balanced_factors(*found[name], rank)) for name, layer in layers.items()}
     total = sum(whole.values())
     return cut, Truncation(
         rank=rank,
@@ -113,8 +82,8 @@ def truncate(
 
 
 def _rank_for(spectrum: Tensor, energy: float) -> int:
-    """The least rank that keeps the share ``energy`` of the sum of each row of squared singular values."""
-    tails = spectrum.flip(-1).cumsum(-1).flip(-1)  # what a cut before each value would discard
+    """The smallest rank that keeps the share ``energy`` of each row of squared singular values."""
+    tails = spectrum.flip(-1).cumsum(-1).flip(-1)  # entry k: the energy that a cut to rank k discards
     kept = tails <= (1 - energy) * tails[..., :1]
     needed = torch.where(kept.any(-1), kept.int().argmax(-1), spectrum.shape[-1])
     return max(1, int(needed.max()))
@@ -122,11 +91,15 @@ def _rank_for(spectrum: Tensor, energy: float) -> int:
 
 @contextmanager
 def measured(layers: dict[str, Folded], cut: dict[str, Folded]) -> Iterator[dict[str, float]]:
-    """While the model runs, measure how far the outputs of its linear layers change by the cut.
+    """Context manager that measures how a truncation changes the outputs of linear layers while the model runs.
+
+    Args:
+        layers: the layers of the running model, from :func:`pera.lora.folded_layers`.
+        cut: the truncated layers.
 
     Yields:
-        A dictionary that holds, when the block has ended, for each linear layer that was called the norm of the
-        change of the adapter's output over the norm of that output.
+        A dictionary that is filled at the end of the block. For each linear layer that was called it holds the norm
+        of the change of the adapter's output divided by the norm of that output.
     """
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
     changes: dict[str, float] = {}

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError
-from pera_lab import models
+from pera_lab import embedded, models
 from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
 from pera_lab.files import write_json
-from pera_lab.runs import Location, locate, open_model
+from pera_lab.opening import Location, locate, open_model
 from pera_lab.tasks.prompts import encode_prompt
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
@@ -57,6 +57,9 @@ class Agreement:
     """Share of the other tokens for which both models would say the same."""
     kl_divergence: float
     """Mean over the tokens of KL(reference ‖ other) between the distributions of the next token, in nats."""
+    of: str = ""
+    """What was compared; with ``against`` it is known once the agreement is saved."""
+    against: str = ""
 
     @property
     def agree(self) -> bool:
@@ -74,7 +77,7 @@ class Agreement:
 
     def save(self, folder: Path, of: str, against: str, **further: Any) -> None:
         """Write the result, and what else is known, to ``verification.json`` in ``folder``."""
-        record = {"of": of, "against": against, "agree": self.agree, **asdict(self), **further}
+        record = {**asdict(self), "of": of, "against": against, "agree": self.agree, **further}
         write_json(folder / "verification.json", record)
 
 
@@ -91,7 +94,7 @@ def verify(
     """Compare two of: run folder, adapter folder (of any PEFT method), model, GGUF adapter. B is judged against A.
 
     Args:
-        a, b: what :func:`pera_lab.runs.locate` takes, or a GGUF adapter or the folder of its export.
+        a, b: what :func:`pera_lab.opening.locate` takes, or a GGUF adapter or the folder of its export.
         dtype: what both are computed in, a key of :data:`pera_lab.models.DTYPES`.
         prompts: a text file, one prompt a line; None takes those of a run's task, else :data:`PROMPTS`.
         base: the base model of a GGUF adapter, such as a .gguf file; None takes that of the other side.
@@ -144,7 +147,7 @@ def _gguf_adapter(name: str) -> Path | None:
 
 def _compare_with_llama_cpp(reference: list[Tensor], prompts: list[list[int]], side: _Side, name: str) -> Agreement:
     base = side.location.base
-    model = models.resolve_gguf(base)
+    model = embedded.resolve_gguf(base)
     if model is None or side.location.adapter is not None:
         raise UserError(
             f"{name!r} is not what llama.cpp computes, a GGUF model or a GGUF adapter on one; give an adapter.gguf, "

@@ -1,4 +1,4 @@
-"""The high-order ratio over the course of a training."""
+"""The high-order ratio during training."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pera.polynomial import expand_A, expand_B
 from pera.tuner import PeraLayer
-from pera_lab.diagnose.kinds import kind
+from pera_lab.diagnose.factors import kind
 
 
 class RatioCallback(TrainerCallback):
-    """Adds ``high_order_ratio``, by kind of module, to what transformers' Trainer logs.
+    """Adds ``high_order_ratio``, by kind of module, to the logs of transformers' Trainer.
 
-    Does nothing for a model without PERA layers. Trackers that come before it in the list of callbacks do
-    not see the entry; ``history`` keeps it for all steps.
+    The callback does nothing for a model without PERA layers. Trackers that come earlier in the list of callbacks do
+    not see the entry. ``history`` keeps it for all steps.
 
     Args:
-        adapter_name: the adapter to look at; None means the active one.
+        adapter_name: the adapter to measure. None means the active adapter.
     """
 
     def __init__(self, adapter_name: str | None = None) -> None:
@@ -37,11 +37,14 @@ class RatioCallback(TrainerCallback):
 
 @torch.no_grad()
 def high_order_ratios(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
-    """‖high-order parts‖_F / ‖linear parts‖_F over all layers of one kind ("q_proj", …), by kind, for an adapter or, by
-    default, the active ones.
+    """‖high-order parts‖_F / ‖linear parts‖_F over all layers of one kind, such as "q_proj", by kind.
 
-    From the K × K Gram matrices of the expansions, O((m + n) K²) for each layer; kinds whose linear part is
-    zero, as before the first step, are left out.
+    The norms come from the K × K Gram matrices of the expansions, in O((m + n) K²) per layer. Kinds whose linear part
+    is zero, as before the first step, are left out.
+
+    Args:
+        model: a model with PERA layers.
+        adapter_name: the adapter to measure. None means the active adapters.
     """
     norms: dict[str, tuple[float, float]] = {}
     adapted = [

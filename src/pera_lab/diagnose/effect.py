@@ -1,4 +1,4 @@
-"""What the high-order terms do: the change of the loss when they, or the rank that they add, are taken out."""
+"""Effect of the high-order terms: the change of the loss when they, or the rank that they add, are removed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pera.errors import UserError
+from pera.lora import truncate_factors
 from pera.polynomial import coefficient_pairs, lora_factors
 from pera.tuner import PeraLayer, adapted_layers
-from pera_lab.convert.truncate import truncate_factors
-from pera_lab.diagnose.kinds import kind
+from pera_lab.diagnose.factors import kind
 from pera_lab.files import write_json
-from pera_lab.runs import Run, open_model
+from pera_lab.opening import locate_run, open_model
+from pera_lab.runs import Run
 from pera_lab.tasks.prompts import IGNORED, encode_task, task_collator
 
 Part = Literal["square", "cross", "high_order"]
@@ -25,21 +26,22 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Effects:
-    """Mean loss of an adapter on some data, and how it changes without some of its terms.
+    """Mean loss of an adapter on a data set, and the change of that loss without some of the terms.
 
-    A positive change means that the terms help on these data. All are zero for a LoRA.
+    A positive change means that the terms help on these data. All changes are zero for a LoRA.
     """
 
     tokens: int
     loss: float
     without: dict[Part, float]
-    """Change of the loss when the terms are zeroed in every layer."""
+    """Change of the loss when these terms are zeroed in every layer."""
     without_high_order: dict[str, float]
     """Change of the loss when all high-order terms are zeroed in one group of layers, by group."""
     at_rank_r: float | None = None
-    """Change of the loss when the ΔW of every layer is cut to its r leading directions, the most of it that a LoRA of
-    equal r can hold. Near zero, the higher rank is not used, however much the adapter relies on its terms. None where
-    it was not measured."""
+    """Change of the loss when the ΔW of every layer is cut to its r leading directions; None if it was not measured.
+
+    A LoRA of the same r can hold these directions. A change near zero means that the additional rank is not used, even
+    if the adapter relies on its terms."""
 
 
 def effects(
@@ -49,17 +51,18 @@ def effects(
     adapter_name: str = "default",
     group: Callable[[str], str] | None = None,
 ) -> Effects:
-    """Zero the square, the cross and all high-order terms, everywhere and group by group, cut ΔW to rank r, and take
-    the loss each time.
+    """Measure the loss without the square, the cross and all high-order terms, and with ΔW cut to rank r.
+
+    All high-order terms are also zeroed in one group of layers at a time.
 
     Args:
-        model: a model with a PERA adapter, in evaluation mode; left as it was.
+        model: a model with a PERA adapter, in evaluation mode. It is not changed.
         batches: keyword arguments of its forward, with ``labels``.
-        adapter_name: the adapter to look at.
-        group: the group of a layer, by its module name; by default its kind, such as "q_proj".
+        adapter_name: the adapter to measure.
+        group: returns the group of a layer from its module name. By default this is its kind, such as "q_proj".
 
     Raises:
-        UserError: the model has no PERA adapter of that name, it takes no part in the forward, or no label counts.
+        UserError: the model has no PERA adapter of that name, the adapter is not active, or all labels are ignored.
     """
     layers = adapted_layers(model, adapter_name)
     _require_in_use(model, layers.values(), adapter_name)
@@ -85,9 +88,14 @@ def effects(
 
 
 def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects:
-    """:func:`effects` of a run's adapter on the first held-out examples of its task, kept in ``effect.json``.
+    """Run :func:`effects` on the first held-out examples of a run's task, and write ``effect.json``.
 
-    Computed in float32, because small effects drown in the rounding of bfloat16.
+    The computation is in float32: the rounding of bfloat16 would hide small effects.
+
+    Args:
+        run: a finished run.
+        examples: how many held-out examples are used.
+        batch_size: examples per batch.
     """
     model, batches = held_out(run, examples, batch_size)
     result = effects(model, batches)
@@ -96,14 +104,26 @@ def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects
 
 
 def run_loss(run: Run, *, examples: int | None = None, batch_size: int = 32) -> float:
-    """Loss per label of a run's adapter on the held-out examples of its task, or the first of them, in float32."""
+    """Loss per label of a run's adapter on the held-out examples of its task, in float32.
+
+    Args:
+        run: a finished run.
+        examples: how many held-out examples are used, from the first. None means all.
+        batch_size: examples per batch.
+    """
     return mean_loss(*held_out(run, examples, batch_size))[0]
 
 
 def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list[dict[str, Tensor]]]:
-    """The model of a run in float32, and the first held-out examples of its task in batches."""
+    """The model of a run in float32, and held-out examples of its task in batches, sorted by length.
+
+    Args:
+        run: a finished run.
+        examples: how many held-out examples are used, from the first. None means all.
+        batch_size: examples per batch.
+    """
     recipe = run.recipe
-    model, tokenizer = open_model(run.location, "float32")
+    model, tokenizer = open_model(locate_run(run), "float32")
     task = recipe.build_task()
     run.check_data(task.manifest)
     encoded = encode_task(task, tokenizer, task.test[:examples], recipe.training.max_length).rows
@@ -120,15 +140,21 @@ def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list
 def zeroed(
     layers: Iterable[PeraLayer], part: Part, adapter_name: str = "default", *, others: Iterable[PeraLayer] = ()
 ) -> AbstractContextManager[None]:
-    """Within the block, the coefficients of ``part``, learned or fixed, are zero in ``layers``, and as they were in
-    ``others``, which may be tied to one of them."""
+    """Context manager that sets the coefficients of ``part`` to zero, learned or fixed.
+
+    Args:
+        layers: the layers to change.
+        part: the terms to zero.
+        adapter_name: the adapter to change.
+        others: layers that keep their coefficients even if they are tied to one of ``layers``.
+    """
     kept = {layer: layer.factors(adapter_name) for layer in others}
     return _with_factors(kept | {layer: _without(layer, part, adapter_name) for layer in layers}, adapter_name)
 
 
 @contextmanager
 def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iterator[None]:
-    """Within the block, each layer is the LoRA of its own r whose ΔW is nearest to the layer's (Eckart and Young)."""
+    """Context manager that replaces each ΔW with its best approximation of the layer's own r (Eckart and Young)."""
     cut: dict[PeraLayer, Factors] = {}
     for layer in layers:
         factors = layer.factors(adapter_name)
@@ -150,8 +176,8 @@ def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iter
 
 @contextmanager
 def _with_factors(factors: dict[PeraLayer, Factors], adapter_name: str) -> Iterator[None]:
-    """Within the block, these are the factors of the adapter in these layers."""
-    outer = {layer: vars(layer).get("factors") for layer in factors}  # of a block around this one
+    """Context manager in which ``layer.factors`` returns these factors for the adapter."""
+    outer = {layer: vars(layer).get("factors") for layer in factors}  # set by an enclosing context manager
     for layer, values in factors.items():
         vars(layer)["factors"] = lambda name, own=layer.factors, values=values: (
             values if name == adapter_name else own(name)
@@ -168,21 +194,21 @@ def _with_factors(factors: dict[PeraLayer, Factors], adapter_name: str) -> Itera
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float, int]:
-    """Loss per label, over all batches, and the number of labels that count.
+    """Loss per label over all batches, and the number of labels that are not ignored.
 
     Raises:
-        UserError: no label counts.
+        UserError: all labels are ignored.
     """
     total, tokens = 0.0, 0
     for batch in batches:
         labels: Any = batch["labels"]
         count = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
-        if count:  # the mean over no label is NaN
+        if count:  # otherwise the loss is the mean over zero labels, NaN
             total += model(**batch).loss.item() * count
             tokens += count
     if not tokens:
         raise UserError(
-            f"batches: none of the {len(batches)} has a label that counts; give examples with an answer to predict."
+            f"batches: all labels of the {len(batches)} batches are ignored ({IGNORED}); give examples with an answer."
         )
     return total / tokens, tokens
 
@@ -190,7 +216,7 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float
 def _require_in_use(model: nn.Module, layers: Collection[PeraLayer], adapter_name: str) -> None:
     if not layers:
         known = sorted({name for module in model.modules() if isinstance(module, PeraLayer) for name in module.r})
-        raise UserError(f"adapter_name={adapter_name!r} is no PERA adapter of the model; it has {known}.")
+        raise UserError(f"adapter_name={adapter_name!r} is not a PERA adapter of the model, which has {known}.")
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise UserError(f"adapter_name={adapter_name!r} is merged; call unmerge_adapter first.")
     if any(layer.disable_adapters for layer in layers):
@@ -200,7 +226,7 @@ def _require_in_use(model: nn.Module, layers: Collection[PeraLayer], adapter_nam
 
 
 def _without(layer: PeraLayer, part: Part, adapter_name: str) -> Factors:
-    """The factors of the adapter with 0 for each coefficient that belongs to ``part``."""
+    """The factors of the adapter, with a coefficient of 0 for each term of ``part``."""
     A, B, h = layer.factors(adapter_name)
     pairs = coefficient_pairs(layer.r[adapter_name], layer.expansion[adapter_name].terms)
     kept = [part != "high_order" and (part == "square") != (i == j) for i, j in pairs]

@@ -1,26 +1,27 @@
-"""What an adapter is, from its factors alone: norms of its parts, spectrum, effective rank."""
+"""Diagnosis of an adapter from its factors alone: norms of its parts, spectrum, effective rank."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
-from pera.tuner import PeraConfig
+from pera.tuner import ParamWrapper, PeraConfig, PeraLayer
 from pera.tuner.saved import saved_factors
-from pera_lab.diagnose.kinds import kind
-from pera_lab.runs import adapter_config, adapter_weights, method_name
+from pera_lab.adapters import Adapter
 
 
 @dataclass(frozen=True)
 class LayerDiagnosis:
-    """One adapted layer. Norms are Frobenius norms of parts of ΔW, scale s included.
+    """Diagnosis of one adapted layer. Norms are Frobenius norms of parts of ΔW, including the scale s.
 
-    The parts are not orthogonal: their squared norms do not add up, and a ratio may exceed 1.
+    The parts are not orthogonal. Their squared norms do not add up, and a ratio may exceed 1.
     """
 
     out_features: int
@@ -32,19 +33,19 @@ class LayerDiagnosis:
     linear: float
     """‖s BA‖_F."""
     square: float
-    """Norm of the part of the squares b_i ⊙ b_i."""
+    """Norm of the part that the squares b_i ⊙ b_i contribute."""
     cross: float
-    """Norm of the part of the crosses b_i ⊙ b_j, i < j."""
+    """Norm of the part that the crosses b_i ⊙ b_j, i < j, contribute."""
     high_order: float
     """Norm of squares and crosses together."""
     ones_weight: float
-    """Share of the squared norm of the high-order part that lies in the one direction 1·1ᵀ; 0 to 1."""
+    """Share of the squared norm of the high-order part along the direction 1·1ᵀ, from 0 to 1."""
     singular_values: list[float]
-    """Of ΔW, largest first; min(K, out_features, in_features) of them, the others are zero."""
+    """The first min(K, out_features, in_features) singular values of ΔW in descending order; the others are zero."""
 
     @property
     def high_order_ratio(self) -> float:
-        """‖high-order part‖_F / ‖s BA‖_F; infinite where only the linear part is zero, 0 where both are."""
+        """‖high-order part‖_F / ‖s BA‖_F. Infinite if only the linear part is zero, 0 if both are."""
         return _ratio(self.high_order, self.linear)
 
     @property
@@ -59,13 +60,13 @@ class LayerDiagnosis:
 
     @property
     def stable_rank(self) -> float:
-        """‖ΔW‖_F² / σ₁²; at most the rank, and insensitive to small singular values. 0 for ΔW = 0."""
+        """‖ΔW‖_F² / σ₁². At most the rank, and insensitive to small singular values. 0 for ΔW = 0."""
         energy = [value * value for value in self.singular_values]
         return sum(energy) / energy[0] if energy[0] else 0.0
 
     @property
     def entropy_rank(self) -> float:
-        """exp of the entropy of σ_i / Σσ (Roy and Vetterli 2007): k for k equal singular values. 0 for ΔW = 0."""
+        """exp of the entropy of σ_i / Σσ (Roy and Vetterli 2007). k for k equal singular values, 0 for ΔW = 0."""
         values = torch.tensor(self.singular_values, dtype=torch.float64)
         if not values[0]:
             return 0.0
@@ -83,11 +84,16 @@ def diagnose_layer(
 ) -> LayerDiagnosis:
     """Diagnose one layer in float64, without building ΔW.
 
-    With B̂ = Q_B R_B and Âᵀ = Q_A R_A, each part of ΔW has the norm of the same part of s R_B R_Aᵀ, and ΔW
-    has its singular values. Costs O((m + n) K²).
+    With B̂ = Q_B R_B and Âᵀ = Q_A R_A, ΔW has the singular values of s R_B R_Aᵀ, and each part of ΔW has the norm of
+    the same part of s R_B R_Aᵀ. The cost is O((m + n) K²).
 
     Args:
-        A, B, h, terms, normalization, scaling: as for :func:`pera.polynomial.lora_factors`.
+        A: ``(r, in_features)``.
+        B: ``(out_features, r)``.
+        h: coefficients, ``(num_coefficients(r, terms),)``; None for terms "none".
+        terms: the products that take part; see :mod:`pera.polynomial`.
+        normalization: how the products are normalized; see :mod:`pera.polynomial`.
+        scaling: s = α / r.
     """
     A_hat = expand_A(A.double(), None if h is None else h.double(), terms, normalization)
     B_hat = scaling * expand_B(B.double(), terms, normalization)
@@ -116,25 +122,71 @@ def diagnose_layer(
     )
 
 
-def diagnose_adapter(folder: Path) -> dict[str, LayerDiagnosis]:
-    """Diagnose each layer of a saved PERA adapter, without its base model; by the layer's name in that model.
+def diagnose_adapter(adapter: Adapter) -> dict[str, LayerDiagnosis]:
+    """Diagnose each layer of a saved PERA adapter without its base model.
 
     Raises:
         UserError: the folder holds no PERA adapter, or a broken one.
     """
-    config = adapter_config(folder)
+    config = adapter.config
     if not isinstance(config, PeraConfig):
-        raise UserError(f"{str(folder)!r} is a {method_name(config)} adapter; only PERA adapters can be diagnosed.")
-    layers = saved_factors(adapter_weights(folder), config)
+        raise UserError(f"{str(adapter.path)!r} is a {adapter.method} adapter; only PERA adapters can be diagnosed.")
+    layers = saved_factors(adapter.weights, config)
     return {name.removeprefix("base_model.model."): diagnose_layer(*factors) for name, factors in layers.items()}
 
 
-def by_kind(layers: dict[str, LayerDiagnosis]) -> dict[str, list[LayerDiagnosis]]:
-    """The layers by kind, such as "q_proj"."""
-    kinds: dict[str, list[LayerDiagnosis]] = {}
-    for name, layer in layers.items():
-        kinds.setdefault(kind(name), []).append(layer)
-    return kinds
+def kind(name: str, layer: PeraLayer | None = None) -> str:
+    """The kind of a layer, such as "q_proj": the last part of its name that is not a number or "base_layer".
+
+    If ``layer`` is given and adapts a parameter of a module, the kind is the name of that parameter.
+
+    Examples:
+        >>> kind("model.layers.0.self_attn.q_proj")
+        'q_proj'
+        >>> kind("model.layers.0.mlp.experts.base_layer.12")
+        'experts'
+    """
+    if isinstance(layer, ParamWrapper):
+        return layer.parameter_name
+    return re.sub(r"(\.(\d+|base_layer))+$", "", name).rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An adapted layer and its place in the model."""
+
+    name: str
+    block: int | None
+    """Number of its block; None for a layer outside the blocks."""
+    kind: str
+    diagnosis: LayerDiagnosis
+
+
+def place_layers(diagnoses: dict[str, LayerDiagnosis]) -> list[Layer]:
+    """Read block and kind of each layer from its name; the layers come in the order of their blocks.
+
+    If a block has several layers of one :func:`kind`, their kind is the path after the block's number, with ``*`` for
+    further numbers, such as "attn.c_proj" and "mlp.c_proj", or "experts.*.w1".
+    """
+    paths = {}
+    for name in diagnoses:
+        parts = name.split(".")
+        start = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+        path = ".".join("*" if part.isdecimal() else part for part in parts[start + 1 :] if part != "base_layer")
+        paths[name] = (int(parts[start]) if start >= 0 else None, path or name)
+    counts = Counter((block, kind(name)) for name, (block, _) in paths.items())
+    several = {found for (_, found), count in counts.items() if count > 1}
+    layers = [
+        Layer(name, block, path if kind(name) in several else kind(name), diagnoses[name])
+        for name, (block, path) in paths.items()
+    ]
+    return sorted(layers, key=lambda layer: (layer.block is None, layer.block or 0, layer.kind, layer.name))
+
+
+def by_kind(layers: list[Layer]) -> dict[str, list[Layer]]:
+    """Group the layers by kind, in alphabetical order."""
+    ordered = sorted(layers, key=lambda layer: layer.kind)
+    return {kind: list(members) for kind, members in groupby(ordered, key=lambda layer: layer.kind)}
 
 
 def _ratio(part: float, linear: float) -> float:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
-
-from safetensors import SafetensorError
 
 from pera.errors import UserError
 from pera.tuner import PeraConfig
 from pera_lab.convert.verify import Agreement
-from pera_lab.diagnose import Effects, LayerDiagnosis, diagnose_adapter
+from pera_lab.diagnose import Effects, Layer, diagnose_adapter, place_layers
 from pera_lab.evaluation import Prediction, Score, read_predictions
-from pera_lab.runs import Run, checked, read_as, trained_sizes
+from pera_lab.files import checked, read_as
+from pera_lab.runs import Run
+from pera_lab.training import TrainingSummary
 
 T = TypeVar("T")
 
@@ -47,36 +45,6 @@ class ScoreOf(Score):
     """A score and how the answers were judged."""
 
     scorer: str = ""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the training took."""
-
-    seconds: float
-    tokens: int
-    peak_memory: int | None = None
-    left_out: int = 0
-    steps: int | None = None
-    """Since it was last resumed, as time and tokens are."""
-
-
-@dataclass(frozen=True)
-class Verification(Agreement):
-    """An agreement, and of what with what."""
-
-    of: str = ""
-    against: str = ""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An adapted layer and its place: the number of its block, if it has one, and its kind, such as "q_proj"."""
-
-    name: str
-    block: int | None
-    kind: str
-    diagnosis: LayerDiagnosis
 
 
 @dataclass(frozen=True)
@@ -152,7 +120,7 @@ class Contents:
     @property
     def trained(self) -> bool:
         """Whether training has ended."""
-        return self.run.adapter.is_dir()
+        return self.run.finished
 
     @cached_property
     def scores(self) -> dict[str, ScoreOf | Missing]:
@@ -201,7 +169,7 @@ class Contents:
         if not self.trained:
             return self._missing("Training has not ended, so there is no adapter yet.", "adapter")
         try:
-            return placed(diagnose_adapter(self.run.adapter))
+            return place_layers(diagnose_adapter(self.run.adapter))
         except UserError as error:
             return Missing(str(error))
 
@@ -209,8 +177,8 @@ class Contents:
     def parameters(self) -> int | None:
         """Number of trained values in the adapter's weights file, those of a head included."""
         try:
-            return sum(trained_sizes(self.run.adapter).values())
-        except (SafetensorError, OSError):
+            return sum(self.run.adapter.sizes.values())
+        except UserError:
             return None
 
     @cached_property
@@ -226,25 +194,25 @@ class Contents:
         return self._read(file, Effects, "effect")
 
     @cached_property
-    def cost(self) -> Cost | Missing:
+    def cost(self) -> TrainingSummary | Missing:
         """What the training took."""
         file = self.run.cost_file
         if not self.trained:
             return self._missing("Training has not ended; its cost is recorded when it does.", "adapter")
         if not file.is_file():
             return Missing("There is no cost.json, so the cost of this training is not known; pera train records it.")
-        return self._read(file, Cost, "")
+        return self._read(file, TrainingSummary, "")
 
     @cached_property
-    def verifications(self) -> dict[str, Verification | Missing]:
+    def verifications(self) -> dict[str, Agreement | Missing]:
         """How far the merged model, the LoRA and other forms of the adapter agree with it, by folder."""
-        found: dict[str, Verification | Missing] = {
+        found: dict[str, Agreement | Missing] = {
             "merged": self._missing("The adapter has not been merged into its base model here.", "merged"),
         }
         if self.is_pera:
             found["lora"] = self._missing("The adapter has not been exported as a LoRA here.", "lora")
         for file in sorted(self.run.path.glob("*/verification.json")):
-            found[file.parent.name] = self._read(file, Verification, file.parent.name)
+            found[file.parent.name] = self._read(file, Agreement, file.parent.name)
         return found
 
     @cached_property
@@ -278,32 +246,6 @@ class Contents:
         if makes and not self.trained:  # nothing can be made of a run before its training has ended
             makes = "adapter"
         return Missing(reason, COMMANDS.get(makes, "").format(run=shlex.quote(str(self.run.path))))
-
-
-def placed(diagnoses: dict[str, LayerDiagnosis]) -> list[Layer]:
-    """Layers in the order of their blocks, with their places, which are read from their names.
-
-    The kind is the last part of the name, or, where a block has several of one kind, all that follows its number.
-    """
-    places = []
-    for name, diagnosis in diagnoses.items():
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
-        rest = ".".join("*" if part.isdecimal() else part for part in parts[at + 1 :]) or name
-        places.append((name, int(parts[at]) if at >= 0 else None, rest, diagnosis))
-    seen = Counter((block, rest.rpartition(".")[2]) for _, block, rest, _ in places)
-    several = {kind for (_, kind), times in seen.items() if times > 1}
-    layers = []
-    for name, block, rest, diagnosis in places:
-        kind = rest.rpartition(".")[2]
-        layers.append(Layer(name, block, rest if kind in several else kind, diagnosis))
-    return sorted(layers, key=lambda layer: (layer.block is None, layer.block or 0, layer.kind, layer.name))
-
-
-def by_kind(layers: list[Layer]) -> dict[str, list[Layer]]:
-    """The layers of each kind."""
-    ordered = sorted(layers, key=lambda layer: layer.kind)
-    return {kind: list(members) for kind, members in groupby(ordered, key=lambda layer: layer.kind)}
 
 
 def number_or_nan(value: Any) -> float:

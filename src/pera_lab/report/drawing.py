@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from pera.errors import missing_extra
 from pera_lab.text import visible
 
 if TYPE_CHECKING:
@@ -80,10 +79,8 @@ def short(name: str, length: int = 20) -> str:
 @contextmanager
 def style() -> Iterator[None]:
     """The context in which figures are made and written, whatever the user's own settings of matplotlib are."""
-    try:
-        from matplotlib.style import context
-    except ImportError as error:
-        raise missing_extra("matplotlib", "lab") from error
+    from matplotlib.style import context
+
     with warnings.catch_warnings(), context(["default", STYLE]):
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the page has other fonts
         yield

@@ -8,11 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from pera import __version__
-from pera.errors import UserError, missing_extra
+from pera.errors import UserError
+from pera_lab.convert.verify import Agreement
+from pera_lab.diagnose import Layer, by_kind
 from pera_lab.files import write_atomic
-from pera_lab.report import plots, words
-from pera_lab.report.contents import Change, Contents, Layer, Metrics, Missing, Verification, by_kind
+from pera_lab.report import formatting, plots
+from pera_lab.report.contents import Change, Contents, Metrics, Missing
 from pera_lab.report.drawing import Picture, Table
 from pera_lab.runs import Run
 from pera_lab.text import visible
@@ -60,12 +64,8 @@ def render(runs: list[Run]) -> str:
     return text
 
 
-def jinja() -> Any:
+def jinja() -> Environment:
     """The environment of the templates: all text is escaped and made safe to show."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise missing_extra("jinja2", "lab") from error
     environment = Environment(
         loader=PackageLoader("pera_lab.report"),
         autoescape=True,
@@ -74,8 +74,8 @@ def jinja() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = words.percent
-    environment.filters["shortened"] = words.shortened
+    environment.filters["percent"] = formatting.percent
+    environment.filters["shortened"] = formatting.shortened
     return environment
 
 
@@ -97,7 +97,7 @@ def _section(contents: Contents) -> dict[str, Any]:
         "over_time": _over_time(contents),
         "effect": effects if isinstance(effects := contents.effects, Missing) else plots.effect(effects),
         "costs": _costs(contents),
-        "verifications": {k: v for k, v in contents.verifications.items() if isinstance(v, Verification)},
+        "verifications": {k: v for k, v in contents.verifications.items() if isinstance(v, Agreement)},
         "unverified": [v for v in contents.verifications.values() if isinstance(v, Missing)],
         "settings": _pairs(recipe.model_dump(mode="json")),
         "environment": found if isinstance(found := contents.environment, Missing) else _pairs(found),
@@ -105,7 +105,9 @@ def _section(contents: Contents) -> dict[str, Any]:
 
 
 def _method(method: dict[str, Any]) -> str:
-    options = [f"{key} = {value}" for key, value in words.flat(method).items() if key not in ("name", "target_modules")]
+    options = [
+        f"{key} = {value}" for key, value in formatting.flat(method).items() if key not in ("name", "target_modules")
+    ]
     return str(method["name"]) + (f" ({', '.join(options)})" if options else "")
 
 
@@ -136,7 +138,7 @@ def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
     names = ["‖ΔW‖", "linear", "squares", "crosses", "ratio", "stable rank", "entropy rank", "all-ones"]
 
     def cells(members: list[Layer]) -> list[str]:
-        return [words.number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
+        return [formatting.number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
 
     kinds = [[kind, str(len(members)), *cells(members)] for kind, members in by_kind(layers).items()]
     single = [[x.name, str(x.diagnosis.r), str(x.diagnosis.expanded_rank), *cells([x])] for x in layers]
@@ -165,24 +167,24 @@ def _costs(contents: Contents) -> Table:
     if not isinstance(cost := contents.cost, Missing):
         speed = cost.tokens / cost.seconds if cost.tokens and cost.seconds else math.nan
         steps = 0 if isinstance(contents.metrics, Missing) else contents.metrics.steps[-1]
-        since = " since it was resumed" if cost.steps is not None and cost.steps < steps else ""
+        since = " since it was resumed" if 0 < cost.steps < steps else ""
         rows += [
-            [f"training time{since}", words.duration(cost.seconds)],
-            [f"training tokens{since}", words.count(cost.tokens)],
-            ["tokens per second", words.number(speed)],
-            ["peak memory", words.size(cost.peak_memory)],
-            ["examples left out as too long", words.count(cost.left_out)],
+            [f"training time{since}", formatting.duration(cost.seconds)],
+            [f"training tokens{since}", formatting.count(cost.tokens)],
+            ["tokens per second", formatting.number(speed)],
+            ["peak memory", formatting.size(cost.peak_memory)],
+            ["examples left out as too long", formatting.count(cost.left_out)],
         ]
     if contents.parameters is not None:
-        rows.append(["trained parameters", words.count(contents.parameters)])
+        rows.append(["trained parameters", formatting.count(contents.parameters)])
     for which, name in {"base": "base model", "adapter": "adapter"}.items():
         if score := contents.score(which):
-            rows.append([f"scoring the {name}", f"{words.duration(score.seconds)} for {score.n} problems"])
+            rows.append([f"scoring the {name}", f"{formatting.duration(score.seconds)} for {score.n} problems"])
     return Table(["", ""], rows)
 
 
 def _pairs(settings: dict[str, Any]) -> Table:
-    return Table(["key", "value"], [[key, value] for key, value in words.flat(settings).items()])
+    return Table(["key", "value"], [[key, value] for key, value in formatting.flat(settings).items()])
 
 
 def _comparison(sections: list[dict[str, Any]]) -> dict[str, Any]:
@@ -190,13 +192,13 @@ def _comparison(sections: list[dict[str, Any]]) -> dict[str, Any]:
     contents: list[Contents] = [section["contents"] for section in sections]
     names = [f"run {i}" for i in range(1, len(contents) + 1)]
     trained = {name: c.metrics for name, c in zip(names, contents, strict=True) if isinstance(c.metrics, Metrics)}
-    settings = [words.flat(c.recipe.model_dump(mode="json", exclude={"name"})) for c in contents]
+    settings = [formatting.flat(c.recipe.model_dump(mode="json", exclude={"name"})) for c in contents]
     keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
     facts = [_facts(c) for c in contents]
     return {
         "table": Table(["", *names], [[fact, *(f[fact] for f in facts)] for fact in facts[0]]),
         "losses": plots.losses(trained) if trained else None,
-        "settings": Table(["key", *names], [[key, *(s.get(key, words.ABSENT) for s in settings)] for key in keys]),
+        "settings": Table(["key", *names], [[key, *(s.get(key, formatting.ABSENT) for s in settings)] for key in keys]),
         "unlike": [key for key in keys if key.startswith(SCORED) and not key.startswith(TRAINED_ON)],
     }
 
@@ -218,14 +220,16 @@ def _facts(contents: Contents) -> dict[str, str]:
     return {
         "folder": contents.name,
         "method": str(contents.recipe.method["name"]),
-        "metric": known.metric if (known := score or base) else words.ABSENT,
-        "score": words.percent(score.value if score else None),
-        "95 % interval": f"{words.percent(score.low)} to {words.percent(score.high)}" if score else words.ABSENT,
-        "base model": words.percent(base.value if base else None),
-        "last loss": words.number(None if isinstance(metrics, Missing) else metrics.last_loss),
-        "training time": words.duration(cost.seconds if cost else None),
-        "peak memory": words.size(cost.peak_memory if cost else None),
-        "parameters": words.count(contents.parameters),
-        "high-order ratio": words.number(ratio, 3),
-        "effect": words.ABSENT if change is None else words.signed(change),
+        "metric": known.metric if (known := score or base) else formatting.ABSENT,
+        "score": formatting.percent(score.value if score else None),
+        "95 % interval": f"{formatting.percent(score.low)} to {formatting.percent(score.high)}"
+        if score
+        else formatting.ABSENT,
+        "base model": formatting.percent(base.value if base else None),
+        "last loss": formatting.number(None if isinstance(metrics, Missing) else metrics.last_loss),
+        "training time": formatting.duration(cost.seconds if cost else None),
+        "peak memory": formatting.size(cost.peak_memory if cost else None),
+        "parameters": formatting.count(contents.parameters),
+        "high-order ratio": formatting.number(ratio, 3),
+        "effect": formatting.ABSENT if change is None else formatting.signed(change),
     }

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pera.errors import UserError
-from pera_lab.diagnose import diagnose_adapter
+from pera_lab.adapters import Adapter
+from pera_lab.diagnose import diagnose_adapter, place_layers
 from pera_lab.files import write_atomic
-from pera_lab.report.contents import Contents, Missing, placed
+from pera_lab.report.contents import Contents, Missing
 from pera_lab.report.drawing import style
 from pera_lab.report.plots import ratio_map, training_figure
 from pera_lab.runs import Run
@@ -30,15 +31,15 @@ def loss_picture(run: Run, file: Path) -> None:
     save_figure(training_figure(metrics, run.path.name), file)
 
 
-def ratio_picture(adapter: Path, file: Path) -> None:
+def ratio_picture(adapter: Adapter, file: Path) -> None:
     """Draw the high-order ratio of a saved PERA adapter by block and kind of module.
 
     Raises:
         UserError: there is no PERA adapter, it has no high-order terms, or as :func:`save_figure`.
     """
-    picture = ratio_map(placed(diagnose_adapter(adapter)))
+    picture = ratio_map(place_layers(diagnose_adapter(adapter)))
     if picture is None:
-        raise UserError(f"{str(adapter)!r} has no high-order terms to draw.")
+        raise UserError(f"{str(adapter.path)!r} has no high-order terms to draw.")
     save_figure(picture.figure, file)
 
 

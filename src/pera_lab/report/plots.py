@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from pera_lab.diagnose import Effects
-from pera_lab.report.contents import Layer, Metrics, ScoreOf, by_kind, number_or_nan
+from pera_lab.diagnose import Effects, Layer, by_kind
+from pera_lab.report.contents import Metrics, ScoreOf, number_or_nan
 from pera_lab.report.drawing import (
     COLORS,
     Picture,
@@ -22,7 +22,7 @@ from pera_lab.report.drawing import (
     style,
     tick,
 )
-from pera_lab.report.words import ABSENT, count, number, percent, signed
+from pera_lab.report.formatting import ABSENT, count, number, percent, signed
 from pera_lab.text import visible
 
 if TYPE_CHECKING:

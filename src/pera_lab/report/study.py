@@ -13,16 +13,16 @@ from typing import Any
 from pera import __version__
 from pera.errors import UserError
 from pera_lab import methods
-from pera_lab.diagnose import Part
+from pera_lab.diagnose import Part, place_layers
 from pera_lab.files import disk_errors, read_object, write_atomic
 from pera_lab.report import paper, plots, study_plots
-from pera_lab.report.contents import Contents, Metrics, placed
+from pera_lab.report.contents import Contents, Metrics
 from pera_lab.report.drawing import Table
+from pera_lab.report.formatting import ABSENT, chance, count, duration, number, percent, points, signed, size
 from pera_lab.report.page import jinja, require_html
 from pera_lab.report.pictures import save_figure
-from pera_lab.report.words import ABSENT, chance, count, duration, number, percent, points, signed, size
+from pera_lab.study.folder import StudyFolder
 from pera_lab.study.results import Results, Setting
-from pera_lab.study.runner import StudyFolder
 from pera_lab.study.spec import Cell, StudyMethod
 from pera_lab.study.statistics import LEAST_SEEDS, Difference, average
 
@@ -116,10 +116,10 @@ def _summary(results: Results) -> list[Item]:
         items += [
             Item("text", f"{c.method.label}, {c.task.label}: {n} reported runs diverged, so it is not compared there.")
             for c in results.cells_of(setting)
-            if (n := results.diverged(c))
+            if (n := results.num_diverged(c))
         ]
-    ended, left = len(results.outcomes), len(results.folder.left(results.study))
-    lost = len(results.lost())
+    ended, left = len(results.outcomes), len(results.folder.remaining(results.study))
+    lost = len(results.unsuccessful())
     items.append(
         Item("note", f"{ended} runs have ended, {lost} of them failed or diverged; {left} known runs are still to do.")
     )
@@ -162,12 +162,12 @@ def _scores(results: Results) -> list[Item]:
         for method in results.study.grid.method:
             cells = {c.task.label: c for c in results.cells_of(setting) if c.method.label == method.label}
             means = {task: results.mean(cell) for task, cell in cells.items()}
-            if not any(mean.n or results.diverged(cells[task]) for task, mean in means.items()):
+            if not any(mean.n or results.num_diverged(cells[task]) for task, mean in means.items()):
                 continue
             size_ = next((results.costs(c)[0] for c in cells.values() if means[c.task.label].n), None)
             over_tasks = _over_tasks(results, list(cells.values()))
             average = ABSENT if math.isnan(over_tasks) else percent(over_tasks)
-            cells_ = [_mean(means[t], results.diverged(cells[t])) if t in means else ABSENT for t in tasks]
+            cells_ = [_mean(means[t], results.num_diverged(cells[t])) if t in means else ABSENT for t in tasks]
             rows.append([method.label, count(size_), *cells_, average])
         marked = frozenset(range(len(rows), len(rows) + len(published)))
         for row in published:
@@ -235,12 +235,12 @@ def _rates(results: Results) -> list[Item]:
     items, rows = [], []
     for setting, task, cells in results.by_task():
         curves = {c.method.label: results.rates(c) for c in cells}
-        chosen = {c.method.label: results.chosen(c) for c in cells}
+        chosen = {c.method.label: results.chosen_rate(c) for c in cells}
         picture = study_plots.rate_curves(f"{task.label}, {_setting(setting)}", curves, chosen)
         if picture is not None:
             items.append(Item("picture", picture))
-        rows += [[c.label, number(results.chosen(c)), "yes: look beyond it" if results.at_an_edge(c) else "no"]
-                 for c in cells if results.chosen(c) is not None]  # fmt: skip
+        rows += [[c.label, number(results.chosen_rate(c)), "yes: look beyond it" if results.at_grid_edge(c) else "no"]
+                 for c in cells if results.chosen_rate(c) is not None]  # fmt: skip
     if rows:
         items.append(Item("table", Table(["cell", "chosen rate", "at an edge of the grid"], rows), "Chosen rates"))
     rows_out, seeds = results.study.choose.rows, len(results.study.choose.seeds)
@@ -266,7 +266,7 @@ def _costs(results: Results) -> list[Item]:
             n = sum(results.mean(cell).n for cell in cells)
             rows.append([f"{method.label}, {_setting(setting)}", count(costs[0][0]), duration(sum(seconds)),
                          size(max(memory, default=None)), str(len(cells)), str(n)])  # fmt: skip
-            if len(cells) == len(results.study.grid.task) and all(map(results.complete, cells)):
+            if len(cells) == len(results.study.grid.task) and all(map(results.is_complete, cells)):
                 gain = _over_tasks(results, cells)
                 by_parameters[method.label] = (float(costs[0][0] or math.nan), gain)
                 by_time[method.label] = (sum(seconds) if len(seconds) == len(cells) else math.nan, gain)
@@ -347,10 +347,10 @@ def _terms(results: Results) -> list[Item]:
         contents = Contents(results.scored(cell)[0].run)
         over_time = contents.metrics.ratios if isinstance(contents.metrics, Metrics) else []
         pictures = [
-            plots.ratio_map(placed(layers)),
+            plots.ratio_map(place_layers(layers)),
             study_plots.effect_by_group(results.effects(cell)),
             plots.ratio_over_time(over_time) if over_time else None,
-            plots.spectra(placed(layers)),
+            plots.spectra(place_layers(layers)),
         ]
         items.append(Item("heading", f"{cell.label}, first seed"))
         items += [Item("picture", picture) for picture in pictures if picture is not None]
@@ -406,10 +406,10 @@ def _sweeps(results: Results) -> list[Item]:
 
 
 def _gaps(results: Results) -> list[Item]:
-    rows = [[name, outcome.status, outcome.error] for name, outcome in results.lost()]
+    rows = [[name, outcome.status, outcome.error] for name, outcome in results.unsuccessful()]
     items = [Item("table", Table(["run", "status", "why"], rows), "Runs that failed or diverged")] if rows else []
     items += [Item("text", f"{name}: {reason}") for name, reason in methods.ABSENT.items()]
-    if left := [trial.name for trial in results.folder.left(results.study)]:
+    if left := [trial.name for trial in results.folder.remaining(results.study)]:
         file, folder = (shlex.quote(str(path)) for path in (results.folder.study_file, results.folder.path))
         command = f"pera study run {file} --output {folder}"
         items.append(Item("text", f"{len(left)} known runs are to do. Go on with: {command}"))
@@ -442,7 +442,7 @@ def _protocol(results: Results) -> list[Item]:
 
 def _over_tasks(results: Results, cells: list[Cell]) -> float:
     """Mean score of cells; NaN unless each was scored, and where a run diverged: it would be that of lucky seeds."""
-    if any(map(results.diverged, cells)):
+    if any(map(results.num_diverged, cells)):
         return math.nan
     means = [results.mean(cell).mean for cell in cells if results.mean(cell).n]
     return fmean(means) if means and len(means) == len(cells) else math.nan

@@ -21,7 +21,7 @@ from pera_lab.report.drawing import (
     style,
     tick,
 )
-from pera_lab.report.words import ABSENT, chance, number, points, signed
+from pera_lab.report.formatting import ABSENT, chance, number, points, signed
 from pera_lab.study.statistics import Difference, pareto
 
 PAPER = COLORS[3]

@@ -205,19 +205,22 @@ def test_the_projection_of_multihead_attention():
     [
         ({"target_parameters": ["experts.gate_up_prj"]}, "target_parameters: 'experts.gate_up_prj' not found"),
         ({"target_parameters": ["norm.weight"]}, r"'weight' of shape \(32,\) .* cannot be adapted"),
-        ({"pera_dropout": 0.1}, "pera_dropout=0.1 cannot act on 'model.layers.0.mlp.experts.gate_up_proj'"),
-        ({"rank_pattern": {"gate_up_proj": 4}}, "rank_pattern: 'gate_up_proj' matches .*, which takes r and alpha"),
+        ({"pera_dropout": 0.1}, "pera_dropout=0.1 cannot apply to 'model.layers.0.mlp.experts.gate_up_proj'"),
+        (
+            {"rank_pattern": {"gate_up_proj": 4}},
+            "rank_pattern: 'gate_up_proj' matches .*, which takes r and pera_alpha",
+        ),
         (
             {"layers_to_transform": 0},
-            r"layers_to_transform=0 would leave out 'model\.layers\.1\.mlp.* in full, such as",
+            r"layers_to_transform=0 would exclude 'model\.layers\.1\.mlp.* full names",
         ),
         (
             {"exclude_modules": ["0.mlp.experts"]},
-            r"exclude_modules=.* would leave out 'model\.layers\.0\.mlp\.experts\.",
+            r"exclude_modules=.* would exclude 'model\.layers\.0\.mlp\.experts\.",
         ),
         (
             {"exclude_modules": r".*\.1\..*(down|k)_proj"},
-            r"exclude_modules=.* would leave out 'model\.layers\.1\..*down_proj'",
+            r"exclude_modules=.* would exclude 'model\.layers\.1\..*down_proj'",
         ),
     ],
 )
@@ -234,9 +237,9 @@ def test_modules_may_be_left_out_beside_parameters_named_in_full():
 
 def test_a_parameter_that_would_be_read_past_the_adapter_is_refused():
     encoder = nn.Sequential(nn.TransformerEncoderLayer(16, 2, batch_first=True))
-    with pytest.raises(UserError, match="read by a module around it"):
+    with pytest.raises(UserError, match="reads it without calling its module"):
         adapt(encoder, target_modules=[], target_parameters=["self_attn.in_proj_weight"])
-    with pytest.raises(UserError, match="read by a module around it"):
+    with pytest.raises(UserError, match="reads it without calling its module"):
         adapt(Attention(), target_modules=["head"], target_parameters=["attention.out_proj.weight"])
 
 

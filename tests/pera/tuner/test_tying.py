@@ -252,7 +252,7 @@ def test_four_uses_of_one_weight(target, tmp_path):
 
 
 def test_saved_modules_that_peft_would_tie_wrongly_are_refused():
-    with pytest.raises(UserError, match=r"modules_to_save: 'decoder\.embed_tokens' is an embedding, which PEFT ties"):
+    with pytest.raises(UserError, match=r"modules_to_save: PEFT would tie the embedding 'decoder\.embed_tokens'"):
         adapt(t5(), target_modules=["q"], modules_to_save=["lm_head"], ensure_weight_tying=True)
 
 
@@ -298,7 +298,7 @@ def test_without_the_option_a_merge_separates_them(tied, names, tmp_path):
     with pytest.warns(UserWarning, match="has been separated") as warned:
         model.merge_adapter()
     (sentence,) = separations(warned)
-    assert sentence.startswith(f"{', '.join(adapted_ones)}: the base weight was shared")
+    assert sentence.startswith(f"{', '.join(adapted_ones)}: the weight was shared")
     assert "ensure_weight_tying=True" in sentence
     assert not shared(model)
     assert relative_error(logits(model), expected) <= 1e-5

@@ -136,7 +136,7 @@ def test_a_trained_run_is_exported_and_checked_on_its_own_task(
     assert agreement.agree
     record = json.loads((tmp_path / "lora" / "verification.json").read_text())
     assert record == stored(agreement, "LoRA export", finished_run.path)
-    adapted, exported = (unmerged(tiny_llama, path) for path in (finished_run.adapter, tmp_path / "lora"))
+    adapted, exported = (unmerged(tiny_llama, path) for path in (finished_run.adapter.path, tmp_path / "lora"))
     assert (logits(adapted) - logits(tiny_llama)).abs().max() > 0.1
     assert (logits(adapted) - logits(exported)).abs().max() < 1e-5
 

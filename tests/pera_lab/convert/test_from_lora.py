@@ -87,7 +87,7 @@ def test_training_goes_on_and_the_coefficients_wake(save_lora, tiny_llama, tmp_p
     ("options", "terms", "words"),
     [
         ({"use_dora": True}, "all", "use_dora=True has no counterpart"),
-        ({}, "none", "--terms none leaves no products"),
+        ({}, "none", "terms='none' leaves no products"),
         ({"r": 1}, "cross", "terms='cross'"),
     ],
 )

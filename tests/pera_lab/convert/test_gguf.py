@@ -1,4 +1,4 @@
-"""A GGUF adapter has the names and the order of rows of its base's GGUF file."""
+"""A GGUF adapter has the names and the row order of the base model's GGUF file."""
 
 import gguf
 import numpy as np
@@ -51,7 +51,7 @@ def model_of(kind, **options):
     torch.manual_seed(0)
     sizes = {key: value for key, value in SIZES.items() if key != "head_dim" or kind != "qwen2"}
     if kind == "qwen3":
-        sizes["head_dim"] = 128  # which transformers takes it for, whatever a GGUF file says
+        sizes["head_dim"] = 128  # transformers assumes this whatever the GGUF file says
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = CONFIGS[kind](**{**sizes, **special, "initializer_range": 0.2, **options})
     return AutoModelForCausalLM.from_config(config).eval()
@@ -68,9 +68,31 @@ def logits(model):
 
 
 def write(model, file):
-    """Write the adapter of a model as GGUF."""
+    """Write the adapter of a model as a GGUF file."""
     config, state = fold(model)
     write_adapter(file, state, config.lora_alpha, model.get_base_model().config)
+
+
+def finish(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_zeros(file, shapes, architecture="llama", **options):
+    """Write a GGUF file with tensors of these shapes."""
+    writer = gguf.GGUFWriter(file, architecture, **options)
+    for name in sorted(shapes):
+        writer.add_tensor(name, np.zeros(shapes[name], np.float32))
+    finish(writer)
+
+
+def base_shapes(adapter):
+    """The shapes of the base model's weights that an adapter is for, by name."""
+    factors = tensors(adapter)
+    names = {name.rpartition(".")[0] for name in factors}
+    return {name: (len(factors[f"{name}.lora_b"]), factors[f"{name}.lora_a"].shape[1]) for name in names}
 
 
 def tensors(file):
@@ -80,7 +102,7 @@ def tensors(file):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_an_adapter_that_is_read_back_gives_the_logits_of_the_pera_adapter(kind, tmp_path):
+def test_an_adapter_read_back_gives_the_logits_of_the_pera_adapter(kind, tmp_path):
     model = adapted(kind)
     write(model, tmp_path / ADAPTER)
     expected, base = logits(model), model_of(kind)
@@ -88,9 +110,9 @@ def test_an_adapter_that_is_read_back_gives_the_logits_of_the_pera_adapter(kind,
     assert (expected - logits(read_adapter(tmp_path / ADAPTER, base))).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_added_to_the_tensors_of_the_bases_gguf_it_gives_the_merged_model_as_transformers_reads_it(kind, tmp_path):
-    """transformers' own reader of GGUF knows names and permutations by itself."""
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_transformers_reads_the_sum_of_base_and_adapter_as_the_merged_model(kind, tmp_path):
+    """transformers has its own reader of GGUF, with its own names and permutations."""
     model = adapted(kind)
     expected = logits(model)
     write(model, tmp_path / ADAPTER)
@@ -118,23 +140,20 @@ def test_added_to_the_tensors_of_the_bases_gguf_it_gives_the_merged_model_as_tra
     for key, weight in base.state_dict().items():
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         for part, heads in (("q_proj.weight", 4), ("k_proj.weight", 2)):
-            if kind in ("llama", "mistral") and key.endswith(part):  # as llama.cpp's converter permutes
+            if kind == "llama" and key.endswith(part):  # as llama.cpp's converter permutes
                 weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         if f"{name}.lora_a" in factors:
             A, B = factors[f"{name}.lora_a"], factors[f"{name}.lora_b"]
             weight = weight + alpha / len(A) * B @ A
             used |= {f"{name}.lora_a", f"{name}.lora_b"}
         writer.add_tensor(name, np.ascontiguousarray(weight.float().numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     assert used == factors.keys()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="merged.gguf", dtype=torch.float32).eval()
     assert (logits(merged) - expected).abs().max() < 1e-4
 
 
-def test_the_metadata_is_what_llama_cpp_asks_for(tmp_path):
+def test_the_metadata_and_shapes_are_those_of_llama_cpp(tmp_path):
     write(adapted("mistral"), tmp_path / ADAPTER)
     fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / ADAPTER).fields.items()}
     assert fields["general.architecture"] == "llama"
@@ -147,16 +166,16 @@ def test_the_metadata_is_what_llama_cpp_asks_for(tmp_path):
     assert len(shapes) == 2 * 2 * len(LINEAR)
 
 
-def test_names_are_those_of_the_table_of_gguf():
+def test_names_come_from_the_table_of_gguf():
     names = tensor_names(["model.layers.1.mlp.down_proj", "lm_head"], LlamaConfig(**SIZES))
     assert names == {"model.layers.1.mlp.down_proj": "blk.1.ffn_down.weight", "lm_head": "output.weight"}
-    with pytest.raises(UserError, match=r"'model.layers.0.extra' has no name in a GGUF file of architecture 'llama'"):
+    with pytest.raises(UserError, match=r"'model.layers.0.extra' has no name in GGUF files of architecture 'llama'"):
         tensor_names(["model.layers.0.extra"], LlamaConfig(**SIZES))
 
 
-def test_an_adapter_for_another_architecture_is_refused(tmp_path):
+def test_an_adapter_for_another_architecture_is_rejected(tmp_path):
     write(adapted("qwen2"), tmp_path / ADAPTER)
-    with pytest.raises(UserError, match="is an adapter for 'qwen2', and the base model is a 'llama'"):
+    with pytest.raises(UserError, match="is an adapter for 'qwen2', but the base model is 'llama'"):
         read_adapter(tmp_path / ADAPTER, model_of("llama"))
 
 
@@ -165,12 +184,12 @@ def test_an_adapter_for_another_architecture_is_refused(tmp_path):
     [
         (
             {"intermediate_size": 64},
-            r"blk\.0\.ffn_\w+\.weight\.lora_\w' of shape .* does not fit a weight of \(.*64.*\)",
+            r"blk\.0\.ffn_\w+\.weight\.lora_\w' has shape .* does not fit the base model's weight \(.*64.*\)",
         ),
-        ({"num_hidden_layers": 1}, r"has 'blk\.1\..*', which the base model has no place for"),
+        ({"num_hidden_layers": 1}, r"holds 'blk\.1\..*', which matches no layer of the base model"),
     ],
 )
-def test_an_adapter_of_other_shapes_is_refused(options, words, tmp_path):
+def test_an_adapter_of_other_shapes_is_rejected(options, words, tmp_path):
     write(adapted("llama"), tmp_path / ADAPTER)
     with pytest.raises(UserError, match=words):
         read_adapter(tmp_path / ADAPTER, model_of("llama", **options))
@@ -179,66 +198,41 @@ def test_an_adapter_of_other_shapes_is_refused(options, words, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "left_out", "shape", "words"),
     [
-        ("qwen2", None, None, r"base.gguf' is a 'qwen2' model, and the adapter is for a 'llama'"),
-        ("llama", "blk.1.ffn_down.weight", None, r"base.gguf' has no blk.1.ffn_down.weight, and the adapter is for"),
-        ("llama", "blk.1.ffn_down.weight", (3, 5), r"base.gguf' has blk.1.ffn_down.weight of shape \(3, 5\), and"),
+        ("qwen2", None, None, r"base.gguf' is a model of 'qwen2', but the adapter is for 'llama'"),
+        ("llama", "blk.1.ffn_down.weight", None, r"base.gguf' has no blk.1.ffn_down.weight, but the adapter needs"),
+        ("llama", "blk.1.ffn_down.weight", (3, 5), r"base.gguf' has blk.1.ffn_down.weight with shape \(3, 5\), but"),
     ],
 )
-def test_a_base_that_an_adapter_does_not_fit_is_refused(architecture, left_out, shape, words, tmp_path):
+def test_a_gguf_base_that_does_not_fit_is_rejected(architecture, left_out, shape, words, tmp_path):
     write(adapted("llama"), tmp_path / ADAPTER)
-    factors = tensors(tmp_path / ADAPTER)
-    names = {name.rpartition(".")[0] for name in factors}
-    shapes = {name: (len(factors[f"{name}.lora_b"]), factors[f"{name}.lora_a"].shape[1]) for name in names}
-
-    def base(architecture):
-        writer = gguf.GGUFWriter(tmp_path / "base.gguf", architecture)
-        for name in sorted(shapes):
-            writer.add_tensor(name, np.zeros(shapes[name], np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    base("llama")
+    shapes = base_shapes(tmp_path / ADAPTER)
+    write_zeros(tmp_path / "base.gguf", shapes)
     check_base(tmp_path / "base.gguf", tmp_path / ADAPTER)
     if left_out:
         shapes.pop(left_out)
     if shape:
         shapes[left_out] = shape
-    base(architecture)
+    write_zeros(tmp_path / "base.gguf", shapes, architecture)
     with pytest.raises(UserError, match=words):
         check_base(tmp_path / "base.gguf", tmp_path / ADAPTER)
 
 
-def test_a_split_base_is_checked_by_the_tensors_at_hand(tmp_path):
+def test_a_split_base_is_checked_by_the_tensors_of_its_first_file(tmp_path):
     write(adapted("llama"), tmp_path / ADAPTER)
-    factors = tensors(tmp_path / ADAPTER)
-    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama", split_max_tensors=1)
-    for name in ("blk.0.ffn_down.weight", "blk.1.ffn_down.weight"):
-        shape = len(factors[f"{name}.lora_b"]), factors[f"{name}.lora_a"].shape[1]
-        writer.add_tensor(name, np.zeros(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    shapes = {name: shape for name, shape in base_shapes(tmp_path / ADAPTER).items() if "ffn_down" in name}
+    write_zeros(tmp_path / "base.gguf", shapes, split_max_tensors=1)
     check_base(tmp_path / "base-00001-of-00002.gguf", tmp_path / ADAPTER)
 
 
 @pytest.mark.parametrize("shapes", [{}, {"a": (3, 8), "b": (8, 2)}, {"a": (2, 3, 8), "b": (8, 2)}, {"a": (2, 8)}])
-def test_an_adapter_that_is_cut_off_is_refused(shapes, tmp_path):
-    for file, tensors in (("adapter", {f"blk.0.attn_q.weight.lora_{k}": s for k, s in shapes.items()}), ("base", {})):
-        writer = gguf.GGUFWriter(tmp_path / f"{file}.gguf", "llama")
-        for name, shape in tensors.items():
-            writer.add_tensor(name, np.zeros(shape, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    with pytest.raises(UserError, match=r"adapter.gguf' lacks one of the two factors of a layer, or all"):
+def test_a_truncated_adapter_is_rejected(shapes, tmp_path):
+    write_zeros(tmp_path / "adapter.gguf", {f"blk.0.attn_q.weight.lora_{k}": s for k, s in shapes.items()})
+    write_zeros(tmp_path / "base.gguf", {})
+    with pytest.raises(UserError, match=r"adapter.gguf' lacks lora_a or lora_b of a layer, or holds no layer"):
         check_base(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
 
 
-def test_an_export_is_written_checked_and_verified_again(save_adapter, tiny_llama, tmp_path):
+def test_an_export_to_gguf_agrees_and_is_verified_again(save_adapter, tiny_llama, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_llama, target_modules=["q_proj", "k_proj", "down_proj", "lm_head"])
     done = export(str(tmp_path / "adapter"), tmp_path / "out", to="gguf")
     assert done.agreement.agree
@@ -249,7 +243,7 @@ def test_an_export_is_written_checked_and_verified_again(save_adapter, tiny_llam
         assert not verify(str(tiny_llama), str(name)).agree
 
 
-def test_an_adapter_with_a_tokenizer_of_its_own_is_compared_on_the_tokens_of_it(adapter, tiny_llama, tmp_path):
+def test_an_adapter_with_its_own_tokenizer_is_compared_with_that_tokenizer(adapter, tiny_llama, tmp_path):
     own = AutoTokenizer.from_pretrained(tiny_llama)
     own.chat_template = "{{ messages[0]['content'] }}"
     own.save_pretrained(adapter)
@@ -260,26 +254,23 @@ def test_an_adapter_with_a_tokenizer_of_its_own_is_compared_on_the_tokens_of_it(
 @pytest.mark.parametrize(
     ("base", "options", "words"),
     [
-        ("tiny_gpt2", {"target_modules": ["c_attn"]}, "the base model is a 'gpt2', for which no GGUF adapter"),
+        ("tiny_gpt2", {"target_modules": ["c_attn"]}, "model_type='gpt2' of the base model is not supported in GGUF"),
         ("tied_llama", {"target_modules": ["lm_head"]}, "'lm_head' shares its weight with the embeddings"),
         ("tiny_llama", {"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is no linear layer"),
         ("tiny_llama", {"modules_to_save": ["lm_head"]}, "cannot be carried to a GGUF adapter"),
     ],
 )
-def test_what_gguf_cannot_carry_is_refused(base, options, words, request, save_adapter, tmp_path):
+def test_what_gguf_cannot_hold_is_rejected(base, options, words, request, save_adapter, tmp_path):
     save_adapter(tmp_path / "adapter", request.getfixturevalue(base), **options)
     with pytest.raises(UserError, match=words):
         export(str(tmp_path / "adapter"), tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_adapter_is_refused(tmp_path):
+def test_a_file_that_is_not_an_adapter_is_rejected(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF no more")
-    with pytest.raises(UserError, match="is not a whole GGUF file"):
+    with pytest.raises(UserError, match="is not a complete GGUF file"):
         read_adapter(tmp_path / "broken.gguf", model_of("llama"))
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(UserError, match="is a GGUF file, but no LoRA adapter"):
+    write_zeros(tmp_path / "model.gguf", {})
+    with pytest.raises(UserError, match=r"is not a LoRA: general.type should be 'adapter'"):
         read_adapter(tmp_path / "model.gguf", model_of("llama"))

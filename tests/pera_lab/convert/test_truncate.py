@@ -1,9 +1,7 @@
-"""A cut to a smaller rank is the best there is, and says what it loses."""
+"""A truncated adapter has one rank, and its loss is reported."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -11,68 +9,38 @@ from transformers import AutoModelForCausalLM
 from pera.errors import UserError
 from pera.lora import Folded
 from pera.polynomial import lora_factors, num_coefficients
+from pera_lab.adapters import Adapter
 from pera_lab.convert.export import export
-from pera_lab.convert.truncate import factored_svd, measured, truncate, truncate_factors
-from pera_lab.runs import adapter_weights
-from reference import NORMALIZATIONS
+from pera_lab.convert.truncate import FLOAT32_ROUNDING, measured, truncate
 from tiny import adapt
 
 
-def random_factors(m, n, r, normalization="rms", seed=0):
-    """A and B of the LoRA that a random PERA adapter is, in float64."""
+def random_factors(m, n, r, seed=0):
+    """A and B of the LoRA that equals a random PERA adapter, in float64."""
     torch.manual_seed(seed)
     A, B = torch.randn(r, n, dtype=torch.float64), torch.randn(m, r, dtype=torch.float64)
-    return lora_factors(A, B, torch.randn(num_coefficients(r, "all"), dtype=torch.float64), "all", normalization)
+    return lora_factors(A, B, torch.randn(num_coefficients(r, "all"), dtype=torch.float64), "all", "rms")
 
 
-@given(
-    m=st.integers(1, 40),
-    n=st.integers(1, 40),
-    r=st.integers(1, 6),
-    rank=st.integers(1, 30),
-    normalization=st.sampled_from(NORMALIZATIONS),
-    seed=st.integers(0, 99),
-)
-def test_the_error_is_that_of_the_best_approximation(m, n, r, rank, normalization, seed):
-    A, B = random_factors(m, n, r, normalization, seed)
-    delta = B @ A
-    values = torch.linalg.svdvals(delta)
-    A_cut, B_cut = truncate_factors(A, B, rank)
-    error = (delta - B_cut @ A_cut).norm() / delta.norm()
-    optimal = values[rank:].norm() / delta.norm()
-    assert len(A_cut) == B_cut.shape[1] <= rank
-    assert abs(error - optimal) <= 1e-5
-
-
-@pytest.mark.parametrize("leading", [(), (3,)])
-def test_the_decomposition_is_that_of_the_product(leading):
-    torch.manual_seed(0)
-    A, B = torch.randn(*leading, 14, 9, dtype=torch.float64), torch.randn(*leading, 20, 14, dtype=torch.float64)
-    U, S, Vh = factored_svd(A, B)
-    assert S.shape == (*leading, 9)
-    assert torch.allclose(S, torch.linalg.svdvals(B @ A))
-    assert torch.allclose(U * S.unsqueeze(-2) @ Vh, B @ A)
-
-
-def test_it_never_builds_a_matrix_of_the_size_of_the_weight(monkeypatch):
-    sizes = []
-    decompose = torch.linalg.svd
-    monkeypatch.setattr(torch.linalg, "svd", lambda X, **options: (sizes.append(X.shape), decompose(X, **options))[1])
-    A, B = random_factors(300, 200, 4)
-    truncate_factors(A, B, 5)
-    assert sizes == [(14, 14)]
-
-
-def test_a_rank_of_the_smaller_side_loses_nothing():
+def test_the_rank_of_the_smaller_side_keeps_the_product():
     layers = {"layer": Folded(None, *random_factors(12, 10, 4))}
     cut, truncation = truncate(layers, max_rank=10)
-    assert truncation.lossless
     assert (truncation.expanded_rank, truncation.rank) == (14, 10)
     assert torch.allclose(cut["layer"].B @ cut["layer"].A, layers["layer"].B @ layers["layer"].A)
 
 
-@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
-def test_the_rank_that_keeps_an_energy_is_the_least_for_every_layer(energy):
+@pytest.mark.parametrize(("share", "lossless"), [(0.5, True), (2, False)])
+def test_a_cut_is_lossless_if_no_layer_loses_more_than_float32_rounds(share, lossless):
+    A = torch.eye(2, 3, dtype=torch.float64)
+    planted = torch.diag(torch.tensor([1, (share * FLOAT32_ROUNDING) ** 0.5], dtype=torch.float64))
+    layers = {"planted": Folded(None, A, planted), "rank one": Folded(None, A[:1], 1e9 * A.T[:, :1])}
+    _, truncation = truncate(layers, max_rank=1)
+    assert truncation.discarded == {"planted": pytest.approx(share * FLOAT32_ROUNDING), "rank one": 0}
+    assert truncation.lossless is lossless
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.999])
+def test_the_rank_for_an_energy_is_the_smallest_that_every_layer_allows(energy):
     layers = {name: Folded(None, *random_factors(30, 20, 4, seed=seed)) for seed, name in enumerate("abc")}
     _, truncation = truncate(layers, energy=energy)
     assert max(truncation.discarded.values()) <= 1 - energy
@@ -85,14 +53,14 @@ def test_the_rank_that_keeps_an_energy_is_the_least_for_every_layer(energy):
     assert truncation.total_discarded == pytest.approx(lost / sum(float(s.sum()) for s in spectra.values()))
 
 
-def test_an_adapter_that_is_zero_is_cut_to_rank_one():
+def test_a_zero_adapter_is_cut_to_rank_one_and_loses_nothing():
     zero = Folded(None, torch.randn(5, 9).double(), torch.zeros(7, 5).double())
     _, truncation = truncate({"layer": zero}, energy=0.9)
     assert truncation.rank == 1
     assert truncation.total_discarded == 0
 
 
-def test_the_change_of_a_layers_output_is_measured_on_its_own_inputs():
+def test_the_output_change_is_measured_on_the_inputs_of_the_layer():
     model = adapt(nn.Sequential(nn.Linear(9, 7)), target_modules=["0"])
     layer = model.base_model.model[0]
     A, B = random_factors(7, 9, 3)
@@ -107,10 +75,10 @@ def test_the_change_of_a_layers_output_is_measured_on_its_own_inputs():
     assert changes == {"0": pytest.approx(float(expected))}
 
 
-def test_an_export_is_cut_and_says_what_it_loses(save_adapter, tiny_llama, tmp_path, logits):
+def test_an_export_with_max_rank_is_truncated_and_reports_the_loss(save_adapter, tiny_llama, tmp_path, logits):
     expected = logits(save_adapter(tmp_path / "adapter", tiny_llama, normalization="rms"))
     done = export(str(tmp_path / "adapter"), tmp_path / "lora", max_rank=4)
-    weights = adapter_weights(tmp_path / "lora")
+    weights = Adapter(tmp_path / "lora").weights
     assert {len(w) for key, w in weights.items() if "lora_A" in key} == {4}
     assert done.good
     assert done.truncation.rank == 4
@@ -121,7 +89,7 @@ def test_an_export_is_cut_and_says_what_it_loses(save_adapter, tiny_llama, tmp_p
     assert 0.01 < (found - expected).abs().max() < (logits(tiny_llama) - expected).abs().max()
 
 
-def test_a_cut_that_loses_nothing_has_to_agree(save_adapter, tiny_llama, tmp_path):
+def test_a_lossless_truncation_must_agree(save_adapter, tiny_llama, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_llama, r=8)  # K = 44, and q_proj is (32, 32)
     done = export(str(tmp_path / "adapter"), tmp_path / "lora", max_rank=32)
     assert done.truncation.lossless
@@ -137,7 +105,7 @@ def test_a_cut_that_loses_nothing_has_to_agree(save_adapter, tiny_llama, tmp_pat
         ({"energy": 99.9}, "--energy=99.9 should be a share above 0"),
     ],
 )
-def test_a_rank_that_cannot_be_is_refused(options, words, adapter, tmp_path):
+def test_an_impossible_rank_is_rejected(options, words, adapter, tmp_path):
     with pytest.raises(UserError, match=words):
         export(str(adapter), tmp_path / "lora", **options)
     assert not (tmp_path / "lora").exists()

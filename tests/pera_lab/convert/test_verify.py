@@ -13,9 +13,10 @@ from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
 from pera_lab.convert.verify import COMPARED_IN_LLAMA_CPP, PROMPTS, TOLERANCE, compare, logits, prompts_of, verify
-from pera_lab.models import load_model, load_tokenizer, resolve_gguf
+from pera_lab.embedded import resolve_gguf
+from pera_lab.models import load_model, load_tokenizer
+from pera_lab.opening import locate
 from pera_lab.recipe import load_recipe
-from pera_lab.runs import locate
 from pera_lab.tasks.prompts import encode_prompt
 
 CLEAR = torch.tensor([[0.0, 1.0, 3.0], [5.0, 1.0, 0.0]])
@@ -150,7 +151,7 @@ def test_llama_cpp_gets_the_same_tokens_and_room_for_them(tiny_gpt2, tmp_path, m
     for function in (serving, log_probabilities):
         monkeypatch.setattr(f"pera_lab.convert.verify.{function.__name__}", function)
     monkeypatch.setattr("pera_lab.convert.verify.weights_of", lambda model: "float32")
-    monkeypatch.setattr("pera_lab.models.resolve_gguf", lambda name: tmp_path / "model.gguf")
+    monkeypatch.setattr("pera_lab.embedded.resolve_gguf", lambda name: tmp_path / "model.gguf")
     (tmp_path / "prompts.txt").write_text("Who?\n" + "Who is Zoe? " * 200)
     verify(str(tiny_gpt2), str(tiny_gpt2), prompts=tmp_path / "prompts.txt", in_llama_cpp=True)
     context, short, long = asked
@@ -161,19 +162,19 @@ def test_a_run_brings_the_prompts_of_its_task(finished_run, recipe_file):
     held_out = [example.prompt for example in load_recipe(str(recipe_file)).build_task().test[:6]]
     run, model = locate(str(finished_run.path)), locate("smollm2-135m")
     assert prompts_of(model, run) == prompts_of(run) == held_out
-    assert prompts_of(model) == prompts_of(locate(str(finished_run.adapter))) == list(PROMPTS)
+    assert prompts_of(model) == prompts_of(locate(str(finished_run.adapter.path))) == list(PROMPTS)
 
 
 def test_a_run_its_adapter_and_a_copy_agree(finished_run, tmp_path):
-    copy = shutil.copytree(finished_run.adapter, tmp_path / "copy")
-    for a, b in [(finished_run.path, finished_run.adapter), (finished_run.adapter, copy)]:
+    copy = shutil.copytree(finished_run.adapter.path, tmp_path / "copy")
+    for a, b in [(finished_run.path, finished_run.adapter.path), (finished_run.adapter.path, copy)]:
         agreement = verify(str(a), str(b))
         assert agreement.agree
         assert agreement.max_difference == 0.0
 
 
 def test_an_adapter_and_its_base_do_not_agree(finished_run, tiny_llama):
-    for pair in [(finished_run.path, tiny_llama), (tiny_llama, finished_run.adapter)]:
+    for pair in [(finished_run.path, tiny_llama), (tiny_llama, finished_run.adapter.path)]:
         agreement = verify(*map(str, pair))
         assert not agreement.agree
         assert agreement.max_difference > 0.1

@@ -1,4 +1,4 @@
-"""The high-order ratio over the course of a training."""
+"""The high-order ratio in the logs of a training."""
 
 from types import SimpleNamespace
 

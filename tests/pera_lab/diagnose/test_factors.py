@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 import reference
 from pera.errors import UserError
 from pera.polynomial import num_coefficients
-from pera_lab.diagnose import diagnose_adapter, diagnose_layer
-from pera_lab.diagnose.factors import by_kind
+from pera_lab.diagnose import by_kind, diagnose_adapter, diagnose_layer, place_layers
+from pera_lab.diagnose.factors import kind
 from reference import NORMALIZATIONS
 
 
 def parts(A, B, h, terms, normalization, scaling):
     """Explicit linear, square and cross parts of ΔW."""
-
     by_pair = reference.by_pair(h, A.shape[0], terms)
     squares = {(i, j): c for (i, j), c in by_pair.items() if i == j}
     crosses = {(i, j): c for (i, j), c in by_pair.items() if i != j}
@@ -60,8 +59,8 @@ def test_norms_ratios_and_spectrum_equal_those_of_the_explicit_update(r, shape, 
         assert found.ones_weight == pytest.approx(float(high.sum() ** 2 / (m * n) / high.square().sum()), abs=1e-8)
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_effective_rank_of_a_planted_update_is_its_rank(k):
+@pytest.mark.parametrize("k", [1, 8])
+def test_the_effective_rank_of_k_equal_singular_values_is_k(k):
     A = torch.linalg.qr(torch.randn(30, 8, dtype=torch.float64)).Q.T
     B = torch.linalg.qr(torch.randn(20, 8, dtype=torch.float64)).Q
     B[:, k:] = 0
@@ -75,22 +74,36 @@ def test_a_zero_update_has_rank_zero_and_ratio_zero():
     assert (found.norm, found.stable_rank, found.entropy_rank, found.high_order_ratio) == (0, 0, 0, 0)
 
 
-def test_squares_alone_lie_mostly_along_the_ones():
+def test_random_squares_lie_along_the_ones_and_crosses_do_not():
     squares = diagnose_layer(torch.randn(4, 900), torch.randn(800, 4), torch.ones(4), "square", "rms")
     crosses = diagnose_layer(torch.randn(4, 900), torch.randn(800, 4), torch.ones(6), "cross", "rms")
     assert squares.ones_weight > 0.2
     assert crosses.ones_weight < 0.02
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj", "q_proj"),
+        ("model.layers.0.mlp.experts.1.w1", "w1"),
+        ("model.layers.0.mlp.experts.base_layer.12", "experts"),
+        ("matrix", "matrix"),
+        ("0", "0"),
+    ],
+)
+def test_the_kind_is_the_last_part_of_the_name_that_is_not_a_number(name, expected):
+    assert kind(name) == expected
+
+
 def test_a_saved_adapter_is_diagnosed_without_its_base(finished_run, monkeypatch):
     monkeypatch.setattr("pera_lab.models.load_model", lambda *a, **k: pytest.fail("the base model was loaded"))
     found = diagnose_adapter(finished_run.adapter)
-    assert set(by_kind(found)) == {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert set(by_kind(place_layers(found))) == {"q_proj", "v_proj", "up_proj", "down_proj"}
     assert all(layer.high_order_ratio > 0.01 for layer in found.values())
     assert "model.layers.1.mlp.up_proj" in found
 
 
-def test_an_adapter_of_another_method_is_refused_by_name(train_run, tmp_path):
+def test_an_adapter_of_another_method_is_rejected(train_run, tmp_path):
     run = train_run(tmp_path / "lora", "method={name: lora, r: 2, target_modules: [q_proj]}", "training.max_steps=1")
     with pytest.raises(UserError, match="is a LORA adapter"):
         diagnose_adapter(run.adapter)
@@ -101,6 +114,23 @@ def test_inspect_shows_kinds_and_layers_and_json(pera, finished_run):
     assert "q_proj (2)" in shown
     assert "model.layers" not in shown
     assert "1.mlp.down_proj" in pera("inspect", finished_run.path, "--layers").out
-    content = json.loads(pera("inspect", finished_run.adapter, "--json").out)
+    content = json.loads(pera("inspect", finished_run.adapter.path, "--json").out)
     explicit = diagnose_adapter(finished_run.adapter)["model.layers.0.self_attn.q_proj"]
     assert content["layers"]["model.layers.0.self_attn.q_proj"]["high_order_ratio"] == explicit.high_order_ratio
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        (["model.layers.10.mlp.up_proj", "model.layers.2.mlp.up_proj"], [(2, "up_proj"), (10, "up_proj")]),
+        (["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.q"], [(0, "attn.c_proj"), (0, "mlp.c_proj"), (0, "q")]),
+        (["l.0.experts.0.w1", "l.0.experts.1.w1"], [(0, "experts.*.w1"), (0, "experts.*.w1")]),
+        (["l.0.experts.base_layer.0", "l.0.experts.base_layer.1"], [(0, "experts.*")] * 2),
+        (["score", "l.0.q"], [(0, "q"), (None, "score")]),
+        (["0"], [(0, "0")]),
+    ],
+)  # fmt: skip
+def test_block_and_kind_are_read_from_the_names(names, places):
+    assert [(layer.block, layer.kind) for layer in place_layers(dict.fromkeys(names))] == sorted(
+        places, key=lambda place: (place[0] is None, place[0] or 0, place[1])
+    )

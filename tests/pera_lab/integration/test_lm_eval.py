@@ -98,7 +98,7 @@ def test_pera_evaluate_runs_it_with_the_adapter_loaded(run, pera, tasks_folder):
         assert done.code == 0
         assert "not comparable with pera's own scores" in done.out
     found = json.loads(run.lm_eval_file.read_text())
-    for which, adapter in (("adapter", {"peft": run.adapter}), ("base", {})):
+    for which, adapter in (("adapter", {"peft": str(run.adapter.path)}), ("base", {})):
         accuracy, _ = evaluate(pretrained=run.recipe.model.name, **adapter)
         assert found[which]["tiny"]["acc,none"] == accuracy
         assert found[which]["tiny"]["n"] == len(QUESTIONS)

@@ -12,10 +12,10 @@ from peft import DeloraConfig, LoraConfig, get_peft_model
 import tiny
 from pera.errors import UserError
 from pera_lab.recipe import parse_recipe
-from pera_lab.report.contents import Contents, placed
+from pera_lab.report.contents import Contents
+from pera_lab.report.formatting import duration, number
 from pera_lab.report.page import render, write_report
 from pera_lab.report.pictures import loss_picture
-from pera_lab.report.words import duration, number
 from pera_lab.runs import Run
 from pera_lab.text import visible
 
@@ -230,7 +230,7 @@ def test_recipe_alone(tmp_path):
 
 def test_half_finished_run(tmp_path, adapters):
     run = full_run(tmp_path / "demo", adapters)
-    run.adapter.unlink()
+    run.adapter.path.unlink()
     run.metrics_file.write_text(run.metrics_file.read_text() + '{"step": 50, "lo')
     found = page(run)
     assert "The last logged step is 40 of 40." in found.text
@@ -287,7 +287,7 @@ def test_what_is_not_trained_is_no_parameter(tmp_path):
     """DeLoRA saves the norms of the base's columns."""
     model = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=KINDS))
     run = bare_run(tmp_path / "demo", method="delora")
-    model.save_pretrained(str(run.adapter))
+    model.save_pretrained(str(run.adapter.path))
     assert Contents(run).parameters == model.num_parameters(only_trainable=True)
 
 
@@ -460,7 +460,7 @@ def test_colours_follow_the_page(tmp_path, adapters):
         assert "currentColor" in drawing
 
 
-def test_what_cannot_be_reported(tmp_path, monkeypatch):
+def test_what_cannot_be_reported(tmp_path):
     with pytest.raises(UserError, match="at least one run"):
         write_report([], tmp_path / "x.html")
     with pytest.raises(UserError, match=r"recipe\.yaml"):
@@ -468,16 +468,6 @@ def test_what_cannot_be_reported(tmp_path, monkeypatch):
     run = bare_run(tmp_path / "run")
     with pytest.raises(UserError, match="cannot be written"):
         write_report([run], tmp_path / "no" / "folder.html")
-    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
-    with pytest.raises(UserError, match=re.escape("pip install 'pera[report]'")):
-        write_report([run], tmp_path / "x.html")
-
-
-def test_without_matplotlib(tmp_path, adapters, monkeypatch):
-    run = full_run(tmp_path / "demo", adapters)
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.style", None)
-    with pytest.raises(UserError, match=re.escape("'matplotlib'; install it with: pip install 'pera[report]'")):
-        write_report([run], tmp_path / "x.html")
 
 
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
@@ -513,22 +503,6 @@ def test_number(value, shown):
 )
 def test_duration(seconds, shown):
     assert duration(seconds) == shown
-
-
-@pytest.mark.parametrize(
-    ("names", "places"),
-    [
-        (["model.layers.10.mlp.up_proj", "model.layers.2.mlp.up_proj"], [(2, "up_proj"), (10, "up_proj")]),
-        (["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.q"], [(0, "attn.c_proj"), (0, "mlp.c_proj"), (0, "q")]),
-        (["l.0.experts.0.w1", "l.0.experts.1.w1"], [(0, "experts.*.w1"), (0, "experts.*.w1")]),
-        (["score", "l.0.q"], [(0, "q"), (None, "score")]),
-        (["0"], [(0, "0")]),
-    ],
-)  # fmt: skip
-def test_places_of_layers(names, places):
-    assert [(layer.block, layer.kind) for layer in placed(dict.fromkeys(names))] == sorted(
-        places, key=lambda place: (place[0] is None, place[0] or 0, place[1])
-    )
 
 
 def test_templates_travel_with_the_package():

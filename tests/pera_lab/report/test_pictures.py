@@ -1,7 +1,6 @@
 """The picture of a training."""
 
 import json
-import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -42,10 +41,3 @@ def test_an_unknown_ending_is_refused(name, finished_run, tmp_path):
 def test_a_folder_that_is_not_there_is_named(finished_run, tmp_path):
     with pytest.raises(UserError, match=r"missing/loss\.svg' cannot be written: No such file or directory"):
         loss_picture(finished_run, tmp_path / "missing" / "loss.svg")
-
-
-def test_without_matplotlib_the_extra_is_named(finished_run, tmp_path, monkeypatch):
-    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r"'matplotlib'; install it with: pip install 'pera\[report\]'"):
-        loss_picture(finished_run, tmp_path / "loss.svg")

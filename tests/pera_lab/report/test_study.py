@@ -12,12 +12,13 @@ from test_page import adapters, check, write  # noqa: F401
 from pera.errors import UserError
 from pera_lab.evaluation import Score
 from pera_lab.report import paper
+from pera_lab.report.formatting import ABSENT
 from pera_lab.report.study import study_sections, write_study_report
-from pera_lab.report.words import ABSENT
 from pera_lab.runs import Run
 from pera_lab.study import load_study
+from pera_lab.study.folder import StudyFolder
+from pera_lab.study.plan import known_trials
 from pera_lab.study.results import Results
-from pera_lab.study.runner import StudyFolder, all_trials
 from pera_lab.training import TrainingSummary
 
 STUDY = """
@@ -39,7 +40,7 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
     study_folder, rng = StudyFolder(folder), np.random.default_rng(0)
     study_folder.prepare(study)
     difficulty = {task.label: rng.beta(4, 1, size=400) for task in study.grid.task}
-    while left := study_folder.left(study):
+    while left := study_folder.remaining(study):
         for trial in left[: stop or None]:
             method, task = trial.cell.method, trial.cell.task.label
             run = Run.create(trial.recipe(), folder / "runs" / trial.name)
@@ -223,7 +224,7 @@ def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, ch
     record(Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42"))
     assert gain() is not None  # the others say nothing of their data and models
     change(Run(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46"))
-    with pytest.raises(UserError, match=rf"-seed4\d' and .*-again-.*-seed46' differ in the {what}, so they cannot"):
+    with pytest.raises(UserError, match=rf"-seed4\d' and .*-again-.*-seed46' cannot .* differ in the {what};"):
         gain()
 
 
@@ -238,7 +239,7 @@ OTHER = r"is not as pera writes it \(.+\)\.$"
         ("scores.json", '{"adapter": {}}', OTHER),
         ("predictions/adapter.jsonl", '{"prompt": "0"}\n', OTHER),
         ("predictions/adapter.jsonl", '{"prompt"', r"cannot be read: .+\.$"),
-        ("predictions/adapter.jsonl", "", "has 0 answers, and scores.json counts 400; restore one of them"),
+        ("predictions/adapter.jsonl", "", "has 0 answers, but scores.json counts 400; restore one of the"),
         ("cost.json", "{}", OTHER),
         ("cost.json", "[]", OTHER),
         ("effect.json", "{}", OTHER),
@@ -266,7 +267,7 @@ def test_what_is_no_run_is_left_alone(folder, tmp_path):
 def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
     """LoRA has all of the 300 rows of one member right and none of the 100 of the other; PERA the other way round."""
     copy = damaged(folder, tmp_path)
-    for trial in all_trials(copy.study, copy.outcomes(copy.study)):
+    for trial in known_trials(copy.study, copy.outcomes(copy.study)):
         if trial.phase == "report" and trial.cell.task.label == "sst2":
             run, pera = copy.run(trial), trial.cell.method.name.startswith("pera")
             groups = ["large"] * 300 + ["small"] * 100

@@ -95,7 +95,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """Leading dimensions of the factors: how many such products there are; none for a layer with one."""
         return ()
 
-    def check_config(self, config: PeraConfig) -> None:
+    @staticmethod
+    def check_config(config: PeraConfig) -> None:
         """Raise UserError for an adapter that this kind of layer cannot have."""
 
     def update_layer(
@@ -213,7 +214,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """:attr:`delta_shape` in the layout in which the base layer stores its weight."""
         return delta
 
-    def check_lora(self, name: str) -> None:
+    @staticmethod
+    def check_lora(base_layer: Any, name: str) -> None:
         """Raise UserError, with the layer's ``name``, if PEFT's LoRA would compute something else for this layer."""
 
     def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:

@@ -33,12 +33,12 @@ class PeraConvolution(PeraLayer):
         weight: Tensor = base.weight
         return weight
 
-    def check_lora(self, name: str) -> None:
-        base: Any = self.get_base_layer()
-        for key, plain in (("groups", 1), ("dilation", (1,) * len(base.dilation)), ("padding_mode", "zeros")):
-            if getattr(base, key) != plain:
+    @staticmethod
+    def check_lora(base_layer: Any, name: str) -> None:
+        for key, plain in (("groups", 1), ("dilation", (1,) * len(base_layer.dilation)), ("padding_mode", "zeros")):
+            if getattr(base_layer, key) != plain:
                 raise UserError(
-                    f"{name!r} is a convolution with {key}={getattr(base, key)!r}, which PEFT's LoRA does not follow; "
+                    f"{name!r} is a convolution with {key}={getattr(base_layer, key)!r}, which PEFT's LoRA ignores; "
                     "merge the adapter instead."
                 )
 

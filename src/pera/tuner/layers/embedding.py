@@ -21,7 +21,8 @@ class PeraEmbedding(PeraLayer):
     normalization "rms", ρ is still that of the whole A. Dropout drops the whole update of a position.
     """
 
-    def check_config(self, config: PeraConfig) -> None:
+    @staticmethod
+    def check_config(config: PeraConfig) -> None:
         if config.normalization == "centred":
             raise UserError(
                 "normalization='centred' is not for embeddings: the mean over the vocabulary would change tokens that "

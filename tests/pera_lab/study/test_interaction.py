@@ -9,8 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tiny
 from pera.errors import UserError
-from pera_lab.diagnose import interaction_strength, run_interaction
-from pera_lab.diagnose.interaction import hidden_blocks
+from pera_lab.study.interaction import hidden_blocks, interaction_strength, run_interaction
 
 
 def models():

@@ -19,13 +19,13 @@ from pera_lab.runs import Run
 
 @dataclass(frozen=True)
 class Interaction:
-    """What ``interaction.json`` holds."""
+    """The content of ``interaction.json``."""
 
     examples: int
     layer: int
-    """Number of the block behind which the features are."""
+    """Index of the block whose output holds the features."""
     strength: list[list[float]]
-    """Of each pair of features, ``(features, features)``."""
+    """One value for each pair of features, ``(features, features)``."""
 
 
 def interaction_strength(
@@ -37,20 +37,21 @@ def interaction_strength(
     position: int = -1,
     output: Callable[[Any], Tensor] | None = None,
 ) -> Tensor:
-    r"""Mean over samples of :math:`|∂²f / ∂h_i ∂h_j|`, by one Hessian–vector product for each feature.
+    r"""Mean over samples of :math:`|∂²f / ∂h_i ∂h_j|`, computed with one Hessian–vector product per feature.
 
-    The paper leaves f and h open. Here h is a slice of the hidden state after block ``layer`` at one
-    position, and f, by default, the largest logit, of a language model that at the last position.
-    Works for a base model and for any adapter. Since adapted layers are linear in their input, it
-    measures the network around them.
+    The paper does not define f and h. Here h is a slice of the hidden state after block ``layer`` at one position.
+    By default f is the largest logit; for a language model, the largest logit at the last position.
+
+    The function works for a base model and for any adapter. Adapted layers are linear in their input, so the value
+    describes the network around them.
 
     Args:
-        model: in evaluation mode, padded on the left; left as it was.
+        model: a model in evaluation mode that pads on the left. It is not changed.
         batch: keyword arguments of its forward, without labels.
-        layer: index of the block, from 0; negative counts from the end.
-        features: which entries of the hidden state.
-        position: of the token whose hidden state it is.
-        output: f of each sample from the model's output, ``(batch,)``.
+        layer: index of the block, from 0. Negative values count from the end.
+        features: indices into the hidden state.
+        position: the token whose hidden state is used.
+        output: returns f of each sample, ``(batch,)``, from the model's output.
 
     Returns:
         ``(features, features)``, symmetric, non-negative, on the CPU.
@@ -90,12 +91,18 @@ def interaction_strength(
 
 
 def run_interaction(run: Run, *, examples: int = 8, features: int = 16) -> Tensor:
-    """:func:`interaction_strength` of a run's model on the first held-out examples of its task, in float32, at its
-    middle block: of the first ``features`` hidden features of the last token, or of a classifier's first, which it
-    reads. Kept in ``interaction.json``.
+    """Interaction strength of a run's model at its middle block, in float32. Also writes ``interaction.json``.
+
+    The features are the first ``features`` entries of the hidden state of the last token, which a language model
+    reads its answer from. For a classifier they belong to the first token.
+
+    Args:
+        run: a finished run.
+        examples: how many held-out examples of its task are used, from the first.
+        features: how many hidden features are used, from the first.
 
     Returns:
-        ``(features, features)``.
+        ``(features, features)``; see :func:`interaction_strength`.
     """
     model, batches = held_out(run, examples, batch_size=1)  # without padding, the last position is the last token
     layer = len(hidden_blocks(model)) // 2
@@ -110,18 +117,18 @@ def run_interaction(run: Run, *, examples: int = 8, features: int = 16) -> Tenso
 
 
 def _largest_logit(result: Any) -> Tensor:
-    """Of a classifier, or of a language model at the last position."""
+    """The largest logit of each sample; for a language model, at the last position."""
     top: Tensor = result.logits.max(-1).values
     return top if top.dim() == 1 else top[:, -1]
 
 
 def hidden_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer: the members of its longest list of modules.
+    """The blocks of a transformer: the members of its longest ``ModuleList``.
 
     Raises:
         UserError: the model has none.
     """
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
-        raise UserError(f"{type(model).__name__} has no list of blocks to look into.")
+        raise UserError(f"{type(model).__name__} has no nn.ModuleList, so its blocks cannot be found.")
     return max(lists, key=len)

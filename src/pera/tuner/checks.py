@@ -1,0 +1,212 @@
+"""Checks of targets, ranks and patterns, for the configuration of any PEFT method.
+
+``check_lists`` needs the configuration alone. ``check_names`` compares it with the model that it is for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from pera.errors import UserError, nearest
+from pera.polynomial import Terms
+
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT adds to ``modules_to_save``, by task type, whether or not the model has them."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is an int or a float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_rank(key: str, r: Any, terms: Terms = "none") -> None:
+    """Check the rank ``r`` that the option ``key`` sets for an adapter with these ``terms``.
+
+    Args:
+        key: name of the option, for the message.
+        r: value to check.
+        terms: products of the adapter; "cross" needs a rank of 2.
+
+    Raises:
+        UserError: ``r`` is not a whole number of at least 1, or leaves no product.
+    """
+    if not _is_whole(r) or r < 1:
+        raise UserError(f"{key}={r!r} should be a whole number of at least 1.")
+    if terms == "cross" and r == 1:
+        raise UserError(f"{key}=1 with terms='cross' leaves no products; use r of at least 2, or terms='square'.")
+
+
+def check_alpha(key: str, alpha: Any) -> None:
+    """Raise a UserError unless ``alpha``, the value of the option ``key``, is finite and not 0.
+
+    With alpha = 0, ΔW would always be zero.
+    """
+    if not (is_number(alpha) and math.isfinite(alpha) and alpha):
+        raise UserError(f"{key}={alpha!r} should be a finite number other than 0; leave it out to use the rank.")
+
+
+def check_lists(config: PeftConfig) -> None:
+    """Check the types of all options that hold names, patterns or indices.
+
+    Raises:
+        UserError: an option holds something else; the message names the option.
+    """
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = getattr(config, key, None)
+        if isinstance(value, str):
+            _check_expression(key, value)
+        elif value is not None and not _is_list(value, _is_name):
+            raise UserError(f"{key}={value!r} should be a list of names or a regular expression.")
+    for key in ("target_parameters", "modules_to_save"):
+        value = getattr(config, key, None)
+        if value is not None and not _is_list(value, _is_name):
+            raise UserError(f"{key}={value!r} should be a list of names.")
+    indices = getattr(config, "layers_to_transform", None)
+    if indices is not None and not _is_index(indices) and not _is_list(indices, _is_index):
+        raise UserError(f"layers_to_transform={indices!r} should be a whole number or a list of whole numbers.")
+    if indices == []:
+        raise UserError("layers_to_transform=[] names no layer, but PEFT would adapt all; leave it out or name some.")
+    tokens = getattr(config, "trainable_token_indices", None) or []
+    if not all(_is_list(ids, _is_whole) for ids in (tokens.values() if isinstance(tokens, dict) else [tokens])):
+        raise UserError(f"trainable_token_indices={tokens!r} should be a list of token ids or map names to lists.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, key, None) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_name, patterns)):
+            raise UserError(f"{key}={patterns!r} should map names or regular expressions to numbers.")
+        for pattern in patterns:
+            _check_expression(key, pattern)
+
+
+def check_names(model: nn.Module, config: PeftConfig) -> None:
+    """Check that the model has every module, parameter, layer and token that the configuration names.
+
+    Raises:
+        UserError: one of these matches nothing in the model: a name in ``target_modules``, ``exclude_modules``,
+            ``modules_to_save`` or ``target_parameters``, a regular expression, an entry of ``rank_pattern`` or
+            ``alpha_pattern``, an index in ``layers_to_transform``, or a token in ``trainable_token_indices``. The
+            message gives the nearest name. Also for everything that :func:`check_lists` refuses.
+    """
+    check_lists(config)
+    parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
+    modules = {name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name}
+    _check_excluded(model, modules, config)
+    for key, known, allowed in (
+        ("target_modules", modules, ()),
+        ("exclude_modules", modules, ()),
+        ("modules_to_save", modules, HEADS.get(config.task_type or "", ())),
+        ("target_parameters", parameters, ()),
+    ):
+        names = getattr(config, key, None)
+        if isinstance(names, str):
+            shorthand = key == "target_modules" and names == INCLUDE_LINEAR_LAYERS_SHORTHAND
+            if not shorthand and not any(re.fullmatch(names, module) for module in modules):
+                raise UserError(f"{key}: the regular expression {names!r} matches no module; give a list of names.")
+            continue
+        for wanted in sorted(set(names or ()) - set(allowed)):
+            if wanted == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+                raise UserError(f"{key} lists {wanted!r} among names; give it alone, as a string.")
+            if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+                raise UserError(f"{key}: {wanted!r} not found in the base model; {_nearest_ending(wanted, known)}")
+    _check_patterns(modules | parameters if getattr(config, "target_parameters", None) else modules, config)
+    _check_layers(modules, config)
+    _check_tokens(model, config)
+
+
+def _is_list(value: Any, each: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(map(each, value))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
+def _check_expression(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
+
+
+def _check_excluded(model: nn.Module, modules: set[str], config: PeftConfig) -> None:
+    excluded = getattr(config, "exclude_modules", None) or ()
+    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    for wanted in [excluded] if isinstance(excluded, str) else sorted(excluded):
+        pattern = wanted if isinstance(excluded, str) else rf"(.*\.)?{re.escape(wanted)}"  # PEFT's rule
+        found = [model.get_submodule(name) for name in modules if re.fullmatch(pattern, name)]
+        if found and all(_only_contains_layers(m) and not isinstance(m, adapted) for m in found):
+            raise UserError(
+                f"exclude_modules: {wanted!r} contains layers but is not a layer, so nothing would be excluded; name "
+                r"the layers, or give an expression such as '.*\.mlp\..*'."
+            )
+
+
+def _only_contains_layers(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and not any(True for _ in module.parameters(recurse=False))
+
+
+def _nearest_ending(wanted: str, names: set[str]) -> str:
+    endings = {ending for name in names if not (ending := name.rpartition(".")[2]).isdigit()}
+    return nearest(wanted.rpartition(".")[2], endings - {""})
+
+
+def _check_patterns(names: set[str], config: PeftConfig) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key, None) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):  # PEFT's rule
+                raise UserError(
+                    f"{key}: {pattern!r} matches nothing in the base model; {_nearest_ending(pattern, names)}"
+                )
+
+
+def _check_layers(modules: set[str], config: PeftConfig) -> None:
+    indices = getattr(config, "layers_to_transform", None)
+    if indices is None:
+        return
+    patterns = getattr(config, "layers_pattern", None) or ()
+    lists = [rf"(?:^|.*?\.){pattern}" for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    found = {
+        int(match["index"])
+        for start in lists or [r".*?\.[^.]*"]  # PEFT's rule
+        for name in modules
+        if (match := re.match(rf"{start}\.(?P<index>\d+)\.", name))
+    }
+    for index in [indices] if isinstance(indices, int) else indices:
+        if found and index not in found:
+            raise UserError(f"layers_to_transform: the model has no layer {index}, only {min(found)} to {max(found)}.")
+
+
+def _check_tokens(model: Any, config: PeftConfig) -> None:
+    key, wanted = "trainable_token_indices", getattr(config, "trainable_token_indices", None) or ()
+    embeddings: list[tuple[str, Any, list[int]]] = []
+    if isinstance(wanted, dict):
+        modules = list(model.named_modules())
+        for ending, tokens in wanted.items():  # PEFT's rule
+            embeddings += [(f"{key}[{ending!r}]", module, tokens) for name, module in modules if name.endswith(ending)]
+    elif wanted and hasattr(model, "get_input_embeddings"):
+        embeddings = [(key, model.get_input_embeddings(), wanted)]
+    for place, embedding, tokens in embeddings:
+        if not isinstance(weight := getattr(embedding, "weight", None), Tensor) or weight.dim() != 2:
+            raise UserError(f"{place} is not an embedding or a linear layer; name one, such as 'embed_tokens'.")
+        rows = len(weight)
+        if outside := [token for token in tokens if not 0 <= token < rows]:
+            raise UserError(f"{place}: token {outside[0]} is not in the vocabulary, 0 to {rows - 1}.")

@@ -1,0 +1,103 @@
+"""The command line: its commands, its version, and one sentence for each mistake.
+
+Exit codes: 0 done, 1 a check failed, 2 a mistake in the call, the recipe or the data.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from pera_lab.cli import convert, show, study, train
+
+OUT_OF_MEMORY = (
+    "out of memory; lower training.batch_size, training.max_length or method.r, or set "
+    "training.gradient_checkpointing=true or model.dtype=bfloat16; to score, lower evaluation.batch_size."
+)
+UsageError: Any = typer.BadParameter.__base__
+"""The parent of typer's errors about options and arguments, which typer does not export."""
+
+
+class Command(TyperCommand):
+    """A command that silences the messages of the libraries, then runs. Its help and its usage errors come before."""
+
+    def invoke(self, ctx: Any) -> Any:
+        import warnings
+
+        from transformers.utils import logging
+
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return super().invoke(ctx)
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with Polynomial Expansion Rank Adaptation (PERA). "
+    "Score, merge, export and verify the result.",
+)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(train.quickstart, train.train, train.evaluate, train.predict, show.inspect),
+    *(convert.merge, convert.export, convert.import_, convert.verify, show.chat, show.report, show.env),
+)
+for command in COMMANDS:
+    app.command(command.__name__.strip("_"), cls=Command)(command)
+study_app = typer.Typer(no_args_is_help=True, help="Compare methods with tuned learning rates, seeds and statistics.")
+study_app.command("run", cls=Command)(study.run)
+study_app.command("report", cls=Command)(study.report)
+app.add_typer(study_app, name="study")
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"pera {installed('pera')}")  # noqa: T201
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the ``pera`` command and exit. A mistake of the user is printed as one sentence, without a traceback."""
+    try:
+        sys.exit(app(prog_name="pera", standalone_mode=False) or 0)
+    except UsageError as error:
+        message = " ".join(error.format_message().split()).replace("Value error, ", "")
+        if error.ctx is not None and message:
+            message += f"{'' if message[-1] in '.?' else '.'} See: {error.ctx.command_path} --help"
+        _exit(message, error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        message, code = _mistake(error)
+        if not message:
+            raise
+        _exit(message, code)
+
+
+def _mistake(error: Exception) -> tuple[str, int]:
+    """Message and exit code of an error of the user, or an empty message for any other error.
+
+    The modules that define these errors import torch, so they are looked up only if a command has imported them.
+    """
+    errors, environment = sys.modules.get("pera.errors"), sys.modules.get("pera_lab.environment")
+    if errors is not None and isinstance(error, errors.PeraError):
+        return str(error), error.exit_code
+    if environment is not None and environment.out_of_memory(error):
+        return OUT_OF_MEMORY, 2
+    return "", 1
+
+
+def _exit(message: str, code: int) -> None:
+    if message:
+        from pera_lab.cli.console import escape, progress
+
+        progress.print(f"[red]pera:[/red] {escape(message)}", soft_wrap=True)
+    sys.exit(code)

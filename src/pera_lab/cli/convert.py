@@ -1,0 +1,127 @@
+"""The commands that convert an adapter and compare models: merge, export, import, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pera_lab.cli.console import escape, out, print_agreement
+from pera_lab.cli.options import Dtype, Output, Source, Trust
+
+
+def merge(
+    source: Source,
+    output: Output,
+    dtype: Annotated[Dtype | None, typer.Option(help="dtype of the merged model (default: the base model's).")] = None,
+    dequantise: Annotated[
+        bool, typer.Option("--dequantise", help="Dequantise a quantised base model first and write a plain model.")
+    ] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Merge an adapter into its base model and check that the outputs agree."""
+    from pera_lab.convert.merge import merge as merge_adapter
+
+    agreement = merge_adapter(
+        source, output, dtype=dtype or "stored", dequantised=dequantise, trust_remote_code=trust_remote_code
+    )
+    how = " (base model dequantised first)" if dequantise else ""
+    print_agreement(agreement, f"merged model written to {output}{how}")
+
+
+def export(
+    source: Source,
+    output: Output,
+    to: Annotated[
+        Literal["lora", "gguf"] | None, typer.Option(help="Format to write (default: the format of the --for server).")
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(help="Truncate every layer to this rank and report the loss (default: exact).")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Truncate every layer to the least rank that keeps this share of ‖ΔW‖², such as 0.999."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="Check the limits of a server and print its start command: vllm, sglang, lorax, llama.cpp, ollama "
+            "or peft (default: none).",
+        ),
+    ] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a PERA adapter as the equivalent LoRA, which does not need pera, and check that the outputs agree."""
+    if to is None and server is None:
+        raise typer.BadParameter("give --to lora, --to gguf or --for SERVER.", param_hint="--to")
+    from pera.errors import CheckFailed
+    from pera_lab.convert.export import export as export_adapter
+
+    done = export_adapter(
+        source,
+        output,
+        to=to,
+        max_rank=max_rank,
+        energy=energy,
+        server=server,
+        trust_remote_code=trust_remote_code,
+    )
+    out.print(escape(f"{'GGUF adapter' if (output / 'adapter.gguf').is_file() else 'LoRA'} written to {output}"))
+    if done.truncation:
+        out.print(escape(done.truncation.sentence()), soft_wrap=True)
+    out.print(done.agreement.sentence(), soft_wrap=True)
+    if not done.good:
+        raise CheckFailed("the outputs differ.")
+    if done.start:
+        out.print(f"start: {escape(done.start)}", soft_wrap=True)
+
+
+def import_(
+    source: Source,
+    output: Output,
+    form: Annotated[Literal["lora"], typer.Option("--from", help="Method of the adapter to import.")],
+    terms: Annotated[
+        Literal["all", "square", "cross"], typer.Option(help="Products that the PERA adapter can learn.")
+    ] = "all",
+    normalization: Annotated[
+        Literal["rms", "centred", "none"],
+        typer.Option(help="Normalization of the products; rms gives each product the scale of one factor."),
+    ] = "rms",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a trained LoRA as a PERA adapter with the same outputs (h = 0), as a start for further training."""
+    from pera_lab.convert.from_lora import import_lora
+
+    agreement = import_lora(
+        source, output, terms=terms, normalization=normalization, trust_remote_code=trust_remote_code
+    )
+    print_agreement(agreement, f"PERA adapter written to {output}")
+
+
+def verify(
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="Reference: run, adapter, GGUF adapter or model (folder or name).")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Model to compare with A: any of the same kinds.")],
+    dtype: Annotated[Dtype, typer.Option(help="dtype that both models compute in.")] = "float32",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with one prompt per line (default: prompts of the run's task).")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model of a GGUF adapter, such as a .gguf file (default: the base of the other side)."),
+    ] = None,
+    llama_cpp: Annotated[
+        bool, typer.Option("--llama-cpp", help="Compute B in llama.cpp (default: transformers). Needs xllamacpp.")
+    ] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Run the same prompts through two models and compare their outputs."""
+    from pera_lab.convert.verify import verify as compare_models
+
+    agreement = compare_models(
+        a, b, dtype=dtype, prompts=prompts, base=base, in_llama_cpp=llama_cpp, trust_remote_code=trust_remote_code
+    )
+    print_agreement(agreement, f"{b} against {a}")

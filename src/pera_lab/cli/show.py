@@ -1,0 +1,157 @@
+"""The commands that show a run, an adapter, a model or this machine: inspect, report, chat, env."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pera_lab.cli.console import facts, out
+from pera_lab.cli.options import Source, Trust
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pera_lab.diagnose import Effects, LayerDiagnosis
+
+
+def inspect(
+    source: Source,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Print one row per layer (default: one row per kind of layer).")
+    ] = False,
+    effect: Annotated[
+        bool,
+        typer.Option("--effect", help="Also measure how the high-order terms change the loss. This loads the model."),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print all values as JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the high-order ratio by block and kind into this .svg or .png file.")
+    ] = None,
+) -> None:
+    """Show the norms, high-order ratio and effective rank of an adapter, computed from its factors."""
+    from dataclasses import asdict
+
+    from pera.errors import UserError
+    from pera_lab.diagnose import diagnose_adapter, run_effects
+    from pera_lab.opening import locate_adapter
+
+    location = locate_adapter(source)
+    adapter = location.require_adapter()
+    if effect and location.run is None:
+        raise UserError(f"--effect needs a run folder, which records the data; {source!r} is an adapter folder.")
+    found = diagnose_adapter(adapter)
+    effects = run_effects(location.run) if effect and location.run else None
+    if plot is not None:
+        from pera_lab.report.pictures import ratio_picture
+
+        ratio_picture(adapter, plot)
+    if json:
+        import json as writer
+
+        derived = ("high_order_ratio", "square_ratio", "cross_ratio", "stable_rank", "entropy_rank")
+        content = {
+            "layers": {n: {**asdict(d), **{key: getattr(d, key) for key in derived}} for n, d in found.items()},
+            **({"effect": asdict(effects)} if effects else {}),
+        }
+        print(writer.dumps(content, indent=2))  # noqa: T201
+        return
+    out.print(_diagnosis(found, layers))
+    if effects is not None:
+        out.print(_effects(effects))
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="One run folder, or several to compare.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file (default: report.html in the first run folder).")
+    ] = None,
+) -> None:
+    """Write an HTML page about one run, or about several runs side by side."""
+    from pera.errors import UserError
+    from pera_lab.report.page import write_report
+    from pera_lab.runs import Run
+
+    for name in runs:
+        if not (Path(name) / "recipe.yaml").is_file():
+            raise UserError(f"{name!r} is not a run folder.")
+    file = output or Path(runs[0]) / "report.html"
+    write_report([Run(Path(name)) for name in runs], file)
+    out.print(f"report written to {file}", soft_wrap=True)
+
+
+def chat(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN|ADAPTER|MODEL", help="Run folder, adapter folder, or folder or name of a model."),
+    ],
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the answers of the base model and of the adapter side by side.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Chat with a model in the terminal."""
+    from pera_lab.chat import chat as talk
+    from pera_lab.opening import locate
+
+    location = locate(source, trust_remote_code=trust_remote_code)
+    talk(location, out, compare=compare, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+def env() -> None:
+    """Print versions and hardware, for a bug report."""
+    from pera_lab.environment import environment
+
+    found = environment()
+    for package, version in found.pop("versions").items():
+        print(f"{package}: {version or 'not installed'}")  # noqa: T201
+    for key, value in found.items():
+        print(f"{key}: {value}")  # noqa: T201
+
+
+def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
+    from statistics import median
+
+    from rich.table import Table
+
+    from pera_lab.diagnose import by_kind, place_layers
+
+    common = os.path.commonprefix(list(found)).rpartition(".")[0] + "."  # noqa: RUF071
+    groups = {name.removeprefix(common): [d] for name, d in found.items()}
+    if not by_layer:
+        groups = {
+            kind: [layer.diagnosis for layer in members] for kind, members in by_kind(place_layers(found)).items()
+        }
+    caption = None if by_layer else "Medians over the layers of each kind; --layers shows every layer."
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption=caption, caption_justify="left")
+    columns = ("‖ΔW‖", "linear", "square", "cross", "ratio", "1·1ᵀ", "rank ≤", "stable", "entropy")
+    table.add_column("layer" if by_layer else "kind", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, layers in groups.items():
+        values = [
+            *(f"{median(getattr(d, key) for d in layers):.3g}" for key in ("norm", "linear", "square", "cross")),
+            f"{median(d.high_order_ratio for d in layers):.2g}",
+            f"{median(d.ones_weight for d in layers):.0%}",
+            str(len(layers[0].singular_values)),
+            *(f"{median(getattr(d, key) for d in layers):.1f}" for key in ("stable_rank", "entropy_rank")),
+        ]
+        table.add_row(name if by_layer else f"{name} ({len(layers)})", *values)
+    return table
+
+
+def _effects(effects: Effects) -> Table:
+    table = facts()
+    table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out labels")
+    for part, change in effects.without.items():
+        table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")
+    table.add_row("every ΔW truncated to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")
+    for group, change in effects.without_high_order.items():
+        table.add_row(f"without high-order terms in {group}", f"{change:+.5f}")
+    return table

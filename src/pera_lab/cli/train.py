@@ -1,0 +1,262 @@
+"""The commands around training: quickstart, train, evaluate, predict."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pera_lab.cli.console import facts, out, progress, refreshed_report
+from pera_lab.cli.options import Overrides, RunFolder
+from pera_lab.report.formatting import duration, percent, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pera_lab.convert.verify import Agreement
+    from pera_lab.evaluation import Part, Score
+    from pera_lab.recipe import Recipe
+    from pera_lab.runs import Run
+    from pera_lab.training import TrainingSummary
+
+
+def quickstart(
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder (default: runs/quickstart-<time>).")] = None,
+) -> None:
+    """Fine-tune the embedded model on a reasoning task, then score, merge and export it."""
+    from pera.errors import CheckFailed, UserError
+    from pera_lab.convert.export import export
+    from pera_lab.convert.merge import merge
+    from pera_lab.evaluation import evaluate_run
+    from pera_lab.recipe import load_recipe
+    from pera_lab.report.pictures import loss_picture
+    from pera_lab.runs import Run
+    from pera_lab.training import train as train_recipe
+
+    start = time.perf_counter()
+    recipe = load_recipe("quickstart", overrides)
+    if recipe.method["name"] != "pera":
+        raise UserError(
+            f"method.name={recipe.method['name']!r}: quickstart shows PERA only; use: pera train quickstart …"
+        )
+    run = Run.create(recipe, output)
+    steps = recipe.training.max_steps or f"{recipe.training.epochs:g} epochs of"
+    progress.print(f"PERA on {recipe.model.name}, task {recipe.task.name}, {steps} steps")
+    with run.discarded_on_error():
+        summary = train_recipe(recipe, run, console=progress)
+    base = evaluate_run(run, base=True, console=progress)
+    adapter = evaluate_run(run, console=progress)
+    progress.print("Merging and exporting; each result is read back and compared with the adapter …")
+    checks = {
+        "merged": merge(str(run.path), run.path / "merged"),
+        "lora": export(str(run.path), run.path / "lora").agreement,
+    }
+    loss_picture(run, run.path / "loss.svg")
+    out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
+    out.print(_next_steps(run), soft_wrap=True)
+    if not all(check.agree for check in checks.values()):
+        raise CheckFailed("the outputs of the merged model or of the LoRA export differ from the adapter's, see above.")
+
+
+def train(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="Recipe file or name of a shipped recipe; with --resume also a run folder."
+        ),
+    ],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder (default: runs/<recipe>-<time>).")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an unfinished run from its last complete checkpoint.")
+    ] = False,
+) -> None:
+    """Train a recipe and write a run folder."""
+    from pera_lab.recipe import load_recipe
+    from pera_lab.runs import Run, resumable
+    from pera_lab.training import train as train_recipe
+
+    run = resumable(recipe, overrides, output) if resume else Run.create(load_recipe(recipe, overrides), output)
+    with run.discarded_on_error():
+        summary = train_recipe(run.recipe, run, resume=resume, console=progress)
+    table = facts()
+    table.add_row("adapter", str(run.adapter.path))
+    table.add_row("training", _cost(run, summary))
+    table.add_row("report", refreshed_report(run))
+    out.print(table)
+    out.print(f"Next: pera evaluate {run.path}")
+
+
+def evaluate(
+    run: RunFolder,
+    base: Annotated[bool, typer.Option("--base", help="Score the base model instead of the adapter.")] = False,
+    scorer: Annotated[
+        Literal["generation", "likelihood"] | None,
+        typer.Option(help="How answers are found (default: evaluation.scorer of the recipe)."),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", help="Score on these tasks of lm-eval instead, separated by commas."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows of each lm-eval task (default: all).")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with your own lm-eval tasks (default: none).")
+    ] = None,
+) -> None:
+    """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
+    from pera.errors import UserError
+    from pera_lab.evaluation import evaluate_run
+    from pera_lab.opening import locate
+
+    names = None if lm_eval is None else [name for part in lm_eval.split(",") if (name := part.strip())]
+    if names == []:
+        raise typer.BadParameter(
+            f"{lm_eval!r} names no task; give names such as arc_easy,piqa.", param_hint="--lm-eval"
+        )
+    if names and scorer is not None:
+        raise typer.BadParameter(f"{scorer!r} has no effect with --lm-eval; give only one.", param_hint="--scorer")
+    if not names and (limit is not None or include_path is not None):
+        raise typer.BadParameter(
+            "only --lm-eval uses it; the number of test rows is task.test_size of the recipe, set before training.",
+            param_hint="--limit" if limit is not None else "--include-path",
+        )
+    location = locate(run)
+    if location.run is None:
+        raise UserError(f"{run!r} is not a run folder; only a run folder records its task.")
+    which = "base" if base else "adapter"
+    if names:
+        from pera_lab.harness import run_harness
+
+        results = run_harness(location.run, names, base=base, limit=limit, include_path=include_path)
+        out.print(_harness(which, results))
+        out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
+        return
+    score = evaluate_run(location.run, base=base, scorer=scorer, console=progress)
+    out.print(_scores(which, score, location.run))
+
+
+def predict(
+    run: RunFolder,
+    input: Annotated[Path, typer.Option("--input", help="File of rows to answer: .jsonl, .json, .csv or .parquet.")],
+    output: Annotated[Path, typer.Option("--output", help="JSON-lines file to write. It must not exist.")],
+    base: Annotated[bool, typer.Option("--base", help="Use the base model instead of the adapter.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer in tokens (default: evaluation.max_new_tokens).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows answered at a time (default: evaluation.batch_size).")
+    ] = None,
+) -> None:
+    """Answer the rows of a file. After an interruption, the same command answers the remaining rows."""
+    from pera.errors import UserError
+    from pera_lab.opening import locate
+    from pera_lab.prediction import predict as answer
+
+    location = locate(run)
+    if location.run is None:
+        raise UserError(f"{run!r} is not a run folder; only a run folder records how its model is prompted.")
+    rows = answer(
+        location.run,
+        input,
+        output,
+        base=base,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        console=progress,
+    )
+    out.print(f"{rows} rows answered, written to {output}", soft_wrap=True)
+
+
+def _summary(
+    recipe: Recipe,
+    run: Run,
+    base: Score,
+    adapter: Score,
+    summary: TrainingSummary,
+    checks: dict[str, Agreement],
+    seconds: float,
+) -> Table:
+    table = facts(f"{recipe.name}: done in {duration(seconds)}")
+    table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
+    table.add_row("base model", _value(base))
+    table.add_row("with adapter", f"[bold]{_value(adapter)}[/bold]")
+    table.add_row("training", _cost(run, summary))
+    table.add_row("adapter", str(run.adapter.path))
+    for name, check in checks.items():
+        mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
+        table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")
+    table.add_row("loss picture", str(run.path / "loss.svg"))
+    table.add_row("report", refreshed_report(run))
+    return table
+
+
+def _next_steps(run: Run) -> str:
+    return (
+        "Next:\n"
+        f"  look at the results       open {run.path / 'report.html'} in a browser\n"
+        f"  effect of the terms       pera inspect {run.path} --effect\n"
+        f"  chat with both models     pera chat {run.path} --compare\n"
+        f"  serve it without pera     any LoRA server, with {run.path / 'lora'}\n"
+        "  another task and rank     pera train quickstart task.name=leg_counting method.r=4\n"
+        "  your own recipe           copy recipe.yaml from the run folder, edit it, pera train FILE"
+    )
+
+
+def _scores(which: str, score: Score, run: Run) -> Table:
+    table = facts()
+    table.add_row(which, _value(score))
+    for name, part in score.parts.items():
+        table.add_row(name, _part(part))
+    for name in score.missing:
+        table.add_row(name, "not scored: no data")
+    for name, value in score.metrics.items():
+        table.add_row(name, percent(value))
+    if score.majority is not None:
+        table.add_row("majority", f"{percent(score.majority)}, the most frequent training answer for every row")
+    if score.shortened:
+        table.add_row("shortened", f"{score.shortened} inputs truncated to the model's length")
+    table.add_row("scores", str(run.scores_file))
+    table.add_row("report", refreshed_report(run))
+    return table
+
+
+def _harness(which: str, results: dict[str, dict[str, Any]]) -> Table:
+    table = facts(f"lm-eval, {which}: not comparable with pera's own scores")
+    for task, metrics in results.items():
+        apart = ("n", "shots", "lm_eval")
+        values = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in metrics.items() if k not in apart)
+        table.add_row(task, f"{values} (n {metrics['n']}, {metrics['shots']} shots)")
+    return table
+
+
+def _cost(run: Run, summary: TrainingSummary) -> str:
+    losses = [line["loss"] for line in run.metrics()]
+    parts = [
+        duration(summary.seconds),
+        f"{summary.tokens / summary.seconds:,.0f} tokens/s" if summary.tokens else "nothing left to train",
+        *([f"loss {losses[0]:.3f} → {losses[-1]:.3f}"] if losses else []),
+    ]
+    if summary.peak_memory:
+        parts.append(f"peak memory {size(summary.peak_memory)}")
+    if summary.left_out:
+        parts.append(f"{summary.left_out} examples longer than max_length skipped")
+    if summary.shortened:
+        parts.append(f"{summary.shortened} texts truncated to max_length")
+    return ", ".join(parts)
+
+
+def _value(score: Score) -> str:
+    of = f"{score.correct} of {score.n}" if score.metric == "accuracy" else f"{score.metric}, {score.n} rows"
+    return f"{percent(score.value)} ({of}; {_interval(score)})"
+
+
+def _part(part: Part) -> str:
+    unparsed = f"; {part.unparsed} without an answer" if part.unparsed else ""
+    return f"{percent(part.accuracy)} ({part.correct} of {part.n}; {_interval(part)}{unparsed})"
+
+
+def _interval(score: Score | Part) -> str:
+    return f"95 % interval {100 * score.low:.1f} to {percent(score.high)}"

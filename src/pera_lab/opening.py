@@ -1,0 +1,172 @@
+"""What a command was pointed at, and its model and tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pera.errors import UserError
+from pera_lab import models
+from pera_lab.adapters import Adapter, token_rows
+from pera_lab.runs import Run
+
+
+class Location(NamedTuple):
+    """What a command was pointed at."""
+
+    run: Run | None
+    """The run, if it is one."""
+    adapter: Adapter | None
+    """The adapter, if there is one."""
+    base: str
+    """The base model."""
+    revision: str | None = None
+    """Branch, tag or commit of the base model on the hub."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the base model may run."""
+    tokenizer: Path | None = None
+    """The folder of a tokenizer that was saved with the adapter and replaces the base model's."""
+
+    def require_adapter(self) -> Adapter:
+        """The adapter; raises UserError if this is a base model."""
+        if self.adapter is None:
+            raise UserError(f"{self.base!r} has no adapter; give a run or an adapter folder.")
+        return self.adapter
+
+
+def locate(name: str, *, trust_remote_code: bool = False) -> Location:
+    """Find out what ``name`` is: a run folder, an adapter folder, or a model (see :func:`pera_lab.models.resolve`).
+
+    Args:
+        name: a path, or the name of a model.
+        trust_remote_code: run code that comes with the model, even if no recipe says so.
+
+    Raises:
+        UserError: nothing is there, the run is unfinished, or the adapter does not name its base model.
+    """
+    location = _located(name)
+    return location._replace(trust_remote_code=True) if trust_remote_code else location
+
+
+def locate_adapter(name: str, *, trust_remote_code: bool = False) -> Location:
+    """:func:`locate` for commands that need an adapter.
+
+    Raises:
+        UserError: as :func:`locate`, or ``name`` is a model.
+    """
+    location = locate(name, trust_remote_code=trust_remote_code)
+    location.require_adapter()
+    return location
+
+
+def locate_run(run: Run) -> Location:
+    """A run's adapter on its base model. The adapter need not be there yet."""
+    base = run.recipe.model
+    return Location(run, run.adapter, base.name, base.revision, base.trust_remote_code, run.adapter.tokenizer)
+
+
+def _located(name: str) -> Location:
+    path = Path(name).expanduser()
+    if (path / "recipe.yaml").is_file():
+        run = Run(path)
+        if not run.finished:
+            raise UserError(f"{name!r} is an unfinished run; go on with: pera train {name} --resume")
+        return locate_run(run)
+    if (path / "adapter_config.json").is_file():
+        adapter = Adapter(path)
+        base, revision = adapter.config.base_model_name_or_path, adapter.config.revision
+        if not base:
+            raise UserError(f"{name!r}: adapter_config.json names no base_model_name_or_path; add it.")
+        return Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{name!r} is neither a run folder, nor an adapter folder, nor a model folder.")
+    return Location(None, None, name)
+
+
+def open_model(
+    location: Location, dtype: str = "stored", labels: int | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the model and tokenizer of a :class:`Location`, in evaluation mode.
+
+    Args:
+        location: what to load. With an adapter, the model is a ``PeftModel`` and the adapter is not merged.
+        dtype: dtype of the base model, a key of :data:`pera_lab.models.DTYPES`, "stored" or "auto".
+        labels: outputs of a new classification head (see :func:`pera_lab.models.load_model`). A head that was saved
+            with the adapter or the model is loaded without being asked for.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        UserError: the base model cannot be loaded or is not the one the adapter was trained on, or the tokenizer has
+            more tokens than the model embeds.
+    """
+    source: dict[str, Any] = {"revision": location.revision, "trust_remote_code": location.trust_remote_code}
+    if location.adapter is not None:
+        labels = location.adapter.labels
+    elif labels is None:
+        labels = models.saved_labels(location.base)
+    base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
+    check_fingerprint(location, base)
+    model = base if location.adapter is None else location.adapter.load_on(base)
+    tokenizer = open_tokenizer(location)
+    if location.tokenizer is not None and len(tokenizer) > (rows := token_rows(base)):
+        raise UserError(
+            f"{str(location.tokenizer)!r} has a tokenizer of {len(tokenizer)} tokens, and the model embeds {rows}; "
+            "save the adapter with save_embedding_layers=True, or with the tokenizer of its base."
+        )
+    if labels is not None:
+        tokenizer.padding_side = "right"  # encoders count positions from the left, padding included
+        base.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def open_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a :class:`Location`: the one saved with the adapter, else the base model's."""
+    source: dict[str, Any] = {"revision": location.revision, "trust_remote_code": location.trust_remote_code}
+    return models.load_tokenizer(location.tokenizer or location.base, **source)
+
+
+def copy_tokenizer(location: Location, folder: Path) -> None:
+    """Copy the tokenizer that was saved with the adapter, if there is one, to ``folder``."""
+    for file in models.tokenizer_files(location.tokenizer) if location.tokenizer else ():
+        shutil.copyfile(file, folder / file.name)
+
+
+def check_fingerprint(
+    location: Location, base: PreTrainedModel, read: Callable[[str], torch.Tensor] | None = None
+) -> None:
+    """Check that ``base`` is the model that the adapter was trained on, as its run recorded it.
+
+    Nothing is checked if no fingerprint was recorded, or if ``base`` is quantised or has a lower precision than the
+    recorded model.
+
+    Args:
+        location: the adapter, and the run that may have recorded its base model.
+        base: the base model as it was loaded.
+        read: returns a weight of the base by name, for weights on the meta device.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    if location.adapter is None:
+        return
+    run = location.run or Run(location.adapter.path.absolute().parent)
+    recorded = run.recorded_base() if run.recipe_file.is_file() else {}
+    trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype", "")), next(base.parameters()).dtype
+    if trained_in is None or getattr(base, "hf_quantizer", None) is not None:
+        return
+    if loaded_in != trained_in and torch.promote_types(loaded_in, trained_in) != loaded_in:
+        return
+    found = models.fingerprint(run.body(base), trained_in, read)
+    if found != recorded.get("fingerprint", found):
+        raise UserError(
+            f"{str(location.adapter.path)!r} was trained on {recorded.get('name')!r} with the fingerprint "
+            f"{recorded['fingerprint']}, and the base model {location.base!r} has {found}; give the one it was "
+            "trained on."
+        )
