@@ -123,8 +123,7 @@ class Run:
 
     def body(self, model: torch.nn.Module) -> torch.nn.Module:
         """What the fingerprint of a base model is of: all but a new classification head, which differs by seed."""
-        body: torch.nn.Module = model if self.recipe.task_type == "CAUSAL_LM" else model.base_model  # type: ignore
-        return body
+        return self.recipe.task.pretrained_part(model)
 
     def data_hashes(self) -> dict[str, str]:
         """The SHA-256 of each data file by its place in ``data.json``, such as "test.piqa", as far as recorded."""

@@ -368,7 +368,7 @@ def test_a_gguf_base_of_another_architecture(pera, refused, run, tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    words = ["qwen2.gguf'", "a 'qwen2' model", "for a 'llama'"]
+    words = ["'qwen2.gguf' is a model of 'qwen2'", "for 'llama'"]
     refused("verify", "run", "gguf", "--llama-cpp", "--base", "qwen2.gguf", words=words)
 
 

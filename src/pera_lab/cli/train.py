@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pera_lab.convert.verify import Agreement
-    from pera_lab.evaluation import Part, Score
     from pera_lab.recipe import Recipe
     from pera_lab.runs import Run
+    from pera_lab.scorers import Part, Score
     from pera_lab.training import TrainingSummary
 
 

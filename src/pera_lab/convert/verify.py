@@ -17,7 +17,7 @@ from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
 from pera_lab.files import write_json
 from pera_lab.opening import Location, locate, open_model
-from pera_lab.tasks.prompts import encode_prompt
+from pera_lab.tasks.encoding import encode_prompt
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
 """Largest logit difference that rounding explains in a model computed in this dtype (docs/architecture.md)."""
@@ -182,7 +182,7 @@ def prompts_of(*locations: Location, count: int = 6) -> list[str]:
     run = next((location.run for location in locations if location.run is not None), None)
     if run is not None:
         try:
-            return [example.prompt for example in run.recipe.build_task().test[:count]]
+            return [example.prompt for example in run.recipe.build_splits().test[:count]]
         except UserError as error:
             warnings.warn(f"the check is made on prompts of its own: {error}", stacklevel=2)
     return list(PROMPTS[:count])

@@ -16,9 +16,10 @@ import numpy as np
 from pera.errors import UserError
 from pera.tuner import PeraConfig
 from pera_lab.diagnose import Effects, LayerDiagnosis, diagnose_adapter
-from pera_lab.evaluation import Score, read_predictions
+from pera_lab.evaluation import read_predictions
 from pera_lab.files import checked, read_as
 from pera_lab.runs import Run
+from pera_lab.scorers import Score
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.interaction import Interaction
 from pera_lab.study.plan import Outcome, choose_trials, rate_losses, report_trials

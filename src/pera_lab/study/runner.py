@@ -95,7 +95,7 @@ def run_study(
 def _check_data(study: Study) -> None:
     """Raise UserError if a task lacks data or has too few rows, before every run fails for this reason."""
     for cell in {(cell.task.label, cell.train_share): cell for cell in study.cells()}.values():
-        Trial(study, cell, "choose", study.choose.learning_rate[0], 0).recipe().build_task()
+        Trial(study, cell, "choose", study.choose.learning_rate[0], 0).recipe().build_splits()
 
 
 def work(study: Study, folder: StudyFolder, deadline: float, bar: _Bar | None = None) -> None:

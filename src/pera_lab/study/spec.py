@@ -17,7 +17,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pera.errors import UserError, nearest
 from pera_lab.methods import find_method
-from pera_lab.recipe import Recipe, Section, apply_override, load_recipe, parse, read_yaml
+from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml
+from pera_lab.sections import Section
 
 Phase = Literal["choose", "report"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

@@ -17,7 +17,7 @@ from pera_lab.embedded import resolve_gguf
 from pera_lab.models import load_model, load_tokenizer
 from pera_lab.opening import locate
 from pera_lab.recipe import load_recipe
-from pera_lab.tasks.prompts import encode_prompt
+from pera_lab.tasks.encoding import encode_prompt
 
 CLEAR = torch.tensor([[0.0, 1.0, 3.0], [5.0, 1.0, 0.0]])
 """Logits of two tokens whose best lie far ahead."""
@@ -159,7 +159,7 @@ def test_llama_cpp_gets_the_same_tokens_and_room_for_them(tiny_gpt2, tmp_path, m
 
 
 def test_a_run_brings_the_prompts_of_its_task(finished_run, recipe_file):
-    held_out = [example.prompt for example in load_recipe(str(recipe_file)).build_task().test[:6]]
+    held_out = [example.prompt for example in load_recipe(str(recipe_file)).build_splits().test[:6]]
     run, model = locate(str(finished_run.path)), locate("smollm2-135m")
     assert prompts_of(model, run) == prompts_of(run) == held_out
     assert prompts_of(model) == prompts_of(locate(str(finished_run.adapter.path))) == list(PROMPTS)

@@ -16,7 +16,7 @@ from pera_lab.diagnose import diagnose_adapter, effects, high_order_ratios, run_
 from pera_lab.diagnose.effect import cut_to_r, mean_loss
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
-from pera_lab.tasks.prompts import IGNORED
+from pera_lab.tasks.encoding import IGNORED
 from pera_lab.training import train
 
 

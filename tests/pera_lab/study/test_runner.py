@@ -297,7 +297,7 @@ def test_data_that_cannot_be_had_are_said_before_all_runs_fail(pera, refused, gl
     (tmp_path / "glue.yaml").write_text(json.dumps(study))
     wrong = ["study", "run", "glue.yaml", "training.epochs=1", "--output", "study"]
     refused(*wrong, "data=/nowhere", words=["/nowhere"])
-    refused(*wrong, "choose.rows=64", words=["training.held_out=64 leaves nothing of the 64 rows"])
+    refused(*wrong, "choose.rows=64", words=["training.held_out=64 leaves none of the 64 training rows"])
     failed = pera(*wrong, "model=/gone/model")
     assert (failed.code, "'/gone/model'" in failed.out) == (1, True)
     refused(*wrong, words=["model.name differs", "remove failed runs with --retry"])

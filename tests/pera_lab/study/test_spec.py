@@ -116,7 +116,7 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("report.seeds=[4294967296]", "report.seeds.0=4294967296: input should be less than 4294967296"),
         ("choose={learning_rate: [1e-3], extend: 2}", "choose.extend=2 needs the ratio of two rates"),
         ("grid.method=[{name: lora, alpha: 2024-01-01}]", "2024-01-01"),
-        (f"base={'x' * 300}", "is no file and no recipe of pera's"),
+        (f"base={'x' * 300}", "is neither a file nor a recipe that ships with pera"),
         ("training.batch_sise=3", "training.batch_sise is not a key of a recipe; did you mean 'batch_size'?"),
     ],
 )
@@ -178,7 +178,7 @@ def test_values_with_characters_beyond_ascii_reach_the_recipes_unchanged(study_f
 
 
 def test_an_unknown_study_is_named_with_the_nearest():
-    with pytest.raises(UserError, match="'glue-scren' is no file and no study of pera's; did you mean 'glue-screen'"):
+    with pytest.raises(UserError, match=r"'glue-scren' is neither a file nor a study .*; did you mean 'glue-screen'"):
         load_study("glue-scren")
 
 
