@@ -123,7 +123,7 @@ assert "pera" not in sys.modules
 
 def in_plain_peft(run: Run, problems: int, folder: Path) -> dict[str, Any]:
     """The logits of the exported LoRA in a process that never imports pera, beside those of the adapter."""
-    export(str(run.path), folder / "lora", to="lora")
+    export(locate_run(run), folder / "lora", to="lora")
     model, tokenizer = open_model(locate_run(run), "float32")
     prompts = [example.prompt for example in run.recipe.build_splits().test[:problems]]
     (folder / "prompts.json").write_text(json.dumps([encode_prompt(tokenizer, prompt) for prompt in prompts]))
@@ -141,7 +141,7 @@ def in_llama_cpp(run: Run, problems: int, folder: Path) -> dict[str, Any]:
     shipped = resolve_gguf(run.recipe.model.name)
     assert shipped is not None
     full = in_float32(shipped, folder / "f32.gguf")
-    export(str(run.path), folder / "gguf", to="gguf")
+    export(locate_run(run), folder / "gguf", to="gguf")
     adapter = folder / "gguf" / ADAPTER
     model, tokenizer = open_model(locate_run(run), "float32")
     examples = run.recipe.build_splits().test[:problems]
