@@ -1,9 +1,9 @@
 """Fixtures for the tests of conversion."""
 
 import pytest
-from pera_lab.opening import locate_adapter
 
 from pera_lab.convert.merge import merge
+from pera_lab.opening import locate_adapter
 
 
 @pytest.fixture

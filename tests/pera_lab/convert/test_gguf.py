@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from pera_lab.opening import locate_adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +23,7 @@ from pera.lora import fold
 from pera_lab.convert.export import export
 from pera_lab.convert.gguf import ADAPTER, ARCHITECTURES, check_base, read_adapter, tensor_names, write_adapter
 from pera_lab.convert.verify import verify
+from pera_lab.opening import locate_adapter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {

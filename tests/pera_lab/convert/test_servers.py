@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from pera_lab.opening import locate_adapter
 from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
 
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
 from pera_lab.convert.servers import SERVERS
+from pera_lab.opening import locate_adapter
 from reference import relative_error
 from tiny import evaluate
 
