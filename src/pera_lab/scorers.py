@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError
+from pera_lab.inference import Branches, common_length, generate, log_likelihoods
 from pera_lab.intervals import bootstrap_interval, mean_interval, wilson_interval
 from pera_lab.models import longest_input
+from pera_lab.progress import ProgressBar
 from pera_lab.tasks import ClassificationTask, EvaluationSection, Example, GenerationTask, LabelledText, Splits, Task
 from pera_lab.tasks.encoding import Prompt, encode_answered, encode_question, encode_texts
 
@@ -210,17 +208,6 @@ class GenerationScorer(Scorer):
         return Prediction(example.prompt, example.answer, text, correct, answer, example.group, output.shortened)
 
 
-class Branches(NamedTuple):
-    """Continuations of one text."""
-
-    shared: list[int]
-    """Tokens that all continuations begin with."""
-    start: int
-    """Index in ``shared`` of the first token whose log-probability counts."""
-    suffixes: list[list[int]]
-    """The remaining tokens of each continuation."""
-
-
 class LikelihoodScorer(Scorer):
     """The answer is the option with the highest log-probability, after the prefix that all answers share."""
 
@@ -240,8 +227,8 @@ class LikelihoodScorer(Scorer):
             return before + behind
 
         options = [ids(option) for option in example.options]
-        shared = min(_common(options), min(map(len, options)) - 1)  # each option keeps at least one token
-        start = min(shared, _common([options[0], ids(self.task.prefix.rstrip())]))
+        shared = min(common_length(options), min(map(len, options)) - 1)  # each option keeps at least one token
+        start = min(shared, common_length([options[0], ids(self.task.prefix.rstrip())]))
         return Branches(options[0][:shared], start, [option[shared:] for option in options])
 
     def answer(self, rows: list[int]) -> list[Output]:
@@ -258,68 +245,6 @@ class LikelihoodScorer(Scorer):
         best, right = str(output.answer), output.answer == example.answer
         prompt, expected, cut = example.prompt, example.answer, output.shortened
         return Prediction(prompt, expected, best, right, best, example.group, cut, output.scores)
-
-
-def _common(sequences: list[list[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    return next(
-        (i for i, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1),  # noqa: B905
-        min(map(len, sequences)),
-    )
-
-
-@torch.no_grad()
-def log_likelihoods(model: Any, tokenizer: PreTrainedTokenizerBase, batch: list[Branches]) -> list[list[float]]:
-    """Log-probability of each continuation of each text, from its ``start`` on.
-
-    One forward pass reads the shared tokens of each text. If every suffix is one token, as in "answer1" to "answer5",
-    that is enough. Otherwise a second pass reads the suffixes with the cached keys and values.
-
-    Args:
-        model: the language model.
-        tokenizer: its tokenizer.
-        batch: the texts.
-    """
-    device = next(model.parameters()).device
-    accepted = inspect.signature(_base(model).forward).parameters
-
-    def padded(sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
-        found: Any = tokenizer.pad({"input_ids": sequences}, return_tensors="pt", padding_side=side)
-        return found["input_ids"].to(device), found["attention_mask"].to(device)
-
-    ids, mask = padded([b.shared for b in batch], "left")
-    kept = max(len(b.shared) - b.start for b in batch) + 1
-    longer = [(i, j) for i, b in enumerate(batch) for j, suffix in enumerate(b.suffixes) if len(suffix) > 1]
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": bool(longer)}
-    if "position_ids" in accepted:
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = kept
-    output = model(**inputs)
-    logits = output.logits[:, -kept:].float().log_softmax(-1)
-    found = []
-    for row, b in zip(logits, batch, strict=True):
-        label = b.shared[b.start :]
-        own = sum(row[-len(label) - 1 + i, token].item() for i, token in enumerate(label))
-        found.append([own + row[-1, suffix[0]].item() for suffix in b.suffixes])
-    if longer:
-        rest = [batch[i].suffixes[j] for i, j in longer]
-        tail, tail_mask = padded([suffix[:-1] for suffix in rest], "right")
-        rows = torch.tensor([i for i, _ in longer], device=device)
-        cache = output.past_key_values
-        cache.batch_select_indices(rows)
-        inputs = {"input_ids": tail, "past_key_values": cache, "use_cache": True}
-        inputs["attention_mask"] = torch.cat([mask[rows], tail_mask], 1)
-        if "position_ids" in accepted:
-            inputs["position_ids"] = mask[rows].sum(1, keepdim=True) + torch.arange(tail.shape[1], device=device)
-        logits = model(**inputs).logits.float().log_softmax(-1)
-        for (i, j), row, suffix in zip(longer, logits, rest, strict=True):
-            found[i][j] += sum(row[k, token].item() for k, token in enumerate(suffix[1:]))
-    return found
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class ClassificationScorer(Scorer):
@@ -393,35 +318,11 @@ def _part(predictions: list[Prediction]) -> Part:
     return Part(n, correct, sum(p.answer is None for p in predictions), correct / n, *wilson_interval(correct, n))
 
 
-@torch.no_grad()
-def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int, num_beams: int = 1
-) -> list[str]:
-    """The answers to one batch of prompts, without sampling.
-
-    Args:
-        model: the language model.
-        tokenizer: its tokenizer.
-        prompts: token ids of each prompt.
-        max_new_tokens: longest answer in tokens.
-        num_beams: beams of the search; 1 is greedy.
-    """
-    batch: Any = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(next(model.parameters()).device)
-    beams = {"num_beams": num_beams} if num_beams > 1 else {}
-    output = model.generate(
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, **beams
-    )
-    texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
 def _batches(lengths: list[int], batch_size: int, label: str, console: Console | None) -> Iterator[list[int]]:
     """The indices of each batch. The longest inputs come first, so that a batch too large for memory fails at once."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    columns: list[Any] = [TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console or Console(quiet=True), disable=console is None) as progress:
-        bar = progress.add_task("", total=len(order))
+    with ProgressBar(label, console) as bar:
         for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            yield rows
-            progress.advance(bar, len(rows))
+            bar.update(start, len(order))
+            yield order[start : start + batch_size]
+        bar.update(len(order))

@@ -15,7 +15,6 @@ from peft import get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
@@ -41,6 +40,7 @@ from pera_lab.diagnose import RatioCallback
 from pera_lab.environment import command_line, device
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
 from pera_lab.opening import locate_run, open_model
+from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import COMPLETE, Run
 from pera_lab.tasks import Splits
@@ -310,16 +310,7 @@ class _Progress(TrainerCallback):
 
     def __init__(self, run: Run, console: Console | None, since: Path | None) -> None:
         self._run = run
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=console or Console(quiet=True),
-            disable=console is None,
-        )
-        self._task = self._bar.add_task("", total=None, note="")
+        self._bar = ProgressBar("training", console)
         kept = int(since.name.rpartition("-")[2]) if since else 0
         for file, lines in ((run.metrics_file, run.metrics()), (run.validation_file, run.validation())):
             if file == run.metrics_file or lines:
@@ -328,19 +319,19 @@ class _Progress(TrainerCallback):
         self.tokens_before = self.steps_before = 0
 
     def __enter__(self) -> _Progress:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
+        self._bar.__exit__()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
         self.steps_before = state.global_step
-        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.update(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._bar.update(self._task, completed=state.global_step)
+        self._bar.update(state.global_step)
         if state.global_step == state.max_steps:  # log the last loss whatever logging_steps is
             control.should_log = True
 
@@ -365,7 +356,7 @@ class _Progress(TrainerCallback):
             f.write(json_line(line))
         memory = peak_memory()
         note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
-        self._bar.update(self._task, note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
+        self._bar.update(note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
             raise LossNotFinite(
                 f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 
 from pera.errors import PeraError, UserError
 from pera.tuner import PeraConfig
@@ -24,6 +24,7 @@ from pera_lab.diagnose import run_effects
 from pera_lab.diagnose.effect import run_loss
 from pera_lab.evaluation import evaluate_run
 from pera_lab.files import read_as, write_json
+from pera_lab.progress import ProgressBar
 from pera_lab.runs import Run
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.interaction import run_interaction
@@ -204,29 +205,20 @@ class _Bar:
 
     def __init__(self, study: Study, folder: StudyFolder, console: Console | None) -> None:
         self._study, self._folder = study, folder
-        self._progress = Progress(
-            TextColumn("study"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console or Console(quiet=True),
-            disable=console is None,
-        )
-        self._task = self._progress.add_task("", total=None, note="")
+        self._bar = ProgressBar("study", console, TimeElapsedColumn())
 
     def __enter__(self) -> _Bar:
-        self._progress.start()
+        self._bar.__enter__()
         self.show("")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.show("")
-        self._progress.stop()
+        self._bar.__exit__()
 
     def show(self, running: str) -> None:
         """Update the bar. ``running`` is the name of the running trial."""
-        if self._progress.disable:
+        if self._bar.hidden:
             return
         outcomes = self._folder.outcomes(self._study)
         remaining = Expectation(self._study, outcomes).remaining()
@@ -234,4 +226,4 @@ class _Bar:
         note = f"remaining: about {sum(known) / 3600:.1f} h" if known else ""
         failed = sum(outcome.status == "failed" for outcome in outcomes.values())
         note = " · ".join(filter(None, (running, note, f"{failed} failed" if failed else "")))
-        self._progress.update(self._task, total=len(outcomes) + len(remaining), completed=len(outcomes), note=note)
+        self._bar.update(len(outcomes), len(outcomes) + len(remaining), note)

@@ -1,0 +1,40 @@
+"""The progress bar of every long operation."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class ProgressBar:
+    """A bar with a label, a count, a note and a time. Use it as a context manager.
+
+    Args:
+        label: what is done.
+        console: where to show the bar; None shows nothing.
+        time: the column with the time, by default the remaining time.
+    """
+
+    def __init__(self, label: str, console: Console | None, time: ProgressColumn | None = None) -> None:
+        self.hidden = console is None
+        self._bar = Progress(
+            TextColumn(label),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            time or TimeRemainingColumn(),
+            console=console or Console(quiet=True),
+            disable=self.hidden,
+        )
+        self._task = self._bar.add_task("", total=None, note="")
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, completed: int | None = None, total: int | None = None, note: str | None = None) -> None:
+        """Set what is given, and keep the rest."""
+        self._bar.update(self._task, completed=completed, total=total, **({} if note is None else {"note": note}))
