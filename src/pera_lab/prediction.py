@@ -53,7 +53,7 @@ def predict(
     if target.exists():
         raise UserError(f"--output: {str(target)!r} exists; give another file or remove it.")
     if not base and not run.finished:
-        raise UserError(f"{str(run.path)!r} is an unfinished run; go on with: pera train {run.path} --resume")
+        raise UserError(f"{str(run.path)!r} is an unfinished run; resume it with: pera train {run.path} --resume")
     if classifies and base:
         raise UserError(f"--base: the base model of {section.name!r} has no trained head, so it can predict nothing.")
     if classifies and max_new_tokens is not None:

@@ -42,7 +42,7 @@ def test_other_rows_are_neither_trained_on_nor_scored(glue_run):
     record["test"]["sha256"] = "0" * 64
     glue_run.data_file.write_text(json.dumps(record))
     for command in (evaluate_run, run_effects, lambda run: train(run.recipe, run, resume=True)):
-        with pytest.raises(UserError, match=r"^task\.data: the file of 'test' is not the one that '.*' was begun with"):
+        with pytest.raises(UserError, match=r"^task\.data: the 'test' file changed since '.*' was started"):
             command(glue_run)
 
 

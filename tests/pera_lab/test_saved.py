@@ -71,4 +71,4 @@ def test_a_saved_run_is_opened_inspected_and_reported(name, saved_run, pera):
     assert pera("report", run.path).code == 0
     page = (run.path / "report.html").read_text()
     assert name in page
-    assert "should hold" not in page
+    assert "is not a valid record" not in page

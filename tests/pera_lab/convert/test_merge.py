@@ -324,7 +324,7 @@ def test_a_base_that_is_not_the_one_of_the_run_is_refused_with_both_names(run, t
     other = shutil.copytree(tiny_llama, tmp_path / "other")
     change_weights(other / "model.safetensors", lambda w: {key: weight + 0.5 for key, weight in w.items()})
     run.recipe_file.write_text(run.recipe_file.read_text().replace(str(tiny_llama), str(other)))
-    words = rf"was trained on '{tiny_llama}' with the fingerprint \w+, and the base model '{other}' has \w+"
+    words = rf"was trained on '{tiny_llama}' with fingerprint \w+, but the base model '{other}' has fingerprint \w+"
     for attempt in (merge, export):
         with pytest.raises(UserError, match=words):
             attempt(str(run.path), tmp_path / "out")
@@ -392,7 +392,7 @@ def test_code_is_trusted_at_a_word_where_there_is_no_recipe(tiny_llama, adapter,
     base = own_code(tiny_llama, tmp_path / "base", monkeypatch)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
-    with pytest.raises(UserError, match=r"comes with code of its own; if you trust it, add --trust-remote-code"):
+    with pytest.raises(UserError, match=r"needs its own code to load; .*--trust-remote-code"):
         merge(str(adapter), tmp_path / "merged")
     assert merge(str(adapter), tmp_path / "merged", trust_remote_code=True).agree
     assert verify(str(adapter), str(tmp_path / "merged"), trust_remote_code=True).agree
@@ -431,11 +431,13 @@ def test_an_adapter_with_more_tokens_than_its_base_is_merged(
 
 def test_more_tokens_of_which_the_rows_were_not_saved_are_refused(save_adapter, own_tokenizer, tiny_llama, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_llama, own_tokenizer, target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(UserError, match=r"trained with 402 tokens, and its base has 400; .* lacks 'lm_head.weight'"):
+    with pytest.raises(
+        UserError, match=r"trained with 402 tokens, but its base model has 400 .* lack 'lm_head.weight'"
+    ):
         merge(str(tmp_path / "adapter"), tmp_path / "merged")
     save_adapter(tmp_path / "other", tiny_llama)
     own_tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"has a tokenizer of 402 tokens, and the model embeds 400; save"):
+    with pytest.raises(UserError, match=r"has a tokenizer of 402 tokens, but the model embeds 400; save"):
         verify(str(tmp_path / "other"), str(tmp_path / "other"))
 
 

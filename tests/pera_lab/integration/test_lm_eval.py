@@ -108,7 +108,7 @@ def test_pera_evaluate_runs_it_with_the_adapter_loaded(run, pera, tasks_folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lm-eval", "arc_eesy"], ["'arc_eesy' is not a task of lm-eval", "'arc_easy'"]),
+        (["--lm-eval", "arc_eesy"], ["'arc_eesy' is not an lm-eval task", "'arc_easy'"]),
         (["--lm-eval", "arc_easy", "--scorer", "likelihood"], ["--scorer=likelihood"]),
         (["--limit", "3"], ["--limit", "--lm-eval"]),
     ],
