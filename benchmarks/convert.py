@@ -37,10 +37,10 @@ from pera_lab.convert.llamacpp import complete, log_probabilities, serving
 from pera_lab.convert.verify import compare, logits
 from pera_lab.embedded import resolve_gguf
 from pera_lab.environment import environment
-from pera_lab.evaluation import wilson_interval
+from pera_lab.intervals import wilson_interval
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
-from pera_lab.tasks.prompts import encode_prompt
+from pera_lab.tasks.encoding import encode_prompt
 
 
 def timed(function: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
@@ -123,9 +123,9 @@ assert "pera" not in sys.modules
 
 def in_plain_peft(run: Run, problems: int, folder: Path) -> dict[str, Any]:
     """The logits of the exported LoRA in a process that never imports pera, beside those of the adapter."""
-    export(str(run.path), folder / "lora", to="lora")
+    export(locate_run(run), folder / "lora", to="lora")
     model, tokenizer = open_model(locate_run(run), "float32")
-    prompts = [example.prompt for example in run.recipe.build_task().test[:problems]]
+    prompts = [example.prompt for example in run.recipe.build_splits().test[:problems]]
     (folder / "prompts.json").write_text(json.dumps([encode_prompt(tokenizer, prompt) for prompt in prompts]))
     base = json.loads((folder / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     arguments = [base, folder / "lora", folder / "prompts.json", folder / "logits.pt"]
@@ -137,14 +137,14 @@ def in_plain_peft(run: Run, problems: int, folder: Path) -> dict[str, Any]:
 def in_llama_cpp(run: Run, problems: int, folder: Path) -> dict[str, Any]:
     """Greedy answers of llama.cpp, by its HTTP endpoint, beside those of transformers: on an F32 GGUF of the same
     weights token by token, on the shipped file by accuracy, with and without the adapter."""
-    task, length = run.recipe.build_task(), run.recipe.evaluation.max_new_tokens
+    length = run.recipe.evaluation.max_new_tokens
     shipped = resolve_gguf(run.recipe.model.name)
     assert shipped is not None
     full = in_float32(shipped, folder / "f32.gguf")
-    export(str(run.path), folder / "gguf", to="gguf")
+    export(locate_run(run), folder / "gguf", to="gguf")
     adapter = folder / "gguf" / ADAPTER
     model, tokenizer = open_model(locate_run(run), "float32")
-    examples = task.test[:problems]
+    examples = run.recipe.build_splits().test[:problems]
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
 
     equal, after_ties = 0, 0
@@ -169,7 +169,7 @@ def in_llama_cpp(run: Run, problems: int, folder: Path) -> dict[str, Any]:
     for name, used in (("base", None), ("adapter", adapter)):
         with serving(shipped, used) as address:
             outputs = [complete(address, prompt, n_predict=length)["content"] for prompt in prompts]
-        correct = sum(task.score(e, output.strip()) >= 1.0 for e, output in zip(examples, outputs, strict=True))
+        correct = sum(run.recipe.task.judge(e, output).correct for e, output in zip(examples, outputs, strict=True))
         low, high = wilson_interval(correct, len(examples))
         found[f"{shipped.name}, {name}"] = f"{correct} of {len(examples)} ({low:.3f} to {high:.3f})"
     found["transformers"] = {name: f"{s['correct']} of {s['n']}" for name, s in run.scores().items()}

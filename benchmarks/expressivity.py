@@ -102,11 +102,12 @@ def weight_difference(steps: int, rows: int) -> dict[str, Tensor]:
     """Fine-tune SmolLM2-135M on the quickstart task, ``steps`` of 8 examples, and return the change of two weights."""
     from pera_lab.models import load_model, load_tokenizer
     from pera_lab.recipe import load_recipe
-    from pera_lab.tasks.prompts import AnswerCollator, encode_task
+    from pera_lab.tasks.encoding import AnswerCollator
 
-    task = load_recipe("quickstart", [f"task.train_size={rows}", "task.test_size=1"]).build_task()
+    recipe = load_recipe("quickstart", [f"task.train_size={rows}", "task.test_size=1"])
     model, tokenizer = load_model("smollm2-135m", dtype="float32"), load_tokenizer("smollm2-135m")
-    encoded, collate = encode_task(task, tokenizer, task.train).rows, AnswerCollator(tokenizer, model)
+    encoded = recipe.task.encode(tokenizer, recipe.build_splits().train).rows
+    collate = AnswerCollator(tokenizer, model)
     block = model.model.layers[15]
     layers = {"SmolLM2, q_proj": block.self_attn.q_proj, "SmolLM2, down_proj": block.mlp.down_proj}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}

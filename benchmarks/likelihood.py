@@ -10,29 +10,32 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pera_lab import models
-from pera_lab.evaluation import answer_batches, make_scorer
-from pera_lab.recipe import EvaluationSection
-from pera_lab.tasks import CommonsenseTask
-from pera_lab.tasks.prompts import encode_question
+from pera_lab.scorers import answer_batches, make_scorer
+from pera_lab.tasks import EvaluationSection, Example
+from pera_lab.tasks.commonsense import CommonsenseTask
+from pera_lab.tasks.encoding import encode_question
 
 
 @torch.no_grad()
-def one_at_a_time(model: Any, tokenizer: Any, task: CommonsenseTask, batch_size: int) -> list[dict[str, float]]:
+def one_at_a_time(
+    model: Any, tokenizer: Any, task: CommonsenseTask, examples: Sequence[Example], batch_size: int
+) -> list[dict[str, float]]:
     """Log-probability of every option behind "the correct answer is", each from a forward over the whole text."""
     start = len(tokenizer(task.prefix.rstrip(), add_special_tokens=False).input_ids)
     texts, places = [], []
-    for row, example in enumerate(task.test):
+    for row, example in enumerate(examples):
         prompt = encode_question(tokenizer, example, task.frame).ids
         for option in example.options:
             answer = tokenizer(option, add_special_tokens=False).input_ids
             texts.append(prompt + answer)
             places.append((row, option, len(answer) - start))
-    found: list[dict[str, float]] = [{} for _ in task.test]
+    found: list[dict[str, float]] = [{} for _ in examples]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
@@ -47,13 +50,15 @@ def one_at_a_time(model: Any, tokenizer: Any, task: CommonsenseTask, batch_size:
     return found
 
 
-def shared(model: Any, tokenizer: Any, task: CommonsenseTask, spec: EvaluationSection) -> list[dict[str, float]]:
+def shared(
+    model: Any, tokenizer: Any, task: CommonsenseTask, examples: Sequence[Example], spec: EvaluationSection
+) -> list[dict[str, float]]:
     """The same by pera's scorer."""
-    scorer = make_scorer(model, tokenizer, task, task.test, spec, None)
+    scorer = make_scorer(model, tokenizer, task, examples, spec, None)
     found: dict[int, Any] = {}
     for answered in answer_batches(scorer, "", None):
         found |= answered
-    return [found[i].scores for i in range(len(task.test))]
+    return [found[i].scores for i in range(len(examples))]
 
 
 def main() -> None:
@@ -66,13 +71,14 @@ def main() -> None:
     given = parser.parse_args()
     model = models.load_model(given.model, dtype="float32")
     tokenizer = models.load_tokenizer(given.model)
-    task = CommonsenseTask("ARC-Easy", data=given.data, test_size=given.rows)
+    task = CommonsenseTask(name="ARC-Easy", data=given.data, test_size=given.rows)
+    examples = task.build().test
     spec = EvaluationSection(scorer="likelihood", batch_size=given.batch_size)
     for _ in range(given.rounds):
         start = time.perf_counter()
-        expected = one_at_a_time(model, tokenizer, task, given.batch_size)
+        expected = one_at_a_time(model, tokenizer, task, examples, given.batch_size)
         middle = time.perf_counter()
-        found = shared(model, tokenizer, task, spec)
+        found = shared(model, tokenizer, task, examples, spec)
         end = time.perf_counter()
         apart = max(abs(a[o] - b[o]) for a, b in zip(expected, found, strict=True) for o in a)
         slow, fast = middle - start, end - middle

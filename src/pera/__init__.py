@@ -1,7 +1,10 @@
 """PERA: Polynomial Expansion Rank Adaptation as a PEFT method.
 
-``import pera`` registers the method with PEFT, so that ``get_peft_model``, ``PeftModel.from_pretrained``
-and ``AutoPeftModel…`` know it.
+``import pera`` registers the method with PEFT. Then ``get_peft_model``, ``PeftModel.from_pretrained`` and the
+``AutoPeftModel`` classes accept it::
+
+    model = get_peft_model(base, pera.PeraConfig(r=8, target_modules="all-linear"))  # train it like LoRA
+    lora = pera.to_lora(model)                                                       # the equal LoRA of rank 44
 """
 
 from pera.errors import PeraError, UserError

@@ -1,6 +1,6 @@
-"""The mistakes a user can make, and the exit code of each.
+"""The errors of pera, with the exit code that the command line gives each.
 
-Every message is one sentence that names the key, the value and what would be right.
+A message is one sentence. It names the option, the value, what is wrong and what would be right.
 """
 
 from __future__ import annotations
@@ -8,36 +8,42 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-MOST = 40
-"""So many known names a message lists."""
+LISTED = 40
+"""Maximum number of known names in a message."""
 
 
 class PeraError(Exception):
-    """Anything pera refuses or reports; ``exit_code`` is what the command line leaves with."""
+    """Base class of the errors of pera. The command line exits with ``exit_code``."""
 
     exit_code = 2
 
 
 class UserError(PeraError, ValueError):
-    """A mistake in the call, the recipe, the data or a file. Exit code 2."""
+    """A mistake in a call, a recipe, data or a file. Exit code 2."""
 
 
 class CheckFailed(PeraError):
-    """A check was made and failed, such as outputs that differ after a merge. Exit code 1."""
+    """A check ran and failed, such as outputs that differ after a merge. Exit code 1."""
 
     exit_code = 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown ``name``: the closest known one, or all of them, if they are not too many
-    to read."""
+    """End of a message about an unknown ``name``: the closest known name, or all known names if none is close.
+
+    >>> nearest("q_prj", ["q_proj", "v_proj"])
+    "did you mean 'q_proj'?"
+    >>> nearest("x", ["q_proj", "v_proj"])
+    'known: q_proj, v_proj.'
+    """
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(known[:MOST])}" + (f" and {len(known) - MOST} more." if len(known) > MOST else ".")
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"known: {', '.join(known[:LISTED])}{more}."
 
 
 def missing_extra(package: str, extra: str) -> UserError:
-    """The error for an optional package that is not installed."""
+    """The error for an optional ``package`` that is not installed. ``extra`` is the extra of pera that installs it."""
     return UserError(f"this needs the package {package!r}; install it with: pip install 'pera[{extra}]'")

@@ -1,4 +1,4 @@
-"""Parameter groups: A, B and h with learning rates and weight decays of their own."""
+"""Parameter groups: separate learning rates and weight decays for A, B and h."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pera.errors import UserError, nearest
 GROUPS = ("A", "B", "h", "other")
 
 _BIAS_OR_NORM = re.compile(r"bias|layernorm|rmsnorm|(^|\.|_)norm(\.|$)")
-"""In the name, in lower case, of a parameter that transformers' Trainer does not decay, beside ``nn.LayerNorm``'s."""
+"""Matches the lower-case names of parameters that transformers' Trainer does not decay, besides ``nn.LayerNorm``."""
 
 
 def parameter_groups(
@@ -25,26 +25,30 @@ def parameter_groups(
     lr_ratio: Mapping[str, float] | None = None,
     weight_decay: float | Mapping[str, float] = 0.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of an adapted model, each once, as groups for any optimizer of torch.
+    """The trainable parameters of an adapted model as parameter groups, for any optimizer of torch.
 
-    LoRA+ (arXiv 2402.12354) trains B at a higher rate than A: lr_B = lr_ratio["B"] · lr with lr_A = lr. PERA has
-    h as a third kind. A group is "A", "B" or "h", of any PEFT method whose layers hold factors under such names
-    (``pera_A``, ``lora_B``, …), or "other": heads, biases, magnitudes. A scheduler multiplies the rate of each group.
+    The groups are "A", "B" and "h", for the factors of any PEFT method (``pera_A``, ``lora_B``, …), and "other" for
+    heads, biases and magnitudes. LoRA+ (arXiv 2402.12354) trains B at a higher rate than A::
+
+        parameter_groups(model, lr=1e-4)                                 # one rate
+        parameter_groups(model, lr=1e-4, lr_ratio={"B": 16})             # LoRA+: A 1e-4, B 1.6e-3
+        parameter_groups(model, lr=1e-4, lr_ratio={"B": 16, "h": 10}, weight_decay={"A": 0.01, "B": 0.01})
 
     Args:
-        model: from ``get_peft_model``, or loaded with ``is_trainable=True``.
-        lr: rate of A, and of each group without a ratio.
-        lr_ratio: the rate of "B", "h" or "other" over that of A; 0 leaves a group as it is.
-        weight_decay: for all groups, or by group, 0 for those not named. Biases and norms never decay, as in
-            transformers' Trainer. AdamW takes off rate · decay, so a ratio multiplies the decay as well.
+        model: model from ``get_peft_model``, or loaded with ``is_trainable=True``.
+        lr: learning rate of A and of every group without a ratio.
+        lr_ratio: learning rate of "B", "h" or "other" divided by ``lr``. With 0, the group does not change.
+        weight_decay: weight decay of all groups, or by group. Groups that are not named have 0. Biases and norms never
+            decay, as in transformers' Trainer. AdamW subtracts rate · decay, so a ratio multiplies the decay too.
 
     Returns:
-        Dictionaries with ``name``, ``params``, ``lr`` and ``weight_decay``, in the order A, B, h, other; a group that
-        decays in part is two of one name.
+        Dictionaries with ``name``, ``params``, ``lr`` and ``weight_decay``, in the order A, B, h, other. A group in
+        which only some parameters decay is split into two dictionaries with the same name. Each trainable parameter is
+        in exactly one dictionary.
 
     Raises:
-        UserError: a value that is no finite number of at least 0, a group that is not known or, in this model,
-            empty, or a model with nothing to train.
+        UserError: a value is not a finite number of at least 0, a group is unknown or has no parameters in this model,
+            or the model has nothing to train.
     """
     lr_ratio = {} if lr_ratio is None else lr_ratio
     _check_number("lr", lr)
@@ -78,13 +82,13 @@ def parameter_groups(
 
 
 def check_groups(lr_ratio: Any, weight_decay: Any) -> None:
-    """Refuse what :func:`parameter_groups` takes for no model.
+    """Check the values of ``lr_ratio`` and ``weight_decay`` without a model.
 
     Raises:
-        UserError: as there.
+        UserError: a value is not a finite number of at least 0, or a group is unknown.
     """
     if not isinstance(lr_ratio, Mapping):
-        raise UserError(f"lr_ratio={lr_ratio!r} should give ratios by group, such as {{'B': 16}}.")
+        raise UserError(f"lr_ratio={lr_ratio!r} should map groups to ratios, such as {{'B': 16}}.")
     if not isinstance(weight_decay, Mapping):
         _check_number("weight_decay", weight_decay)
         weight_decay = {}
@@ -104,11 +108,11 @@ def _check_present(key: str, asked: Mapping[str, float], present: set[str]) -> N
     for group in asked:
         if group not in present:
             there = ", ".join(name for name in GROUPS if name in present)
-            raise UserError(f"{key}[{group!r}] applies to no trained parameter; groups of this model: {there}.")
+            raise UserError(f"{key}[{group!r}] applies to no trained parameter; this model has the groups {there}.")
 
 
 def _factors(model: nn.Module) -> dict[nn.Parameter, str]:
-    """The group of each factor, by the letter at the end of the name under which its layer holds it."""
+    """The group of each factor: the last letter of the attribute that holds it, such as ``pera_A``."""
     return {
         parameter: name[-1]
         for layer in model.modules()

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from pera.errors import UserError
 from pera_lab.models import longest_input
 from pera_lab.opening import Location, open_model
-from pera_lab.tasks.prompts import encode_chat
+from pera_lab.tasks.encoding import encode_chat
 from pera_lab.text import visible
 
 HELP = "Type a message. /new starts a new conversation; /quit or Ctrl-D exits."

@@ -46,10 +46,8 @@ def run_harness(
     except ImportError as error:
         raise missing_extra("lm-eval", "lm-eval") from error
     recipe = run.recipe
-    if recipe.task_type != "CAUSAL_LM":
-        raise UserError(
-            f"--lm-eval: {recipe.task.name!r} trains a classifier, but lm-eval scores language models only."
-        )
+    if recipe.task.text_refusal:
+        raise UserError(f"--lm-eval: {recipe.task.text_refusal}; lm-eval scores language models.")
     before = read_object(run.lm_eval_file) if run.lm_eval_file.is_file() else {}
     which = "base" if base else "adapter"
     if not isinstance(before.get(which, {}), dict):

@@ -32,6 +32,11 @@ class Location(NamedTuple):
     tokenizer: Path | None = None
     """The folder of a tokenizer that was saved with the adapter and replaces the base model's."""
 
+    @property
+    def name(self) -> str:
+        """The run folder, else the adapter folder, else the base model."""
+        return str(self.run.path if self.run else self.adapter.path if self.adapter else self.base)
+
     def require_adapter(self) -> Adapter:
         """The adapter; raises UserError if this is a base model."""
         if self.adapter is None:

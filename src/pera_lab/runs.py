@@ -127,8 +127,7 @@ class Run:
 
     def body(self, model: torch.nn.Module) -> torch.nn.Module:
         """The part of a base model that is fingerprinted: all but a classification head, which is drawn at random."""
-        body: torch.nn.Module = model if self.recipe.task_type == "CAUSAL_LM" else model.base_model  # type: ignore
-        return body
+        return self.recipe.task.pretrained_part(model)
 
     def data_hashes(self) -> dict[str, str]:
         """The SHA-256 of each recorded data file by its key in ``data.json``, such as "test.piqa"."""

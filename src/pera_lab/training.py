@@ -1,4 +1,4 @@
-"""A recipe becomes a run folder."""
+"""Trains the adapter of a recipe into a run folder."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, 
 from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import COMPLETE, Run
-from pera_lab.tasks import ClassificationTask, Task
-from pera_lab.tasks.prompts import Encoded, encode_task, task_collator
+from pera_lab.tasks import Splits
+from pera_lab.tasks.encoding import Encoded
 
 
 class LossNotFinite(UserError):
-    """The training has diverged."""
+    """The training diverged."""
 
 
 class TrainingSummary(NamedTuple):
-    """What a training took, since it was last resumed: seconds, tokens (padding included), peak memory in bytes."""
+    """What a training took since it was last resumed: seconds, tokens (including padding), peak memory in bytes."""
 
     seconds: float
     tokens: int
@@ -60,36 +60,36 @@ class TrainingSummary(NamedTuple):
     final_loss: float | None
     left_out: int
     shortened: int = 0
-    """Training texts that were cut to ``max_length``."""
+    """Training texts that were truncated to ``max_length``."""
     steps: int = 0
 
 
 def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | None = None) -> TrainingSummary:
-    """Train the adapter of ``recipe`` and leave it, with metrics and environment, in the run folder.
+    """Train the adapter of a recipe, and save it with metrics and environment in the run folder.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         run: the folder, made by :meth:`Run.create`.
-        resume: go on from the last complete checkpoint; from the start if there is none.
-        console: where progress is shown; None shows nothing.
+        resume: resume from the last complete checkpoint, or from the start if there is none.
+        console: where to show progress; None shows nothing.
 
     Raises:
-        UserError: the model, a target module or the task cannot be had; the data or the base model are not those that
-            a resumed run was begun with; the disk refuses.
+        UserError: the model, a target module or the task is not available, the data or the base model of a resumed run
+            changed, or the disk fails.
         LossNotFinite: the loss is not finite.
     """
-    spec = recipe.training
-    task = recipe.build_task()
-    run.check_data(task.manifest)
-    set_seed(spec.seed)  # a classification head is drawn when the model is loaded
+    spec, task = recipe.training, recipe.task
+    splits = recipe.build_splits()
+    run.check_data(splits.manifest)
+    set_seed(spec.seed)  # loading the model initializes the classification head
     model, tokenizer = open_model(locate_run(run)._replace(adapter=None), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
-    encoded = _encode(task, tokenizer, limit)
-    choosing = encode_task(task, tokenizer, task.validation, limit)
-    _check_validation(spec, task, choosing)
+    encoded = _encode(recipe, splits, tokenizer, limit)
+    validation = task.encode(tokenizer, splits.validation, limit)
+    _check_validation(spec, splits, validation)
     run.write_environment(model, command_line())
-    notes = task.notes
-    write_json(run.data_file, {**task.manifest, "notes": notes})
+    notes = splits.notes
+    write_json(run.data_file, {**splits.manifest, "notes": notes})
     for note in notes:
         if console is not None:
             console.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
@@ -101,7 +101,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     except methods.REFUSALS as error:
         raise methods.refusal(recipe.method, error) from error
 
-    arguments = _arguments(recipe, run, task)
+    arguments = _arguments(recipe, run)
     optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
     if checkpoint is not None:
@@ -116,9 +116,9 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
             model=adapted,
             args=arguments,
             train_dataset=encoded.rows,
-            eval_dataset=choosing.rows if spec.eval_steps else None,
-            compute_metrics=_metrics(task),
-            data_collator=task_collator(task, tokenizer, model),
+            eval_dataset=validation.rows if spec.eval_steps else None,
+            compute_metrics=task.compute_metrics,
+            data_collator=task.collator(tokenizer, model),
             callbacks=[RatioCallback(), progress],
             optimizer_cls_and_kwargs=optimizer,
         )
@@ -126,7 +126,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         raise UserError(f"training.report_to={spec.report_to}: {' '.join(str(error).split())}") from error
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
-    if checkpoint is not None and _ended(checkpoint):  # only the saving of the adapter was missed
+    if checkpoint is not None and _ended(checkpoint):  # only the adapter was not saved yet
         kept = _best(checkpoint) if spec.keep == "best" else checkpoint
         _check_whole(kept)
         set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
@@ -149,7 +149,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
 
 def peak_memory() -> int | None:
-    """Peak memory of this process in bytes: on the accelerator if there is one, else resident; None if unknown."""
+    """Peak memory of this process in bytes: GPU memory if there is a GPU, else resident memory; None if unknown."""
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
@@ -160,47 +160,35 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _encode(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    encoded = encode_task(task, tokenizer, task.train, max_length)
+def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    encoded = recipe.task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
-        shortest = min(len(row["input_ids"]) for row in encode_task(task, tokenizer, task.train).rows)
+        shortest = min(len(row["input_ids"]) for row in recipe.task.encode(tokenizer, splits.train).rows)
         raise UserError(f"training.max_length={max_length} leaves no example: the shortest has {shortest} tokens.")
     return encoded
 
 
-def _check_validation(spec: TrainingSection, task: Task, choosing: Encoded) -> None:
-    if spec.eval_steps is None or choosing.rows:
+def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded) -> None:
+    if spec.eval_steps is None or validation.rows:
         return
-    reason = "they are all longer than training.max_length" if task.validation else "the task has none"
+    reason = "they are all longer than training.max_length" if splits.validation else "the task has none"
     raise UserError(f"training.eval_steps={spec.eval_steps!r} needs validation rows, and {reason}.")
 
 
-def _metrics(task: Task) -> Any:
-    """What the Trainer calls with logits and labels of the validation rows; nothing beyond the loss for text."""
-    if not isinstance(task, ClassificationTask):
-        return None
-
-    def compute(prediction: Any) -> dict[str, float]:
-        logits = prediction.predictions
-        predicted = logits.argmax(-1) if task.names else logits.reshape(-1)
-        return task.measure(prediction.label_ids.tolist(), predicted.tolist())
-
-    return compute
-
-
-def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
-    spec = recipe.training
+def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
+    spec, task = recipe.training, recipe.task
     options: dict[str, Any] = {_checkpointing_option(): spec.gradient_checkpointing}
     if spec.eval_steps is not None:
         by_epoch = spec.eval_steps == "epoch"
         options |= {"eval_strategy": "epoch" if by_epoch else "steps"}
         options |= {"eval_steps": None if by_epoch else spec.eval_steps}
         options |= {"per_device_eval_batch_size": recipe.evaluation.batch_size}
-        options |= {"prediction_loss_only": task.labels is None}
+        options |= {"prediction_loss_only": task.compute_metrics is None}
     if spec.keep == "best":
         options |= {"save_strategy": options["eval_strategy"], "save_steps": options["eval_steps"] or spec.save_steps}
-        options |= {"load_best_model_at_end": True, "greater_is_better": task.labels is not None}
-        options |= {"metric_for_best_model": "loss" if task.labels is None else task.metric}
+        metric, greater_is_better = task.best_checkpoint
+        options |= {"load_best_model_at_end": True}
+        options |= {"metric_for_best_model": metric, "greater_is_better": greater_is_better}
     else:
         options |= {"save_strategy": "steps", "save_steps": spec.save_steps}
     arguments = TrainingArguments(
@@ -212,7 +200,7 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
         num_train_epochs=spec.epochs or 1.0,
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
-        warmup_steps=spec.warmup_steps or spec.warmup_ratio,  # below 1 it is a share
+        warmup_steps=spec.warmup_steps or spec.warmup_ratio,  # below 1 it means a share
         lr_scheduler_type=spec.lr_scheduler,
         weight_decay=0.0 if isinstance(spec.weight_decay, dict) else spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
@@ -227,7 +215,7 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    # One process takes one GPU: DataParallel would multiply the batch size and cut up what batches say of their rows.
+    # One process uses one GPU: DataParallel would multiply the batch size and split what describes whole batches.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -235,8 +223,10 @@ def _arguments(recipe: Recipe, run: Run, task: Task) -> TrainingArguments:
 def _optimizer(
     spec: TrainingSection, arguments: TrainingArguments, model: torch.nn.Module
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """The Trainer's optimizer with the recipe's groups, the first of them A, whose rate is the one that is logged;
-    None, for a recipe without groups, leaves everything to the Trainer."""
+    """The Trainer's optimizer class and options with the recipe's parameter groups; None for a recipe without groups.
+
+    The first group is A, because the Trainer logs the learning rate of the first group.
+    """
     if not spec.lr_ratio and not isinstance(spec.weight_decay, dict):
         return None
     try:
@@ -248,9 +238,9 @@ def _optimizer(
 
 
 def _check_whole(checkpoint: Path, *needed: str) -> None:
-    """Raise UserError if a file of a complete checkpoint is missing or was cut off since, as by a broken disk.
+    """Raise UserError if a file of a complete checkpoint is missing or truncated, for example after a disk failure.
 
-    ``needed`` are those that training goes on from, beside the weights and the state.
+    ``needed`` are the files, in addition to weights and state, that training resumes from.
     """
     found = {file.name: file for file in checkpoint.glob("*")}
     for name in sorted({SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE_NAME, *needed, *found}):
@@ -262,35 +252,35 @@ def _check_whole(checkpoint: Path, *needed: str) -> None:
             elif name.endswith(".safetensors"):
                 safe_open(checkpoint / name, framework="pt")
             elif name.endswith((".pt", ".pth")) and not is_zipfile(found[name]):
-                raise ValueError("its end is missing")
+                raise ValueError("it is truncated")
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(
-                f"--resume: {str(checkpoint / name)!r} is not whole ({error}); delete {str(checkpoint)!r} to go on "
-                "from the checkpoint before it, or else from the start."
+                f"--resume: {str(checkpoint / name)!r} is broken ({error}); delete {str(checkpoint)!r} to resume from "
+                "the checkpoint before it, or from the start."
             ) from error
 
 
 def _ended(checkpoint: Path) -> bool:
-    """Whether a checkpoint is that of the last step."""
+    """Whether a checkpoint was saved at the last step."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return bool(state.global_step >= state.max_steps)
 
 
 def _best(checkpoint: Path) -> Path:
-    """The best checkpoint, according to the last one."""
+    """The best checkpoint according to the state of the last one."""
     best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_global_step
     return checkpoint.with_name(f"checkpoint-{best}")
 
 
 def _checkpointing_option() -> str:
-    """transformers renames ``gradient_checkpointing`` to ``activation_checkpointing`` on the way to version 6."""
+    """Name of the option in this version of transformers, which renames ``gradient_checkpointing`` before version 6."""
     names = {f.name for f in fields(TrainingArguments)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 class _ByLength(LengthGroupedSampler):
-    """Rows in batches of about one length, in an order of the seed and the number of the epoch alone: the same for
-    every method, however often its dropout draws, and for a run that is resumed."""
+    """Batches of rows of similar length. The order depends on the seed and the epoch only, so it is the same for every
+    method, whatever its dropout draws, and for a resumed run."""
 
     def __init__(self, rows: list[dict[str, Any]], arguments: TrainingArguments) -> None:
         size = arguments.train_batch_size * arguments.gradient_accumulation_steps
@@ -304,7 +294,7 @@ class _ByLength(LengthGroupedSampler):
 
 
 class _Trainer(Trainer):
-    """A Trainer that takes the rows in the order of a sampler; without one, in a random order of its own."""
+    """A Trainer with the row order of a sampler, or with the default random order if there is none."""
 
     def __init__(self, order: Sampler[int] | None, **options: Any) -> None:
         self._order = order
@@ -315,7 +305,8 @@ class _Trainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, stops when the loss is lost."""
+    """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is not
+    finite."""
 
     def __init__(self, run: Run, console: Console | None, since: Path | None) -> None:
         self._run = run
@@ -350,7 +341,7 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(self._task, completed=state.global_step)
-        if state.global_step == state.max_steps:  # whatever logging_steps is, the last loss is seen
+        if state.global_step == state.max_steps:  # log the last loss whatever logging_steps is
             control.should_log = True
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -378,7 +369,7 @@ class _Progress(TrainerCallback):
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
             raise LossNotFinite(
                 f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
-                "lower the rate."
+                "lower the learning rate."
             )
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:

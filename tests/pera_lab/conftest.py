@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pera_lab import cli, evaluation
+from pera_lab import cli, scorers
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 from pera_lab.training import train
@@ -113,15 +113,15 @@ def interrupt(monkeypatch):
     the number of prompts of each batch, that one included."""
 
     def at(batch):
-        write, asked = evaluation._write, []
+        generate, asked = scorers.generate, []
 
         def interrupted(model, tokenizer, prompts, *rest):
             asked.append(len(prompts))
             if len(asked) == batch:
                 raise KeyboardInterrupt
-            return write(model, tokenizer, prompts, *rest)
+            return generate(model, tokenizer, prompts, *rest)
 
-        monkeypatch.setattr(evaluation, "_write", interrupted)
+        monkeypatch.setattr(scorers, "generate", interrupted)
         return asked
 
     return at

@@ -38,11 +38,11 @@ def test_training_writes_a_card(finished_run):
 
 
 def test_the_cards_of_merged_models_and_exports_have_the_verification(run, tmp_path):
-    agreement = merge(str(run.path), tmp_path / "merged")
+    agreement = merge(locate(str(run.path)), tmp_path / "merged")
     merged = ModelCard.load(tmp_path / "merged" / "README.md")
     assert merged.data.library_name == "transformers"
     assert agreement.sentence() in merged.text
-    export(str(run.path), tmp_path / "lora")
+    export(locate(str(run.path)), tmp_path / "lora")
     lora = ModelCard.load(tmp_path / "lora" / "README.md")
     assert lora.data.tags == ["pera", "lora"]
     assert "import pera" not in lora.text

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from pera.errors import UserError
 from pera_lab.chat import Conversation, chat
 from pera_lab.opening import locate, open_model
-from pera_lab.tasks.prompts import encode_chat
+from pera_lab.tasks.encoding import encode_chat
 
 
 @pytest.fixture

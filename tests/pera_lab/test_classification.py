@@ -31,7 +31,7 @@ def test_the_head_is_saved_with_the_adapter(finished_glue_run):
 def test_the_rows_and_the_measurements_are_on_record(finished_glue_run, glue_folder):
     record = json.loads(finished_glue_run.data_file.read_text())
     assert record["train"]["source"] == str(glue_folder / "sst2" / "train.jsonl")
-    assert record["notes"] == ["sst2: 32 of 32 test rows also occur in the training data."]
+    assert record["notes"] == ["32 of 32 test rows also occur in the training data."]
     lines = finished_glue_run.validation()
     assert [line["epoch"] for line in lines] == [1.0, 2.0, 3.0]
     assert all({"loss", "accuracy"} <= set(line) for line in lines)
@@ -76,8 +76,11 @@ def test_the_head_is_float32_on_a_base_that_is_not(dtype, glue_recipe, tmp_path,
 
 def test_a_batch_gives_what_single_texts_give(glue_run):
     model, tokenizer = open_model(locate_run(glue_run))
-    task, spec = glue_run.recipe.build_task(), glue_run.recipe.evaluation
-    one, many = (evaluate(model, tokenizer, task, spec.model_copy(update={"batch_size": n}))[1] for n in (1, 16))
+    recipe, splits = glue_run.recipe, glue_run.recipe.build_splits()
+    one, many = (
+        evaluate(model, tokenizer, recipe.task, splits, recipe.evaluation.model_copy(update={"batch_size": n}))[1]
+        for n in (1, 16)
+    )
     for a, b in zip(one, many, strict=True):
         assert a.scores == pytest.approx(b.scores, abs=1e-4)
 
@@ -131,7 +134,7 @@ def test_texts_that_are_too_long_are_cut_and_counted(glue_recipe, tmp_path):
 
 
 def test_the_base_has_nothing_to_score(glue_run):
-    with pytest.raises(UserError, match=r"^--base: the base model of 'sst2' has no trained head"):
+    with pytest.raises(UserError, match=r"^--base: The base model of 'sst2' has no trained head"):
         evaluate_run(glue_run, base=True)
 
 
@@ -164,7 +167,7 @@ def test_it_merges_into_a_plain_classifier(glue_run, tmp_path, pera):
         ("task=mrpc", ["mrpc/train", "is missing"]),
         ("data=nowhere", ["task.data='nowhere' does not exist"]),
         ("task.trainsize=3", ["task.trainsize is not a key of a recipe", "'train_size'"]),
-        ("evaluation.max_new_tokens=3", ["evaluation.max_new_tokens=3", "a classifier writes nothing"]),
+        ("evaluation.max_new_tokens=3", ["evaluation.max_new_tokens=3", "trains a classifier, which writes no text"]),
         ("evaluation.scorer=likelihood", ["evaluation.scorer='likelihood' does not fit task 'sst2'", "classification"]),
         ("training.eval_steps=null", ["keep='best' needs eval_steps"]),
         ("training.eval_steps=0", ["training.eval_steps=0: input should be a whole number of at least 1"]),

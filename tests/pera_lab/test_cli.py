@@ -320,9 +320,9 @@ def test_a_lora_is_not_exported(refused, lora):
     [
         (["--for", "vlm"], ["--for: 'vlm'", "did you mean 'vllm'"]),
         (["--for", "vllm", "--to", "gguf"], ["--to gguf", "vllm, which reads lora"]),
-        (["--to", "lora", "--max-rank", "4", "--energy", "0.9"], ["--max-rank=4 and --energy=0.9", "keep one"]),
+        (["--to", "lora", "--max-rank", "4", "--energy", "0.9"], ["--max-rank=4 and --energy=0.9", "give only one"]),
         (["--to", "lora", "--max-rank", "0"], ["--max-rank=0", "at least 1"]),
-        (["--to", "lora", "--energy", "1.5"], ["--energy=1.5", "a share above 0, at most 1"]),
+        (["--to", "lora", "--energy", "1.5"], ["--energy=1.5", "above 0 and at most 1"]),
     ],
 )
 def test_what_an_adapter_cannot_be_exported_to(options, words, refused, run):
@@ -332,9 +332,9 @@ def test_what_an_adapter_cannot_be_exported_to(options, words, refused, run):
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [
-        ({"r": 32}, ["--for", "vllm"], ["K = 560", "vllm takes 512 at most", "--max-rank 512"]),
-        ({"bias": "pera_only"}, ["--for", "vllm"], ["bias='pera_only'", "cannot be carried to vllm", "pera merge"]),
-        ({"modules_to_save": ["lm_head"]}, ["--to", "gguf"], ["modules_to_save=['lm_head']", "cannot be carried"]),
+        ({"r": 32}, ["--for", "vllm"], ["K = 560", "vllm accepts at most 512", "--max-rank 512"]),
+        ({"bias": "pera_only"}, ["--for", "vllm"], ["bias='pera_only'", "which vllm cannot hold", "pera merge"]),
+        ({"modules_to_save": ["lm_head"]}, ["--to", "gguf"], ["modules_to_save=['lm_head']", "cannot hold"]),
     ],
 )
 def test_what_an_export_cannot_carry(method, options, words, refused, save_llama, tmp_path):
@@ -368,7 +368,7 @@ def test_a_gguf_base_of_another_architecture(pera, refused, run, tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    words = ["qwen2.gguf'", "a 'qwen2' model", "for a 'llama'"]
+    words = ["'qwen2.gguf' is a model of 'qwen2'", "for 'llama'"]
     refused("verify", "run", "gguf", "--llama-cpp", "--base", "qwen2.gguf", words=words)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pera_lab.opening import locate_run, open_model
 from pera_lab.prediction import predict
-from pera_lab.tasks.prompts import encode_prompt
+from pera_lab.tasks.encoding import encode_prompt
 
 
 def write(file, rows):
@@ -78,7 +78,7 @@ def test_a_classifier_gives_names_and_logits(glue_run, tmp_path):
 def test_the_command(pera, run, tmp_path):
     write(tmp_path / "in.jsonl", PROMPTS)
     done = pera("predict", run.path, "--input", "in.jsonl", "--output", "out.jsonl", "--base")
-    assert (done.code, done.out) == (0, "5 rows answered, in out.jsonl\n")
+    assert (done.code, done.out) == (0, "5 rows answered, written to out.jsonl\n")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_the_command(pera, run, tmp_path):
         ),
         ("", [], ["in.jsonl has no rows."]),
         ('{"prompt": "a"\n', [], ["in.jsonl, line 1: is not valid JSON"]),
-        ('{"prompt": "a", "logits": 1}\n', [], ["'in.jsonl' has a column 'logits', which the answer is written to"]),
+        ('{"prompt": "a", "logits": 1}\n', [], ["'in.jsonl' has a column 'logits', which is an output column"]),
         ('{"prompt": "a"}\n', ["--output", "in.jsonl"], ["--output: 'in.jsonl' exists"]),
         ('{"prompt": "a"}\n', ["--input", "none.jsonl"], ["'none.jsonl' cannot be read"]),
     ],
@@ -105,6 +105,6 @@ def test_what_a_classifier_cannot_do(refused, glue_run, tmp_path):
     write(tmp_path / "in.jsonl", [{"sentence": "a"}])
     files = ["--input", "in.jsonl", "--output", "out.jsonl"]
     refused("predict", glue_run.path, *files, "--base", words=["--base", "has no trained head"])
-    refused("predict", glue_run.path, *files, "--max-new-tokens", "3", words=["--max-new-tokens=3", "writes nothing"])
+    refused("predict", glue_run.path, *files, "--max-new-tokens", "3", words=["--max-new-tokens=3", "writes no text"])
     write(tmp_path / "in.jsonl", [{"text": "a"}])
     refused("predict", glue_run.path, *files, words=["in.jsonl, line 1: field 'sentence' is missing"])

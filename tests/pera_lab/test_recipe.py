@@ -77,8 +77,9 @@ def test_the_method_is_built_from_its_section():
 
 
 def test_the_task_is_built_from_its_section():
-    task = parse_recipe({**SMALL, "task": {"name": "leg_counting", "train_size": 5, "test_size": 3}}).build_task()
-    assert (task.name, len(task.train), len(task.test)) == ("leg_counting", 5, 3)
+    recipe = parse_recipe({**SMALL, "task": {"name": "leg_counting", "train_size": 5, "test_size": 3}})
+    splits = recipe.build_splits()
+    assert (recipe.task.name, len(splits.train), len(splits.test)) == ("leg_counting", 5, 3)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_either_length_can_replace_the_other(file):
         ("training.learning_rate=true", "training.learning_rate=True: input should be a number"),
         ("training.eval_steps=true", "training.eval_steps=True: input should be a number"),
         ("training.seed=4294967296", "training.seed=4294967296: input should be less than 4294967296"),
-        ("model.revision=main", "model: revision='main' is for a hub id, and 'smollm2-135m' is none; leave it out"),
+        ("model.revision=main", "model: revision='main' needs a Hub id, and 'smollm2-135m' is not one; leave it out"),
         ("training.max_steps=0", "training.max_steps=0: input should be greater than or equal to 1"),
         ("training.learning_rate=fast", "training.learning_rate='fast': input should be a valid number"),
         ("training.learning_rate=.nan", "training.learning_rate=nan: "),
@@ -164,7 +165,7 @@ def test_either_length_can_replace_the_other(file):
             "training={max_steps: 5, lr_scheduler: constant, warmup_ratio: 0.1}",
             "training: lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up",
         ),
-        ("training.lr_ratio=16", "training: lr_ratio=16 should give ratios by group, such as {'B': 16}."),
+        ("training.lr_ratio=16", "training: lr_ratio=16 should map groups to ratios, such as {'B': 16}."),
         ("training.lr_ratio.B=-1", "training: lr_ratio['B']=-1 should be a finite number of at least 0."),
         ("training.lr_ratio.b=16", "training: lr_ratio['b'] cannot be set; known: B, h, other."),
         ("training.weight_decay=-1", "training: weight_decay=-1 should be a finite number of at least 0."),
@@ -179,7 +180,7 @@ def test_either_length_can_replace_the_other(file):
         (
             "training.lr_ratio={B:16,h:2}",
             "override 'training.lr_ratio={B:16,h:2}': the value is not valid YAML: 'B:16' has no value; "
-            "a space belongs behind its colon.",
+            "put a space after its colon.",
         ),
     ],
 )
@@ -195,7 +196,7 @@ def test_a_mistake_in_an_override_is_named_with_what_would_be_right(override, se
 def test_an_option_for_h_needs_a_method_that_learns_it(key, method):
     training = {"max_steps": 5, key: {"B": 0.5, "h": 2.0}}
     assert parse_recipe({**SMALL, "training": training}).training.model_dump()[key] == {"B": 0.5, "h": 2.0}
-    with pytest.raises(UserError, match=rf"^training\.{key}\.h=2\.0 has no h to act on, which only pera trains"):
+    with pytest.raises(UserError, match=rf"^training\.{key}\.h=2\.0 has no effect, because only pera trains h"):
         parse_recipe({**SMALL, "method": {"name": "pera", **method}, "training": training})
 
 
@@ -243,7 +244,7 @@ def test_a_missing_file_is_named(source):
 
 
 def test_an_unknown_shipped_recipe_comes_with_the_nearest_known():
-    with pytest.raises(UserError, match=r"^recipe: 'quikstart' is no file .*; did you mean 'quickstart'\?"):
+    with pytest.raises(UserError, match=r"^recipe: 'quikstart' is neither a file nor .*; did you mean 'quickstart'\?"):
         load_recipe("quikstart")
 
 
@@ -355,7 +356,7 @@ def test_a_model_is_kept_as_a_path_from_anywhere_unless_it_is_embedded(tmp_path,
 
 
 def test_a_folder_has_no_revision(tmp_path):
-    with pytest.raises(UserError, match=r"^model: revision='main' is for a hub id, and '.*' is none; leave it out$"):
+    with pytest.raises(UserError, match=r"^model: revision='main' needs a Hub id, and '.*' is not one; leave it out$"):
         parse_recipe({**SMALL, "model": {"name": str(tmp_path), "revision": "main"}})
     assert parse_recipe({**SMALL, "model": {"name": "a/b", "revision": "main"}}).model.revision == "main"
 
@@ -367,7 +368,7 @@ def test_overrides_win_over_by_task():
 
 
 def test_by_task_holds_sections(file):
-    with pytest.raises(UserError, match=r"^recipe: by_task in '.*' should hold sections of the recipe by name"):
+    with pytest.raises(UserError, match=r"^recipe: by_task in '.*' should hold sections of a recipe"):
         load_recipe(file({**SMALL, "by_task": {"leg_counting": 3}}))
 
 
@@ -400,7 +401,7 @@ def test_each_kind_of_task_has_its_scorer_and_its_longest_answer(task, scorer, l
     [
         (
             {"task": {"name": "sst22", "data": "x"}},
-            "task: name='sst22' is not a task that has data; did you mean 'sst2'?",
+            "task: name='sst22' is not a task with data; did you mean 'sst2'?",
         ),
         ({"task": {"name": "own"}}, "task.data is missing in the recipe"),
         ({"task": {"name": "boolq", "cap": {}}}, "task.cap is not a key of a recipe; did you mean 'caps'?"),
@@ -415,7 +416,10 @@ def test_each_kind_of_task_has_its_scorer_and_its_longest_answer(task, scorer, l
         ),
         ({"evaluation": {"scorer": "likelihood"}}, "evaluation.scorer='likelihood' does not fit task 'leg_counting'"),
         ({"evaluation": {"max_new_tokens": None}}, "evaluation.max_new_tokens=None should be a number"),
-        ({"task": "sst2", "evaluation": {"num_beams": 4}}, "evaluation.num_beams=4: a classifier writes nothing"),
+        (
+            {"task": "sst2", "evaluation": {"num_beams": 4}},
+            "evaluation.num_beams=4: task 'sst2' trains a classifier",
+        ),
     ],
 )
 def test_a_mistake_in_a_task_is_named(change, sentence):

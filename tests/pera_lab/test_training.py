@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from pera.errors import UserError
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import COMPLETE, Run
-from pera_lab.tasks.prompts import encode_example
+from pera_lab.tasks.encoding import encode_example
 from pera_lab.training import _arguments, train
 
 STEPS = [2, 4, 6, 8, 10, 12]
@@ -151,15 +151,19 @@ def test_resumed_is_uninterrupted_and_goes_on_where_it_was(damage, left, run, fi
         assert measured(run) == measured(finished_run)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"])
-@pytest.mark.parametrize("step", [8, 12])
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [(8, "adapter_model.safetensors"), (8, "trainer_state.json"), (8, "optimizer.pt"), (12, "rng_state.pth")],
+)
 def test_a_complete_checkpoint_that_is_broken_is_named(step, name, run):
     shutil.rmtree(run.adapter.path)
     if step == 8:
         without_last_checkpoint(run)
     checkpoint = run.checkpoints / f"checkpoint-{step}"
     cut(checkpoint / name)
-    with pytest.raises(UserError, match=rf"^--resume: {str(checkpoint / name)!r} .* delete {str(checkpoint)!r} to go"):
+    with pytest.raises(
+        UserError, match=rf"^--resume: {str(checkpoint / name)!r} .* delete {str(checkpoint)!r} to resume"
+    ):
         train(run.recipe, run, resume=True)
     assert checkpoint.is_dir()
 
@@ -170,9 +174,7 @@ def test_a_checkpoint_without_what_training_goes_on_from_is_named(name, run):
     without_last_checkpoint(run)
     checkpoint = run.checkpoints / "checkpoint-8"
     (checkpoint / name).unlink()
-    with pytest.raises(
-        UserError, match=rf"^--resume: {str(checkpoint / name)!r} is not whole \(it is missing\); delete"
-    ):
+    with pytest.raises(UserError, match=rf"^--resume: {str(checkpoint / name)!r} is broken \(it is missing\); delete"):
         train(run.recipe, run, resume=True)
 
 
@@ -255,7 +257,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(program, pera, python, re
 def test_the_summary_counts_what_was_done(recipe_file, tmp_path, tokenizer):
     recipe = load_recipe(str(recipe_file), ["training.max_steps=null", "training.epochs=1", "training.batch_size=1"])
     summary = train(recipe, Run.create(recipe, tmp_path / "run"))
-    lengths = [len(encode_example(tokenizer, example)["input_ids"]) for example in recipe.build_task().train]
+    lengths = [len(encode_example(tokenizer, example)["input_ids"]) for example in recipe.build_splits().train]
     assert summary.tokens == sum(lengths)
     assert summary.left_out == 0
     assert summary.seconds > 0
@@ -265,7 +267,7 @@ def test_the_summary_counts_what_was_done(recipe_file, tmp_path, tokenizer):
 
 def test_examples_that_are_too_long_are_left_out_and_counted(recipe_file, tmp_path, tokenizer):
     recipe = load_recipe(str(recipe_file), ["training.max_steps=1"])
-    lengths = sorted(len(encode_example(tokenizer, example)["input_ids"]) for example in recipe.build_task().train)
+    lengths = sorted(len(encode_example(tokenizer, example)["input_ids"]) for example in recipe.build_splits().train)
     recipe = load_recipe(str(recipe_file), ["training.max_steps=1", f"training.max_length={lengths[9]}"])
     summary = train(recipe, Run.create(recipe, tmp_path / "run"))
     assert summary.left_out == sum(length > lengths[9] for length in lengths) > 0
@@ -282,7 +284,7 @@ def test_one_process_takes_one_gpu(recipe_file, monkeypatch, tmp_path):
     recipe = load_recipe(str(recipe_file))
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(lambda arguments: torch.device("cpu")))
     monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
-    arguments = _arguments(recipe, Run(tmp_path), recipe.build_task())
+    arguments = _arguments(recipe, Run(tmp_path))
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 4)
 
 

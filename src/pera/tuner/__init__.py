@@ -1,4 +1,4 @@
-"""The PEFT plug-in: configuration, layers and model, and their registration with PEFT."""
+"""The PEFT plug-in: configuration, layers, model and registration."""
 
 from pera.tuner.checks import check_alpha, check_lists, check_names, check_rank
 from pera.tuner.config import PeraConfig

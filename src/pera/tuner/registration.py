@@ -1,8 +1,7 @@
-"""Makes PERA a method that PEFT knows, as if it had been built in.
+"""Registers PERA with PEFT, so that it works like a built-in method.
 
-PEFT has no plug-in mechanism: every method is a member of the enumeration ``PeftType``, and PEFT and
-transformers read ``.value`` of it. So a member is added in place, once, and the method is registered
-under it.
+PEFT has no plug-in mechanism: every method is a member of the enumeration ``PeftType``, and PEFT and transformers read
+its ``.value``. This module therefore adds a member to the enumeration and registers the method under it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ NAME = "PERA"
 
 
 def register() -> None:
-    """Add PERA to PEFT's methods; a second call, or a second import of the package, does nothing."""
+    """Add PERA to PEFT's methods. Further calls do nothing."""
     if NAME not in PeftType.__members__:
         _add_member(NAME)
     if PeftType(NAME) not in PEFT_TYPE_TO_CONFIG_MAPPING:

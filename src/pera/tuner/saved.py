@@ -1,4 +1,4 @@
-"""The layers of a saved PERA adapter, read without the model they belong to."""
+"""The layers of a saved PERA adapter, from its files alone, without the base model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pera.tuner.config import PeraConfig
 
 
 class Factors(NamedTuple):
-    """One layer: what :func:`pera.polynomial.lora_factors` and :func:`pera_lab.diagnose.diagnose_layer` take."""
+    """One layer: the arguments of :func:`pera.polynomial.lora_factors`."""
 
     A: Tensor
     B: Tensor
@@ -23,17 +23,20 @@ class Factors(NamedTuple):
 
 
 def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, Factors]:
-    """The factors of each layer in a PERA weights file, by the layer's name, in float64; those of fused experts by
-    the name and the number of the expert.
+    """The factors of each layer in a PERA weights file, in float64, by the layer's name.
+
+    Fused experts give one entry for each expert, named ``<layer>.<expert>``.
 
     Args:
-        weights: ``<layer>.pera_A`` ``(r, in_features)``, ``<layer>.pera_B`` ``(out_features, r)``,
-            ``<layer>.pera_h`` unless fixed or absent, each with a leading dimension for fused experts; other
-            tensors are passed over.
-        config: the adapter's configuration.
+        weights: tensors of the file: ``<layer>.pera_A`` ``(r, in)``, ``<layer>.pera_B`` ``(out, r)`` and, if it is
+            learned, ``<layer>.pera_h``. Fused experts add a leading dimension. Other tensors are ignored.
+        config: configuration of the adapter.
+
+    Returns:
+        The factors, with the expansion and the scale of the layer.
 
     Raises:
-        UserError: there is no layer, or a tensor is missing or of the wrong shape.
+        UserError: there is no layer, or a tensor is missing or has a wrong shape.
     """
     layers: dict[str, Factors] = {}
     for key, A in weights.items():
@@ -48,7 +51,7 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         experts, n = A.shape[:-2], num_coefficients(r, config.terms)
         fits = A.ndim == B.ndim and (*A.shape[:-1], *B.shape[:-2], *B.shape[-1:]) == (*experts, r, *experts, r)
         if not fits or len(experts) > 1 or h.shape not in ((n,), (*experts, n)):
-            raise UserError(f"the weights of {layer} do not have the rank of adapter_config.json, {r}.")
+            raise UserError(f"the weights of {layer} do not have the rank in adapter_config.json, {r}.")
         shared = config.terms, config.normalization, config.scaling(r, alpha)
         A, B, h = A.double(), B.double(), h.double()
         if A.ndim == 2:
@@ -57,5 +60,5 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         for i, (A_i, B_i, h_i) in enumerate(zip(A, B, h.expand(len(A), -1), strict=True)):
             layers[f"{layer}.{i}"] = Factors(A_i, B_i, h_i, *shared)
     if not layers:
-        raise UserError("the weights file holds no PERA layer.")
+        raise UserError("the weights file has no PERA layer.")
     return layers

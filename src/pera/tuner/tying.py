@@ -1,4 +1,4 @@
-"""Layers that share a weight, as input and output embeddings do: one adapter for both, or weights of their own."""
+"""Layers that share a weight, such as input and output embeddings: train one adapter, or separate the weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pera.tuner.layers import PeraLayer
 
 
 def without(names: set[str] | list[str], keys: set[str]) -> set[str]:
-    """``names`` without those that are, or are the ending of, one of the full names ``keys``."""
+    """``names`` without the names that equal, or end, one of the full names ``keys``."""
     return {name for name in names if not any(key == name or key.endswith(f".{name}") for key in keys)}
 
 
 def with_name(pattern: str, name: str) -> str:
-    """A regular expression that matches what ``pattern`` does, and the full name ``name``."""
+    """A regular expression that matches everything ``pattern`` matches, and the full name ``name``."""
     return rf"(?:{pattern})|{re.escape(name)}"
 
 
 def sharing_the_embedding(model: Any) -> list[str]:
-    """The names in the base model of the input embedding and of the modules that have its weight, itself first."""
+    """Names, in the base model, of the input embedding and then of the modules that share its weight."""
     names = {
         re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): id(module._parameters.get("weight"))
         for name, module in model.named_modules(remove_duplicate=False)
@@ -36,12 +36,13 @@ def sharing_the_embedding(model: Any) -> list[str]:
 
 
 def separate_shared_weights(model: nn.Module) -> list[str]:
-    """Give every adapted layer, of any PEFT method, whose weight another module shares a weight of its own, unless one
-    PERA adapter was made for all of them (``ensure_weight_tying``); otherwise a merge would change the others
-    without a word.
+    """Give each adapted layer its own copy of a weight that it shares with another module, and warn.
+
+    Otherwise a merge would silently change the other module too. Layers that share one PERA adapter
+    (``ensure_weight_tying``) keep the shared weight. Works for any PEFT method.
 
     Returns:
-        The names of these layers.
+        The names of the layers that got a copy.
     """
     sharing: dict[int, dict[str, nn.Module]] = defaultdict(dict)
     for name, module in model.named_modules():
@@ -63,15 +64,15 @@ def separate_shared_weights(model: nn.Module) -> list[str]:
                 separated.append(name)
     if separated:
         warnings.warn(
-            f"{', '.join(separated)}: the base weight was shared with another layer, which a merge would change too, "
-            "and has been separated from it. To keep them one, train with ensure_weight_tying=True.",
+            f"{', '.join(separated)}: the weight was shared with another layer and has been separated, because a merge "
+            "would change both. To keep it shared, train with ensure_weight_tying=True.",
             stacklevel=3,
         )
     return separated
 
 
 def _tied_together(adapted: list[BaseTunerLayer], count: int) -> bool:
-    """Whether all ``count`` modules are adapted, one of them by itself and the others tied to it."""
+    """Whether all ``count`` modules are adapted, and all but one use the adapter of that one."""
     layers = [layer for layer in adapted if isinstance(layer, PeraLayer)]
     sources = [layer for layer in layers if not layer.tied]
     return (

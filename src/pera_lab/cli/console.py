@@ -42,7 +42,7 @@ def print_agreement(agreement: Agreement, done: str) -> None:
 
 def refreshed_report(run: Run) -> str:
     """Write ``report.html`` of a run again and return its path."""
-    from pera_lab.report.page import write_report
+    from pera_lab.report.run import write_report
 
     file = run.path / "report.html"
     write_report([run], file)

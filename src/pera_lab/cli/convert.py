@@ -22,10 +22,10 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model and check that the outputs agree."""
     from pera_lab.convert.merge import merge as merge_adapter
+    from pera_lab.opening import locate_adapter
 
-    agreement = merge_adapter(
-        source, output, dtype=dtype or "stored", dequantised=dequantise, trust_remote_code=trust_remote_code
-    )
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
+    agreement = merge_adapter(location, output, dtype=dtype or "stored", dequantised=dequantise)
     how = " (base model dequantised first)" if dequantise else ""
     print_agreement(agreement, f"merged model written to {output}{how}")
 
@@ -58,16 +58,10 @@ def export(
         raise typer.BadParameter("give --to lora, --to gguf or --for SERVER.", param_hint="--to")
     from pera.errors import CheckFailed
     from pera_lab.convert.export import export as export_adapter
+    from pera_lab.opening import locate_adapter
 
-    done = export_adapter(
-        source,
-        output,
-        to=to,
-        max_rank=max_rank,
-        energy=energy,
-        server=server,
-        trust_remote_code=trust_remote_code,
-    )
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
+    done = export_adapter(location, output, to=to, max_rank=max_rank, energy=energy, server=server)
     out.print(escape(f"{'GGUF adapter' if (output / 'adapter.gguf').is_file() else 'LoRA'} written to {output}"))
     if done.truncation:
         out.print(escape(done.truncation.sentence()), soft_wrap=True)
@@ -93,10 +87,10 @@ def import_(
 ) -> None:
     """Write a trained LoRA as a PERA adapter with the same outputs (h = 0), as a start for further training."""
     from pera_lab.convert.from_lora import import_lora
+    from pera_lab.opening import locate_adapter
 
-    agreement = import_lora(
-        source, output, terms=terms, normalization=normalization, trust_remote_code=trust_remote_code
-    )
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
+    agreement = import_lora(location, output, terms=terms, normalization=normalization)
     print_agreement(agreement, f"PERA adapter written to {output}")
 
 

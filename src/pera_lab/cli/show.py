@@ -71,7 +71,7 @@ def report(
 ) -> None:
     """Write an HTML page about one run, or about several runs side by side."""
     from pera.errors import UserError
-    from pera_lab.report.page import write_report
+    from pera_lab.report.run import write_report
     from pera_lab.runs import Run
 
     for name in runs:

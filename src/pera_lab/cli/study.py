@@ -31,13 +31,15 @@ def run(
 ) -> None:
     """Run the remaining runs of a study: the learning rates of each method first, then the reported seeds."""
     from pera_lab.study import load_study
-    from pera_lab.study.runner import StudyFolder, all_trials, run_study
+    from pera_lab.study.folder import StudyFolder
+    from pera_lab.study.plan import known_trials
+    from pera_lab.study.runner import run_study
 
     spec = load_study(study, overrides)
     folder = StudyFolder(output or Path("studies") / spec.name)
     if plan:
         ended = folder.outcomes(spec)
-        for trial in all_trials(spec, ended):
+        for trial in known_trials(spec, ended):
             status = ended[trial.name].status if trial.name in ended else "to do"
             out.print(f"{status:9} {trial.name}", soft_wrap=True, markup=False)
         return
@@ -49,7 +51,7 @@ def run(
     for name, outcome in outcomes.items():
         if outcome.status == "failed":
             table.add_row("failed", f"{escape(name)}: {escape(outcome.error)}")
-    left = len(folder.left(spec))
+    left = len(folder.remaining(spec))
     table.add_row("remaining", f"{left} runs (run this command again to continue)" if left else "none")
     out.print(table)
     out.print(f"Next: pera study report {folder.path}")
@@ -63,7 +65,7 @@ def report(
 ) -> None:
     """Write the results of a study as an HTML page and as Markdown."""
     from pera_lab.report.study import write_study_report
-    from pera_lab.study.runner import StudyFolder
+    from pera_lab.study.folder import StudyFolder
 
     for file in write_study_report(StudyFolder(folder), output or folder / "report.html"):
         out.print(f"report written to {file}", soft_wrap=True)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pera_lab.convert.verify import Agreement
-    from pera_lab.evaluation import Part, Score
     from pera_lab.recipe import Recipe
     from pera_lab.runs import Run
+    from pera_lab.scorers import Part, Score
     from pera_lab.training import TrainingSummary
 
 
@@ -31,6 +31,7 @@ def quickstart(
     from pera_lab.convert.export import export
     from pera_lab.convert.merge import merge
     from pera_lab.evaluation import evaluate_run
+    from pera_lab.opening import locate_run
     from pera_lab.recipe import load_recipe
     from pera_lab.report.pictures import loss_picture
     from pera_lab.runs import Run
@@ -50,9 +51,10 @@ def quickstart(
     base = evaluate_run(run, base=True, console=progress)
     adapter = evaluate_run(run, console=progress)
     progress.print("Merging and exporting; each result is read back and compared with the adapter …")
+    location = locate_run(run)
     checks = {
-        "merged": merge(str(run.path), run.path / "merged"),
-        "lora": export(str(run.path), run.path / "lora").agreement,
+        "merged": merge(location, run.path / "merged"),
+        "lora": export(location, run.path / "lora").agreement,
     }
     loss_picture(run, run.path / "loss.svg")
     out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))

@@ -1,5 +1,4 @@
-"""A model folder whose weights are read when they are wanted, so that a model larger than the memory can be run and
-rewritten."""
+"""A model whose weights are read from its folder on demand, so that it can run without fitting in memory."""
 
 from __future__ import annotations
 
@@ -28,10 +27,10 @@ class Checkpoint:
     """The safetensors files of a model folder.
 
     Args:
-        folder: the folder, with ``model.safetensors`` or an index and its shards.
+        folder: a folder with ``model.safetensors``, or an index and its shards.
 
     Raises:
-        UserError: neither is there, or a shard is missing or broken.
+        UserError: a file is missing or broken.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,7 +40,7 @@ class Checkpoint:
         else:
             names = [SINGLE]
         self.shards: dict[str, list[str]] = {}
-        """The names of the tensors in each file."""
+        """Names of the tensors by file name."""
         for name in names:
             with self._open(name) as f:
                 self.shards[name] = list(f.keys())
@@ -51,7 +50,7 @@ class Checkpoint:
         return key in self._file
 
     def read(self, key: str) -> Tensor:
-        """A tensor, mapped from its file and not copied."""
+        """Return a tensor, memory-mapped from its file."""
         with self._open(self._file[key]) as f:
             tensor: Tensor = f.get_tensor(key)
             return tensor
@@ -60,14 +59,23 @@ class Checkpoint:
         try:
             return safe_open(self.folder / name, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"model: {str(self.folder / name)!r} is not a whole safetensors file: {error}.") from error
+            raise UserError(
+                f"model: {str(self.folder / name)!r} is not a complete safetensors file: {error}."
+            ) from error
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of a checkpoint without its weights, in evaluation mode; buffers are there.
+    """Build the causal language model of a checkpoint with its weights on the meta device, in evaluation mode.
+
+    Buffers have their values.
+
+    Args:
+        checkpoint: the files of the model.
+        dtype: dtype of the weights.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: its configuration or its code cannot be read.
+        UserError: the configuration or the code of the model cannot be read.
     """
     with reading(str(checkpoint.folder)), init_empty_weights(include_buffers=False):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
@@ -82,10 +90,11 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
 
 def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
-    """Where each weight that is not there comes from: its key in the checkpoint, by its name in ``model``.
+    """Find the weights of an :func:`empty_model` in its checkpoint.
 
     Returns:
-        None if the checkpoint does not hold just these, as where transformers fuses or renames weights when it loads.
+        The key in the checkpoint by name in ``model``. None if a weight has no key, because transformers fuses or
+        renames weights of this model when it loads them.
     """
     shared: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -101,13 +110,12 @@ def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str] | None:
 
 
 def fill_adapter(model: PeftModel, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Give a model on an :func:`empty_model` the saved weights of its adapter, which PEFT moves to where the base
-    model's are: nowhere.
+    """Fill in the weights of an adapter that PEFT left on the meta device, where an :func:`empty_model` has its own.
 
     Args:
         model: the model with the adapter.
-        weights: the saved weights. Those of embeddings that PEFT saves with some adapters are left to the base.
-        dtype: what the base is computed in, and so what is trained in its place.
+        weights: the saved weights. Base weights of embeddings, which PEFT saves with some adapters, are not used.
+        dtype: dtype of the base model, and so of whole modules that were trained.
     """
     own = dict(model.named_parameters())
     names = {id(weight): name for name, weight in own.items()}
@@ -122,8 +130,16 @@ def fill_adapter(model: PeftModel, weights: dict[str, Tensor], dtype: torch.dtyp
 
 @contextmanager
 def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[None]:
-    """While the block lasts, a module of an :func:`empty_model` has its weights, in ``dtype``, as long as it runs; one
-    that stands in a list, as a model's layers do, those of all modules in it too, since a module may read another's."""
+    """Context manager in which each module of an :func:`empty_model` has its weights while it runs.
+
+    A member of an ``nn.ModuleList``, such as a block, has the weights of all modules in it, because a module may read
+    the weights of another.
+
+    Args:
+        model: the model, with or without an adapter.
+        checkpoint: the files of the base model.
+        dtype: dtype of the weights.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = sources(base, checkpoint) or {}
     listed = {each for module in base.modules() if isinstance(module, nn.ModuleList) for each in module}
@@ -144,7 +160,7 @@ def weights_on_demand(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dty
 
 
 def _filling(checkpoint: Checkpoint, keys: dict[tuple[nn.Module, str], str], dtype: torch.dtype) -> Any:
-    """Hooks that give modules the weights they lack, and take those away again."""
+    """Two hooks: one reads the weights of modules, the other frees them."""
     filled: list[tuple[nn.Module, str, Any]] = []
 
     def fill(*_: Any) -> None:
@@ -166,7 +182,13 @@ def _filling(checkpoint: Checkpoint, keys: dict[tuple[nn.Module, str], str], dty
 
 
 def write_index(folder: Path, shards: dict[str, list[str]], size: int) -> None:
-    """Write the index of the shards in ``folder``, ``size`` bytes of tensors, if there is more than one file."""
+    """Write the index of a model's shards; nothing is written for a single file.
+
+    Args:
+        folder: the folder of the model.
+        shards: names of the tensors by file name.
+        size: bytes of all tensors.
+    """
     if list(shards) == [SINGLE]:
         return
     weight_map = {key: name for name, keys in shards.items() for key in keys}

@@ -1,4 +1,4 @@
-"""A PERA adapter in another form: the LoRA of rank K that it equals, or one of smaller rank that comes near it."""
+"""Export a PERA adapter: as the LoRA of rank K that equals it, or as one of smaller rank."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert import gguf, servers
 from pera_lab.convert.gguf import ADAPTER
-from pera_lab.convert.servers import Form
+from pera_lab.convert.servers import Form, Server
 from pera_lab.convert.truncate import Truncation, measured, truncate
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free
-from pera_lab.opening import Location, copy_tokenizer, locate_adapter, open_model
+from pera_lab.opening import Location, copy_tokenizer, open_model
 
 
 class Export(NamedTuple):
-    """What an export came to."""
+    """The result of an export."""
 
     agreement: Agreement
-    """The export, read back from the disk, against the adapter."""
+    """Comparison of the export, read back from the disk, with the adapter."""
     truncation: Truncation | None
-    """What was left out, if it was cut to a smaller rank."""
+    """The loss, if the export has a smaller rank."""
     start: str | None
-    """The line that starts the server it was made for."""
+    """The command that starts the server, if the export is for one."""
 
     @property
     def good(self) -> bool:
-        """Whether the outputs agree, or were asked to change."""
-        asked = self.truncation is not None and not self.truncation.lossless
-        return self.agreement.agree or (asked and self.agreement.max_difference < float("inf"))
+        """Whether the outputs agree, or are finite and were meant to change."""
+        lossy = self.truncation is not None and not self.truncation.lossless
+        return self.agreement.agree or (lossy and self.agreement.max_difference < float("inf"))
 
 
 def export(
-    source: str,
+    location: Location,
     output: Path,
     *,
     to: Form | None = None,
@@ -51,41 +51,40 @@ def export(
     energy: float | None = None,
     server: str | None = None,
     dtype: str = "float32",
-    trust_remote_code: bool = False,
 ) -> Export:
-    """Write the adapter of a run or an adapter folder as a LoRA, and compare its outputs with the adapter's.
+    """Write a PERA adapter as a LoRA, and compare its outputs with those of the adapter.
 
-    h, normalization and scale are folded into the factors, in float64, and r = lora_alpha = K for every layer, without
-    patterns; layers of smaller expanded rank are padded with zeros. That is exact. With ``max_rank`` below K, or
-    ``energy``, each layer becomes its best approximation of that rank, which is exact too where the rank reaches
-    the smaller side of its weight. The export is read back from the disk for the check, and kept when the
-    check fails.
+    The export is exact. h, normalization and scale are folded into the factors in float64. Every layer has
+    r = lora_alpha = K, without patterns; layers of smaller expanded rank are padded with zeros.
+
+    With ``max_rank`` below K, or with ``energy``, each layer becomes its best approximation of the new rank. This is
+    exact too if the rank reaches the smaller side of every weight.
+
+    The check reads the export back from the disk. The folder is kept if the check fails.
 
     Args:
-        source: what :func:`pera_lab.opening.locate` takes, with a PERA adapter.
-        output: folder to write, with ``verification.json`` and a model card: for "lora" PEFT's
-            ``adapter_config.json`` and weights, for "gguf" ``adapter.gguf``.
-        to: the form; by default what the server reads, or "lora".
+        location: the adapter and its base model.
+        output: folder to write. It holds PEFT's ``adapter_config.json`` and weights for "lora" or ``adapter.gguf`` for
+            "gguf", and ``verification.json`` and a model card.
+        to: the format. By default the one that the server reads, or "lora".
         max_rank: the largest rank of the export.
-        energy: the least share of ‖ΔW‖_F² to keep in each layer; the rank follows from it.
-        server: a key of :data:`pera_lab.convert.servers.SERVERS`, whose limits are kept; what it would not take is
-            refused.
-        dtype: what the check is computed in, a key of :data:`pera_lab.models.DTYPES`.
-        trust_remote_code: run code that comes with the base, also where no recipe says so.
+        energy: the smallest share of ‖ΔW‖_F² to keep in each layer. It determines the rank.
+        server: a key of :data:`pera_lab.convert.servers.SERVERS`. The export keeps the limits of this server.
+        dtype: dtype of the check, a key of :data:`pera_lab.models.DTYPES`.
 
     Raises:
-        UserError: there is no PERA adapter, it is broken or not finite; the form or the server cannot carry a part of
-            it or its rank; the base is not the one it was trained on; the output cannot be written.
+        UserError: the adapter is broken, is not PERA or is for another base; the format or the server cannot hold a
+            part of it or its rank; the output exists.
     """
-    form = _form(to, server)
-    _check_options(max_rank, energy, server)
+    target = None if server is None else servers.find(server)
+    form = _form(to, target)
+    _check_options(max_rank, energy)
     require_free(output)
-    location = locate_adapter(source, trust_remote_code=trust_remote_code)
     adapter = location.require_adapter()
     if not adapter.is_pera:
-        raise UserError(f"{source!r} is a {adapter.method} adapter; only a PERA adapter is exported.")
+        raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a PERA adapter can be exported.")
     model, tokenizer = open_model(location, dtype)
-    _check_tokens(source, location, model, form, server)
+    _check_tokens(location, model, form, target)
     layers, truncation = folded_layers(model, {"default": 1.0}), None
     written, rank = layers, max(layer.A.shape[-2] for layer in layers.values())
     if energy is not None or (max_rank is not None and max_rank < rank):
@@ -93,9 +92,9 @@ def export(
     lora, weights = lora_of(model, written, "default")
     base = model.get_base_model()
     weights |= adapter.saved_embeddings(base)
-    if server is not None:
-        servers.check_rank(server, lora.r, chosen=max_rank is not None or energy is not None)
-        servers.check(server, layers, lora, getattr(base.config, "num_hidden_layers", None))
+    if target is not None:
+        target.check_rank(lora.r, chosen=max_rank is not None or energy is not None)
+        target.check(layers, lora, getattr(base.config, "num_hidden_layers", None))
         servers.short_names(lora, layers, [name for name, _ in base.named_modules()])
     if form == "gguf":
         _check_gguf(lora, weights, base)
@@ -118,68 +117,69 @@ def export(
         after = logits(*_read_back(location, folder, form, dtype), prompts)
         agreement = compare(before, after, models.DTYPES[dtype])
         further: dict[str, Any] = {"truncation": asdict(truncation)} if truncation else {}
-        agreement.save(folder, of=_NAMES[form], against=source, **further)
-        said = [truncation.sentence()] if truncation else []
-        write_card(folder, form, location, "; ".join([*said, agreement.sentence()]))
-    start = servers.find(server).start(location.base, output, lora.r) if server else None
+        agreement.save(folder, of=_NAMES[form], against=location.name, **further)
+        sentences = [truncation.sentence()] if truncation else []
+        write_card(folder, form, location, "; ".join([*sentences, agreement.sentence()]))
+    start = target.start(location.base, output, lora.r, adapter.labels) if target else None
     return Export(agreement, truncation, start)
 
 
 _NAMES = {"lora": "LoRA export", "gguf": "GGUF export"}
 
 
-def _form(to: Form | None, server: str | None) -> Form:
+def _form(to: Form | None, server: Server | None) -> Form:
     if server is None:
         return to or "lora"
-    read = servers.find(server).form
-    if to is not None and to != read:
-        raise UserError(f"--to {to} is not for {server}, which reads {read}; use --to {read}")
-    return read
+    if to not in (None, server.form):
+        raise UserError(
+            f"--to {to} does not fit --for {server.name}, which reads {server.form}; use --to {server.form}."
+        )
+    return server.form
 
 
-def _check_options(max_rank: int | None, energy: float | None, server: str | None) -> None:
+def _check_options(max_rank: int | None, energy: float | None) -> None:
     if max_rank is not None and energy is not None:
-        raise UserError(f"--max-rank={max_rank} and --energy={energy} both set the rank; keep one.")
+        raise UserError(f"--max-rank={max_rank} and --energy={energy} both set the rank; give only one of them.")
     if max_rank is not None and max_rank < 1:
         raise UserError(f"--max-rank={max_rank} should be at least 1.")
     if energy is not None and not 0 < energy <= 1:
-        raise UserError(f"--energy={energy} should be a share above 0, at most 1, such as 0.999.")
+        raise UserError(f"--energy={energy} should be above 0 and at most 1, such as 0.999.")
 
 
-def _check_tokens(source: str, location: Location, model: Any, form: Form, server: str | None) -> None:
-    """Raise UserError if the adapter was trained with other tokens than its base's, for a reader that takes none."""
-    if form == "lora" and (server is None or servers.find(server).trained_whole):
+def _check_tokens(location: Location, model: Any, form: Form, server: Server | None) -> None:
+    """Raise UserError if the adapter has other tokens than its base and the reader accepts only factors."""
+    if form == "lora" and (server is None or server.trained_whole):
         return
     own = models.vocabulary(location.base, revision=location.revision, trust_remote_code=location.trust_remote_code)
     trained = len(model.get_input_embeddings().weight)
     if trained != own:
-        reader = server or "a GGUF adapter"
+        reader = server.name if server else "a GGUF adapter"
         raise UserError(
-            f"{source!r} was trained with {trained} tokens, and its base has {own}, which cannot be carried to "
-            f"{reader}; merge it: pera merge"
+            f"{location.name!r} was trained with {trained} tokens, but its base has {own}, which {reader} cannot hold; "
+            "merge it with: pera merge"
         )
 
 
 def _check_gguf(lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:
-    """Raise UserError for what a GGUF adapter does not carry."""
+    """Raise UserError for anything that a GGUF adapter cannot hold."""
     servers.refuse_trained_whole("a GGUF adapter", lora)
     factors = {key: weight for key, weight in weights.items() if ".lora_" in key}
     for key, weight in factors.items():
         if ".lora_embedding_" in key or weight.ndim != 2 or lora.target_parameters:
             (layer,) = gguf.layers_of({key: weight})
-            raise UserError(f"{layer!r} is no linear layer, and a GGUF adapter holds linear layers alone; merge it.")
+            raise UserError(f"{layer!r} is not a linear layer, and a GGUF adapter holds only those; merge the adapter.")
     layers = gguf.layers_of(weights)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     tied = head is not None and getattr(head, "base_layer", head).weight is embedding.weight
     if tied and "lm_head" in layers:
         raise UserError(
-            "'lm_head' shares its weight with the embeddings, and a GGUF file has no tensor for it; merge the adapter."
+            "'lm_head' shares its weight with the embeddings, so a GGUF file has no tensor for it; merge the adapter."
         )
     gguf.tensor_names(layers, base.config)
 
 
 def _write_lora(folder: Path, lora: LoraConfig, weights: dict[str, Tensor]) -> None:
-    for key in ("target_modules", "exclude_modules"):  # PEFT makes them sets, which are written in any order
+    for key in ("target_modules", "exclude_modules"):  # PEFT turns them into sets, whose order varies
         if isinstance(names := getattr(lora, key), set):
             setattr(lora, key, sorted(names))
     lora.inference_mode = True

@@ -1,4 +1,4 @@
-"""A trained LoRA as a PERA adapter with equal outputs, to go on training with high-order terms."""
+"""Import a trained LoRA as a PERA adapter with equal outputs, to continue its training with high-order terms."""
 
 from __future__ import annotations
 
@@ -14,42 +14,39 @@ from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free
-from pera_lab.opening import copy_tokenizer, locate_adapter, open_model
+from pera_lab.opening import Location, copy_tokenizer, open_model
 
 
 def import_lora(
-    source: str,
+    location: Location,
     output: Path,
     *,
     terms: Terms = "all",
     normalization: Normalization = "rms",
     dtype: str = "float32",
-    trust_remote_code: bool = False,
 ) -> Agreement:
-    """Write the LoRA of a run or an adapter folder as a PERA adapter, and check that the outputs agree.
+    """Write a LoRA as a PERA adapter, and check that the outputs agree.
 
-    A and B stay as they are and h is zero, so that ΔW = s BA. The scale and all that is not about products is
-    carried over; with ``normalization="rms"`` the products have the scale of one factor, and h a gradient to match,
-    once training goes on.
+    The conversion is :func:`pera.lora.from_lora`: A, B and the scale stay as they are, and h is zero.
 
     Args:
-        source: what :func:`pera_lab.opening.locate` takes, with a LoRA adapter.
-        output: folder to write: PEFT's format, ``verification.json``.
-        terms: products that take part from now on, "all", "square" or "cross".
-        normalization: of the products: "rms", "centred", "column" or "none".
-        dtype: what the check is computed in, a key of :data:`pera_lab.models.DTYPES`.
-        trust_remote_code: run code that comes with the base, also where no recipe says so.
+        location: the LoRA and its base model.
+        output: folder to write. It holds the adapter in PEFT's format, ``verification.json`` and a model card.
+        terms: products of the new adapter, "all", "square" or "cross".
+        normalization: normalization of the products; see :mod:`pera.polynomial`.
+        dtype: dtype of the check, a key of :data:`pera_lab.models.DTYPES`.
+
+    Returns:
+        The comparison of the PERA adapter, read back from the disk, with the LoRA.
 
     Raises:
-        UserError: there is no LoRA, it is broken, it uses what PERA lacks (DoRA, fused experts, …), or ``terms`` leave
-            no product; the output cannot be written.
+        UserError: the adapter is not a LoRA, is broken, or uses an option that PERA lacks, such as DoRA; ``terms``
+            leave no product; the output exists.
     """
     require_free(output)
-    location = locate_adapter(source, trust_remote_code=trust_remote_code)
     adapter = location.require_adapter()
-    config = adapter.config
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{source!r} is a {adapter.method} adapter; only a LoRA adapter is imported.")
+    if not isinstance(adapter.config, LoraConfig):
+        raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a LoRA adapter can be imported.")
     model, tokenizer = open_model(location, dtype)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)
@@ -58,8 +55,8 @@ def import_lora(
         converted.save_pretrained(str(folder))
         copy_tokenizer(location, folder)
         del model, converted
-        after = logits(*open_model(location._replace(run=None, adapter=Adapter(folder)), dtype), prompts)
-        agreement = compare(before, after, models.DTYPES[dtype])
-        agreement.save(folder, of="PERA adapter", against=source)
-        write_card(folder, "adapter", location._replace(run=None, adapter=Adapter(folder)), agreement.sentence())
+        written = location._replace(run=None, adapter=Adapter(folder))
+        agreement = compare(before, logits(*open_model(written, dtype), prompts), models.DTYPES[dtype])
+        agreement.save(folder, of="PERA adapter", against=location.name)
+        write_card(folder, "adapter", written, agreement.sentence())
     return agreement

@@ -1,4 +1,4 @@
-"""Base model and adapter into one plain model."""
+"""Merge an adapter into its base model and write the result as a plain model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, TaskType
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
@@ -33,85 +33,86 @@ from pera_lab.convert.checkpoint import (
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, read_object, require_free, write_json
 from pera_lab.models import DTYPES, dequantise, local_folder, tokenizer_files
-from pera_lab.opening import (
-    Location,
-    check_fingerprint,
-    copy_tokenizer,
-    locate_adapter,
-    open_model,
-    open_tokenizer,
-)
+from pera_lab.opening import Location, check_fingerprint, copy_tokenizer, open_model, open_tokenizer
 
 
-def merge(
-    source: str, output: Path, *, dtype: str = "stored", dequantised: bool = False, trust_remote_code: bool = False
-) -> Agreement:
-    """Merge the adapter of a run or an adapter folder into its base model and check that the outputs agree.
+def merge(location: Location, output: Path, *, dtype: str = "stored", dequantised: bool = False) -> Agreement:
+    """Merge an adapter into its base model and check that the outputs agree.
 
-    The additions are made in float32 or better; the merged model, of the same architecture as the base and in
-    files like the base's, is written in the base's dtype unless told otherwise. It is read back from the disk for the
-    check. The folder is kept when the check fails, so that it can be looked at.
+    The merged model has the architecture of the base. The check reads it back from the disk. The folder is kept if
+    the check fails, so that it can be examined.
 
-    A PERA or LoRA adapter is merged file by file, and the check reads each weight when it is wanted, so that memory
-    stays near the largest file. In memory as a whole are merged: other methods, variants of LoRA and its
-    initialisations that change the base, adapters on parameters, on weights that are shared, on tokens, and with other
-    tokens than the base's; bases whose files transformers rearranges when it loads them, or that are quantised.
-    A layer that shares its weight, as tied embeddings do, gets one of its own if the adapter is on it alone.
+    A PERA or LoRA adapter is merged file by file, and the check reads each weight when it is needed. Memory use stays
+    near the size of the largest file. These cases are merged in memory as a whole:
+
+    - other methods, variants of LoRA, and initializations of LoRA that change the base;
+    - adapters on parameters, on shared weights or on tokens, and adapters with more tokens than the base;
+    - quantised bases, classifiers, and bases whose files transformers rearranges when it loads them.
+
+    If only one of two layers with a shared weight has an adapter, as with tied embeddings, that layer gets a weight of
+    its own.
 
     Args:
-        source: what :func:`pera_lab.opening.locate` takes, with an adapter.
-        output: folder to write: model, tokenizer, ``verification.json``, model card.
-        dtype: dtype of the merged model, a key of :data:`pera_lab.models.DTYPES`, or "stored".
-        dequantised: dequantise a quantised base first, and write a plain model.
-        trust_remote_code: run code that comes with the base, also where no recipe says so.
+        location: the adapter and its base model.
+        output: folder to write the model, the tokenizer, ``verification.json`` and a model card to.
+        dtype: dtype of the merged model, a key of :data:`pera_lab.models.DTYPES`, or "stored" for that of the base.
+            The additions are made in float32 or better.
+        dequantised: dequantise a quantised base first.
+
+    Returns:
+        The comparison of the merged model with base and adapter.
 
     Raises:
-        UserError: the adapter is broken or holds NaN, or is for another base; the base is quantised, unless
-            ``dequantised``, or it is not, with it; the sum is not finite in ``dtype``; the output cannot be written.
+        UserError: the adapter is broken, is for another base or does not change weights; the base is quantised without
+            ``dequantised``, or is not quantised with it; a weight overflows in ``dtype``; the output exists.
     """
     require_free(output)
-    location = locate_adapter(source, trust_remote_code=trust_remote_code)
     adapter = location.require_adapter()
-    config = adapter.config
-    if config.is_prompt_learning:
-        raise UserError(
-            f"{source!r} is a {adapter.method} adapter, which is no change of weights and cannot be merged."
-        )
+    if adapter.config.is_prompt_learning:
+        raise UserError(f"{location.name!r} is a {adapter.method} adapter, which does not change weights to merge.")
     folder = local_folder(location.base, location.revision)
     quantised = "quantization_config" in read_object(folder / "config.json")
     if quantised and not dequantised:
         raise UserError(
-            f"{source!r} sits on a quantised base, {location.base!r}, which would lose most of what was learned to "
-            "rounding and cannot be saved; dequantise it first with --dequantise, or merge into the base model before "
-            "quantisation."
+            f"the base of {location.name!r}, {location.base!r}, is quantised, and rounding would lose most of the "
+            "adapter; add --dequantise, or merge into the base model before quantisation."
         )
     if dequantised and not quantised:
-        raise UserError(f"--dequantise: the base of {source!r}, {location.base!r}, is not quantised; leave it out.")
-    streamed = None if quantised else _streamed(location, folder, config, dtype)
+        raise UserError(
+            f"--dequantise: the base of {location.name!r}, {location.base!r}, is not quantised; leave it out."
+        )
+    streamed = None if quantised else _stream(location, folder, dtype)
     if streamed is None:
-        return _merge_in_memory(source, location, output, dtype, quantised)
-    return _merge_by_files(source, location, output, folder, *streamed, dtype)
+        return _merge_in_memory(location, output, dtype, quantised)
+    return _merge_by_files(location, output, streamed, dtype)
 
 
-def _streamed(
-    location: Location, folder: Path, config: PeftConfig, dtype: str
-) -> tuple[Any, Checkpoint, torch.dtype] | None:
-    """The model without its base's weights, and where they are; None if it has to be merged in memory."""
-    if config.task_type == TaskType.SEQ_CLS:  # its head is no part of the base's files
+class _Streamed(NamedTuple):
+    """A model with an adapter whose base weights stay in the files."""
+
+    model: Any
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    """The dtype of its computation."""
+
+
+def _stream(location: Location, folder: Path, dtype: str) -> _Streamed | None:
+    """Open the model without the weights of its base; None if it has to be merged in memory."""
+    adapter = location.require_adapter()
+    if adapter.labels is not None:  # the head is not in the files of the base
         return None
-    if not _factors_alone(config):
+    if not _only_factors(adapter.config):
         return None
     if not any(folder.glob("*.safetensors")):
         return None
     checkpoint = Checkpoint(folder)
-    first = next(key for keys in checkpoint.shards.values() for key in keys)
-    computed = DTYPES[dtype] if dtype in DTYPES else checkpoint.read(first).dtype
+    stored = [key for keys in checkpoint.shards.values() for key in keys]
+    computed = DTYPES[dtype] if dtype in DTYPES else checkpoint.read(stored[0]).dtype
     base = empty_model(checkpoint, computed, trust_remote_code=location.trust_remote_code)
     shared, found = _shared(base), sources(base, checkpoint)
-    if found is None or not {key for keys in checkpoint.shards.values() for key in keys} <= set(base.state_dict()):
+    if found is None or not set(stored) <= set(base.state_dict()):
         return None
     check_fingerprint(location, base, lambda name: checkpoint.read(found[name]))
-    adapter = location.require_adapter()
     if adapter.resized_to(base):
         return None
     model = adapter.load_on(base)
@@ -120,38 +121,31 @@ def _streamed(
         changed = isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
         if isinstance(module, ParamWrapper) or (changed and base_name(f"{name}.weight") in shared):
             return None
-    return model, checkpoint, computed
+    return _Streamed(model, checkpoint, computed)
 
 
-def _factors_alone(config: PeftConfig) -> bool:
-    """Whether an adapter is PERA or plain LoRA on modules, with which the base stays as its files have it."""
+def _only_factors(config: PeftConfig) -> bool:
+    """Whether an adapter is PERA or plain LoRA on modules, so that it leaves the base as it is in the files."""
     variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
     further = ("trainable_token_indices", "target_parameters", "ensure_weight_tying", "lora_bias", *variants)
     return (
-        type(config) in (PeraConfig, LoraConfig)  # not AdaLoRA's, which is a LoraConfig too
-        and getattr(config, "init_lora_weights", True) in (True, False, "gaussian")  # others change it
+        type(config) in (PeraConfig, LoraConfig)  # AdaLoRA's configuration is a subclass
+        and getattr(config, "init_lora_weights", True) in (True, False, "gaussian")  # the others change the base
         and not any(getattr(config, key, None) for key in further)
     )
 
 
 def _shared(model: nn.Module) -> set[str]:
-    """The names of weights that are one with another."""
+    """Names of weights that two modules share."""
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
     return {name for same in names.values() if len(same) > 1 for name in same}
 
 
-def _merge_by_files(
-    source: str,
-    location: Location,
-    output: Path,
-    base: Path,
-    model: Any,
-    checkpoint: Checkpoint,
-    computed: torch.dtype,
-    dtype: str,
-) -> Agreement:
+def _merge_by_files(location: Location, output: Path, streamed: _Streamed, dtype: str) -> Agreement:
+    model, checkpoint, computed = streamed
+    base = checkpoint.folder
     tokenizer = open_tokenizer(location)
     prompts = prompts_of(location)
     with weights_on_demand(model, checkpoint, computed):
@@ -159,7 +153,7 @@ def _merge_by_files(
     size = 0
     with atomic_folder(output) as folder:
         for name, keys in checkpoint.shards.items():
-            merged = {key: _merged(model.get_base_model(), key, checkpoint.read(key), dtype, source) for key in keys}
+            merged = {key: _merged(model.get_base_model(), key, checkpoint.read(key), dtype, location) for key in keys}
             save_file(merged, folder / name, metadata={"format": "pt"})
             size += sum(weight.nbytes for weight in merged.values())
             del merged
@@ -170,19 +164,27 @@ def _merge_by_files(
         if dtype != "stored":
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
-        write_json(folder / "config.json", config)  # last: without it the folder is no model
-        del model
+        write_json(folder / "config.json", config)  # last: a folder without it is not a model
+        del model, streamed
         gc.collect()
         written = Checkpoint(folder)
         plain = empty_model(written, computed, trust_remote_code=location.trust_remote_code)
         with weights_on_demand(plain, written, computed):
             after = logits(plain, tokenizer, prompts)
-        return _finish(folder, source, location, compare(before, after, computed))
+        return _finish(folder, location, compare(before, after, computed))
 
 
 @torch.no_grad()
-def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, source: str) -> Tensor:
-    """The tensor ``key`` of the merged model, from that of the base model."""
+def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, location: Location) -> Tensor:
+    """Compute a tensor of the merged model.
+
+    Args:
+        base: the base model with the layers of the adapter.
+        key: the name of the tensor.
+        weight: the tensor of the base model.
+        dtype: as for :func:`merge`.
+        location: the adapter, for messages.
+    """
     path, _, attribute = key.rpartition(".")
     owner: Any = base.get_submodule(path)
     stored = weight.dtype
@@ -193,24 +195,26 @@ def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, source: str) 
         empty = layer._parameters[attribute]
         if attribute == "weight":
             layer.weight = nn.Parameter(weight.to(torch.promote_types(stored, torch.float32)), requires_grad=False)
-            with _refusal(source):
+            with _refusal(location):
                 owner.merge(safe_merge=True)
             weight, layer.weight = layer.weight.detach(), empty
             owner.merged_adapters.clear()
         elif not empty.is_meta:  # a trained bias
             weight = empty.detach()
-    elif (own := owner._parameters.get(attribute)) is not None and not own.is_meta:  # trained too
+    elif (own := owner._parameters.get(attribute)) is not None and not own.is_meta:  # a trained bias of another layer
         weight = own.detach()
     if not weight.is_floating_point():
         return weight
-    target = DTYPES.get(dtype, stored)
-    result = weight.to(target)
+    result = weight.to(DTYPES.get(dtype, stored))
     if result.dtype != weight.dtype and not torch.isfinite(result).all():
-        raise UserError(f"{source!r} cannot be merged: {key} is beyond the range of {str(target)[6:]}; try bfloat16.")
+        raise UserError(
+            f"{location.name!r} cannot be merged: {key} is beyond the range of {str(result.dtype)[6:]}; "
+            "try --dtype bfloat16."
+        )
     return result.contiguous()
 
 
-def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, quantised: bool) -> Agreement:
+def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bool) -> Agreement:
     model, tokenizer = open_model(location, "stored" if quantised else dtype)
     prompts = prompts_of(location)
     if quantised:
@@ -223,36 +227,41 @@ def _merge_in_memory(source: str, location: Location, output: Path, dtype: str, 
     separate_shared_weights(model.base_model.model)
     if not quantised:
         before = logits(model, tokenizer, prompts)
-    with _refusal(source):
+    with _refusal(location):
         merged = model.merge_and_unload(safe_merge=True)
     with atomic_folder(output) as folder:
         merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-        torch_dtype = next(merged.parameters()).dtype
+        computed = next(merged.parameters()).dtype
         del model, merged
         written = Location(None, None, str(folder), trust_remote_code=location.trust_remote_code)
         after = logits(*open_model(written), prompts)
-        return _finish(folder, source, location, compare(before, after, torch_dtype))
+        return _finish(folder, location, compare(before, after, computed))
 
 
 @contextmanager
-def _refusal(source: str) -> Iterator[None]:
-    """Turn what PEFT raises on weights that cannot take the adapter into one :class:`UserError`."""
+def _refusal(location: Location) -> Iterator[None]:
+    """Raise :class:`UserError` in place of the errors of PEFT for weights that cannot take the adapter."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{source!r} cannot be merged: {' '.join(str(error).split()).rstrip('.')}.") from error
+        raise UserError(f"{location.name!r} cannot be merged: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
-def _finish(folder: Path, source: str, location: Location, agreement: Agreement) -> Agreement:
-    agreement.save(folder, of="merged model", against=source)
+def _finish(folder: Path, location: Location, agreement: Agreement) -> Agreement:
+    agreement.save(folder, of="merged model", against=location.name)
     write_card(folder, "merged", location, agreement.sentence())
     return agreement
 
 
 def _copy_companions(base: Path, folder: Path, left_out: Collection[Path]) -> None:
-    """Copy what belongs to the model beside its weights and configuration: tokenizer, chat template, generation
-    settings, code; but not what is ``left_out``."""
+    """Copy the files next to the weights of the base: tokenizer, chat template, generation settings and code.
+
+    Args:
+        base: the folder of the base model.
+        folder: the folder of the merged model.
+        left_out: files that are not copied.
+    """
     for file in sorted(base.iterdir()):
         wanted = file.suffix in (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
         own = file.name in ("config.json", "verification.json") or file.name.endswith(".index.json")

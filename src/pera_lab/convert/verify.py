@@ -1,4 +1,4 @@
-"""Do two models answer alike? Both run the same prompts, and their logits are compared token by token."""
+"""Comparison of two models: both run the same prompts, and their logits are compared token by token."""
 
 from __future__ import annotations
 
@@ -17,10 +17,19 @@ from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
 from pera_lab.files import write_json
 from pera_lab.opening import Location, locate, open_model
-from pera_lab.tasks.prompts import encode_prompt
+from pera_lab.tasks.encoding import encode_prompt
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
-"""Largest logit difference that rounding explains in a model computed in this dtype (docs/architecture.md)."""
+"""Largest logit difference that rounding explains, by the dtype of the computation (docs/architecture.md)."""
+
+QUANTISED_TOLERANCE = 3.0
+"""Largest difference of log-probabilities that rounding explains in llama.cpp with quantised weights.
+
+llama.cpp then rounds activations to 8 bits. Most of the differences are in log-probabilities far below the largest
+(docs/serving.md), so the KL divergence says more."""
+
+COMPARED_IN_LLAMA_CPP = 4
+"""Tokens at the end of each prompt that are compared with llama.cpp, which needs one request for each."""
 
 PROMPTS = (
     "What is the capital of France?",
@@ -30,15 +39,7 @@ PROMPTS = (
     "Name three animals that live in Africa.",
     "Explain in a few words why the sky is blue.",
 )
-"""Asked when the model's own task is not known."""
-
-
-QUANTISED_TOLERANCE = 3.0
-"""The same for llama.cpp with quantised weights, for which it rounds activations to 8 bits: of the log-probabilities,
-most of them far below those that matter (docs/serving.md). The KL divergence says more."""
-
-COMPARED_IN_LLAMA_CPP = 4
-"""Tokens at the end of each prompt that are compared with llama.cpp, which gives one token's at a time."""
+"""Prompts for a model whose task is not known."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,23 @@ class Agreement:
     prompts: int
     tokens: int
     max_difference: float
-    """Largest absolute difference of two logits."""
+    """Largest absolute difference between two logits."""
     tolerance: float
     dtype: str
     near_ties: int
-    """Tokens whose two best logits lie closer together than the tolerance, so that rounding may swap them."""
+    """Tokens whose two largest logits differ by less than the tolerance, so that rounding may swap them."""
     same_top1: float
-    """Share of the other tokens for which both models would say the same."""
+    """Share of the other tokens for which both models predict the same token."""
     kl_divergence: float
     """Mean over the tokens of KL(reference ‖ other) between the distributions of the next token, in nats."""
     of: str = ""
-    """What was compared; with ``against`` it is known once the agreement is saved."""
+    """What was checked, such as "merged model". Empty until the result is saved."""
     against: str = ""
+    """Name of the reference. Empty until the result is saved."""
 
     @property
     def agree(self) -> bool:
-        """Whether the difference is within the tolerance and every token that is no near-tie is the same."""
+        """Whether the difference is within the tolerance and all predictions are equal, apart from near-ties."""
         return self.max_difference <= self.tolerance and self.same_top1 == 1.0
 
     def sentence(self) -> str:
@@ -71,12 +73,19 @@ class Agreement:
         return (
             f"largest logit difference {self.max_difference:.1e} (tolerance {self.tolerance:g}, {self.dtype}), "
             f"{100 * self.same_top1:.1f} % of top-1 tokens equal over {self.tokens} tokens"
-            + (f", near-ties ({self.near_ties}) apart" if self.near_ties else "")
+            + (f" ({self.near_ties} near-ties left out)" if self.near_ties else "")
             + f", KL divergence {self.kl_divergence:.1e}"
         )
 
     def save(self, folder: Path, of: str, against: str, **further: Any) -> None:
-        """Write the result, and what else is known, to ``verification.json`` in ``folder``."""
+        """Write the result to ``verification.json``.
+
+        Args:
+            folder: the folder to write it to.
+            of: what was checked, such as "merged model".
+            against: the name of the reference.
+            further: additional entries of the file.
+        """
         record = {**asdict(self), "of": of, "against": against, "agree": self.agree, **further}
         write_json(folder / "verification.json", record)
 
@@ -91,23 +100,24 @@ def verify(
     in_llama_cpp: bool = False,
     trust_remote_code: bool = False,
 ) -> Agreement:
-    """Compare two of: run folder, adapter folder (of any PEFT method), model, GGUF adapter. B is judged against A.
+    """Compare two models. Each is a run folder, an adapter folder of any PEFT method, a model or a GGUF adapter.
 
     Args:
-        a, b: what :func:`pera_lab.opening.locate` takes, or a GGUF adapter or the folder of its export.
-        dtype: what both are computed in, a key of :data:`pera_lab.models.DTYPES`.
-        prompts: a text file, one prompt a line; None takes those of a run's task, else :data:`PROMPTS`.
-        base: the base model of a GGUF adapter, such as a .gguf file; None takes that of the other side.
-        in_llama_cpp: compute B, a GGUF adapter or model, in llama.cpp itself, by its HTTP endpoint, and compare
-            log-probabilities at the last tokens of each prompt. On a quantised base llama.cpp rounds activations too.
-        trust_remote_code: run code that comes with either model, also where no recipe says so.
+        a: the reference: a name for :func:`pera_lab.opening.locate`, a GGUF adapter, or the folder of its export.
+        b: the model that is compared with it, given in the same way.
+        dtype: dtype of both computations, a key of :data:`pera_lab.models.DTYPES`.
+        prompts: a text file with one prompt per line. None takes the prompts of a run's task, or :data:`PROMPTS`.
+        base: the base model of a GGUF adapter, such as a .gguf file. None takes the base of the other side.
+        in_llama_cpp: compute B, a GGUF adapter or model, with llama.cpp over HTTP, and compare log-probabilities at
+            the last tokens of each prompt. On a quantised base llama.cpp also rounds activations.
+        trust_remote_code: run code that comes with either model, even if no recipe says so.
 
     Raises:
-        UserError: one of them cannot be opened, or their vocabularies differ.
+        UserError: a model cannot be opened, or their vocabularies differ.
     """
     first, second = (_side(name, other, base, trust_remote_code) for name, other in ((a, b), (b, a)))
     if base is not None and not (first.gguf or second.gguf):
-        raise UserError(f"--base={base!r} is for a GGUF adapter, and neither {a!r} nor {b!r} is one.")
+        raise UserError(f"--base={base!r} is for a GGUF adapter, but neither {a!r} nor {b!r} is one; leave it out.")
     asked = prompts_in(prompts) if prompts else prompts_of(first.location, second.location)
     model, tokenizer = first.open(dtype)
     reference = logits(model, tokenizer, asked)
@@ -117,7 +127,7 @@ def verify(
 
 
 class _Side(NamedTuple):
-    """What is compared: a location, or a GGUF adapter on the base of one."""
+    """One side of a comparison: a location, or a GGUF adapter on the base model of a location."""
 
     location: Location
     gguf: Path | None
@@ -134,11 +144,11 @@ def _side(name: str, other: str, base: str | None, trust_remote_code: bool) -> _
     if base is None and _gguf_adapter(other) is not None:
         raise UserError(f"{name!r} and {other!r} are GGUF adapters, which do not name their base; add --base.")
     location = locate(other if base is None else base, trust_remote_code=trust_remote_code)
-    return _Side(Location(None, None, *location[2:]), file)
+    return _Side(location._replace(run=None, adapter=None), file)
 
 
 def _gguf_adapter(name: str) -> Path | None:
-    """The GGUF adapter that ``name`` is, or that lies in the folder ``name`` of an export; else None."""
+    """The GGUF adapter at a path or in an export folder; None if there is none."""
     path = Path(name).expanduser()
     if (path / ADAPTER).is_file():
         return path / ADAPTER
@@ -146,12 +156,11 @@ def _gguf_adapter(name: str) -> Path | None:
 
 
 def _compare_with_llama_cpp(reference: list[Tensor], prompts: list[list[int]], side: _Side, name: str) -> Agreement:
-    base = side.location.base
-    model = embedded.resolve_gguf(base)
+    model = embedded.resolve_gguf(side.location.base)
     if model is None or side.location.adapter is not None:
         raise UserError(
-            f"{name!r} is not what llama.cpp computes, a GGUF model or a GGUF adapter on one; give an adapter.gguf, "
-            "and with --base the .gguf file of its base model."
+            f"--llama-cpp: {name!r} is neither a GGUF model nor a GGUF adapter on one; give an adapter.gguf, and the "
+            ".gguf file of its base model with --base."
         )
     kept = [log_p[-COMPARED_IN_LLAMA_CPP:].log_softmax(-1).clamp(min=LEAST) for log_p in reference]
     with serving(model, side.gguf, context=max(map(len, prompts)) + 1) as address:
@@ -166,32 +175,46 @@ def _compare_with_llama_cpp(reference: list[Tensor], prompts: list[list[int]], s
 
 
 def prompts_in(file: Path) -> list[str]:
-    """The prompts in a text file, one a line; raises UserError if there are none."""
+    """Read the prompts in a text file, one per line; raises UserError if there are none."""
     try:
         found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts: {str(file)!r} is not a text file that can be read: {error}.") from error
+        raise UserError(f"--prompts: {str(file)!r} is not a readable text file: {error}.") from error
     if not found:
-        raise UserError(f"--prompts: {str(file)!r} holds no prompt; write one a line.")
+        raise UserError(f"--prompts: {str(file)!r} is empty; write one prompt per line.")
     return found
 
 
 def prompts_of(*locations: Location, count: int = 6) -> list[str]:
-    """Held-out prompts of the task of the first run among ``locations``; else, and with a warning where the data of the
-    task are gone, :data:`PROMPTS`."""
+    """The first held-out prompts of the task of a run, or :data:`PROMPTS`.
+
+    If the data of the task are missing, the function warns and returns :data:`PROMPTS`.
+
+    Args:
+        locations: the first one that is a run provides the prompts.
+        count: the largest number of prompts.
+    """
     run = next((location.run for location in locations if location.run is not None), None)
     if run is not None:
         try:
-            return [example.prompt for example in run.recipe.build_task().test[:count]]
+            return [example.prompt for example in run.recipe.build_splits().test[:count]]
         except UserError as error:
-            warnings.warn(f"the check is made on prompts of its own: {error}", stacklevel=2)
+            warnings.warn(f"the outputs are compared on built-in prompts: {error}", stacklevel=2)
     return list(PROMPTS[:count])
 
 
 @torch.no_grad()
 def logits(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[Tensor]:
-    """Logits of every token of every prompt, one ``(tokens, vocabulary)`` tensor each, in float32 on the CPU; of a
-    classifier ``(1, labels)``. Of a prompt longer than what the model takes, the end counts."""
+    """Logits of every token of every prompt.
+
+    Args:
+        model: a causal language model or a classifier, in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: the prompts. A prompt that is too long for the model is cut at its beginning.
+
+    Returns:
+        For each prompt ``(tokens, vocabulary)``, or ``(1, labels)`` for a classifier, in float32 on the CPU.
+    """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     results = []
     for prompt in prompts:
@@ -207,7 +230,13 @@ def _ids(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[in
 def compare(
     reference: list[Tensor], other: list[Tensor], dtype: torch.dtype, tolerance: float | None = None
 ) -> Agreement:
-    """Compare the :func:`logits` of two models that were computed in ``dtype``, with its tolerance unless one is given.
+    """Compare the logits of two models.
+
+    Args:
+        reference: the :func:`logits` of one model.
+        other: the :func:`logits` of the other model for the same prompts.
+        dtype: the dtype in which they were computed.
+        tolerance: the largest difference that counts as equal. None takes the value in :data:`TOLERANCE`.
 
     Raises:
         UserError: the shapes differ, as with different tokenizers or vocabularies.
@@ -215,16 +244,16 @@ def compare(
     for a, b in zip(reference, other, strict=True):
         if a.shape != b.shape:
             raise UserError(
-                f"the two models cannot be compared: logits of shapes {tuple(a.shape)} and {tuple(b.shape)}."
+                f"the models cannot be compared: their logits have shapes {tuple(a.shape)} and {tuple(b.shape)}."
             )
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     x, y = torch.cat(reference), torch.cat(other)
     best = x.topk(min(2, x.shape[-1]), dim=-1).values
-    clear = (best[:, 0] - best[:, -1]) > tolerance  # a regression has one logit, and no token to choose
+    clear = (best[:, 0] - best[:, -1]) > tolerance  # False for a regression: it has one logit and predicts no token
     same = x.argmax(-1) == y.argmax(-1)
     difference = (x - y).abs().max().item()
     divergence = sum(_divergence(a, b) for a, b in zip(reference, other, strict=True)) / len(x)
-    if difference != difference:  # NaN, of which argmax says nothing
+    if difference != difference:  # NaN, for which argmax is meaningless
         same, clear = torch.zeros(1), torch.ones(1, dtype=torch.bool)
         difference = divergence = float("inf")
     return Agreement(
@@ -240,6 +269,6 @@ def compare(
 
 
 def _divergence(reference: Tensor, other: Tensor) -> float:
-    """Σ over the tokens of one prompt of Σ p log (p / q), in float64; rounding below zero counts as zero."""
+    """Sum over the tokens of one prompt of Σ p log (p / q), in float64. A value that rounds below zero becomes zero."""
     p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
     return max(0.0, torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True).item())

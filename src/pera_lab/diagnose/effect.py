@@ -18,7 +18,7 @@ from pera_lab.diagnose.factors import kind
 from pera_lab.files import write_json
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
-from pera_lab.tasks.prompts import IGNORED, encode_task, task_collator
+from pera_lab.tasks.encoding import IGNORED
 
 Part = Literal["square", "cross", "high_order"]
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -124,11 +124,11 @@ def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list
     """
     recipe = run.recipe
     model, tokenizer = open_model(locate_run(run), "float32")
-    task = recipe.build_task()
-    run.check_data(task.manifest)
-    encoded = encode_task(task, tokenizer, task.test[:examples], recipe.training.max_length).rows
+    splits = recipe.build_splits()
+    run.check_data(splits.manifest)
+    encoded = recipe.task.encode(tokenizer, splits.test[:examples], recipe.training.max_length).rows
     encoded.sort(key=lambda row: len(row["input_ids"]))
-    collate = task_collator(task, tokenizer, model.get_base_model())
+    collate = recipe.task.collator(tokenizer, model.get_base_model())
     device = next(model.parameters()).device
     batches = [
         {key: value.to(device) for key, value in collate(encoded[i : i + batch_size]).items()}

@@ -1,1 +1,1 @@
-"""A run becomes something a person looks at."""
+"""HTML pages and figures about runs and studies."""

@@ -1,4 +1,4 @@
-"""What a report finds in a run folder. Whatever is not there is a sentence, and the command that makes it."""
+"""The parts of a run folder that a report shows. A missing part is a sentence and the command that makes it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pera.errors import UserError
 from pera.tuner import PeraConfig
 from pera_lab.convert.verify import Agreement
 from pera_lab.diagnose import Effects, Layer, diagnose_adapter, place_layers
-from pera_lab.evaluation import Prediction, Score, read_predictions
+from pera_lab.evaluation import read_predictions
 from pera_lab.files import checked, read_as
 from pera_lab.runs import Run
+from pera_lab.scorers import Prediction, Score
 from pera_lab.training import TrainingSummary
 
 T = TypeVar("T")
@@ -29,12 +30,12 @@ COMMANDS = {
     "merged": "pera merge {run} --output {run}/merged",
     "lora": "pera export {run} --to lora --output {run}/lora",
 }
-"""What makes each part of a run folder."""
+"""The command that makes each part of a run folder."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A part that is not there: why, and the command that makes it."""
+    """A part that is not there, with the reason and the command that makes it."""
 
     reason: str
     command: str = ""
@@ -42,33 +43,33 @@ class Missing:
 
 @dataclass(frozen=True)
 class ScoreOf(Score):
-    """A score and how the answers were judged."""
+    """A score and the scorer that judged the answers."""
 
     scorer: str = ""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One problem, answered by both models."""
+    """The answers of both models to one problem."""
 
     base: Prediction
     tuned: Prediction
 
     @property
     def transition(self) -> str:
-        """Newly right, newly wrong, still right or still wrong."""
+        """One of "newly right", "newly wrong", "still right" and "still wrong"."""
         word = "newly" if self.base.correct != self.tuned.correct else "still"
         return f"{word} {'right' if self.tuned.correct else 'wrong'}"
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The logged lines of a training."""
+    """The lines that training logged."""
 
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def series(self, key: str) -> list[float]:
-        """One value for each line; NaN where it is missing."""
+        """Return one value per line; NaN where it is missing."""
         return [number_or_nan(line.get(key)) for line in self.lines]
 
     @property
@@ -78,21 +79,21 @@ class Metrics:
 
     @property
     def last_loss(self) -> float | None:
-        """The last loss, if there is one."""
+        """The last loss, or None."""
         return self.series("loss")[-1] if self.lines else None
 
     @property
     def ratios(self) -> list[tuple[int, dict[str, float]]]:
-        """Step and high-order ratio by kind of module, where they were recorded."""
+        """Step and high-order ratio by kind of module, for the lines that have them."""
         recorded = [(line["step"], line.get("high_order_ratio")) for line in self.lines]
         return [(s, {str(k): number_or_nan(v) for k, v in r.items()}) for s, r in recorded if isinstance(r, dict) and r]
 
 
 class Contents:
-    """A run folder, read part by part; each part is the thing itself or a :class:`Missing`.
+    """A run folder. Each part is read on first use and is either its content or a :class:`Missing`.
 
     Raises:
-        UserError: the recipe, the one part that must be there, cannot be read.
+        UserError: the recipe, the only required part, cannot be read.
     """
 
     def __init__(self, run: Run) -> None:
@@ -102,24 +103,24 @@ class Contents:
 
     @cached_property
     def metrics(self) -> Metrics | Missing:
-        """The logged training."""
+        """The lines that training logged."""
         try:
             lines = self.run.metrics()
         except (OSError, ValueError) as error:
             return Missing(f"metrics.jsonl cannot be read: {_line(error)}.")
         steps = [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
         if not steps:
-            return self._missing("Nothing was logged in metrics.jsonl.", "" if self.trained else "adapter")
+            return self._missing("metrics.jsonl has no logged steps.", "" if self.trained else "adapter")
         return Metrics(steps)
 
     @cached_property
     def is_pera(self) -> bool:
-        """Whether the recipe asks for PERA."""
+        """Whether the method of the recipe is PERA."""
         return isinstance(self.recipe.peft_config(), PeraConfig)
 
     @property
     def trained(self) -> bool:
-        """Whether training has ended."""
+        """Whether training has finished."""
         return self.run.finished
 
     @cached_property
@@ -132,8 +133,8 @@ class Contents:
             command = f"scores of the {what}"
             if isinstance(content, Missing):
                 scores[which] = self._missing(content.reason, command)
-            elif which == "base" and self.recipe.task_type != "CAUSAL_LM":
-                scores[which] = Missing("The base model has no trained head, so there is no score of it.")
+            elif which == "base" and (reason := self.recipe.task.base_refusal):
+                scores[which] = Missing(reason)
             elif which not in content:
                 scores[which] = self._missing(f"The {what} has not been scored.", command)
             else:
@@ -142,7 +143,7 @@ class Contents:
         return scores
 
     def score(self, which: str) -> ScoreOf | None:
-        """The score of "base" or "adapter", if there is one."""
+        """Return the score of "base" or "adapter", or None."""
         found = self.scores[which]
         return found if isinstance(found, ScoreOf) else None
 
@@ -153,7 +154,7 @@ class Contents:
 
     @cached_property
     def changes(self) -> list[Change] | Missing:
-        """The problems that both models answered."""
+        """The problems that both models have answered."""
         base, tuned = self.predictions["base"], self.predictions["adapter"]
         if isinstance(base, Missing):
             return base
@@ -165,9 +166,9 @@ class Contents:
 
     @cached_property
     def layers(self) -> list[Layer] | Missing:
-        """The adapted layers, diagnosed from their factors."""
+        """The diagnosis of each adapted layer, from its factors."""
         if not self.trained:
-            return self._missing("Training has not ended, so there is no adapter yet.", "adapter")
+            return self._missing("Training has not finished, so there is no adapter yet.", "adapter")
         try:
             return place_layers(diagnose_adapter(self.run.adapter))
         except UserError as error:
@@ -175,7 +176,7 @@ class Contents:
 
     @cached_property
     def parameters(self) -> int | None:
-        """Number of trained values in the adapter's weights file, those of a head included."""
+        """Number of trained values in the weights file of the adapter, including a classification head."""
         try:
             return sum(self.run.adapter.sizes.values())
         except UserError:
@@ -183,34 +184,34 @@ class Contents:
 
     @cached_property
     def effects(self) -> Effects | Missing:
-        """What the high-order terms do."""
+        """The effect of the high-order terms on the loss."""
         file = self.run.effect_file
         if not self.is_pera:
-            return Missing("The adapter is not a PERA adapter; it has no high-order terms.")
+            return Missing("The adapter is not a PERA adapter, so it has no high-order terms.")
         if not self.trained:
-            return self._missing("Training has not ended, so nothing can be taken out of the adapter yet.", "adapter")
+            return self._missing("Training has not finished, so there is no adapter to measure yet.", "adapter")
         if not file.is_file():
             return self._missing("The effect of the high-order terms has not been measured.", "effect")
         return self._read(file, Effects, "effect")
 
     @cached_property
     def cost(self) -> TrainingSummary | Missing:
-        """What the training took."""
+        """Time, tokens and memory of the training."""
         file = self.run.cost_file
         if not self.trained:
-            return self._missing("Training has not ended; its cost is recorded when it does.", "adapter")
+            return self._missing("Training has not finished; its cost is recorded at the end.", "adapter")
         if not file.is_file():
-            return Missing("There is no cost.json, so the cost of this training is not known; pera train records it.")
+            return Missing("There is no cost.json, so the cost of this training is unknown; pera train writes it.")
         return self._read(file, TrainingSummary, "")
 
     @cached_property
     def verifications(self) -> dict[str, Agreement | Missing]:
-        """How far the merged model, the LoRA and other forms of the adapter agree with it, by folder."""
+        """How well the merged model, the LoRA and other exports agree with the adapter, by folder."""
         found: dict[str, Agreement | Missing] = {
-            "merged": self._missing("The adapter has not been merged into its base model here.", "merged"),
+            "merged": self._missing("The adapter has not been merged into its base model.", "merged"),
         }
         if self.is_pera:
-            found["lora"] = self._missing("The adapter has not been exported as a LoRA here.", "lora")
+            found["lora"] = self._missing("The adapter has not been exported as a LoRA.", "lora")
         for file in sorted(self.run.path.glob("*/verification.json")):
             found[file.parent.name] = self._read(file, Agreement, file.parent.name)
         return found
@@ -220,7 +221,7 @@ class Contents:
         """Versions, hardware, seed and base model."""
         file = self.run.environment_file
         if not file.is_file():
-            return Missing("There is no environment.json; pera train writes it when it starts.")
+            return Missing("There is no environment.json; pera train writes it at the start.")
         found = self._read(file, dict[str, Any], "")
         if not isinstance(found, Missing) and isinstance(found.get("command"), list):
             return {**found, "command": shlex.join(map(str, found["command"]))}
@@ -230,7 +231,7 @@ class Contents:
         what = "base model" if which == "base" else "adapter"
         file, command = self.run.predictions / f"{which}.jsonl", f"scores of the {what}"
         if not file.is_file():
-            return self._missing(f"The answers of the {what} are not there.", command)
+            return self._missing(f"There are no answers of the {what}.", command)
         return self._found(partial(read_predictions, file), command)
 
     def _read(self, file: Path, kind: type[T], command: str) -> T | Missing:
@@ -243,13 +244,13 @@ class Contents:
             return self._missing(str(error), command)
 
     def _missing(self, reason: str, makes: str) -> Missing:
-        if makes and not self.trained:  # nothing can be made of a run before its training has ended
+        if makes and not self.trained:  # every other part needs a trained adapter
             makes = "adapter"
         return Missing(reason, COMMANDS.get(makes, "").format(run=shlex.quote(str(self.run.path))))
 
 
 def number_or_nan(value: Any) -> float:
-    """The value if it is a number, else NaN."""
+    """Return the value if it is a number, else NaN."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 

@@ -1,4 +1,4 @@
-"""How figures look: sizes, colours, axes, and the SVG element that a page takes in."""
+"""The look of the figures (sizes, colours, axes) and their SVG elements for a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0b62a4", "#b35900", "#117a52", "#7a3e9d", "#b3263a", "#0f7285", "#7a5230", "#5c6066")
-"""Of lines and bars on white; a page puts its own variables ``--c1``, ``--c2``, … in their place."""
+"""Colours of lines and bars on white. A page replaces them by its CSS variables ``--c1``, ``--c2``, …"""
 MARKERS, DASHES = "osD^vPXd", ("-", "--", ":", "-.")
 STYLE = {
     "svg.fonttype": "none",
@@ -40,45 +40,42 @@ STYLE = {
     "legend.frameon": False,
 }
 WIDTH = 4.0
-"""Inches; small, so that letters stay readable when a telephone shows the whole width."""
+"""Width of a figure in inches. It is small so that letters stay readable on a phone."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Head and rows of a table; the first cell of a row names it."""
+    """Head and rows of a table. The first cell of a row is its name."""
 
     head: list[str]
     rows: list[list[str]]
-    paper: frozenset[int] = frozenset()
-    """Indices of the rows that hold figures of the paper."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, what it shows in words and in numbers."""
+    """A figure with its description and its numbers."""
 
     figure: Figure
     label: str
-    """What is drawn."""
+    """What the figure draws."""
     finding: str
-    """What is to be seen."""
+    """What the figure shows."""
     table: Table
 
     def svg(self, prefix: str) -> str:
-        """The figure as an SVG element for a page, whose ids all begin with ``prefix``; the caption has the id
-        ``<prefix>-caption``."""
+        """Return an SVG element whose ids begin with ``prefix``. Its caption has the id ``<prefix>-caption``."""
         return _inline(self.figure, prefix, self.label)
 
 
 def short(name: str, length: int = 20) -> str:
-    """A name that fits beside an axis."""
+    """Shorten a name so that it fits next to an axis."""
     name = visible(name)
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The context in which figures are made and written, whatever the user's own settings of matplotlib are."""
+    """Context for making and writing figures, independent of the user's matplotlib settings."""
     from matplotlib.style import context
 
     with warnings.catch_warnings(), context(["default", STYLE]):
@@ -87,7 +84,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure of a height in inches, and its axes in rows and columns."""
+    """Return a figure of ``height`` inches and its axes in rows and columns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -95,7 +92,7 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -
 
 
 def shades(name: str) -> Colormap:
-    """Of the first colour for a map, from next to nothing to full, so that the page shows through."""
+    """Return a colour map from almost transparent to the first colour, so that low values show the page."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     color = to_rgb(COLORS[0])
@@ -104,7 +101,7 @@ def shades(name: str) -> Colormap:
 
 
 def draw_line(axes: Axes, x: Iterable[int], y: list[float], index: int, label: str = "", mark: bool = True) -> None:
-    """A line with the colour, dashes and marker of its index; what is not finite is a gap."""
+    """Draw a line in the colour, dashes and marker of its index. Values that are not finite leave a gap."""
     from matplotlib.ticker import MaxNLocator
 
     values = [value if math.isfinite(value) else math.nan for value in y]
@@ -122,7 +119,7 @@ def draw_line(axes: Axes, x: Iterable[int], y: list[float], index: int, label: s
 
 
 def set_scale(axes: Axes, values: list[float], axis: str = "y") -> None:
-    """A logarithmic axis where the values span more than a factor of five, and plain numbers on it."""
+    """Use a logarithmic axis if the values span more than a factor of five. Label it with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     line = axes.yaxis if axis == "y" else axes.xaxis
@@ -136,12 +133,12 @@ def set_scale(axes: Axes, values: list[float], axis: str = "y") -> None:
 
 
 def tick(value: float, _position: float = 0) -> str:
-    """A number at an axis."""
+    """Format a number at an axis."""
     return f"{value:.6g}".replace("-", "−")
 
 
 def legend(figure: Figure) -> None:
-    """Name the lines, above the axes."""
+    """Draw the legend above the axes."""
     figure.legend(loc="outside upper left", ncols=3, fontsize=8, handlelength=2.4, columnspacing=1.0)
 
 

@@ -1,4 +1,4 @@
-"""Numbers and settings in the form that a page shows."""
+"""How numbers and settings are written, in pages and in the terminal."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ ABSENT = "–"
 
 
 def shortened(text: str, length: int = 2000) -> str:
-    """The text, or its beginning and how much is left out."""
+    """Return the text, or its first ``length`` characters and how many more there are."""
     return text if len(text) <= length else f"{text[:length]} … ({count(len(text) - length)} more characters)"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Four significant digits: 0.2015, 1.2e-05, 12,300."""
+    """Format with four significant digits: 0.2015, 1.2e-05, 12,300."""
     if value is None:
         return ABSENT
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else f"{_minus(value)}infinite"
-    size = abs(value)
-    return _minus(value) + (f"{size:,.0f}" if size >= 10000 else f"{size:.{digits}g}")
+    magnitude = abs(value)
+    return _minus(value) + (f"{magnitude:,.0f}" if magnitude >= 10000 else f"{magnitude:.{digits}g}")
 
 
-def chance(p: float) -> str:
-    """A p with two digits: 0.031; a dash where there is none."""
+def p_value(p: float) -> str:
+    """Format a p-value with two significant digits: 0.031."""
     return ABSENT if math.isnan(p) else number(p, 2)
 
 
 def signed(value: float) -> str:
-    """A change: +0.012 or −0.003."""
+    """Format a change: +0.012 or −0.003."""
     return number(value, 3) if value <= 0 or math.isnan(value) else f"+{number(value, 3)}"
 
 
 def points(value: float) -> str:
-    """A difference of shares in hundredths: +0.42 or −1.30."""
+    """Format a difference of two shares in percentage points: +0.42 or −1.30."""
     return ABSENT if math.isnan(value) else f"{100 * value:+.2f}".replace("-", "−")
 
 
-def percent(value: float | None) -> str:
-    """A share with one decimal: 79.5 %."""
-    return ABSENT if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%".replace("-", "−")
+def percent(value: float | None, unit: str = "\N{NO-BREAK SPACE}%") -> str:
+    """Format a share with one decimal: 79.5 %."""
+    return ABSENT if value is None or math.isnan(value) else f"{100 * value:.1f}{unit}".replace("-", "−")
 
 
 def count(value: int | None) -> str:
-    """A whole number with thousands apart: 12,300."""
+    """Format a whole number: 12,300."""
     return ABSENT if value is None else f"{value:,}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as 12.3 s, 4 min 5 s or 2 h 10 min."""
+    """Format seconds: 12.3 s, 4 min 5 s or 2 h 10 min."""
     if seconds is None or not math.isfinite(seconds):
         return ABSENT
     if seconds < 60:
@@ -59,21 +59,21 @@ def duration(seconds: float | None) -> str:
 
 
 def size(value: int | None) -> str:
-    """Bytes as 12.3 MB or 1.2 GB, by powers of 1024."""
+    """Format bytes in powers of 1024: 12.3 MB or 1.2 GB."""
     if value is None:
         return ABSENT
     return f"{value / 2**30:.1f} GB" if value >= 2**30 else f"{value / 2**20:.1f} MB"
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings as ``{"section.key": text}``."""
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return nested settings as ``{"section.key": text}``."""
     if isinstance(value, dict) and value:
-        return {k: v for key, below in value.items() for k, v in flat(below, f"{prefix}.{key}".lstrip(".")).items()}
+        return {k: v for key, below in value.items() for k, v in flatten(below, f"{prefix}.{key}".lstrip(".")).items()}
     return {prefix: setting(value)}
 
 
 def setting(value: Any) -> str:
-    """One value of a recipe or environment."""
+    """Format one value of a recipe or an environment."""
     if value is None or value in ({}, []):
         return "none"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Pictures as files of their own."""
+"""Figures saved as image files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pera_lab.diagnose import diagnose_adapter, place_layers
 from pera_lab.files import write_atomic
 from pera_lab.report.contents import Contents, Missing
 from pera_lab.report.drawing import style
-from pera_lab.report.plots import ratio_map, training_figure
+from pera_lab.report.figures import ratio_map, training_figure
 from pera_lab.runs import Run
 
 if TYPE_CHECKING:
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 def loss_picture(run: Run, file: Path) -> None:
-    """Draw the loss of a run, and its learning rate below.
+    """Save a figure of the loss and the learning rate of a run.
 
     Raises:
-        UserError: the run has no metrics, or as :func:`save_figure`.
+        UserError: the run has no metrics, or :func:`save_figure` fails.
     """
     metrics = Contents(run).metrics
     if isinstance(metrics, Missing):
-        raise UserError(f"{str(run.path)!r} has no metrics yet; train first.")
+        raise UserError(f"{str(run.path)!r} has no metrics; train it first.")
     save_figure(training_figure(metrics, run.path.name), file)
 
 
 def ratio_picture(adapter: Adapter, file: Path) -> None:
-    """Draw the high-order ratio of a saved PERA adapter by block and kind of module.
+    """Save a figure of the high-order ratio of a saved PERA adapter by block and kind of module.
 
     Raises:
-        UserError: there is no PERA adapter, it has no high-order terms, or as :func:`save_figure`.
+        UserError: there is no PERA adapter, it has no high-order terms, or :func:`save_figure` fails.
     """
     picture = ratio_map(place_layers(diagnose_adapter(adapter)))
     if picture is None:
@@ -44,15 +44,15 @@ def ratio_picture(adapter: Adapter, file: Path) -> None:
 
 
 def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure; the ending of ``file`` sets the format (svg, png, pdf).
+    """Write a figure in the format of the ending of ``file`` (svg, png, pdf).
 
     Raises:
-        UserError: matplotlib is missing, the format is not known, or the file cannot be written.
+        UserError: the format is unknown, or the file cannot be written.
     """
     content, kind = io.BytesIO(), file.suffix.removeprefix(".")
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
-        raise UserError(f"picture: {file.name!r} has no ending of a picture; one of: {', '.join(sorted(known))}.")
+        raise UserError(f"{file.name!r} does not end in a known image format; use one of: {', '.join(sorted(known))}.")
     with style():
         figure.savefig(content, format=kind, facecolor="white")
     write_atomic(file, content.getvalue())

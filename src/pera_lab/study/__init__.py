@@ -1,4 +1,4 @@
-"""Many runs: a fair comparison of methods, from a grid to statistics."""
+"""Studies: fair comparisons of methods, from a grid of runs to statistics."""
 
 from pera_lab.study.spec import Cell, Study, Trial, load_study
 

@@ -1,4 +1,7 @@
-"""The one description of a study: methods, ranks, rates, tasks and seeds, and the runs that they stand for."""
+"""The description of a study, read from YAML: its grid, its cells and their trials.
+
+A cell is one method in one setting. A trial is one run of a cell, with its own recipe.
+"""
 
 from __future__ import annotations
 
@@ -13,59 +16,74 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pera.errors import UserError, nearest
-from pera_lab import methods
-from pera_lab.recipe import Recipe, Section, apply_override, load_recipe, parse, read_yaml
+from pera_lab.methods import find_method
+from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml
+from pera_lab.sections import Section
 
 Phase = Literal["choose", "report"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-_TRAINING = ("lr_ratio", "weight_decay")  # what a method of a study may set beside its own options
-_COMMON = ("target_modules", "dropout", "modules_to_save")  # what of the base recipe's method all methods take
+_TRAINING_OPTIONS = ("lr_ratio", "weight_decay")
+"""Options of ``training`` that a method of the grid may set."""
 
-_OWN = {
-    "name": "a run is named by its place in the study; leave it out",
-    "method": "give options to a method, in grid.method",
-    "task.name": "name tasks in grid.task",
-    "training.learning_rate": "rates stand in choose.learning_rate",
-    "training.seed": "seeds stand in choose.seeds and report.seeds",
-    "training.train_share": "shares of the data stand in grid.train_share",
-    "training.held_out": "the number of rows stands in choose.rows",
+_COMMON_OPTIONS = ("target_modules", "dropout", "modules_to_save")
+"""Options of the base recipe's method that all methods take over."""
+
+_RESERVED = {
+    "name": "each run gets its own name; leave it out",
+    "method": "set options of a method in grid.method",
+    "task.name": "set tasks in grid.task",
+    "training.learning_rate": "set rates in choose.learning_rate",
+    "training.seed": "set seeds in choose.seeds and report.seeds",
+    "training.train_share": "set shares of the data in grid.train_share",
+    "training.held_out": "set the number of rows in choose.rows",
 }
-"""What a study sets in its recipes by itself, and where it is said."""
+"""Keys of its recipes that a study sets, and where the user sets them instead."""
 
 
-def _check_settings(key: str, settings: dict[str, Any]) -> None:
-    """Raise ValueError for settings that the study would override, or that would override it."""
+def _check_reserved(key: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError if ``settings`` hold a key that the study sets."""
     if isinstance(settings.get("task"), str):
-        raise ValueError(f"{key}.task={settings['task']!r} is the study's own to set: {_OWN['task.name']}")
-    for name, _ in _flat(settings):
-        for own, where in _OWN.items():
-            if name == own or name.startswith(f"{own}."):
-                raise ValueError(f"{key}.{name} is the study's own to set: {where}")
+        raise ValueError(f"{key}.task={settings['task']!r} cannot be set here; {_RESERVED['task.name']}")
+    for name, _ in _flatten(settings):
+        for reserved, remedy in _RESERVED.items():
+            if name == reserved or name.startswith(f"{reserved}."):
+                raise ValueError(f"{key}.{name} cannot be set here; {remedy}")
 
 
-def _check_differ(key: str, seeds: list[int]) -> None:
+def _check_distinct(key: str, seeds: list[int]) -> None:
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{key}={seeds} should differ")
+        raise ValueError(f"{key}={seeds} should be distinct")
 
 
 def _check_label(key: str, label: Any) -> None:
     if not re.fullmatch(r"[\w.+-]+", str(label)):
-        raise ValueError(f"{key}={label!r} names folders; use letters, digits and . _ + - only")
+        raise ValueError(f"{key}={label!r} is part of folder names; use only letters, digits and . _ + -")
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted key and a value."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            pairs += _flatten(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
 
 
 class _Named(Section):
-    """A value of the grid. Its name alone stands for it, where nothing else is said."""
+    """A value of the grid: a name alone, or a mapping with further keys."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str
     label: str = ""
-    """Names it in run folders and tables; by default its name. Give one where a name occurs twice."""
+    """The name in run folders and tables (default: ``name``). It is needed if a name occurs twice."""
 
     @model_validator(mode="before")
     @classmethod
-    def _label(cls, value: Any) -> Any:
+    def _fill_in_label(cls, value: Any) -> Any:
         value = {"name": value} if isinstance(value, str) else value
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             value = {"label": value["name"], **value}
@@ -74,117 +92,120 @@ class _Named(Section):
 
     @property
     def more(self) -> dict[str, Any]:
-        """Keys beyond those of this class."""
+        """The further keys."""
         return dict(self.model_extra or {})
 
 
 class StudyTask(_Named):
-    """A task; further keys are sections of the recipe that differ for it, such as ``training: {epochs: 3}``."""
+    """A task. Further keys are sections of its recipes, such as ``training: {epochs: 3}``."""
 
 
 class StudyMethod(_Named):
-    """A method; further keys are its options, or ``lr_ratio`` and ``weight_decay`` of its parameters' groups."""
+    """A method. Further keys are its options, or ``lr_ratio`` and ``weight_decay`` of its parameter groups."""
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field([])
-    """Rates to choose from for this method; by default those of ``choose``."""
+    """Learning rates to try for this method (default: those of ``choose``)."""
     seeds: list[Seed] = Field([])
-    """Seeds to report with, paired in order with the others'; by default those of ``report``. LoRA against LoRA with
-    other seeds shows what the study takes for a difference where there is none."""
+    """Seeds to report, paired in order with those of the other methods (default: those of ``report``). LoRA against
+    LoRA with other seeds shows the size of a difference by chance."""
 
     @property
     def has_rank(self) -> bool:
         """Whether ranks and placements apply to the method."""
-        return methods.find_method(self.name).has_rank
+        return find_method(self.name).has_rank
 
 
-def _named_list(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict)) else value
 
 
 class Grid(Section):
-    """What is compared; all combinations."""
+    """What is compared. The study runs all combinations."""
 
-    method: Annotated[list[StudyMethod], BeforeValidator(_named_list), Field(min_length=1)]
-    task: Annotated[list[StudyTask], BeforeValidator(_named_list), Field(min_length=1)]
+    method: Annotated[list[StudyMethod], BeforeValidator(_as_list), Field(min_length=1)]
+    task: Annotated[list[StudyTask], BeforeValidator(_as_list), Field(min_length=1)]
     r: list[Annotated[int, Field(ge=1)]] = Field([8])
     placement: dict[str, list[str] | str] = Field({})
-    """Target modules by the name of the placement; by default those of the base recipe."""
+    """Target modules by name of the placement (default: those of the base recipe)."""
     train_share: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0])
 
     @model_validator(mode="after")
-    def _labels_differ(self) -> Grid:
+    def _check_labels(self) -> Grid:
         for key, items in (("method", self.method), ("task", self.task)):
             labels = [item.label for item in items]
             for label in labels:
                 if labels.count(label) > 1:
-                    raise ValueError(f"{key} {label!r} occurs twice; give each a label of its own")
+                    raise ValueError(f"{key} {label!r} occurs twice; give each occurrence its own label")
         for placement in self.placement:
             _check_label("placement", placement)
         return self
 
 
 class Choose(Section):
-    """How the learning rate of each method is chosen: by the loss on training rows that are held out."""
+    """How the learning rate of each method is chosen: by its loss on held-out training rows."""
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
     seeds: list[Seed] = Field([1], min_length=1)
     rows: int = Field(500, ge=1)
-    """Training rows held out; not trained on in this phase."""
+    """Number of held-out training rows. In this phase they are not trained on."""
     extend: int = Field(0, ge=0)
-    """So many further rates are tried where the best lies at an edge, in the ratio of the last two."""
+    """How many further rates are tried while the best rate lies at an edge, in the ratio of the last two."""
 
 
 class Reporting(Section):
-    """What is trained with the chosen rate, on all training rows, and scored on the test rows."""
+    """The seeds that are trained with the chosen rate on all training rows, and scored on the test rows."""
 
     seeds: list[Seed] = Field([42, 43, 44], min_length=1)
 
     @model_validator(mode="after")
-    def _seeds_differ(self) -> Reporting:
-        _check_differ("seeds", self.seeds)
+    def _check_seeds(self) -> Reporting:
+        _check_distinct("seeds", self.seeds)
         return self
 
 
 class Study(Section):
-    """A study, completely described. :func:`load_study` reads one."""
+    """A complete description of a study. :func:`load_study` reads one."""
 
     name: str
     base: str
-    """A recipe: a file, or the name of one that ships with pera."""
+    """A recipe: a file, or the name of a shipped recipe."""
     settings: dict[str, Any] = Field({})
-    """What differs from that recipe, for every run."""
+    """Changes to that recipe, for every run."""
     grid: Grid
     choose: Choose
     report: Reporting = Reporting()
     against: str = ""
-    """Label of the method that the others are compared with; by default the first."""
+    """Label of the reference method (default: the first method)."""
 
     @model_validator(mode="after")
     def _check(self) -> Study:
         labels = [method.label for method in self.grid.method]
         if self.against and self.against not in labels:
-            raise ValueError(f"against={self.against!r} is no method of the grid; {nearest(self.against, labels)}")
-        seeds = len(self.report.seeds)
+            raise ValueError(f"against={self.against!r} is not a method of the grid; {nearest(self.against, labels)}")
         for method in self.grid.method:
-            if method.seeds and len(method.seeds) != seeds:
-                raise ValueError(f"grid.method {method.label}: seeds={method.seeds} should be {seeds}, as in report")
-            _check_differ(f"grid.method {method.label}: seeds", method.seeds)
-            if "r" in method.more:
-                raise ValueError(f"grid.method {method.label}.r is the study's own to set: ranks stand in grid.r")
-            if self.grid.placement and "target_modules" in method.more:
-                raise ValueError(f"grid.method {method.label}.target_modules: placements stand in grid.placement")
-        _check_differ("choose.seeds", self.choose.seeds)
+            self._check_method(f"grid.method {method.label}", method)
+        _check_distinct("choose.seeds", self.choose.seeds)
         if self.choose.extend and len(set(self.choose.learning_rate)) < 2:
             raise ValueError(
-                f"choose.extend={self.choose.extend} goes on in the ratio of two rates, and choose.learning_rate has "
-                "one; give two, or extend: 0"
+                f"choose.extend={self.choose.extend} needs the ratio of two rates, but choose.learning_rate has one; "
+                "give two rates or extend: 0"
             )
-        _check_settings("settings", self.settings)
+        _check_reserved("settings", self.settings)
         for task in self.grid.task:
-            _check_settings(f"grid.task {task.label}", task.more)
+            _check_reserved(f"grid.task {task.label}", task.more)
         for cell in self.cells():
             Trial(self, cell, "report", 1e-3, 0).recipe()
         return self
+
+    def _check_method(self, key: str, method: StudyMethod) -> None:
+        n = len(self.report.seeds)
+        if method.seeds and len(method.seeds) != n:
+            raise ValueError(f"{key}: seeds={method.seeds} should be {n} seeds, as in report.seeds")
+        _check_distinct(f"{key}: seeds", method.seeds)
+        if "r" in method.more:
+            raise ValueError(f"{key}.r cannot be set here; set ranks in grid.r")
+        if self.grid.placement and "target_modules" in method.more:
+            raise ValueError(f"{key}.target_modules cannot be set with grid.placement; set targets there")
 
     @property
     def reference(self) -> str:
@@ -192,11 +213,10 @@ class Study(Section):
         return self.against or self.grid.method[0].label
 
     def cells(self) -> list[Cell]:
-        """All combinations but for rate and seed, by setting; a method without a rank stands once for all ranks and
-        placements.
+        """All methods in all settings. A method without a rank has one cell for all ranks and placements.
 
         Raises:
-            ValueError: two different ones have one name.
+            ValueError: two different cells have the same name.
         """
         cells = [
             Cell(task, method, r if method.has_rank else None, placement if method.has_rank else None, share)
@@ -210,11 +230,15 @@ class Study(Section):
         for cell in cells:
             if (other := named.setdefault(cell.label, cell)) != cell:
                 a, b = (f"task {c.task.label!r} with method {c.method.label!r}" for c in (other, cell))
-                raise ValueError(f"grid: {a} and {b} have one name, {cell.label!r}; give one another label")
+                raise ValueError(f"grid: {a} and {b} are both named {cell.label!r}; change a label")
         return list(named.values())
 
+    def report_seeds(self, cell: Cell) -> list[int]:
+        """The seeds that are reported for a cell."""
+        return cell.method.seeds or self.report.seeds
+
     def to_yaml(self) -> str:
-        """The study with every default filled in."""
+        """The study as YAML, with all defaults filled in."""
         content = self.model_dump(mode="json")
         text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         return text
@@ -222,7 +246,7 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One method in one setting: what a learning rate is chosen for."""
+    """One method in one setting. A learning rate is chosen for each cell."""
 
     task: StudyTask
     method: StudyMethod
@@ -235,7 +259,7 @@ class Cell:
 
     @property
     def setting(self) -> tuple[str, int | None, str | None, float]:
-        """Task, rank, placement and share of the data: what is equal where methods are compared."""
+        """Task, rank, placement and share of the data. Methods are compared within a setting."""
         return self.task.label, self.r, self.placement, self.train_share
 
     @property
@@ -258,18 +282,18 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The name of the run's folder; the same whatever else the study holds."""
+        """The name of the run folder. It does not depend on the rest of the study."""
         return f"{self.cell.label}-{self.phase}-lr{_digits(self.learning_rate)}-seed{self.seed}"
 
     def recipe(self) -> Recipe:
         """The recipe of the run.
 
         Raises:
-            UserError: the study asks for something that no run can have.
+            UserError: the settings of the study make no valid recipe.
         """
         study, cell, method = self.study, self.cell, self.cell.method
-        options = {key: value for key, value in method.more.items() if key not in _TRAINING}
-        setting = [("task", cell.task.name), *_flat(study.settings), *_flat(cell.task.more)]
+        options = {key: value for key, value in method.more.items() if key not in _TRAINING_OPTIONS}
+        setting = [("task", cell.task.name), *_flatten(study.settings), *_flatten(cell.task.more)]
         common = _common_options(study.base, _overrides(setting)) if method.has_rank else {}
         if cell.placement is not None:
             common["target_modules"] = study.grid.placement[cell.placement]
@@ -278,7 +302,7 @@ class Trial:
             ("training.train_share", cell.train_share),
             *([("training.held_out", study.choose.rows)] if self.phase == "choose" else []),
             ("method", {"name": method.name, **({"r": cell.r} if cell.r else {}), **common, **options}),
-            *((f"training.{key}", method.more[key]) for key in _TRAINING if key in method.more),
+            *((f"training.{key}", method.more[key]) for key in _TRAINING_OPTIONS if key in method.more),
             ("training.learning_rate", self.learning_rate),
             ("training.seed", self.seed),
             ("name", self.name),
@@ -293,50 +317,38 @@ def load_study(source: str, overrides: list[str] | None = None) -> Study:
     """Read a study.
 
     Args:
-        source: path of a YAML file, or the name of a study that ships with pera.
-        overrides: ``key.subkey=value`` each; a key that is not one of a study's is one of its recipes', so
-            ``training.epochs=1`` is short for ``settings.training.epochs=1``.
+        source: path of a YAML file, or the name of a shipped study.
+        overrides: items of the form ``key.subkey=value``. If the first key is not a key of a study, it belongs to its
+            recipes: ``training.epochs=1`` is short for ``settings.training.epochs=1``.
 
     Raises:
-        UserError: no such study, not YAML, an unknown key (the nearest known one is named), a value that does
-            not fit, or a combination that makes no recipe.
+        UserError: the study does not exist, is not YAML, has an unknown key or an invalid value, or makes no recipe.
     """
     name, content = read_yaml(source, "study", "studies")
     for override in overrides or []:
         own = override.partition("=")[0].partition(".")[0] in Study.model_fields
         apply_override(content, override if own else f"settings.{override}")
     base = content.get("base")
-    if isinstance(base, str) and os.path.isfile(base):  # holds from every working folder
+    if isinstance(base, str) and os.path.isfile(base):  # valid in every working directory
         content["base"] = os.path.abspath(base)
     return parse(Study, {"name": name, **content}, "study")
 
 
 def _digits(value: float) -> str:
-    """A number in a name: short where that reads back as the same number, else all its digits."""
+    """A number in a name: short if the short form reads back as the same number, else with all digits."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings as pairs of a dotted key and a value."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            pairs += _flat(value, f"{prefix}{key}.")
-        else:
-            pairs.append((f"{prefix}{key}", value))
-    return pairs
-
-
 def _overrides(changes: list[tuple[str, Any]]) -> tuple[str, ...]:
-    """Pairs of a key and a value as a recipe's overrides; what JSON has no form for, such as a date, as text."""
+    """Pairs of a key and a value as overrides of a recipe. Values without a JSON form, such as dates, become text."""
     return tuple(f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in changes)
 
 
 def _common_options(base: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The options of the base recipe's method that all methods take."""
+    """The options of the base recipe's method that all methods take over."""
     method = _base_method(base, overrides)
-    own_words = methods.find_method(method["name"]).words
-    found = {word: method.get(own_words.get(word, word), method.get(word)) for word in _COMMON}
+    words = find_method(method["name"]).words
+    found = {word: method.get(words.get(word, word), method.get(word)) for word in _COMMON_OPTIONS}
     return {word: value for word, value in found.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Is a difference more than chance? Uncertainty from seeds and from examples together, by scipy."""
+"""Uncertainty of a difference between methods, from seeds and from examples together."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from pera.errors import missing_extra
+from scipy import stats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 RESAMPLES = 999
 LEVEL = 0.95
 LEAST_SEEDS = 3
-"""With fewer pairs of seeds nothing is decided: two give too poor an idea of how much seeds matter."""
+"""The fewest pairs of seeds that decide anything. Two pairs estimate the variance over seeds too poorly."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,14 @@ class Mean:
     n: int
     mean: float
     deviation: float
-    """NaN for one value."""
+    """NaN if n is 1."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What a method gains over another on one task, or on several on average.
+    """The gain of one method over another on one task, or the mean gain over several tasks.
 
-    The interval is for other seeds and other examples of the same kind, at 95 %; its ends are NaN with fewer than three
+    The 95 % interval refers to other seeds and other examples of the same kind. Its ends are NaN with fewer than three
     pairs of seeds.
     """
 
@@ -44,7 +43,7 @@ class Difference:
     low: float
     high: float
     p: float
-    """That a difference as large comes from chance alone, two-sided; NaN as the ends of the interval are."""
+    """Two-sided probability of a difference at least this large by chance alone. NaN if the interval is NaN."""
     seeds: int
     examples: int
     tasks: int = 1
@@ -54,8 +53,12 @@ class Difference:
     """Degrees of freedom of Student's t."""
 
     def verdict(self, p: float | None = None, alpha: float = 1 - LEVEL) -> str:
-        """ "better", "worse", "no difference shown", or "not decided" where seeds are lacking; by ``p``, such as one
-        that is adjusted for many comparisons, or by the difference's own."""
+        """ "better", "worse", "no difference shown", or "not decided" if there are too few seeds.
+
+        Args:
+            p: replaces the difference's own p, for example by an adjusted one.
+            alpha: the largest p that shows a difference.
+        """
         p = self.p if p is None else p
         if math.isnan(p):
             return "not decided"
@@ -72,22 +75,20 @@ def describe(values: Sequence[float]) -> Mean:
 def compare(
     a: Array, b: Array, expected: Array | None = None, metric: Callable[..., Any] | None = None, *, seed: int = 0
 ) -> Difference:
-    """What ``a`` gains over ``b``: D, the mean over the seeds of metric(a) − metric(b).
+    r"""The gain of ``a`` over ``b``: D, the mean over S seeds of d_s = metric(a_s) − metric(b_s).
 
-    Two things make D differ from what other seeds and examples would give: its variance over seeds,
-    V₁ = var(d_s) / S for the differences d_s of the S pairs of runs, and over examples, V₂, that of the mean over the
-    seeds: var / E for a mean over E examples, else from resampled examples (bootstrap). Their sum is the variance of D,
-    a little too large, since what is left of the noise is in both; the degrees of freedom are those of Welch and
-    Satterthwaite, a little too many where three seeds by chance agree.
+    The variance of D is V₁ + V₂. Over seeds, V₁ = var(d_s) / S. Over examples, V₂ = var / E for a mean over E examples;
+    for other metrics it comes from resampled examples (bootstrap). The sum is slightly too large, because both parts
+    contain the remaining noise. The degrees of freedom follow Welch and Satterthwaite. They are slightly too many if
+    three seeds agree by chance.
 
     Args:
-        a, b: (S, E), one row for each seed, paired; the score of each example, or, with a ``metric``, what was
-            predicted for it.
-        expected: (E,), what is right; with a ``metric`` only.
-        metric: called as ``metric(expected, predicted, axis=-1)``; None is the mean of the scores.
-        seed: of the resampling.
+        a: ``(S, E)``, one row per seed: the score of each example, or with a ``metric`` the predictions.
+        b: the same for the other method, paired with ``a`` by row.
+        expected: ``(E,)``, the correct values. Only with a ``metric``.
+        metric: is called as ``metric(expected, predicted, axis=-1)``. None is the mean of the scores.
+        seed: seed of the resampling.
     """
-    stats = _scipy()
     seeds, examples = a.shape
     if metric is None:
         by_seed = (a - b).mean(1)
@@ -118,7 +119,7 @@ def compare(
 
 
 def average(differences: Sequence[Difference]) -> Difference:
-    """The mean of the differences on several tasks, for these tasks."""
+    """The mean difference over these tasks."""
     tasks = len(differences)
     parts = [(d.error**2 / tasks**2, d.freedom) for d in differences]
     mean = float(np.mean([d.mean for d in differences]))
@@ -127,26 +128,32 @@ def average(differences: Sequence[Difference]) -> Difference:
 
 
 def mcnemar(a: Array, b: Array) -> tuple[int, int, float]:
-    """Examples that only ``a`` has right, that only ``b`` has right, and the exact p of McNemar's test, for two runs.
+    """McNemar's exact test for two runs, from right (1) and wrong (0) answers.
 
-    It asks whether these two trained models differ; a training with another seed differs as well.
+    The test asks whether these two trained models differ. Two trainings with different seeds differ as well.
+
+    Returns:
+        The examples that only ``a`` has right, those that only ``b`` has right, and p.
     """
-    stats = _scipy()
     only_a, only_b = int(((a > 0.5) & (b <= 0.5)).sum()), int(((b > 0.5) & (a <= 0.5)).sum())
     return only_a, only_b, float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def adjusted(p: Sequence[float]) -> list[float]:
-    """The p of several comparisons, adjusted so that at most the share alpha of those called a difference is none
-    (Benjamini and Hochberg's false discovery rate). NaN stays and does not count."""
-    stats = _scipy()
+    """The p-values of several comparisons, adjusted for their number (Benjamini and Hochberg).
+
+    At most the share alpha of the differences found is false. NaN stays NaN and is not counted.
+    """
     known = [x for x in p if not math.isnan(x)]
-    adjusted = iter(stats.false_discovery_control(known) if known else [])
-    return [math.nan if math.isnan(x) else float(next(adjusted)) for x in p]
+    found = iter(stats.false_discovery_control(known) if known else [])
+    return [math.nan if math.isnan(x) else float(next(found)) for x in p]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, gain) that no other point beats in one without losing in the other."""
+    """Indices of the points (cost, gain) on the Pareto front.
+
+    No other point is better in one value without being worse in the other.
+    """
 
     def beaten(i: int) -> bool:
         cost, gain = points[i]
@@ -156,7 +163,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pearson(expected: Array, predicted: Array, axis: int = -1) -> Any:
-    """Pearson's correlation; 0 where one side is constant."""
+    """Pearson's correlation along ``axis``; 0 if one side is constant."""
     x = expected - expected.mean(axis, keepdims=True)
     y = predicted - predicted.mean(axis, keepdims=True)
     scale = np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
@@ -164,8 +171,7 @@ def pearson(expected: Array, predicted: Array, axis: int = -1) -> Any:
 
 
 def _difference(mean: float, parts: list[tuple[float, float]], seeds: int, examples: int, tasks: int = 1) -> Difference:
-    """From the independent parts of the variance, each with its degrees of freedom."""
-    stats = _scipy()
+    """A difference whose variance is the sum of independent ``parts``, each with its degrees of freedom."""
     variance = sum(part for part, _ in parts)
     if math.isnan(variance):
         return Difference(mean, math.nan, math.nan, math.nan, seeds, examples, tasks)
@@ -179,11 +185,3 @@ def _difference(mean: float, parts: list[tuple[float, float]], seeds: int, examp
     if seeds < LEAST_SEEDS:
         half = p = math.nan
     return Difference(mean, mean - half, mean + half, p, seeds, examples, tasks, error, freedom)
-
-
-def _scipy() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise missing_extra("scipy", "lab") from error
-    return stats

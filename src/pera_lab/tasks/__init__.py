@@ -1,25 +1,25 @@
-"""Tasks: examples with prompts and answers, and how an answer is scored. One file for one family."""
+"""Tasks: examples with prompts and answers, and how an answer is judged.
 
-from __future__ import annotations
+A family of tasks is one class in one file. Packages register their families in the entry-point group ``pera.tasks``;
+see docs/extending.md.
+"""
 
-from pera_lab.tasks.base import ClassificationTask, Example, GenerationTask, Labelled, Task, Verdict, divided
-from pera_lab.tasks.commonsense import CommonsenseTask
-from pera_lab.tasks.glue import GlueTask
-from pera_lab.tasks.gsm8k import Gsm8kTask
-from pera_lab.tasks.own import OwnTask
-from pera_lab.tasks.reasoning import ReasoningTask
+from pera_lab.tasks.base import ClassificationTask, EvaluationSection, GenerationTask, Task
+from pera_lab.tasks.examples import Example, LabelledText, Splits, Verdict, subsample
+from pera_lab.tasks.registry import families, family_of, known_names, parse_task
 
 __all__ = [
     "ClassificationTask",
-    "CommonsenseTask",
+    "EvaluationSection",
     "Example",
     "GenerationTask",
-    "GlueTask",
-    "Gsm8kTask",
-    "Labelled",
-    "OwnTask",
-    "ReasoningTask",
+    "LabelledText",
+    "Splits",
     "Task",
     "Verdict",
-    "divided",
+    "families",
+    "family_of",
+    "known_names",
+    "parse_task",
+    "subsample",
 ]

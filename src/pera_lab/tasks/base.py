@@ -1,116 +1,221 @@
-"""What every task gives: examples to train on, held-out examples, and how an answer is judged."""
+"""What every task declares. A family of tasks is one class, and that class is also the ``task`` section of a recipe.
+
+The two base classes hold everything that differs between a language model and a classifier:
+:class:`GenerationTask` trains a model that writes answers, :class:`ClassificationTask` a model with a head.
+"""
 
 from __future__ import annotations
 
-import copy
-import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar
 
-from pera.errors import UserError
-from pera_lab.tasks.prompts import CHAT, Frame
+from pydantic import Field, field_validator
+from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Example:
-    """One problem: what the user says, what the model should answer, and what its scorer needs to know."""
-
-    prompt: str
-    answer: str
-    data: dict[str, Any] = field(default_factory=dict, compare=False)
-    group: str = ""
-    """The member of a mix that it belongs to; scores are by group."""
-    options: tuple[str, ...] = ()
-    """The answers there are, for a likelihood scorer; empty if the answer is free text."""
-    messages: tuple[dict[str, str], ...] = ()
-    """The conversation before the answer, where it is more than one prompt; ``prompt`` is then its last message."""
+from pera_lab.sections import Section
+from pera_lab.tasks.encoding import CHAT, AnswerCollator, Encoded, Frame, encode_example, encode_texts
+from pera_lab.tasks.examples import Example, Splits, Verdict
+from pera_lab.tasks.sources import example_of
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """One or two texts and their label: the number of a class, or a real number."""
+class EvaluationSection(Section):
+    """How answers are scored. The task decides the defaults and the scorers that fit."""
 
-    texts: tuple[str, ...]
-    label: float
-
-    @property
-    def prompt(self) -> str:
-        """The texts, line by line."""
-        return "\n".join(self.texts)
-
-
-class Verdict(NamedTuple):
-    """What was found in an output, None if nothing that the task knows, and whether it is right."""
-
-    answer: str | None
-    correct: bool
+    scorer: str = "exact_match"
+    """"exact_match": the task judges the text that the model writes. "generation": the first of the task's answers that
+    occurs in that text counts. "likelihood": the option with the highest log-probability counts. "classification": the
+    class, or the number, from the head. Scores of different scorers are not comparable."""
+    batch_size: int = Field(32, ge=1)
+    """Prompts answered at a time."""
+    max_new_tokens: int | None = Field(16, ge=1)
+    """Longest answer in tokens. None for classification."""
+    num_beams: int | None = Field(1, ge=1)
+    """Beams of the search for an answer; 1 is greedy. None for classification."""
 
 
-class Task:
-    """A task as training and evaluation see it. One of :class:`GenerationTask` and :class:`ClassificationTask`."""
+class Task(Section):
+    """A family of tasks. Its fields are the keys of the recipe's ``task`` section."""
+
+    task_names: ClassVar[tuple[str, ...]] = ()
+    """Values of ``task.name`` that belong to this family."""
+    task_type: ClassVar[str]
+    """PEFT's name of what the model is trained for."""
+    scorers: ClassVar[tuple[str, ...]]
+    """Values of ``evaluation.scorer`` that fit, the default first."""
 
     name: str
-    train: list[Any]
-    test: list[Any]
-    validation: Sequence[Any] = ()
-    """Rows by whose loss, or metric, the best checkpoint is chosen."""
-    labels: int | None = None
-    """Outputs of a classification head, 1 for a regression; None for a causal language model."""
-    metric: str = "accuracy"
-    """The metric that counts."""
-    members: tuple[str, ...] = ()
-    """The groups of a mix, whether there are data for them or not."""
-    missing: Sequence[str] = ()
-    """A sentence on each part of the data that there is not."""
-    manifest: Mapping[str, Any] = {}
-    """Where the examples came from: files or hub sets, and how many rows of each are used."""
+    """Name of the task."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not cls.serves(name):
+            raise ValueError(f"{name!r} is not a task of {cls.__name__}")
+        return name
+
+    @classmethod
+    def serves(cls, name: str) -> bool:
+        """Whether ``name`` is a task of this family. A name in ``task_names`` of another family goes to that family."""
+        return name in cls.task_names
+
+    @classmethod
+    def known_names(cls) -> Collection[str]:
+        """Names to suggest if ``task.name`` is unknown."""
+        return cls.task_names
+
+    # Data
+
+    def build(self) -> Splits:
+        """Read or generate the examples."""
+        raise NotImplementedError
+
+    def question(self, row: dict[str, Any]) -> Any:
+        """A row of a user's file as an example without an answer.
+
+        Raises:
+            BadRow: a field is missing or has a wrong value.
+        """
+        raise NotImplementedError
+
+    # Model and training
 
     @property
-    def notes(self) -> list[str]:
-        """What a person should know about the data: what is missing, and test rows that occur in training."""
-        seen = set(map(_question, self.train))
-        rows, doubled = _groups(self.test), _groups([row for row in self.test if _question(row) in seen])
-        return [
-            *self.missing,
-            *(
-                f"{group or self.name}: {count} of {rows[group]} test rows also occur in the training data."
-                for group, count in doubled.items()
-            ),
-        ]
+    def labels(self) -> int | None:
+        """Outputs of the classification head (1 for a regression), or None for a language model."""
+        return None
 
-    def majority(self) -> float | None:
-        """The value of the metric for the commonest training answer, or the mean label, given to every test row; None
-        if that is not known."""
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any], max_length: int | None = None
+    ) -> Encoded:
+        """Examples as rows of token ids with ``labels``.
+
+        Args:
+            tokenizer: the tokenizer of the model.
+            examples: examples of this task.
+            max_length: longest row in tokens. A language model leaves longer examples out, because the answer is at the
+                end; a classifier truncates them.
+        """
+        raise NotImplementedError
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
+        """The function that makes a batch of rows from :meth:`encode`."""
+        raise NotImplementedError
+
+    @property
+    def compute_metrics(self) -> Callable[[Any], dict[str, float]] | None:
+        """Metrics for the Trainer from logits and labels of the validation rows; None to compute the loss only."""
+        return None
+
+    @property
+    def best_checkpoint(self) -> tuple[str, bool]:
+        """The value that chooses the best checkpoint, and whether greater is better."""
+        return "loss", False
+
+    def pretrained_part(self, model: nn.Module) -> nn.Module:
+        """The part of a base model that was pretrained, which its fingerprint covers."""
+        return model
+
+    # Evaluation
+
+    @property
+    def metric(self) -> str:
+        """Name of the main metric."""
+        return "accuracy"
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The groups of a mix, including groups without data."""
+        return ()
+
+    @classmethod
+    def evaluation_defaults(cls) -> dict[str, Any]:
+        """Defaults of the recipe's ``evaluation`` section."""
+        return {"scorer": cls.scorers[0]}
+
+    def check_evaluation(self, spec: EvaluationSection) -> None:
+        """Check that an ``evaluation`` section fits this task.
+
+        Raises:
+            ValueError: the scorer does not fit, or an option has no use or no value.
+        """
+        if spec.scorer not in self.scorers:
+            right = " or ".join(map(repr, self.scorers))
+            raise ValueError(f"evaluation.scorer={spec.scorer!r} does not fit task {self.name!r}; give {right}")
+
+    def prompt_limit(self, max_length: int) -> int | None:
+        """Longest prompt in tokens of a model that was trained with ``max_length``; None leaves it to the model."""
+        return None
+
+    @property
+    def base_refusal(self) -> str | None:
+        """Why the base model without an adapter cannot answer; None if it can."""
+        return None
+
+    @property
+    def text_refusal(self) -> str | None:
+        """Why the model cannot write text; None if it can."""
+        return None
+
+    def majority(self, splits: Splits) -> float | None:
+        """Baseline: the metric if every test row gets the most common training answer; None if there is none."""
         raise NotImplementedError
 
 
 class GenerationTask(Task):
-    """A task for causal language models: :class:`Example` in, text out."""
+    """A task for a causal language model: a prompt in, text out. Examples are :class:`Example`."""
 
-    frame: Frame = CHAT
-    prefix: str = ""
-    """The beginning that all answers share; a likelihood scorer ranks the options as its continuations."""
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    scorers: ClassVar[tuple[str, ...]] = ("exact_match",)
+    max_new_tokens: ClassVar[int] = 16
+    """Default length of an answer in tokens."""
+    prefix: ClassVar[str] = ""
+    """Text that all answers begin with. The likelihood scorer ranks what follows it."""
 
-    def score(self, example: Example, output: str) -> float:
-        """Between 0 (wrong) and 1 (right)."""
-        raise NotImplementedError
+    @property
+    def frame(self) -> Frame:
+        """How a prompt is presented to the model."""
+        return CHAT
 
     def judge(self, example: Example, output: str) -> Verdict:
-        """What ``output`` says and whether it is right; here, whether it gets full marks."""
-        return Verdict(output, self.score(example, output) >= 1.0)
+        """The answer in an output, and whether it is right. By default the output must equal the answer, ignoring white
+        space at both ends."""
+        return Verdict(output, output.strip() == example.answer.strip())
 
-    def majority(self) -> float | None:
-        """Accuracy, averaged over the groups, of the commonest training answer of each group; None for free text."""
-        if not all(example.options for example in self.test):
+    def question(self, row: dict[str, Any]) -> Example:
+        return example_of(row, answered=False)
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any], max_length: int | None = None
+    ) -> Encoded:
+        encoded = [encode_example(tokenizer, example, self.frame) for example in examples]
+        rows = [row for row in encoded if max_length is None or len(row["input_ids"]) <= max_length]
+        return Encoded(rows, len(encoded) - len(rows), 0)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
+        return AnswerCollator(tokenizer, model)
+
+    @classmethod
+    def evaluation_defaults(cls) -> dict[str, Any]:
+        return {**super().evaluation_defaults(), "max_new_tokens": cls.max_new_tokens}
+
+    def check_evaluation(self, spec: EvaluationSection) -> None:
+        super().check_evaluation(spec)
+        for key in ("max_new_tokens", "num_beams"):
+            if getattr(spec, key) is None:
+                raise ValueError(f"evaluation.{key}=None should be a number")
+
+    def majority(self, splits: Splits) -> float | None:
+        """Mean accuracy over the groups of the most common training answer of each group; None for free text."""
+        if not all(example.options for example in splits.test):
             return None
         answers: dict[str, Counter[str]] = {}
-        for example in self.train:
+        for example in splits.train:
             answers.setdefault(example.group, Counter())[example.answer] += 1
         tested: dict[str, list[bool]] = {}
-        for example in self.test:
-            if example.group not in answers:  # trained on a mixed file, which does not say whose its rows are
+        for example in splits.test:
+            if example.group not in answers:  # a mixed training file does not say which member a row belongs to
                 return None
             commonest = answers[example.group].most_common(1)[0][0]
             tested.setdefault(example.group, []).append(commonest == example.answer)
@@ -118,82 +223,83 @@ class GenerationTask(Task):
 
 
 class ClassificationTask(Task):
-    """A task for encoders with a head: :class:`Labelled` in, a class or a number out."""
+    """A task for an encoder with a head: texts in, a class or a number out. Examples are :class:`LabelledText`."""
 
-    labels: int
-    names: tuple[str, ...] = ()
-    """Names of the classes; empty for a regression."""
+    task_type: ClassVar[str] = "SEQ_CLS"
+    scorers: ClassVar[tuple[str, ...]] = ("classification",)
 
-    def measure(self, gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
-        """All metrics of the task, the one that counts first."""
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes. Empty for a regression, whose label is a real number."""
         raise NotImplementedError
 
-    def majority(self) -> float:
-        gold = [row.label for row in self.train]
-        constant = Counter(gold).most_common(1)[0][0] if self.names else sum(gold) / len(gold)
-        return self.measure([row.label for row in self.test], [constant] * len(self.test))[self.metric]
+    def measure(self, gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
+        """All metrics of the task.
 
+        Args:
+            gold: the labels.
+            predicted: for each label the predicted class index or number.
+        """
+        raise NotImplementedError
 
-T = TypeVar("T", bound=Task)
+    def predicted_label(self, logits: Sequence[float]) -> float:
+        """The class index, or the number, that the outputs of the head mean."""
+        return max(range(len(logits)), key=logits.__getitem__) if self.classes else logits[0]
 
+    @property
+    def labels(self) -> int:
+        return len(self.classes) or 1
 
-def divided(task: T, *, share: float = 1.0, held_out: int = 0) -> T:
-    """The task with other examples: ``held_out`` rows of its training set in the place of its test rows, so that
-    settings can be chosen without a look at those, and ``share`` of the other rows to train on.
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any], max_length: int | None = None
+    ) -> Encoded:
+        kind = int if self.classes else float
+        pairs = [encode_texts(tokenizer, row.texts, max_length) for row in examples]
+        rows = [{**encoded, "labels": kind(row.label)} for (encoded, _), row in zip(pairs, examples, strict=True)]
+        return Encoded(rows, 0, sum(cut for _, cut in pairs))
 
-    Which rows they are depends on the task alone, and a smaller share is part of a larger one. The manifest counts the
-    rows that are left as used.
+    def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
+        return DataCollatorWithPadding(tokenizer)
 
-    Raises:
-        UserError: too few training rows.
-    """
-    if share == 1 and not held_out:
-        return task
-    rows = random.Random(0).sample(range(len(task.train)), len(task.train))
-    if held_out >= len(rows):
-        raise UserError(f"training.held_out={held_out} leaves nothing of the {len(rows)} rows of {task.name}.")
-    chosen = copy.copy(task)
-    rest = rows[held_out:]
-    kept = rest[: max(1, round(share * len(rest)))]
-    chosen.train = [task.train[i] for i in sorted(kept)]
-    gone = {"train": _groups(task.train) - _groups(chosen.train), "test": _groups(task.test if held_out else [])}
-    manifest = {key: _less(record, gone[key]) if key in gone else record for key, record in task.manifest.items()}
-    if held_out:
-        chosen.test = [task.train[i] for i in sorted(rows[:held_out])]
-        manifest["held_out"] = {"rows": held_out, "of": "train"}
-    chosen.manifest = manifest
-    return chosen
+    @property
+    def compute_metrics(self) -> Callable[[Any], dict[str, float]]:
+        def compute(prediction: Any) -> dict[str, float]:
+            predicted = [self.predicted_label(logits) for logits in prediction.predictions.tolist()]
+            return self.measure(prediction.label_ids.tolist(), predicted)
 
+        return compute
 
-def _question(row: Any) -> str:
-    """What the model reads of an example, but for the frame."""
-    return repr((row.prompt, getattr(row, "messages", ())))
+    @property
+    def best_checkpoint(self) -> tuple[str, bool]:
+        return self.metric, True
 
+    def pretrained_part(self, model: nn.Module) -> nn.Module:
+        """Everything except the head, which is new and differs by seed."""
+        return model.base_model  # type: ignore[return-value]
 
-def _groups(rows: Sequence[Any]) -> Counter[str]:
-    return Counter(getattr(row, "group", "") for row in rows)
+    @classmethod
+    def evaluation_defaults(cls) -> dict[str, Any]:
+        return {**super().evaluation_defaults(), "max_new_tokens": None, "num_beams": None}
 
+    def check_evaluation(self, spec: EvaluationSection) -> None:
+        super().check_evaluation(spec)
+        for key in ("max_new_tokens", "num_beams"):
+            if (value := getattr(spec, key)) is not None:
+                raise ValueError(f"evaluation.{key}={value}: {self.text_refusal}; leave it out")
 
-def _less(records: Mapping[str, Any], gone: Counter[str]) -> dict[str, Any]:
-    """A record of a manifest, or those of the members of a mix, without the rows of each group that are gone."""
-    if "used" in records:
-        return {**records, "used": records["used"] - gone.total()}
-    alone = len(records) == 1  # a mixed file does not say whose its rows are
-    return {name: _less(record, gone if alone else Counter({name: gone[name]})) for name, record in records.items()}
+    def prompt_limit(self, max_length: int) -> int | None:
+        return max_length
 
+    @property
+    def base_refusal(self) -> str:
+        return f"The base model of {self.name!r} has no trained head, so it has no score and makes no predictions."
 
-class Asked(GenerationTask):
-    """Questions without known answers, put to the model in a frame."""
+    @property
+    def text_refusal(self) -> str:
+        return f"task {self.name!r} trains a classifier, which writes no text"
 
-    def __init__(self, examples: list[Example], frame: Frame) -> None:
-        self.test, self.frame = examples, frame
-
-    def judge(self, example: Example, output: str) -> Verdict:
-        return Verdict(output, False)
-
-
-class AskedLabels(ClassificationTask):
-    """Texts without known labels."""
-
-    def __init__(self, rows: list[Labelled], names: tuple[str, ...]) -> None:
-        self.test, self.names, self.labels = rows, names, len(names) or 1
+    def majority(self, splits: Splits) -> float:
+        """The metric if every test row gets the most common training label, or the mean label of a regression."""
+        gold = [row.label for row in splits.train]
+        constant = Counter(gold).most_common(1)[0][0] if self.classes else sum(gold) / len(gold)
+        return self.measure([row.label for row in splits.test], [constant] * len(splits.test))[self.metric]

@@ -5,15 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
 
 from pera.errors import UserError, nearest
-from pera_lab.tasks.base import Example, GenerationTask, Verdict
-from pera_lab.tasks.prompts import Frame
+from pera_lab.sections import one_message
+from pera_lab.tasks.base import GenerationTask
+from pera_lab.tasks.encoding import Frame
+from pera_lab.tasks.examples import Example, Splits, Verdict
 from pera_lab.tasks.sources import (
     HUB,
     BadRow,
+    DataPath,
     Rows,
+    example_of,
     field,
     folder_of,
     read_file,
@@ -24,11 +30,10 @@ from pera_lab.tasks.sources import (
 )
 
 TARGET = "the correct answer is "
-VALIDATION = 120
 
 
 class Protocol(NamedTuple):
-    """What a line of work does with the same rows."""
+    """How one line of work presents the rows and draws its validation rows."""
 
     frame: Frame
     validation_seed: int
@@ -52,17 +57,11 @@ PROTOCOLS = {
     ),
 }
 """LLM-Adapters and DoRA: the loss is on the whole text and the end. HiRA and PERA: on the answer alone, without an end.
-White space differs."""
-
-
-def frame_of(protocol: str, loss: Any = None) -> Frame:
-    """The frame of a protocol, with the loss on "answer" or "all" if that is given."""
-    frame = PROTOCOLS[protocol].frame
-    return frame if loss is None else frame._replace(loss=loss)
+The white space differs too."""
 
 
 class _Hub(NamedTuple):
-    """A data set on the hub in its original form, and how a row of it is worded."""
+    """A data set on the Hub in its original form, and the function that words its rows."""
 
     repository: str
     configuration: str | None
@@ -75,7 +74,7 @@ class _Hub(NamedTuple):
 
 class _Member(NamedTuple):
     pattern: str
-    """The task's answers; the first match in an output is the model's."""
+    """Regular expression of the answers. The first match in an output is the model's answer."""
     hub: _Hub
 
 
@@ -89,7 +88,7 @@ def _choice(
 ) -> tuple[str, str]:
     names = [f"{kind}{i}" for i in range(1, len(options) + 1)]
     if not 0 <= right < len(names):
-        raise BadRow(f"the label names option {right + 1} of {len(names)}.")
+        raise BadRow(f"the label means option {right + 1}, and there are {len(names)}.")
     return _worded(f"{start}: {question}", names, options, between, gap), names[right]
 
 
@@ -142,7 +141,7 @@ def _number(row: dict[str, Any], name: str) -> int:
     return int(value)
 
 
-_PARQUET = "refs/convert/parquet"  # data sets that are scripts on the hub, as the hub converts them
+_PARQUET = "refs/convert/parquet"  # the Hub's conversion of data sets that are scripts
 _FIVE = "answer1|answer2|answer3|answer4|answer5"
 MEMBERS = {
     "boolq": _Member("true|false", _Hub("google/boolq", None, _boolq)),
@@ -157,119 +156,164 @@ MEMBERS = {
 """In the order of the published tables."""
 
 ALL = "commonsense"
-"""Names the mix of all members."""
+"""Name of the mix."""
 
 
 class CommonsenseTask(GenerationTask):
-    """One of the eight tasks, or a mix of several, scored one by one.
+    """One of the eight tasks, or a mix of several, each scored on its own.
 
-    Args:
-        name: "commonsense", or the only member.
-        names: the members of the mix; all eight by default.
-        data: "hub" (the original data sets, worded here), a folder with ``<task>/{train,test}.json``, or one mixed file
-            to train on, beside which such folders hold the test rows. Fields: instruction, input, output, answer.
-        train_size: rows of the mix, drawn by ``seed``; all by default.
-        shares: how ``train_size`` is divided among the members, or "equal"; by default as their rows are.
-        caps: the most rows of a member, by name.
-        test_size: test rows of each member at most, drawn by ``seed``.
-        validation_size: rows that are taken off the mix to choose the checkpoint by.
-        validation_seed: draws them; by default that of the protocol.
-        protocol: a key of :data:`PROTOCOLS`.
-        loss: "answer" or "all", in the place of the protocol's.
-        seed: draws rows where sizes are given.
-
-    A member without a folder is missing: it is noted, and no score stands for it.
-
-    Raises:
-        UserError: unknown name, missing split, a broken row, an answer that is not among the options, shares or caps
-            that do not fit.
+    A member without a folder is reported as missing and gets no score.
     """
 
-    prefix = TARGET
+    task_names = (ALL, *MEMBERS)
+    scorers: ClassVar[tuple[str, ...]] = ("generation", "likelihood")
+    prefix: ClassVar[str] = TARGET
 
-    def __init__(
-        self,
-        name: str = ALL,
-        *,
-        names: Sequence[str] | None = None,
-        data: str = HUB,
-        train_size: int | None = None,
-        shares: Mapping[str, float] | Literal["equal"] | None = None,
-        caps: Mapping[str, int] | None = None,
-        test_size: int | None = None,
-        validation_size: int = VALIDATION,
-        validation_seed: int | None = None,
-        protocol: str = "hira",
-        loss: str | None = None,
-        seed: int = 42,
-    ) -> None:
-        if name != ALL and names is not None:
-            raise UserError(f"task.names={list(names)!r} are the members of {ALL!r}; task {name!r} has none.")
-        wanted = tuple(names if names is not None else MEMBERS) if name == ALL else (name,)
-        if shares == "equal":
-            shares = dict.fromkeys(wanted, 1.0)
-        for member in (*wanted, *(shares or {}), *(caps or {})):
-            if member not in MEMBERS:
-                raise UserError(f"task: {member!r} is not a commonsense task; {nearest(member, MEMBERS)}")
-        for key, given in (("shares", shares or {}), ("caps", caps or {})):
-            if unused := [member for member in given if member not in wanted]:
-                raise UserError(f"task.{key}.{unused[0]}: {unused[0]!r} is not in the mix of {', '.join(wanted)}.")
-        if shares and train_size is None:
-            raise UserError("task.shares needs task.train_size, the rows that are divided.")
-        if protocol not in PROTOCOLS:
-            raise UserError(f"task.protocol={protocol!r} is not known; {nearest(protocol, PROTOCOLS)}")
-        self.name, self.members = name, wanted
-        self.frame = frame_of(protocol, loss)
-        source = _Source(data, wanted)
-        test = {member: rows for member in wanted if (rows := source.rows(member, "test"))}
+    name: str = ALL
+    """"commonsense", or the name of one member."""
+    names: list[str] | None = Field(None, min_length=1)
+    """Members of the mix; all eight by default."""
+    data: DataPath = HUB
+    """"hub" (the original data sets, worded here), a folder with ``<task>/{train,test}.json``, or one mixed training
+    file next to folders with the test rows. Fields: instruction, input, output, answer."""
+    train_size: int | None = Field(None, ge=1)
+    """Training rows of the mix; all by default."""
+    shares: Annotated[
+        dict[str, Annotated[float, Field(ge=0, strict=True)]] | Literal["equal"] | None,
+        one_message("Input should be a number of at least 0 for each task, such as {boolq: 1, piqa: 3}, or 'equal'"),
+    ] = None
+    """Shares of the members in ``train_size``, or "equal"; by default in proportion to their rows."""
+    caps: dict[str, Annotated[int, Field(ge=1, strict=True)]] | None = None
+    """Largest number of training rows of a member, by name."""
+    test_size: int | None = Field(None, ge=1)
+    """Test rows of each member; all by default."""
+    validation_size: int = Field(120, ge=0)
+    """Training rows that choose the checkpoint instead."""
+    validation_seed: int | None = Field(None, ge=0)
+    """Seed of the draw of the validation rows; the protocol's by default."""
+    protocol: Literal["llm-adapters", "hira"] = "hira"
+    """How the rows are presented; a key of :data:`PROTOCOLS`."""
+    loss: Literal["answer", "all"] | None = None
+    """Which tokens the loss is on; the protocol's choice by default."""
+    seed: int = Field(42, ge=0)
+    """Seed of the draws of training and test rows."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(self.names or MEMBERS) if self.name == ALL else (self.name,)
+
+    @property
+    def frame(self) -> Frame:
+        frame = PROTOCOLS[self.protocol].frame
+        return frame if self.loss is None else frame._replace(loss=self.loss)
+
+    def build(self) -> Splits:
+        """Read the members and draw the mix.
+
+        Raises:
+            UserError: a split is missing, a row is broken, or names, shares or caps do not fit.
+        """
+        self._check_mix()
+        source = _Source(self.data, self.members)
+        test = {member: rows for member in self.members if (rows := source.rows(member, "test"))}
         if not test:
-            raise UserError(f"task.data={data!r} holds none of {', '.join(wanted)}; the test split is missing.")
-        tests = {m: take(rows.convert(_reader(m)), test_size, seed) for m, rows in test.items()}
-        self.test = [example for examples in tests.values() for example in examples]
-
+            raise UserError(f"task.data={self.data!r} has test rows of none of {', '.join(self.members)}.")
+        tests = {m: take(rows.convert(_reader(m)), self.test_size, self.seed) for m, rows in test.items()}
         if source.mix is not None:
-            if shares or caps:
+            if self.shares or self.caps:
                 raise UserError("task.shares and task.caps need a folder for each task; task.data is one mixed file.")
             pools = {"": source.mix}
         else:
-            pools = {member: rows for member in wanted if (rows := source.rows(member, "train"))}
-        drawn = _mixed(
-            {m: rows.convert(_reader(m)) for m, rows in pools.items()},
-            train_size, shares, caps or {}, seed,
-        )  # fmt: skip
+            pools = {member: rows for member in self.members if (rows := source.rows(member, "train"))}
+        drawn = self._draw({member: rows.convert(_reader(member)) for member, rows in pools.items()})
         mix = [example for examples in drawn.values() for example in examples]
-        if validation_size >= len(mix):
-            raise UserError(f"task.validation_size={validation_size} leaves nothing of the {len(mix)} training rows.")
-        chosen = validation_seed if validation_seed is not None else PROTOCOLS[protocol].validation_seed
-        self.train, self.validation = validation_split(mix, validation_size, chosen)
-        self.missing = [f"{m} is missing in {data!r}: it is not scored." for m in wanted if m not in test]
-        self.manifest = {
+        given, default = self.validation_seed, PROTOCOLS[self.protocol].validation_seed
+        seed = default if given is None else given
+        train, validation = validation_split(mix, self.validation_size, seed)
+        manifest = {
             "train": {member or "mix": pools[member].record(len(rows)) for member, rows in drawn.items()},
-            "validation": {"rows": validation_size, "seed": chosen, "of": "train"},
+            "validation": {"rows": self.validation_size, "seed": seed, "of": "train"},
             "test": {member: test[member].record(len(rows)) for member, rows in tests.items()},
-            "seed": seed,
+            "seed": self.seed,
         }
+        missing = [f"{m} is missing in {self.data!r} and gets no score." for m in self.members if m not in test]
+        return Splits(train, [row for rows in tests.values() for row in rows], validation, missing, manifest)
 
     def judge(self, example: Example, output: str) -> Verdict:
-        """The first match of the task's pattern, or of the options of a row from a mixed file; an output without one is
-        wrong."""
+        """Compare the first match of the member's pattern with the answer; an output without a match is wrong.
+
+        A row from a mixed file has no member, so its options are the pattern.
+        """
         options = (re.escape(option.removeprefix(TARGET)) for option in example.options)
         found = re.search(MEMBERS[example.group].pattern if example.group else "|".join(options), output)
         return Verdict(found[0], found[0] == example.answer.removeprefix(TARGET)) if found else Verdict(None, False)
+
+    def question(self, row: dict[str, Any]) -> Example:
+        columns = {"prompt": "instruction"} if "instruction" in row else None
+        return example_of(row, columns, template="plain", answered=False)
+
+    def _check_mix(self) -> None:
+        if self.name != ALL and self.names is not None:
+            raise UserError(f"task.names={self.names!r} are members of {ALL!r}; task {self.name!r} has none.")
+        by_member: dict[str, Mapping[str, float]] = {
+            "shares": {} if self.shares == "equal" else self.shares or {},
+            "caps": self.caps or {},
+        }
+        for member in (*self.members, *by_member["shares"], *by_member["caps"]):
+            if member not in MEMBERS:
+                raise UserError(f"task: {member!r} is not a commonsense task; {nearest(member, MEMBERS)}")
+        for key, given in by_member.items():
+            if unused := [member for member in given if member not in self.members]:
+                raise UserError(
+                    f"task.{key}.{unused[0]}: {unused[0]!r} is not in the mix of {', '.join(self.members)}."
+                )
+        if self.shares and self.train_size is None:
+            raise UserError("task.shares needs task.train_size, the number of rows to divide.")
+
+    def _draw(self, pools: dict[str, list[Example]]) -> dict[str, list[Example]]:
+        """The training rows of each member of the mix."""
+        capped = {member: take(rows, (self.caps or {}).get(member), self.seed) for member, rows in pools.items()}
+        size = self.train_size
+        if size is None:
+            return capped
+        if not self.shares:
+            flat = take([(member, row) for member, rows in capped.items() for row in rows], size, self.seed)
+            return {member: [row for of, row in flat if of == member] for member in capped}
+        shares = dict.fromkeys(self.members, 1.0) if self.shares == "equal" else self.shares
+        counts = _apportion(size, {member: share for member, share in shares.items() if member in capped})
+        for member, count in counts.items():
+            if count > len(capped[member]):
+                raise UserError(
+                    f"task.shares.{member}={shares[member]:g} of {size} are {count} rows, and there are "
+                    f"{len(capped[member])}; lower the share or task.train_size."
+                )
+        return {member: take(capped[member], count, self.seed) if count else [] for member, count in counts.items()}
+
+
+def _apportion(size: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """``size`` divided in proportion to the shares, by largest remainder."""
+    total = sum(shares.values())
+    if total <= 0:
+        raise UserError(f"task.shares={dict(shares)!r} should be above 0 for at least one task with data.")
+    exact = {member: size * share / total for member, share in shares.items()}
+    counts = {member: int(value) for member, value in exact.items()}
+    for member in sorted(exact, key=lambda m: counts[m] - exact[m])[: size - sum(counts.values())]:
+        counts[member] += 1
+    return counts
 
 
 def instruction_row(task: str, row: dict[str, Any]) -> dict[str, str]:
     """A row of a task's original data set in the wording and the fields of LLM-Adapters.
 
     Raises:
-        BadRow: a field is missing or holds what it should not.
+        BadRow: a field is missing or has a wrong value.
     """
     instruction, answer = MEMBERS[task].hub.convert(row)
     return {"instruction": instruction, "input": "", "output": TARGET + answer, "answer": answer}
 
 
 class _Source:
-    """Where the rows of the members lie."""
+    """Reads the rows of the members, from the Hub, from folders, or from one mixed file with folders."""
 
     def __init__(self, data: str, wanted: Sequence[str]) -> None:
         self.mix: Rows | None = None
@@ -283,7 +327,7 @@ class _Source:
         self.folder = path
 
     def rows(self, member: str, split: str) -> Rows | None:
-        """The rows of a split; None if the folder holds nothing of the member, and it is one of several."""
+        """The rows of a split; None if the member is one of several and has no folder."""
         if self.folder is None:
             hub = MEMBERS[member].hub
             found = read_hub(hub.repository, hub.configuration, hub.test if split == "test" else split, hub.revision)
@@ -298,7 +342,7 @@ def _reader(member: str) -> Callable[[dict[str, Any]], Example]:
 
 
 def _example(row: dict[str, Any], member: str) -> Example:
-    """A row in the fields of LLM-Adapters; its options stand at the end of the instruction."""
+    """A row in the fields of LLM-Adapters. Its options are at the end of the instruction."""
     instruction, answer = field(row, "instruction"), field(row, "answer")
     if row.get("input"):
         raise BadRow(f"field 'input'={row['input']!r} should be empty.")
@@ -311,34 +355,5 @@ def _example(row: dict[str, Any], member: str) -> Example:
     if "output" in row and row["output"] != TARGET + answer:
         raise BadRow(f"field 'output'={row['output']!r} should be {TARGET + answer!r}, as the answer says.")
     if member and not all(re.fullmatch(MEMBERS[member].pattern, option) for option in options):
-        raise BadRow(f"field 'instruction' has the options {', '.join(options)}, which are not those of {member}.")
+        raise BadRow(f"field 'instruction' has the options {', '.join(options)}, which do not fit {member}.")
     return Example(instruction, TARGET + answer, group=member, options=tuple(TARGET + option for option in options))
-
-
-def _mixed(
-    pools: dict[str, list[Example]],
-    size: int | None,
-    shares: Mapping[str, float] | None,
-    caps: Mapping[str, int],
-    seed: int,
-) -> dict[str, list[Example]]:
-    """The rows of each member in a mix."""
-    capped = {member: take(rows, caps.get(member), seed) for member, rows in pools.items()}
-    if size is None:
-        return capped
-    if shares is None:
-        flat = take([(member, row) for member, rows in capped.items() for row in rows], size, seed)
-        return {member: [row for of, row in flat if of == member] for member in capped}
-    present = {member: share for member, share in shares.items() if member in capped}
-    total = sum(present.values())
-    if total <= 0:
-        raise UserError(f"task.shares={dict(shares)!r} should hold a number above 0 for a task at hand.")
-    exact = {member: size * share / total for member, share in present.items()}
-    counts = {member: int(value) for member, value in exact.items()}
-    for member in sorted(exact, key=lambda m: counts[m] - exact[m])[: size - sum(counts.values())]:
-        counts[member] += 1  # the largest remainders
-    for member, count in counts.items():
-        if count > len(capped[member]):
-            given = f"task.shares.{member}={shares[member]:g} of {size} are {count} rows"
-            raise UserError(f"{given}, and {len(capped[member])} are there; lower the share or task.train_size.")
-    return {member: take(capped[member], count, seed) if count else [] for member, count in counts.items()}

@@ -1,4 +1,4 @@
-"""GLUE (Wang et al., arXiv 1804.07461) for encoders: sentences or pairs of them, and a class or a real number."""
+"""GLUE (Wang et al., arXiv 1804.07461) for encoders: a sentence or a pair, and a class or a real number."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from pera.errors import UserError, missing_extra, nearest
-from pera_lab.tasks.base import ClassificationTask, Labelled
+from pydantic import Field
+
+from pera.errors import UserError
+from pera_lab.tasks.base import ClassificationTask
+from pera_lab.tasks.examples import LabelledText, Splits
 from pera_lab.tasks.sources import (
     HUB,
     BadRow,
+    DataPath,
     Rows,
     divide,
     field,
@@ -23,14 +27,14 @@ from pera_lab.tasks.sources import (
 
 REPOSITORY = "nyu-mll/glue"
 CHOOSING = 1000
-"""Rows of a validation set of more than twice as many that choose the checkpoint; smaller sets are halved."""
+"""Rows that choose the checkpoint if the validation set has more than twice as many; else half of the set."""
 
 
 class _Glue(NamedTuple):
     fields: tuple[str, ...]
     names: tuple[str, ...]
     metrics: tuple[str, ...]
-    """The metric that counts first."""
+    """The main metric first."""
     validation: str = "validation"
 
 
@@ -50,81 +54,85 @@ GLUE = {
 
 class GlueTask(ClassificationTask):
     """One task of GLUE. The test sets have no public labels, so the validation set is divided: some rows choose the
-    checkpoint, the rest are the test rows.
+    checkpoint, and the others are the test rows."""
 
-    A validation set of more than 2,000 rows gives 1,000 to choose by, a smaller one half, drawn by ``seed``.
+    task_names = tuple(GLUE)
 
-    Args:
-        name: a key of :data:`GLUE`.
-        data: "hub" (the data set nyu-mll/glue) or a folder with ``<name>/train.jsonl`` and ``<name>/validation.jsonl``,
-            in the fields of that data set.
-        train_size: training rows to use at most, drawn by ``seed``.
-        test_size: test rows to use at most.
-        choose_size: rows to choose by, in the place of the rule above; 0 makes all validation rows test rows.
-        seed: divides the validation set.
+    name: str
+    """A key of :data:`GLUE`."""
+    data: DataPath = HUB
+    """"hub" (the data set nyu-mll/glue), or a folder with ``<name>/train.jsonl`` and ``<name>/validation.jsonl`` in the
+    fields of that data set."""
+    train_size: int | None = Field(None, ge=1)
+    """Training rows to draw; all by default."""
+    test_size: int | None = Field(None, ge=1)
+    """Test rows to draw; all by default."""
+    choose_size: int | None = Field(None, ge=0)
+    """Validation rows that choose the checkpoint: by default 1,000 of more than 2,000, else half. 0 makes all of them
+    test rows."""
+    seed: int = Field(42, ge=0)
+    """Seed of the division of the validation set, and of the draws."""
 
-    Raises:
-        UserError: unknown name, missing split, broken row.
-    """
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return GLUE[self.name].names
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        data: str = HUB,
-        train_size: int | None = None,
-        test_size: int | None = None,
-        choose_size: int | None = None,
-        seed: int = 42,
-    ) -> None:
-        if name not in GLUE:
-            raise UserError(f"task.name={name!r} is not a task of GLUE; {nearest(name, GLUE)}")
-        self.name = name
-        self._spec = GLUE[name]
-        self.names = self._spec.names
-        self.labels = len(self.names) or 1
-        self.metric = self._spec.metrics[0]
-        train, validation = self._source(data, "train"), self._source(data, self._spec.validation)
+    @property
+    def metric(self) -> str:
+        return GLUE[self.name].metrics[0]
+
+    def build(self) -> Splits:
+        """Read the training set, and divide the validation set.
+
+        Raises:
+            UserError: a split is missing, or a row is broken.
+        """
+        train, validation = self._source("train"), self._source(GLUE[self.name].validation)
         rows, held = train.convert(self._row), validation.convert(self._row)
-        size = choose_size if choose_size is not None else CHOOSING if len(held) > 2 * CHOOSING else len(held) // 2
+        default = CHOOSING if len(held) > 2 * CHOOSING else len(held) // 2
+        size = default if self.choose_size is None else self.choose_size
         if size >= len(held):
-            raise UserError(f"task.choose_size={size} leaves no test row: {validation.source} has {len(held)} rows.")
-        self.validation, test = divide(held, size, seed)
-        self.train, self.test = take(rows, train_size, seed), take(test, test_size, seed)
-        self.manifest = {
-            "train": train.record(len(self.train)),
-            "validation": validation.record(len(self.validation)),
-            "test": validation.record(len(self.test)),
+            raise UserError(
+                f"task.choose_size={size} leaves no test rows: {validation.source} has {len(held)} rows; give fewer."
+            )
+        choosing, test = divide(held, size, self.seed)
+        rows, test = take(rows, self.train_size, self.seed), take(test, self.test_size, self.seed)
+        manifest = {
+            "train": train.record(len(rows)),
+            "validation": validation.record(len(choosing)),
+            "test": validation.record(len(test)),
         }
+        return Splits(rows, test, choosing, manifest=manifest)
 
     def measure(self, gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
-        return {metric: METRICS[metric](gold, predicted) for metric in self._spec.metrics}
+        return {metric: METRICS[metric](gold, predicted) for metric in GLUE[self.name].metrics}
 
-    def _source(self, data: str, split: str) -> Rows:
-        if data == HUB:
+    def question(self, row: dict[str, Any]) -> LabelledText:
+        return LabelledText(tuple(field(row, name) for name in GLUE[self.name].fields), 0)
+
+    def _source(self, split: str) -> Rows:
+        if self.data == HUB:
             return read_hub(REPOSITORY, self.name, split)
-        return read_file(split_file(folder_of(data) / self.name, [split, split.partition("_")[0]]))
+        return read_file(split_file(folder_of(self.data) / self.name, [split, split.partition("_")[0]]))
 
-    def _row(self, row: dict[str, Any]) -> Labelled:
-        texts = tuple(field(row, name) for name in self._spec.fields)
-        if not self.names:
+    def _row(self, row: dict[str, Any]) -> LabelledText:
+        texts = self.question(row).texts
+        if not self.classes:
             label = field(row, "label", (int, float), "a number from 0 to 5")
             if not 0 <= label <= 5:
                 raise BadRow(f"field 'label'={label!r} should be a number from 0 to 5.")
-            return Labelled(texts, float(label))
-        known = f"one of {', '.join(f'{i} ({name})' for i, name in enumerate(self.names))}"
+            return LabelledText(texts, float(label))
+        known = f"one of {', '.join(f'{i} ({name})' for i, name in enumerate(self.classes))}"
         label = field(row, "label", int, known)
-        if not 0 <= label < len(self.names):
+        if not 0 <= label < len(self.classes):
             raise BadRow(f"field 'label'={label!r} should be {known}.")
-        return Labelled(texts, label)
+        return LabelledText(texts, label)
 
 
 def _scikit(function: str) -> Callable[[Sequence[float], Sequence[float]], float]:
     def metric(gold: Sequence[float], predicted: Sequence[float]) -> float:
-        try:
-            from sklearn import metrics
-        except ImportError as error:
-            raise missing_extra("scikit-learn", "lab") from error
+        from sklearn import metrics
+
         return float(getattr(metrics, function)(gold, predicted))
 
     return metric
@@ -132,11 +140,9 @@ def _scikit(function: str) -> Callable[[Sequence[float], Sequence[float]], float
 
 def _scipy(function: str) -> Callable[[Sequence[float], Sequence[float]], float]:
     def metric(gold: Sequence[float], predicted: Sequence[float]) -> float:
-        try:
-            from scipy import stats
-        except ImportError as error:
-            raise missing_extra("scipy", "lab") from error
-        if len(set(gold)) < 2 or len(set(predicted)) < 2:  # the correlation with a constant is not defined
+        from scipy import stats
+
+        if len(set(gold)) < 2 or len(set(predicted)) < 2:  # the correlation with a constant is undefined
             return 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

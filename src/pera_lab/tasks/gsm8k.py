@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
-from pera.errors import UserError
-from pera_lab.tasks.base import Example, GenerationTask, Verdict
+from pydantic import Field
+
+from pera_lab.tasks.base import GenerationTask
+from pera_lab.tasks.examples import Example, Splits, Verdict
 from pera_lab.tasks.sources import (
     HUB,
     BadRow,
+    DataPath,
     Rows,
+    example_of,
     field,
     folder_of,
     read_file,
@@ -20,61 +24,60 @@ from pera_lab.tasks.sources import (
     validation_split,
 )
 
-NAME = "gsm8k"
 REPOSITORY = "openai/gsm8k"
 
 
 class Gsm8kTask(GenerationTask):
-    """Problems in words; the model writes the solution and ends with ``#### number``.
+    """Word problems. The model writes the solution and ends it with ``#### number``."""
 
-    Args:
-        name: "gsm8k".
-        data: "hub" or a folder with ``train.jsonl`` and ``test.jsonl``; fields question and answer.
-        train_size, test_size: rows to use at most, drawn by ``seed``.
-        validation_size: training rows that are kept to choose the checkpoint by.
-        annotations: keep the calculator annotations, ``<<16-3-4=9>>``, in what is learned.
-        seed: draws rows.
+    task_names = ("gsm8k",)
+    max_new_tokens: ClassVar[int] = 512
 
-    Raises:
-        UserError: missing split, broken row, an answer without its number.
-    """
+    name: str = "gsm8k"
+    data: DataPath = HUB
+    """"hub", or a folder with ``train.jsonl`` and ``test.jsonl`` (fields question and answer)."""
+    train_size: int | None = Field(None, ge=1)
+    """Training rows to draw; all by default."""
+    test_size: int | None = Field(None, ge=1)
+    """Test rows to draw; all by default."""
+    validation_size: int = Field(0, ge=0)
+    """Training rows that choose the checkpoint instead."""
+    annotations: bool = False
+    """Whether to learn the calculator annotations, such as ``<<16-3-4=9>>``."""
+    seed: int = Field(42, ge=0)
+    """Seed of the draws."""
 
-    def __init__(
-        self,
-        name: str = NAME,
-        *,
-        data: str = HUB,
-        train_size: int | None = None,
-        test_size: int | None = None,
-        validation_size: int = 0,
-        annotations: bool = False,
-        seed: int = 42,
-    ) -> None:
-        self.name = name
-        self._annotations = annotations
-        train, test = (_rows(data, split) for split in ("train", "test"))
-        rows = take(train.convert(self._example), train_size, seed)
-        if validation_size >= len(rows):
-            raise UserError(f"task.validation_size={validation_size} leaves nothing of the {len(rows)} training rows.")
-        self.train, self.validation = validation_split(rows, validation_size, seed)
-        self.test = take(test.convert(self._example), test_size, seed)
-        self.manifest = {"train": train.record(len(self.train)), "test": test.record(len(self.test))}
+    def build(self) -> Splits:
+        train, test = (self._rows(split) for split in ("train", "test"))
+        rows = take(train.convert(self._example), self.train_size, self.seed)
+        chosen, validation = validation_split(rows, self.validation_size, self.seed)
+        held_out = take(test.convert(self._example), self.test_size, self.seed)
+        manifest = {"train": train.record(len(chosen)), "test": test.record(len(held_out))}
+        return Splits(chosen, held_out, validation, manifest=manifest)
 
     def judge(self, example: Example, output: str) -> Verdict:
-        """The number after the last ``####``, equal to that of the solution; without one the output is wrong."""
+        """Compare the number after the last ``####`` with the number of the solution."""
         found = final_number(output)
         return Verdict(found, found is not None and found == final_number(example.answer))
+
+    def question(self, row: dict[str, Any]) -> Example:
+        return example_of(row, {"prompt": "question"} if "question" in row else None, answered=False)
+
+    def _rows(self, split: str) -> Rows:
+        if self.data == HUB:
+            return read_hub(REPOSITORY, "main", split)
+        return read_file(split_file(folder_of(self.data), [split]))
 
     def _example(self, row: dict[str, Any]) -> Example:
         question, answer = field(row, "question"), field(row, "answer")
         if final_number(answer) is None:
             raise BadRow("field 'answer' should end with '#### ' and a number.")
-        return Example(question, answer if self._annotations else re.sub(r"<<[^>]*>>", "", answer))
+        return Example(question, answer if self.annotations else re.sub(r"<<[^>]*>>", "", answer))
 
 
 def final_number(text: str) -> str | None:
-    """The number after the last ``####``, without thousands marks, currency and trailing zeros; None if there is no
-    such number."""
+    """The number after the last ``####``, without thousands separators, currency and trailing zeros; None if there is
+    none."""
     found = re.findall(r"####\s*\$?\s*(-?\s*\$?[\d,]*\.?\d+)", text)
     if not found:
         return None
@@ -82,7 +85,3 @@ def final_number(text: str) -> str | None:
     whole, _, rest = number.partition(".")
     rest = rest.rstrip("0")
     return f"{whole}.{rest}" if rest else whole or "0"
-
-
-def _rows(data: str, split: str) -> Rows:
-    return read_hub(REPOSITORY, "main", split) if data == HUB else read_file(split_file(folder_of(data), [split]))

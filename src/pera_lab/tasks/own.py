@@ -1,20 +1,21 @@
-"""A user's own data: prompts and completions, or conversations, from files or from the hub."""
+"""A user's own data: prompts and completions, or conversations, from files or from the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from pera.errors import UserError
-from pera_lab.tasks.base import Example, GenerationTask
-from pera_lab.tasks.prompts import CHAT, Frame
+from pera_lab.tasks.base import GenerationTask
+from pera_lab.tasks.encoding import CHAT, PLAIN, Frame
+from pera_lab.tasks.examples import Example, Splits
 from pera_lab.tasks.sources import (
     SUFFIXES,
-    BadRow,
+    DataPath,
     Rows,
-    field,
+    example_of,
     read_file,
     read_hub_splits,
     split_file,
@@ -22,117 +23,62 @@ from pera_lab.tasks.sources import (
     validation_split,
 )
 
-NAME = "own"
-
-
-def frame_of(template: str) -> Frame:
-    """The chat template of the model, or the prompt as it is."""
-    return CHAT if template == "chat" else Frame("{prompt}")
-
 
 class OwnTask(GenerationTask):
-    """Rows with the columns ``prompt`` and ``completion`` (texts, or lists of messages), or ``messages``, whose last
-    one is the assistant's and is learned. An answer is right if it is the completion, white space at the ends apart.
+    """Rows with the columns ``prompt`` and ``completion`` (texts, or lists of messages), or with ``messages``.
 
-    Args:
-        name: "own".
-        data: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file; a folder with ``train`` and, if there are any,
-            ``validation`` and ``test`` files; or the id of a data set on the hub.
-        columns: the names of the columns in these data, by the names here.
-        template: "chat", the prompt is a user's message, or "plain", the completion follows the prompt as it is.
-        train_size: training rows to use at most, drawn by ``seed``.
-        test_size: test rows to use; without a test file they are taken off the training rows.
-        validation_size: rows to choose the checkpoint by, taken off the training rows, or of the validation
-            file.
-        seed: draws rows.
-
-    Raises:
-        UserError: data that cannot be read, a missing column, a broken row, too few rows.
+    The last message must be the assistant's; it is the answer. An output is right if it equals the answer, ignoring
+    white space at both ends.
     """
 
-    def __init__(
-        self,
-        name: str = NAME,
-        *,
-        data: str,
-        columns: Mapping[str, str] | None = None,
-        template: Literal["chat", "plain"] = "chat",
-        train_size: int | None = None,
-        test_size: int | None = 200,
-        validation_size: int = 0,
-        seed: int = 42,
-    ) -> None:
-        self.name = name
-        self.frame = frame_of(template)
-        known = dict(columns or {})
-        splits = _splits(data)
-        read = partial(own_example, columns=known, template=template)
-        converted = {split: rows.convert(read) for split, rows in splits.items()}
+    task_names = ("own",)
+    max_new_tokens: ClassVar[int] = 256
+
+    name: str = "own"
+    data: DataPath
+    """A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder with ``train`` and optionally ``validation`` and
+    ``test`` files, or the id of a data set on the Hub."""
+    columns: dict[Literal["prompt", "completion", "messages"], str] = Field(default_factory=dict)
+    """Names of the columns in the data, by the names used here."""
+    template: Literal["chat", "plain"] = "chat"
+    """"chat": the prompt is a user's message in the model's chat template. "plain": the completion follows the prompt
+    directly."""
+    train_size: int | None = Field(None, ge=1)
+    """Training rows to draw; all by default."""
+    test_size: int | None = Field(200, ge=1)
+    """Test rows to draw. Without a test file they are taken from the training rows."""
+    validation_size: int = Field(0, ge=0)
+    """Rows that choose the checkpoint, from the validation file or else from the training rows."""
+    seed: int = Field(42, ge=0)
+    """Seed of the draws."""
+
+    @property
+    def frame(self) -> Frame:
+        return CHAT if self.template == "chat" else PLAIN
+
+    def build(self) -> Splits:
+        sources = _splits(self.data)
+        converted = {split: rows.convert(self._example) for split, rows in sources.items()}
         rows = converted["train"]
         if "test" in converted:
-            self.test = take(converted["test"], test_size, seed)
+            test = take(converted["test"], self.test_size, self.seed)
         else:
-            rows, self.test = _take_off(rows, test_size or 200, "test_size", seed)
+            rows, test = validation_split(rows, self.test_size or 200, self.seed, "test_size")
         if "validation" in converted:
-            self.validation = take(converted["validation"], validation_size or None, seed)
+            validation = take(converted["validation"], self.validation_size or None, self.seed)
         else:
-            rows, self.validation = _take_off(rows, validation_size, "validation_size", seed + 1)
-        self.train = take(rows, train_size, seed)
-        used = {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
-        self.manifest = {split: source.record(used[split]) for split, source in splits.items()}
+            rows, validation = validation_split(rows, self.validation_size, self.seed + 1)
+        train = take(rows, self.train_size, self.seed)
+        used = {"train": len(train), "validation": len(validation), "test": len(test)}
+        manifest = {split: source.record(used[split]) for split, source in sources.items()}
+        return Splits(train, test, validation, manifest=manifest)
 
-    def score(self, example: Example, output: str) -> float:
-        return float(output.strip() == example.answer.strip())
+    def question(self, row: dict[str, Any]) -> Example:
+        return self._example(row, answered=False)
 
-
-def own_example(
-    row: dict[str, Any], columns: Mapping[str, str] | None = None, *, template: str = "chat", answered: bool = True
-) -> Example:
-    """A row as an example; without ``answered`` it needs no completion.
-
-    Raises:
-        BadRow: it has neither a prompt with a completion nor messages, they are not as they should be, or there are
-            messages for the template "plain".
-    """
-    names = {name: name for name in ("prompt", "completion", "messages")} | dict(columns or {})
-    conversation = row.get(names["messages"]) is not None
-    asked = names["messages" if conversation else "prompt"]
-    if template == "plain" and isinstance(row.get(asked), list):
-        raise BadRow(
-            f"field {asked!r} holds messages, and a plain prompt has no roles; give texts, or template 'chat'."
-        )
-    if conversation:
-        messages = _messages(row, names["messages"])
-        answer = ""
-        if answered or messages[-1]["role"] == "assistant":
-            *messages, last = messages
-            if last["role"] != "assistant" or not messages:
-                raise BadRow(f"field {names['messages']!r} should end with an assistant's message behind a user's.")
-            answer = last["content"]
-        return Example(messages[-1]["content"], answer, row, messages=tuple(messages))
-    if isinstance(row.get(names["prompt"]), list):
-        messages = _messages(row, names["prompt"])
-        answer = _answer(row, names["completion"]) if answered else ""
-        return Example(messages[-1]["content"], answer, row, messages=tuple(messages))
-    prompt = field(row, names["prompt"])
-    return Example(prompt, field(row, names["completion"]) if answered else "", row)
-
-
-def _answer(row: dict[str, Any], name: str) -> str:
-    messages = _messages(row, name)
-    if [message["role"] for message in messages] != ["assistant"]:
-        raise BadRow(f"field {name!r} should hold one message, the assistant's.")
-    return messages[0]["content"]
-
-
-def _messages(row: dict[str, Any], name: str) -> list[dict[str, str]]:
-    messages = field(row, name, list, "a list of messages")
-    if not messages:
-        raise BadRow(f"field {name!r} has no messages.")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise BadRow(f"field {name!r} should hold messages such as {{'role': 'user', 'content': '…'}}.")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    def _example(self, row: dict[str, Any], answered: bool = True) -> Example:
+        columns = {str(name): column for name, column in self.columns.items()}
+        return example_of(row, columns, template=self.template, answered=answered)
 
 
 def _splits(data: str) -> dict[str, Rows]:
@@ -146,14 +92,8 @@ def _splits(data: str) -> dict[str, Rows]:
                 found[split] = read_file(files[0])
         return found
     if path.suffix in SUFFIXES or data.count("/") != 1 or data.startswith((".", "/", "~")):
-        raise UserError(f"task.data={data!r} does not exist; give a file, a folder or the id of a data set on the hub.")
+        raise UserError(f"task.data={data!r} does not exist; give a file, a folder or the id of a data set on the Hub.")
     found = read_hub_splits(data)
     if "train" not in found:
         raise UserError(f"task.data={data!r} has no split 'train'; it has {', '.join(found)}.")
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
-
-
-def _take_off(rows: list[Example], size: int, key: str, seed: int) -> tuple[list[Example], list[Example]]:
-    if size >= len(rows):
-        raise UserError(f"task.{key}={size} leaves nothing of the {len(rows)} training rows.")
-    return validation_split(rows, size, seed)

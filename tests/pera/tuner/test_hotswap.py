@@ -1,4 +1,4 @@
-"""Another adapter in the place of a loaded one: ``hotswap_adapter``."""
+"""hotswap_adapter: the values of a saved adapter replace those of a loaded one."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ def base(**options):
 
 
 def adapt(model, seed=0, name="default", **options):
-    """The model with an adapter all of whose trained values are random."""
+    """The model with an adapter whose trained values are all random."""
     torch.manual_seed(seed)
     options = {"r": 3, "target_modules": ["q_proj", "v_proj"], "init_weights": False, **options}
     model = get_peft_model(model, PeraConfig(**options), adapter_name=name)
@@ -47,7 +47,7 @@ def save(tmp_path):
 
 
 def state(model, name="default"):
-    """All that a swap may change."""
+    """Everything that a swap may change."""
     scales = {key: (layer.r[name], layer.pera_alpha[name], layer.scaling[name]) for key, layer in layers(model).items()}
     return copy.deepcopy(model.state_dict()), model.peft_config[name].to_dict(), scales
 
@@ -64,14 +64,15 @@ def unchanged(model, before, name="default"):
 SAME = {
     "values": ({}, {}),
     "alpha": ({}, {"pera_alpha": 7}),
-    "no alpha": ({"pera_alpha": 7}, {}),
     "rslora": ({"pera_alpha": 5}, {"pera_alpha": 5, "use_rslora": True}),
     "alpha_pattern": ({}, {"alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 9}}),
     "no alpha_pattern": ({"alpha_pattern": {"v_proj": 9}}, {"pera_alpha": 2}),
-    "the same rank, named otherwise": ({}, {"r": 2, "rank_pattern": {"q_proj": 3, "v_proj": 3}}),
-    "the same layers, named otherwise": ({}, {"target_modules": r".*\.[qv]_proj"}),
-    "fixed coefficients": ({"coefficients": "fixed"}, {"coefficients": "fixed"}),
-    "squares": ({"terms": "square", **RMS}, {"terms": "square", **RMS}),
+    "the same rank by a pattern": ({}, {"r": 2, "rank_pattern": {"q_proj": 3, "v_proj": 3}}),
+    "the same layers by an expression": ({}, {"target_modules": r".*\.[qv]_proj"}),
+    "fixed squares": (
+        {"terms": "square", "coefficients": "fixed", **RMS},
+        {"terms": "square", "coefficients": "fixed", **RMS},
+    ),
     "modules_to_save": ({"modules_to_save": ["lm_head", "norm"]}, {"modules_to_save": ["lm_head", "norm"]}),
     "token rows": ({"trainable_token_indices": [0, 5, 11]}, {"trainable_token_indices": [0, 5, 11]}),
     "token rows, tied": (
@@ -88,7 +89,7 @@ SAME = {
 
 
 @pytest.mark.parametrize(("here", "there"), SAME.values(), ids=SAME.keys())
-def test_the_model_is_that_with_the_other_adapter(save, here, there):
+def test_the_model_gives_the_outputs_of_the_other_adapter(save, tmp_path, here, there):
     folder = save(**there)
     model = adapt(base(**here), **here)
     before = logits(model)
@@ -108,12 +109,6 @@ def test_the_model_is_that_with_the_other_adapter(save, here, there):
         assert p is parameters[name][0]
         assert (p.data_ptr(), p.requires_grad) == parameters[name][1:]
 
-
-@pytest.mark.parametrize(("here", "there"), SAME.values(), ids=SAME.keys())
-def test_saved_again_it_is_the_other_adapter(save, tmp_path, here, there):
-    folder = save(**there)
-    model = adapt(base(**here), **here)
-    hotswap_adapter(model, folder)
     model.save_pretrained(tmp_path / "again", save_embedding_layers="auto")
     first, again = (load_file(f"{path}/adapter_model.safetensors") for path in (folder, tmp_path / "again"))
     assert first.keys() == again.keys()
@@ -122,7 +117,7 @@ def test_saved_again_it_is_the_other_adapter(save, tmp_path, here, there):
     assert torch.equal(logits(loaded), logits(model))
 
 
-def test_the_configuration_is_the_other_one_but_for_inference_mode(save):
+def test_the_configuration_is_replaced_except_inference_mode(save):
     model = adapt(base())
     hotswap_adapter(model, save(pera_alpha=7))
     config = model.peft_config["default"]
@@ -146,7 +141,7 @@ def test_only_the_named_adapter_changes(save):
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(base(), folder).eval()))
 
 
-def test_an_adapter_of_another_name_in_a_folder_of_its_own(tmp_path):
+def test_the_saved_adapter_may_have_another_name(tmp_path):
     adapt(base(), seed=1, name="second").save_pretrained(tmp_path)
     model = adapt(base(), name="first")
     hotswap_adapter(model, str(tmp_path / "second"), adapter_name="first")
@@ -154,7 +149,7 @@ def test_an_adapter_of_another_name_in_a_folder_of_its_own(tmp_path):
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(base(), tmp_path / "second").eval()))
 
 
-def test_a_scale_set_before_is_forgotten(save):
+def test_a_scale_that_was_set_is_replaced(save):
     model, folder = adapt(base()), save(pera_alpha=7)
     q_proj = layers(model)["model.layers.0.self_attn.q_proj"]
     q_proj.set_scale("default", 5)
@@ -165,7 +160,7 @@ def test_a_scale_set_before_is_forgotten(save):
     assert q_proj.scaling["default"] == pytest.approx(7 / 3)
 
 
-def test_an_optimizer_goes_on(save):
+def test_an_optimizer_keeps_training_the_swapped_adapter(save):
     model, folder = adapt(base()), save()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     hotswap_adapter(model, folder)
@@ -181,7 +176,7 @@ def test_an_optimizer_goes_on(save):
         assert ("pera_" in name) is not torch.equal(value, before[name])
 
 
-def test_a_compiled_model_is_not_compiled_anew(tmp_path):
+def test_a_compiled_model_is_not_compiled_again(tmp_path):
     def make(seed, **options):
         torch.manual_seed(7)
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
@@ -210,7 +205,7 @@ def test_a_compiled_model_is_not_compiled_anew(tmp_path):
 
 @pytest.mark.parametrize("options", [EMBEDDING, TIED], ids=["", "tied"])
 @pytest.mark.parametrize("saved", [True, False])
-def test_a_folder_with_or_without_the_weights_of_the_embedding(save, options, saved):
+def test_a_folder_may_include_the_base_weights_of_an_adapted_embedding(save, options, saved):
     folder = save(save_embedding_layers=saved, **options)
     keys = load_file(f"{folder}/adapter_model.safetensors").keys()
     assert any("embed_tokens.base_layer.weight" in key for key in keys) is saved
@@ -225,17 +220,17 @@ def test_a_folder_with_the_embedding_of_another_base_model_is_refused(save, tmp_
     folder = save(save_embedding_layers=True, **options)
     key = f"base_model.model.model.embed_tokens.{'base_layer.' if options else ''}weight"
     change_weights(tmp_path / "other" / "adapter_model.safetensors", lambda weights: {**weights, key: -weights[key]})
-    refused(adapt(base(), **options), folder, rf"other' has {key}, .*; load it instead of swapping\.")
+    refused(adapt(base(), **options), folder, rf"other' has {key}, .*; use load_adapter instead\.")
 
 
-def test_a_folder_with_an_embedding_that_is_not_adapted(save):
+def test_a_folder_may_include_the_base_weights_of_other_embeddings(save):
     model = adapt(base())
     hotswap_adapter(model, save(save_embedding_layers=True))
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(base(), save()).eval()))
 
 
-@pytest.mark.parametrize(("here", "there"), [(0.0, 0.5), (0.5, 0.0), (0.2, 0.5)])
-def test_the_configuration_has_the_dropout_of_the_layers(save, here, there):
+@pytest.mark.parametrize(("here", "there"), [(0.0, 0.5), (0.5, 0.0)])
+def test_dropout_is_not_replaced(save, here, there):
     model = adapt(base(), pera_dropout=here)
     hotswap_adapter(model, save(pera_dropout=there))
     dropout = {getattr(layer.pera_dropout["default"], "p", 0.0) for layer in layers(model).values()}
@@ -264,18 +259,17 @@ DIFFERENT = {
     "normalization": ({"normalization": "rms"}, "has normalization='rms', the loaded adapter 'none'"),
     "an extra module": (
         {"modules_to_save": ["lm_head"]},
-        "has .*lm_head.weight, which .*; load it instead of swapping",
+        "has .*lm_head.weight, which .*; use load_adapter instead",
     ),
     "token rows": ({"trainable_token_indices": [1]}, r"has trainable_token_indices=\[1\], the loaded adapter None"),
 }
 
 
 def refused(model, folder, message, name="default"):
-    """Checks that a swap is refused in one sentence, and that nothing has changed."""
+    """Check that a swap is refused and that nothing has changed."""
     before, expected, config = state(model), logits(model), model.peft_config["default"]
     with pytest.raises(UserError, match=message) as error:
         hotswap_adapter(model, str(folder), name)
-    assert isinstance(error.value, ValueError)
     assert "\n" not in str(error.value)
     assert unchanged(model, before)
     assert model.peft_config["default"] is config
@@ -295,7 +289,7 @@ def test_a_different_adapter_is_refused(save, there, message):
         ({"ensure_weight_tying": True}, "has ensure_weight_tying=False, the loaded adapter True"),
     ],
 )
-def test_an_adapter_without_what_the_loaded_one_has_is_refused(save, here, message):
+def test_an_adapter_that_lacks_something_is_refused(save, here, message):
     refused(adapt(base(**here), **here), save(), message)
 
 
@@ -318,7 +312,7 @@ def test_a_loaded_lora_adapter_is_refused(save):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    refused(adapt(base()), tmp_path / "nowhere", "nowhere' is no adapter that can be read: ")
+    refused(adapt(base()), tmp_path / "nowhere", "nowhere' cannot be read as an adapter: ")
 
 
 def cut_off(folder):
@@ -357,11 +351,12 @@ def pickled_cut_off(folder):
 def test_a_folder_that_cannot_be_read_is_refused(save, tmp_path, spoil):
     folder = save()
     spoil(tmp_path / "other")
-    refused(adapt(base()), folder, "other' is no adapter that can be read: ")
+    refused(adapt(base()), folder, "other' cannot be read as an adapter: ")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("key", ["model.layers.1.self_attn.v_proj.pera_h", "lm_head.weight"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("model.layers.1.self_attn.v_proj.pera_h", float("nan")), ("lm_head.weight", float("inf"))]
+)
 def test_weights_that_are_not_finite_are_refused(save, tmp_path, change_weights, key, value):
     options = {"modules_to_save": ["lm_head"]}
     folder = save(**options)

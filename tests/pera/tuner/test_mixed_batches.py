@@ -1,4 +1,4 @@
-"""One adapter for each sample of a batch: ``adapter_names``."""
+"""Batches that mix adapters: ``adapter_names`` names one adapter for each sample."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ UP = {"target_modules": ["up_proj", "down_proj"], "layers_to_transform": [1]}
 
 
 def llama():
-    """Random weights so large that adapters change what is generated."""
+    """A LLaMA with weights so large that adapters change the generated tokens."""
     return tiny.llama(initializer_range=0.3)
 
 
@@ -74,7 +74,7 @@ def alone(model, call, name):
 
 
 def each_alone(model, call, names=NAMES):
-    """The samples of ``call(model)``, each from a run with its adapter alone; every adapter counts."""
+    """The samples of ``call(model)``, each from a run with its adapter only. Every adapter changes the result."""
     results = {name: alone(model, call, name) for name in ("__base__", "first", "second")}
     parts = {name: result.chunk(len(names)) for name, result in results.items()}
     for i, name in enumerate(names):
@@ -128,14 +128,14 @@ def pair(request):
 
 
 @pytest.mark.parametrize("active", ["first", "second"])
-def test_logits(pair, active):
+def test_each_sample_gets_the_logits_of_its_adapter(pair, active):
     expected = each_alone(pair, forward())
     pair.set_adapter(active)
     torch.testing.assert_close(forward()(pair, adapter_names=NAMES), expected, rtol=1e-5, atol=1e-5)
     assert hooks(pair) == []
 
 
-def test_logits_are_those_of_explicit_updates():
+def test_mixed_logits_equal_explicit_updates():
     model = two(llama(), *PAIRS["different layers"][1:])
     mixed = forward()(model, adapter_names=NAMES)
     for i, name in enumerate(NAMES):
@@ -146,7 +146,7 @@ def test_logits_are_those_of_explicit_updates():
         torch.testing.assert_close(mixed[i].double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_convolution():
+def test_convolutions_mix_adapters():
     x = torch.randn(4, 6, 9)
     names = ["first", "second", "__base__", "first"]
     model = two(Audio(), {"target_modules": ["convolution"]}, {"target_modules": ["convolution", "head"]})
@@ -155,12 +155,12 @@ def test_convolution():
         torch.testing.assert_close(model(x, adapter_names=names), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_names_as_a_tuple_of_base_alone():
+def test_names_may_be_a_tuple_of_the_base_only():
     model = attention()
     assert torch.equal(forward()(model, adapter_names=("__base__",) * 4), alone(model, forward(), "__base__"))
 
 
-def test_padding():
+def test_padded_samples_mix_adapters():
     call = forward(attention_mask=torch.tensor([[1] * 5, [0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1] * 5]))
     model = attention()
     torch.testing.assert_close(call(model, adapter_names=NAMES), each_alone(model, call), rtol=1e-5, atol=1e-5)
@@ -182,20 +182,20 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION.keys())
-def test_generated_tokens(options):
+def test_each_sample_gets_the_tokens_of_its_adapter(options):
     model, call = attention(), generate(**options)
     expected = each_alone(model, call)
     assert torch.equal(call(model, adapter_names=NAMES), expected)
     assert hooks(model) == []
 
 
-def test_generated_tokens_with_a_saved_head():
+def test_generation_mixes_saved_heads():
     model, call = two(llama(), *PAIRS["head saved by the second"][1:]), generate(num_beams=3)
     assert torch.equal(call(model, adapter_names=NAMES), each_alone(model, call))
 
 
 @pytest.mark.parametrize("config", [None, GenerationConfig(do_sample=False)], ids=["", "and a config without them"])
-def test_beams_that_are_the_default_of_the_model(config):
+def test_beams_may_be_a_default_of_the_model(config):
     model, call = attention(), generate(generation_config=config)
     model.get_base_model().generation_config.num_beams = 3
     expected = each_alone(model, call)
@@ -203,7 +203,7 @@ def test_beams_that_are_the_default_of_the_model(config):
     assert torch.equal(call(model, adapter_names=NAMES), expected)
 
 
-def test_a_config_that_is_not_named():
+def test_a_generation_config_may_be_positional():
     model, config = attention(), GenerationConfig(num_beams=3, **LENGTH)
 
     def call(model, **names):
@@ -212,7 +212,7 @@ def test_a_config_that_is_not_named():
     assert torch.equal(call(model, adapter_names=NAMES), each_alone(model, call))
 
 
-def test_embeddings_as_inputs():
+def test_inputs_may_be_embeddings():
     def call(model, **names):
         embeds = model.get_input_embeddings()(INPUTS)
         mask = torch.ones_like(INPUTS)
@@ -223,7 +223,7 @@ def test_embeddings_as_inputs():
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, SAMPLING], ids=["greedy", "beams", "sampling"])
-def test_encoder_and_decoder(options):
+def test_encoder_decoder_models_mix_adapters(options):
     """The encoder runs once for each sample, the decoder once for each beam."""
     first, second = {"target_modules": ["q", "v"]}, {"target_modules": ["v", "wi", "wo"]}
     model, call = two(t5(), {**first, "task_type": "SEQ_2_SEQ_LM"}, second), generate(**options)
@@ -236,7 +236,7 @@ def test_encoder_and_decoder(options):
 
 
 @pytest.mark.parametrize("call", [forward(), generate(num_beams=3)], ids=["forward", "generate"])
-def test_disabled_adapters_win(call):
+def test_disabled_adapters_ignore_the_names(call):
     model = attention()
     base = alone(model, call, "__base__")
     with model.disable_adapter():
@@ -267,7 +267,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("call", [forward(), generate()], ids=["forward", "generate"])
 @pytest.mark.parametrize(("names", "prepare", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_is_one_sentence_and_leaves_no_hooks(call, names, prepare, message):
+def test_wrong_names_are_refused_and_leave_no_hooks(call, names, prepare, message):
     model = attention()
     expected = call(model)
     if prepare is not None:
@@ -289,7 +289,7 @@ def test_a_name_for_each_beam_is_refused():
     assert hooks(model) == []
 
 
-def test_wrong_length_where_a_saved_module_is_called_first():
+def test_a_wrong_number_of_names_is_refused_by_the_first_layer():
     model = two(llama(), {**UP, "modules_to_save": ["embed_tokens"]}, UP)
     with pytest.raises(UserError, match="same as the number of inputs, but got 3 and 4 respectively"):
         model(INPUTS, adapter_names=NAMES[:3])
@@ -303,7 +303,7 @@ def test_a_saved_module_of_another_kind_is_refused_by_peft():
     assert hooks(model) == []
 
 
-def test_an_error_within_the_model_leaves_no_hooks():
+def test_an_error_in_the_model_leaves_no_hooks():
     model = attention()
     expected = logits(model)
     with pytest.raises(IndexError):
@@ -312,7 +312,7 @@ def test_an_error_within_the_model_leaves_no_hooks():
     assert torch.equal(logits(model), expected)
 
 
-def test_a_plain_call_afterwards_has_the_active_adapter():
+def test_the_next_call_uses_the_active_adapter():
     model = attention()
     model.set_adapter("second")
     expected = forward()(model)

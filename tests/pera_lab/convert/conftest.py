@@ -1,11 +1,24 @@
-"""What the tests of conversion share."""
+"""Fixtures for the tests of conversion."""
 
 import pytest
+
+from pera_lab.convert.merge import merge
+from pera_lab.opening import locate_adapter
+
+
+@pytest.fixture
+def merge_adapter(tmp_path):
+    """Merges the adapter in the folder "adapter" into the folder "merged"."""
+
+    def call(**options):
+        return merge(locate_adapter(str(tmp_path / "adapter")), tmp_path / "merged", **options)
+
+    return call
 
 
 @pytest.fixture
 def stored():
-    """What ``verification.json`` should hold of an agreement on a run's own task, in float32."""
+    """The expected content of ``verification.json`` for a check on a run's own task, in float32."""
 
     def of(agreement, form, against):
         return {

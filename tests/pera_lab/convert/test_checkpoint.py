@@ -1,4 +1,4 @@
-"""A model folder whose weights are read when they are wanted is the model that it holds."""
+"""A model whose weights are read on demand has the outputs of the whole model."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from pera_lab.models import fingerprint
         ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
     ],
 )
-def test_a_configuration_that_cannot_be_read_is_refused(change, reason, tiny_llama, tmp_path):
+def test_a_configuration_that_cannot_be_read_is_rejected(change, reason, tiny_llama, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "copy")
     config = {**json.loads((folder / "config.json").read_text()), **change}
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
@@ -28,7 +28,7 @@ def test_a_configuration_that_cannot_be_read_is_refused(change, reason, tiny_lla
         empty_model(Checkpoint(folder), torch.float32)
 
 
-def test_saved_buffers_are_read_with_the_model(tmp_path, logits):
+def test_saved_buffers_are_read(tmp_path, logits):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 400, "pad_token_id": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}
     base = AutoModelForCausalLM.from_config(Gemma4TextConfig(**shape, **heads, hidden_size_per_layer_input=0))

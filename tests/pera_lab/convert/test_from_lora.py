@@ -1,4 +1,4 @@
-"""A trained LoRA goes on as a PERA adapter that gives the same outputs."""
+"""A trained LoRA is imported as a PERA adapter with the same outputs."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.from_lora import import_lora
+from pera_lab.opening import locate_adapter
 
 VARIANTS = {
     "plain": ("tiny_llama", {}),
@@ -23,7 +24,7 @@ VARIANTS = {
 
 @pytest.fixture
 def save_lora():
-    """Saves a random LoRA and returns the model it is on."""
+    """Saves a random LoRA and returns its model."""
 
     def save(folder, base, **options):
         torch.manual_seed(0)
@@ -35,13 +36,12 @@ def save_lora():
     return save
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("normalization", ["rms", "none"])
-def test_the_outputs_are_those_of_the_lora(variant, normalization, request, save_lora, tmp_path, logits):
+@pytest.mark.parametrize(("variant", "normalization"), [*((name, "rms") for name in VARIANTS), ("plain", "none")])
+def test_the_outputs_equal_those_of_the_lora(variant, normalization, request, save_lora, tmp_path, logits):
     base, options = VARIANTS[variant]
     base = request.getfixturevalue(base)
     expected = logits(save_lora(tmp_path / "lora", base, **options))
-    agreement = import_lora(str(tmp_path / "lora"), tmp_path / "pera", normalization=normalization)
+    agreement = import_lora(locate_adapter(str(tmp_path / "lora")), tmp_path / "pera", normalization=normalization)
     assert agreement.agree
     found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "pera")
     assert isinstance(found.peft_config["default"], PeraConfig)
@@ -52,7 +52,7 @@ def test_the_outputs_are_those_of_the_lora(variant, normalization, request, save
     assert all((weight == 0).all() for weight in h)
 
 
-def test_the_tokenizer_and_the_tokens_of_a_lora_go_with_it(save_lora, own_tokenizer, tiny_llama, tmp_path):
+def test_the_tokenizer_and_the_tokens_of_a_lora_are_kept(save_lora, own_tokenizer, tiny_llama, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     base.resize_token_embeddings(len(own_tokenizer), mean_resizing=False)
     base.save_pretrained(tmp_path / "grown")
@@ -60,13 +60,13 @@ def test_the_tokenizer_and_the_tokens_of_a_lora_go_with_it(save_lora, own_tokeni
     own_tokenizer.save_pretrained(tmp_path / "lora")
     config = (tmp_path / "lora" / "adapter_config.json").read_text()
     (tmp_path / "lora" / "adapter_config.json").write_text(config.replace(str(tmp_path / "grown"), str(tiny_llama)))
-    assert import_lora(str(tmp_path / "lora"), tmp_path / "pera").agree
+    assert import_lora(locate_adapter(str(tmp_path / "lora")), tmp_path / "pera").agree
     assert len(AutoTokenizer.from_pretrained(tmp_path / "pera")) == len(own_tokenizer)
 
 
-def test_training_goes_on_and_the_coefficients_wake(save_lora, tiny_llama, tmp_path):
+def test_training_continues_and_the_coefficients_learn(save_lora, tiny_llama, tmp_path):
     save_lora(tmp_path / "lora", tiny_llama)
-    import_lora(str(tmp_path / "lora"), tmp_path / "pera")
+    import_lora(locate_adapter(str(tmp_path / "lora")), tmp_path / "pera")
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "pera", is_trainable=True
     )
@@ -91,13 +91,13 @@ def test_training_goes_on_and_the_coefficients_wake(save_lora, tiny_llama, tmp_p
         ({"r": 1}, "cross", "terms='cross'"),
     ],
 )
-def test_what_cannot_be_imported_is_refused(options, terms, words, save_lora, tiny_llama, tmp_path):
+def test_what_cannot_be_imported_is_rejected(options, terms, words, save_lora, tiny_llama, tmp_path):
     save_lora(tmp_path / "lora", tiny_llama, **options)
     with pytest.raises(UserError, match=words):
-        import_lora(str(tmp_path / "lora"), tmp_path / "pera", terms=terms)
+        import_lora(locate_adapter(str(tmp_path / "lora")), tmp_path / "pera", terms=terms)
     assert not (tmp_path / "pera").exists()
 
 
-def test_a_pera_adapter_is_not_imported(adapter, tmp_path):
-    with pytest.raises(UserError, match="is a PERA adapter; only a LoRA adapter is imported"):
-        import_lora(str(adapter), tmp_path / "pera")
+def test_a_pera_adapter_is_rejected(adapter, tmp_path):
+    with pytest.raises(UserError, match="is a PERA adapter; only a LoRA adapter can be imported"):
+        import_lora(locate_adapter(str(adapter)), tmp_path / "pera")

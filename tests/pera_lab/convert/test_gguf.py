@@ -23,6 +23,7 @@ from pera.lora import fold
 from pera_lab.convert.export import export
 from pera_lab.convert.gguf import ADAPTER, ARCHITECTURES, check_base, read_adapter, tensor_names, write_adapter
 from pera_lab.convert.verify import verify
+from pera_lab.opening import locate_adapter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SIZES = {
@@ -234,7 +235,7 @@ def test_a_truncated_adapter_is_rejected(shapes, tmp_path):
 
 def test_an_export_to_gguf_agrees_and_is_verified_again(save_adapter, tiny_llama, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_llama, target_modules=["q_proj", "k_proj", "down_proj", "lm_head"])
-    done = export(str(tmp_path / "adapter"), tmp_path / "out", to="gguf")
+    done = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", to="gguf")
     assert done.agreement.agree
     assert {file.name for file in (tmp_path / "out").iterdir()} == {ADAPTER, "README.md", "verification.json"}
     for name in (tmp_path / "out", tmp_path / "out" / ADAPTER):
@@ -247,7 +248,7 @@ def test_an_adapter_with_its_own_tokenizer_is_compared_with_that_tokenizer(adapt
     own = AutoTokenizer.from_pretrained(tiny_llama)
     own.chat_template = "{{ messages[0]['content'] }}"
     own.save_pretrained(adapter)
-    assert export(str(adapter), tmp_path / "out", to="gguf").agreement.agree
+    assert export(locate_adapter(str(adapter)), tmp_path / "out", to="gguf").agreement.agree
     assert verify(str(adapter), str(tmp_path / "out")).agree
 
 
@@ -256,14 +257,14 @@ def test_an_adapter_with_its_own_tokenizer_is_compared_with_that_tokenizer(adapt
     [
         ("tiny_gpt2", {"target_modules": ["c_attn"]}, "model_type='gpt2' of the base model is not supported in GGUF"),
         ("tied_llama", {"target_modules": ["lm_head"]}, "'lm_head' shares its weight with the embeddings"),
-        ("tiny_llama", {"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is no linear layer"),
-        ("tiny_llama", {"modules_to_save": ["lm_head"]}, "cannot be carried to a GGUF adapter"),
+        ("tiny_llama", {"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is not a linear layer"),
+        ("tiny_llama", {"modules_to_save": ["lm_head"]}, "which a GGUF adapter cannot hold"),
     ],
 )
 def test_what_gguf_cannot_hold_is_rejected(base, options, words, request, save_adapter, tmp_path):
     save_adapter(tmp_path / "adapter", request.getfixturevalue(base), **options)
     with pytest.raises(UserError, match=words):
-        export(str(tmp_path / "adapter"), tmp_path / "out", to="gguf")
+        export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""What is made for a server is what it takes; what it would reject or ignore is refused."""
+"""An export for a server is one that it reads; what it would reject or ignore is rejected."""
 
 import json
 import shlex
@@ -13,7 +13,8 @@ from transformers import AutoModelForSequenceClassification, MixtralConfig, Mixt
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
-from pera_lab.convert.servers import SERVERS, check_rank
+from pera_lab.convert.servers import SERVERS
+from pera_lab.opening import locate_adapter
 from reference import relative_error
 from tiny import evaluate
 
@@ -24,13 +25,14 @@ def made(save_adapter, request, tmp_path):
 
     def make(server, base="tiny_llama", *, max_rank=None, to=None, **options):
         save_adapter(tmp_path / "adapter", request.getfixturevalue(base), **options)
-        return export(str(tmp_path / "adapter"), tmp_path / "out", server=server, max_rank=max_rank, to=to)
+        location = locate_adapter(str(tmp_path / "adapter"))
+        return export(location, tmp_path / "out", server=server, max_rank=max_rank, to=to)
 
     return make
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_every_server_gets_an_export_that_agrees_and_the_line_that_starts_it(server, made, tmp_path, tiny_llama):
+def test_every_server_gets_an_export_that_agrees_and_its_start_command(server, made, tmp_path, tiny_llama):
     done = made(server)
     assert done.agreement.agree
     assert str(tmp_path / "out") in done.start
@@ -40,12 +42,13 @@ def test_every_server_gets_an_export_that_agrees_and_the_line_that_starts_it(ser
         assert str(tiny_llama) in done.start
 
 
-def test_the_line_for_peft_loads_a_classifier_with_its_head(tiny_bert, tmp_path):
+def test_the_start_command_of_peft_loads_a_classifier_with_its_head(tiny_bert, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
     config = PeraConfig(r=2, target_modules=["query"], init_weights=False, task_type="SEQ_CLS")
     adapted = get_peft_model(base, config).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    program, option, code = shlex.split(export(str(tmp_path / "adapter"), tmp_path / "out", server="peft").start)
+    start = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server="peft").start
+    program, option, code = shlex.split(start)
     assert (program, option) == ("python", "-c")
     found = {}
     exec(code, found)
@@ -53,74 +56,84 @@ def test_the_line_for_peft_loads_a_classifier_with_its_head(tiny_bert, tmp_path)
     assert relative_error(evaluate(found["model"].eval(), ids).logits, evaluate(adapted, ids).logits) <= 1e-5
 
 
-def test_the_modelfile_of_ollama_has_the_paths_as_they_are(tmp_path):
-    """Its parser takes a path to the end of the line, with any quotes that are not double."""
-    line = SERVERS["ollama"].start("base", Path("50 % of 'mine'"), 8)
+def test_the_modelfile_of_ollama_has_unquoted_paths(tmp_path):
+    """Its parser reads a path to the end of the line, including single quotes."""
+    line = SERVERS["ollama"].start("base", Path("50 % of 'mine'"), 8, None)
     subprocess.run(line.partition(" && ")[0], shell=True, check=True, cwd=tmp_path)
     assert (tmp_path / "Modelfile").read_text() == "FROM BASE.gguf\nADAPTER 50 % of 'mine'/adapter.gguf\n"
 
 
-@pytest.mark.parametrize(("r", "rank", "option"), [(3, 9, 16), (2, 5, 8), (8, 44, 64), (1, 2, 8)])
-def test_vllm_is_given_a_rank_that_it_knows(r, rank, option, made, tmp_path):
-    assert f"--max-lora-rank {option} " in made("vllm", r=r).start
+@pytest.mark.parametrize(("r", "terms", "rank", "option"), [(3, "all", 9, 16), (4, "square", 8, 8)])
+def test_vllm_gets_the_smallest_of_its_ranks_that_fits(r, terms, rank, option, made, tmp_path):
+    assert f"--max-lora-rank {option} " in made("vllm", r=r, terms=terms).start
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == rank
 
 
-def test_a_rank_above_a_servers_needs_max_rank(made, tmp_path):
-    with pytest.raises(UserError, match="LoRA of rank K = 560, and vllm takes 512 at most; add --max-rank 512"):
+def test_a_rank_above_the_limit_of_a_server_needs_max_rank(made, tmp_path):
+    with pytest.raises(UserError, match="LoRA of rank K = 560, but vllm accepts at most 512; add --max-rank 512"):
         made("vllm", r=32)
     assert not (tmp_path / "out").exists()
     done = made("vllm", r=32, max_rank=512)
     assert done.truncation.lossless
     assert done.truncation.rank == 32
     assert "--max-lora-rank 32 " in done.start
-    check_rank("vllm", 512, chosen=True)
+    SERVERS["vllm"].check_rank(512, chosen=True)
     with pytest.raises(UserError, match="--max-rank: 513 is above 512"):
-        check_rank("vllm", 513, chosen=True)
+        SERVERS["vllm"].check_rank(513, chosen=True)
 
 
-def test_targets_are_named_as_servers_read_them(made, tmp_path):
+def test_an_expression_is_replaced_by_short_names(made, tmp_path):
     made("sglang", target_modules=r".*\.(q|v)_proj")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "v_proj"]
 
 
-def test_targets_keep_their_full_names_where_the_short_ones_would_mean_more(made, tmp_path):
+def test_targets_are_kept_if_short_names_would_match_other_layers(made, tmp_path):
     made("vllm", target_modules=["q_proj"], layers_to_transform=[1])
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj"]
     assert config["layers_to_transform"] == [1]
 
 
-def test_targets_are_never_an_expression(made, tmp_path):
+def test_an_expression_is_replaced_by_full_names_if_short_ones_match_other_layers(made, tmp_path):
     made("sglang", target_modules=r".*layers\.1\..*\.(q|v)_proj")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
 
 
-def test_targets_and_parameters_are_named_apart(tokenizer, save_adapter, tmp_path):
+def test_target_modules_and_target_parameters_stay_separate(tokenizer, save_adapter, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=2, **sizes)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
     save_adapter(tmp_path / "adapter", tmp_path / "base", **targets)
-    assert export(str(tmp_path / "adapter"), tmp_path / "out", server="peft").agreement.agree
+    assert export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server="peft").agreement.agree
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert {key: config[key] for key in targets} == targets
 
 
-@pytest.mark.parametrize("server", [name for name in SERVERS if name != "peft"])
 @pytest.mark.parametrize(
-    ("base", "options", "words"),
+    ("server", "base", "options", "words"),
     [
-        ("tiny_llama", {"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] of the adapter cannot be"),
-        ("biased_llama", {"bias": "pera_only"}, "bias='pera_only' of the adapter cannot be carried"),
-        ("tied_llama", {"trainable_token_indices": [8]}, "trainable_token_indices=.* cannot be carried"),
-        ("tiny_gpt2", {"target_modules": ["c_attn"]}, "takes no adapter"),
+        (
+            "vllm",
+            "tiny_llama",
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save=\['lm_head'\], which vllm",
+        ),
+        ("sglang", "biased_llama", {"bias": "pera_only"}, "bias='pera_only', which sglang cannot hold"),
+        (
+            "lorax",
+            "tied_llama",
+            {"trainable_token_indices": [8]},
+            "trainable_token_indices=.* lorax cannot hold",
+        ),
+        ("llama.cpp", "biased_llama", {"bias": "all"}, "bias='all', which llama.cpp cannot hold"),
+        ("ollama", "tiny_gpt2", {"target_modules": ["c_attn"]}, "is a Conv1D, on which ollama accepts no adapter"),
     ],
 )
-def test_what_a_server_cannot_carry_is_refused(server, base, options, words, made, tmp_path):
+def test_what_a_server_cannot_hold_is_rejected(server, base, options, words, made, tmp_path):
     with pytest.raises(UserError, match=words):
         made(server, base, **options)
     assert not (tmp_path / "out").exists()
@@ -130,13 +143,12 @@ def test_what_a_server_cannot_carry_is_refused(server, base, options, words, mad
     ("server", "options", "words"),
     [
         ("sglang", {"target_modules": ["embed_tokens", "q_proj"]}, "'model.embed_tokens' is an embedding"),
-        ("lorax", {"layers_to_transform": [1]}, "adapted in 1 of 2 blocks, and lorax ignores"),
-        ("llama.cpp", {"to": "lora"}, "--to lora is not for llama.cpp, which reads gguf"),
-        ("vllm", {"to": "gguf"}, "--to gguf is not for vllm, which reads lora"),
-        ("vlm", {}, "--for: 'vlm' is not a server that is known; did you mean 'vllm'"),
+        ("lorax", {"layers_to_transform": [1]}, "adapted in 1 of 2 blocks, but lorax ignores"),
+        ("llama.cpp", {"to": "lora"}, "--to lora does not fit --for llama.cpp, which reads gguf; use --to gguf"),
+        ("vlm", {}, "--for: 'vlm' is not a known server; did you mean 'vllm'"),
     ],
 )
-def test_the_limits_of_one_server(server, options, words, made, tmp_path):
+def test_the_limits_of_a_server_are_kept(server, options, words, made, tmp_path):
     with pytest.raises(UserError, match=words):
         made(server, **options)
     assert not (tmp_path / "out").exists()

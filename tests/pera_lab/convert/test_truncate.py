@@ -12,6 +12,7 @@ from pera.polynomial import lora_factors, num_coefficients
 from pera_lab.adapters import Adapter
 from pera_lab.convert.export import export
 from pera_lab.convert.truncate import FLOAT32_ROUNDING, measured, truncate
+from pera_lab.opening import locate_adapter
 from tiny import adapt
 
 
@@ -77,7 +78,7 @@ def test_the_output_change_is_measured_on_the_inputs_of_the_layer():
 
 def test_an_export_with_max_rank_is_truncated_and_reports_the_loss(save_adapter, tiny_llama, tmp_path, logits):
     expected = logits(save_adapter(tmp_path / "adapter", tiny_llama, normalization="rms"))
-    done = export(str(tmp_path / "adapter"), tmp_path / "lora", max_rank=4)
+    done = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "lora", max_rank=4)
     weights = Adapter(tmp_path / "lora").weights
     assert {len(w) for key, w in weights.items() if "lora_A" in key} == {4}
     assert done.good
@@ -91,7 +92,7 @@ def test_an_export_with_max_rank_is_truncated_and_reports_the_loss(save_adapter,
 
 def test_a_lossless_truncation_must_agree(save_adapter, tiny_llama, tmp_path):
     save_adapter(tmp_path / "adapter", tiny_llama, r=8)  # K = 44, and q_proj is (32, 32)
-    done = export(str(tmp_path / "adapter"), tmp_path / "lora", max_rank=32)
+    done = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "lora", max_rank=32)
     assert done.truncation.lossless
     assert done.agreement.agree
 
@@ -101,11 +102,11 @@ def test_a_lossless_truncation_must_agree(save_adapter, tiny_llama, tmp_path):
     [
         ({"max_rank": 3, "energy": 0.9}, "--max-rank=3 and --energy=0.9 both set the rank"),
         ({"max_rank": 0}, "--max-rank=0 should be at least 1"),
-        ({"energy": 0.0}, "--energy=0.0 should be a share above 0"),
-        ({"energy": 99.9}, "--energy=99.9 should be a share above 0"),
+        ({"energy": 0.0}, "--energy=0.0 should be above 0"),
+        ({"energy": 99.9}, "--energy=99.9 should be above 0 and at most 1"),
     ],
 )
 def test_an_impossible_rank_is_rejected(options, words, adapter, tmp_path):
     with pytest.raises(UserError, match=words):
-        export(str(adapter), tmp_path / "lora", **options)
+        export(locate_adapter(str(adapter)), tmp_path / "lora", **options)
     assert not (tmp_path / "lora").exists()

@@ -16,7 +16,7 @@ from pera_lab.diagnose import diagnose_adapter, effects, high_order_ratios, run_
 from pera_lab.diagnose.effect import cut_to_r, mean_loss
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
-from pera_lab.tasks.prompts import IGNORED
+from pera_lab.tasks.encoding import IGNORED
 from pera_lab.training import train
 
 
@@ -209,7 +209,7 @@ def test_the_effect_of_a_run_is_measured_on_held_out_examples_and_written(run, p
     assert set(kept["without_high_order"]) == {"q_proj", "v_proj", "up_proj", "down_proj"}
     assert kept["without"]["high_order"] != 0
     assert kept["at_rank_r"] != 0
-    assert "cut to rank r" in pera("inspect", run.path, "--effect").out
+    assert "truncated to rank r" in pera("inspect", run.path, "--effect").out
     assert "needs a run folder" in pera("inspect", run.adapter.path, "--effect").err
 
 

@@ -14,10 +14,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from test_page import FIGURES, HOSTILE, adapters, bare_run, full_run  # noqa: F401
+from test_run import FIGURES, HOSTILE, adapters, bare_run, full_run  # noqa: F401
 from test_study import STUDY, made_up
 
-from pera_lab.report.page import write_report
+from pera_lab.report.run import write_report
 from pera_lab.report.study import write_study_report
 from pera_lab.study import load_study
 

@@ -26,7 +26,7 @@ def test_the_picture_shows_the_losses(run, tmp_path):
 
 def test_a_run_without_metrics_has_no_picture(run, tmp_path):
     run.metrics_file.unlink()
-    with pytest.raises(UserError, match=r"run' has no metrics yet; train first"):
+    with pytest.raises(UserError, match=r"run' has no metrics; train it first"):
         loss_picture(run, tmp_path / "loss.svg")
     assert not (tmp_path / "loss.svg").exists()
 

@@ -7,17 +7,17 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from scipy.stats import false_discovery_control
-from test_page import adapters, check, write  # noqa: F401
+from test_run import adapters, check, write  # noqa: F401
 
 from pera.errors import UserError
-from pera_lab.evaluation import Score
-from pera_lab.report import paper
 from pera_lab.report.formatting import ABSENT
 from pera_lab.report.study import study_sections, write_study_report
 from pera_lab.runs import Run
+from pera_lab.scorers import Score
 from pera_lab.study import load_study
+from pera_lab.study.folder import StudyFolder
+from pera_lab.study.plan import known_trials
 from pera_lab.study.results import Results
-from pera_lab.study.runner import StudyFolder, all_trials
 from pera_lab.training import TrainingSummary
 
 STUDY = """
@@ -39,7 +39,7 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
     study_folder, rng = StudyFolder(folder), np.random.default_rng(0)
     study_folder.prepare(study)
     difficulty = {task.label: rng.beta(4, 1, size=400) for task in study.grid.task}
-    while left := study_folder.left(study):
+    while left := study_folder.remaining(study):
         for trial in left[: stop or None]:
             method, task = trial.cell.method, trial.cell.task.label
             run = Run.create(trial.recipe(), folder / "runs" / trial.name)
@@ -130,7 +130,7 @@ def test_a_method_that_diverged_is_not_compared_by_its_lucky_seeds(folder, tmp_p
     _, second, third = items(copy, "summary", "text")
     assert "pera-rms-0.3 is better than lora" in second
     assert "400 examples of mrpc)" in second
-    assert third == "pera-rms-0.3, sst2: 1 reported runs diverged, so it is not compared there."
+    assert third == "pera-rms-0.3, sst2: not compared, because 1 of its reported runs diverged."
     (table,) = items(copy, "scores", "table")
     assert "(n = 2, 1 diverged)" in table.rows[2][2]
     assert [row[-1] == ABSENT for row in table.rows[:3]] == [False, False, True]
@@ -154,10 +154,10 @@ def test_a_sweep_holds_the_other_axes_fixed(study_file, adapters, tmp_path):  # 
     copy = made_up(tmp_path / "sweep", load_study(str(study_file), grid), adapters)
     results, pictures = Results(copy), items(copy, "sweeps", "picture")
     assert [p.finding.partition(": ")[0] for p in pictures] == [
-        "By rank r (2, 3), this study, Q",
-        "By rank r (2, 3), this study, V",
-        "By placement (Q, V), this study, r = 2",
-        "By placement (Q, V), this study, r = 3",
+        "Mean score in % by rank r (2, 3), Q",
+        "Mean score in % by rank r (2, 3), V",
+        "Mean score in % by placement (Q, V), r = 2",
+        "Mean score in % by placement (Q, V), r = 3",
     ]
     lora = {cell.setting[1:3]: results.mean(cell).mean for cell in results.cells if cell.method.label == "lora"}
     assert pictures[1].table.rows[0] == ["lora", *(f"{100 * lora[r, 'V']:.1f}" for r in (2, 3))]
@@ -223,7 +223,7 @@ def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, ch
     record(Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42"))
     assert gain() is not None  # the others say nothing of their data and models
     change(Run(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46"))
-    with pytest.raises(UserError, match=rf"-seed4\d' and .*-again-.*-seed46' differ in the {what}, so they cannot"):
+    with pytest.raises(UserError, match=rf"-seed4\d' and .*-again-.*-seed46' cannot .* differ in the {what};"):
         gain()
 
 
@@ -238,7 +238,7 @@ OTHER = r"is not a valid record \(.+\); restore"
         ("scores.json", '{"adapter": {}}', OTHER),
         ("predictions/adapter.jsonl", '{"prompt": "0"}\n', OTHER),
         ("predictions/adapter.jsonl", '{"prompt"', r"cannot be read: .+\.$"),
-        ("predictions/adapter.jsonl", "", "has 0 answers, and scores.json counts 400; restore one of them"),
+        ("predictions/adapter.jsonl", "", "has 0 answers, but scores.json counts 400; restore one of the"),
         ("cost.json", "{}", OTHER),
         ("cost.json", "[]", OTHER),
         ("effect.json", "{}", OTHER),
@@ -266,7 +266,7 @@ def test_what_is_no_run_is_left_alone(folder, tmp_path):
 def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
     """LoRA has all of the 300 rows of one member right and none of the 100 of the other; PERA the other way round."""
     copy = damaged(folder, tmp_path)
-    for trial in all_trials(copy.study, copy.outcomes(copy.study)):
+    for trial in known_trials(copy.study, copy.outcomes(copy.study)):
         if trial.phase == "report" and trial.cell.task.label == "sst2":
             run, pera = copy.run(trial), trial.cell.method.name.startswith("pera")
             groups = ["large"] * 300 + ["small"] * 100
@@ -295,25 +295,16 @@ def test_a_method_without_a_rank_is_compared_in_each_setting(study_file, adapter
     assert against_full.difference(lora, against_full.settings[1]) is not None
 
 
-def test_scores_stand_in_the_papers_arrangement_with_the_papers_own_below(folder):
+def test_scores_have_a_row_per_method_and_a_column_per_task(folder):
     (table,) = items(folder, "scores", "table")
     assert table.head == ["method", "parameters", "sst2", "mrpc", "mean"]
-    assert [row[0] for row in table.rows[:3]] == ["lora", "lora-again", "pera-rms-0.3"]
+    assert [row[0] for row in table.rows] == ["lora", "lora-again", "pera-rms-0.3"]
     assert "(n = 3)" in table.rows[0][2]
-    assert [i for i in range(len(table.rows)) if i not in table.paper] == [0, 1, 2]
 
 
 def test_interaction_strengths_stand_side_by_side(folder):
     sst2, _ = (item.table for item in items(folder, "interactions", "picture"))
     assert sst2.rows == [[method, "0.5", "0.5", "1"] for method in ("lora", "lora-again", "pera-rms-0.3")]
-
-
-def test_the_paper_is_beside_glue_tasks():
-    model, rows, names = paper.beside(["sst2", "mrpc", "leg_counting"])
-    assert (model, names) == ("RoBERTa-base", {"sst2": "SST-2", "mrpc": "MRPC"})
-    assert {row["method"]: row["SST-2"] for row in rows}["PERA"] == 94.13
-    assert paper.beside(["leg_counting"]) == ("", [], {})
-    assert paper.sweep("rank")[0][:3] == ["2", "4", "8"]
 
 
 def test_the_page_is_whole_and_every_figure_is_there(folder, tmp_path):
@@ -330,12 +321,11 @@ def test_the_page_is_whole_and_every_figure_is_there(folder, tmp_path):
     assert "| method | parameters | sst2 | mrpc | mean |" in markdown
 
 
-def test_ranks_are_swept_with_the_papers_figures(study_file, adapters, tmp_path):  # noqa: F811
+def test_ranks_are_swept(study_file, adapters, tmp_path):  # noqa: F811
     study = load_study(str(study_file), ["grid.r=[2,3]"])
     folder = made_up(tmp_path / "sweep", study, adapters)
     (picture,) = items(folder, "sweeps", "picture")
     assert picture.table.head == ["method", "2", "3"]
-    assert any(axes.get_title().startswith("paper:") for axes in picture.figure.axes)
 
 
 def test_terms_are_swept_by_methods_as_they_come(study_file, adapters, tmp_path):  # noqa: F811
@@ -366,15 +356,17 @@ def test_effects_over_the_seeds_say_where_seeds_differ(folder, tmp_path):
     effect = Run(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43").effect_file
     write(effect, {**json.loads(effect.read_text()), "tokens": 390, "at_rank_r": None})
     (table,) = items(copy, "terms", "table")
-    assert [row[table.head.index("cut to rank r")] for row in table.rows] == [ABSENT, "+0.04"]
+    assert [row[table.head.index("truncated to rank r")] for row in table.rows] == [ABSENT, "+0.04"]
     assert [row[-1] for row in table.rows] == ["390 to 400", "400"]
 
 
 def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tmp_path):  # noqa: F811
     folder = made_up(tmp_path / "begun", load_study(str(study_file)), adapters, stop=4)
     assert items(folder, "scores", "table") == []
-    assert items(folder, "summary", "text") == ["No method can be compared with lora yet; seeds are lacking."]
-    assert any("14 known runs are to do" in text for text in items(folder, "gaps", "text"))
+    assert items(folder, "summary", "text") == [
+        "No method can be compared with lora yet, because reported runs are missing."
+    ]
+    assert any("14 known runs remain" in text for text in items(folder, "gaps", "text"))
     write_study_report(folder, tmp_path / "report.html")
 
 
@@ -394,7 +386,7 @@ def test_the_protocol_names_all_seeds_and_versions(folder, tmp_path):
         run = Run(copy.runs / f"sst2-lora-r3-report-lr0.002-seed{seed}")
         write(run.environment_file, {**machine, "versions": {"python": "3.11", "torch": torch, "gguf": None}})
     method, machines = items(copy, "protocol", "text")
-    assert "with each seed of report (42, 43, 44; lora-again: 45, 46, 47) and" in method
+    assert "with each report seed (42, 43, 44; lora-again: 45, 46, 47) and" in method
     assert machines == "Machine: x, 1 threads, cpu. Versions: python 3.11, torch 2.0 and 2.1."
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from pera_lab.study import load_study
-from pera_lab.study.runner import StudyFolder, run_study
+from pera_lab.study.folder import StudyFolder
+from pera_lab.study.runner import run_study
 
 STUDY = """
 base: {recipe}

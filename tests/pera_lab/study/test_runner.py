@@ -19,11 +19,14 @@ from transformers import AutoModelForSequenceClassification
 import tiny
 from pera.errors import UserError
 from pera_lab.files import write_json
+from pera_lab.methods import peft_config, resolve_targets
 from pera_lab.report.study import study_sections
 from pera_lab.runs import Run
 from pera_lab.study import load_study
+from pera_lab.study.folder import StudyFolder
+from pera_lab.study.plan import Expectation, Outcome, best_rate, known_trials
 from pera_lab.study.results import Results
-from pera_lab.study.runner import Expectation, Outcome, StudyFolder, _parameters, all_trials, best_rate, run_study, work
+from pera_lab.study.runner import num_parameters, run_study, work
 
 LORA, PERA = "family_relationships-lora-r2", "family_relationships-pera-rms-0.3-r2"
 
@@ -87,20 +90,27 @@ def test_the_parameters_of_a_run_are_those_of_its_adapter(finished):
     assert outcomes[PERA]["parameters"] - outcomes[LORA]["parameters"] == 3 * layers > 0
 
 
-def test_the_parameters_of_delora_leave_out_the_norms_that_it_saves(tmp_path):
+def test_the_parameters_leave_out_the_norms_that_delora_saves(tmp_path):
     model, run = get_peft_model(tiny.llama(), DeloraConfig(r=2, target_modules=["q_proj"])), Run(tmp_path)
     model.save_pretrained(str(run.adapter.path))
-    assert _parameters(run) == model.num_parameters(only_trainable=True)
+    assert num_parameters(run) == model.num_parameters(only_trainable=True)
 
 
-def test_the_parameters_of_a_run_are_all_that_it_trained_but_a_head(tiny_bert, tmp_path):
-    options = {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "lora_only", "modules_to_save": ["dense"]}
+@pytest.mark.parametrize(
+    ("config", "counts_head"),
+    [
+        (LoraConfig(r=2, target_modules=["query"], bias="lora_only", modules_to_save=["dense"]), False),
+        (peft_config("full", "SEQ_CLS"), True),
+    ],
+)
+def test_the_parameters_leave_out_a_head_except_for_full_fine_tuning(config, counts_head, tiny_bert, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
-    model, run = get_peft_model(base, LoraConfig(r=2, **options)), Run(tmp_path)
+    config.task_type = "SEQ_CLS"
+    model, run = get_peft_model(base, resolve_targets(base, config)), Run(tmp_path)
     model.save_pretrained(str(run.adapter.path))
     head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" in name)
-    assert _parameters(run) == model.num_parameters(only_trainable=True) - head
     assert head > 0
+    assert num_parameters(run) == model.num_parameters(only_trainable=True) - (0 if counts_head else head)
 
 
 def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
@@ -108,7 +118,7 @@ def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
     small = ["training.max_steps=1", "training.logging_steps=1", "choose.learning_rate=[1e-3]"]
     folder, study = StudyFolder(tmp_path / "first"), study_of(study_file, *small)
     run_study(study, folder)
-    first = {run.name: folder.run(run).metrics()[0]["loss"] for run in all_trials(study, folder.outcomes(study))}
+    first = {run.name: folder.run(run).metrics()[0]["loss"] for run in known_trials(study, folder.outcomes(study))}
     for phase, seed in (("choose", 1), ("report", 42), ("report", 43)):
         lora, pera = (first[f"{cell}-{phase}-lr0.001-seed{seed}"] for cell in (LORA, PERA))
         assert lora == pytest.approx(pera, abs=1e-5)
@@ -124,7 +134,7 @@ def test_the_order_is_the_same_in_later_epochs_however_often_dropout_draws(study
     work(study, folder, math.inf)
     lora, dropped = (
         [line["loss"] for line in folder.run(trial).metrics()]
-        for trial in all_trials(study, folder.outcomes(study))
+        for trial in known_trials(study, folder.outcomes(study))
         if trial.phase == "report"
     )
     assert lora == pytest.approx(dropped, abs=1e-5)
@@ -195,11 +205,11 @@ def test_a_trial_that_another_worker_has_is_left_to_it(study_file, tmp_path):
 
     folder, study = StudyFolder(tmp_path / "locked"), study_of(study_file, "settings.training.max_steps=1")
     folder.prepare(study)
-    first = all_trials(study, {})[0]
+    first = known_trials(study, {})[0]
     with FileLock(folder.locks / f"{first.name}.lock"):
         process = multiprocessing.get_context("fork").Process(target=work, args=(study, folder, math.inf))
         process.start()
-        others = [trial.name for trial in all_trials(study, {})[1:]]
+        others = [trial.name for trial in known_trials(study, {})[1:]]
         give_up = time.monotonic() + 120
         while not set(others) <= folder.outcomes(study).keys() and time.monotonic() < give_up:
             time.sleep(0.2)
@@ -243,7 +253,7 @@ def test_a_rate_that_diverges_is_a_result(study_file, tmp_path):
 
 
 def test_a_training_whose_loss_rises_too_far_has_diverged(study_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("pera_lab.study.runner.EXPLODED", 0.1)
+    monkeypatch.setattr("pera_lab.study.runner.DIVERGED", 0.1)
     overrides = [
         "grid.method=[lora]",
         "choose.learning_rate=[1e-3]",
@@ -257,7 +267,7 @@ def test_a_training_whose_loss_rises_too_far_has_diverged(study_file, tmp_path, 
 
 def test_a_folder_of_another_study_is_not_gone_on_with(finished, study_file, tmp_path):
     shutil.copytree(finished.path, tmp_path / "copy")
-    with pytest.raises(UserError, match=r"training\.batch_size differs from the one that .* was made with"):
+    with pytest.raises(UserError, match=r"training\.batch_size differs from the recipe of .*; undo the change or give"):
         run_study(study_of(study_file, "training.batch_size=2"), StudyFolder(tmp_path / "copy"))
 
 
@@ -265,7 +275,7 @@ def test_nor_where_its_runs_would_come_in_later(finished, study_file, tmp_path):
     """The grid has neither of the old rates, and would be extended to one of them."""
     shutil.copytree(finished.path, tmp_path / "copy")
     grid = ["choose.learning_rate=[2.5e-4,5e-4]", "choose.extend=1", "training.batch_size=2"]
-    with pytest.raises(UserError, match=r"training\.batch_size differs from the one that .* was made with"):
+    with pytest.raises(UserError, match=r"training\.batch_size differs from the recipe of .*; undo the change or give"):
         run_study(study_of(study_file, *grid), StudyFolder(tmp_path / "copy"))
 
 
@@ -273,7 +283,7 @@ def test_a_rate_of_many_digits_is_gone_on_with(study_file, tmp_path):
     rates = [10**-2.5, 0.01]
     study, folder = study_of(study_file, f"choose.learning_rate={rates}", "grid.method=[lora]"), StudyFolder(tmp_path)
     folder.prepare(study)
-    for trial in all_trials(study, {}):
+    for trial in known_trials(study, {}):
         Run.create(trial.recipe(), folder.run(trial).path)
     folder.prepare(study)
     assert {path.name for path in folder.runs.iterdir()} == {f"{LORA}-choose-lr{rate}-seed1" for rate in rates}
@@ -287,10 +297,10 @@ def test_data_that_cannot_be_had_are_said_before_all_runs_fail(pera, refused, gl
     (tmp_path / "glue.yaml").write_text(json.dumps(study))
     wrong = ["study", "run", "glue.yaml", "training.epochs=1", "--output", "study"]
     refused(*wrong, "data=/nowhere", words=["/nowhere"])
-    refused(*wrong, "choose.rows=64", words=["training.held_out=64 leaves nothing of the 64 rows"])
+    refused(*wrong, "choose.rows=64", words=["training.held_out=64 leaves none of the 64 training rows"])
     failed = pera(*wrong, "model=/gone/model")
     assert (failed.code, "'/gone/model'" in failed.out) == (1, True)
-    refused(*wrong, words=["model.name differs", "forget what failed with --retry"])
+    refused(*wrong, words=["model.name differs", "remove failed runs with --retry"])
     assert pera(*wrong, "--retry").code == 0  # what failed is forgotten, its settings too
 
 
@@ -301,7 +311,7 @@ def test_no_budget_starts_no_run(study_file, tmp_path):
 def test_what_is_not_expected_to_end_in_the_budget_is_not_started(study_file, tmp_path):
     folder, study = StudyFolder(tmp_path / "dear"), study_of(study_file)
     folder.prepare(study)
-    first = folder.run(all_trials(study, {})[0])
+    first = folder.run(known_trials(study, {})[0])
     first.path.mkdir()
     write_json(first.path / "outcome.json", asdict(Outcome("finished", loss=1.0, wall_seconds=3600.0)))
     assert list(run_study(study, folder, budget=0.5)) == [first.path.name]
@@ -309,11 +319,11 @@ def test_what_is_not_expected_to_end_in_the_budget_is_not_started(study_file, tm
 
 def test_rates_come_before_seeds_the_middle_of_the_grid_first(study_file):
     study = study_of(study_file, "choose.learning_rate=[1e-3,1e-2,1e-1]", "grid.method=[lora,dora]")
-    trials = all_trials(study, {})
+    trials = known_trials(study, {})
     assert [(t.cell.method.label, t.learning_rate) for t in trials[:2]] == [("lora", 1e-2), ("dora", 1e-2)]
     assert {t.phase for t in trials} == {"choose"}
     done = {t.name: Outcome("finished", loss=t.learning_rate) for t in trials if t.cell.method.label == "lora"}
-    reported = [t for t in all_trials(study, done) if t.phase == "report"]
+    reported = [t for t in known_trials(study, done) if t.phase == "report"]
     assert [(t.cell.method.label, t.learning_rate, t.seed) for t in reported] == [("lora", 1e-3, s) for s in (42, 43)]
 
 
@@ -321,18 +331,18 @@ def test_a_best_rate_at_an_edge_is_followed_beyond_it(study_file):
     study = study_of(study_file, "choose.learning_rate=[1e-3,2e-3]", "choose.extend=2", "grid.method=[lora]")
     outcomes, seen = {}, []
     for _ in range(5):
-        for trial in all_trials(study, outcomes):
+        for trial in known_trials(study, outcomes):
             if trial.name not in outcomes and trial.phase == "choose":
                 seen.append(trial.learning_rate)
                 outcomes[trial.name] = Outcome("finished", loss=abs(math.log(trial.learning_rate / 5e-3)))
     assert sorted(seen) == [1e-3, 2e-3, 4e-3, 8e-3]
-    assert {t.learning_rate for t in all_trials(study, outcomes) if t.phase == "report"} == {4e-3}
+    assert {t.learning_rate for t in known_trials(study, outcomes) if t.phase == "report"} == {4e-3}
 
 
 def test_a_failed_or_diverged_rate_is_not_the_best(study_file):
     study = study_of(study_file)
     (cell, *_) = study.cells()
-    small, large = sorted((t for t in all_trials(study, {}) if t.cell == cell), key=lambda trial: trial.learning_rate)
+    small, large = sorted((t for t in known_trials(study, {}) if t.cell == cell), key=lambda trial: trial.learning_rate)
     for lost in (Outcome("diverged"), Outcome("diverged", loss=0.1)):  # not finite, or merely exploded
         outcomes = {small.name: lost, large.name: Outcome("finished", loss=9.0)}
         assert best_rate(study, cell, outcomes, [0.001, 0.03]) == 0.03
@@ -344,7 +354,7 @@ def test_an_edge_is_that_of_the_rates_that_did_not_fail(study_file, tmp_path):
     study = study_of(study_file, "choose.learning_rate=[1e-3,2e-3,4e-3]", "grid.method=[lora]")
     folder, (cell,) = StudyFolder(tmp_path / "edges"), study.cells()
     folder.prepare(study)
-    trials = {trial.learning_rate: trial for trial in all_trials(study, {})}
+    trials = {trial.learning_rate: trial for trial in known_trials(study, {})}
 
     def end(rate, **outcome):
         folder.run(trials[rate]).path.mkdir(exist_ok=True)
@@ -352,16 +362,16 @@ def test_an_edge_is_that_of_the_rates_that_did_not_fail(study_file, tmp_path):
 
     for rate, loss in ((1e-3, 0.5), (2e-3, 0.4), (4e-3, 0.6)):
         end(rate, status="finished", loss=loss)
-    assert not Results(folder).at_an_edge(cell)
+    assert not Results(folder).at_grid_edge(cell)
     end(4e-3, status="failed", error="out of memory")
-    assert Results(folder).at_an_edge(cell)
+    assert Results(folder).at_grid_edge(cell)
 
 
 def test_what_is_expected_is_what_the_likest_took(study_file):
     study = study_of(study_file)
-    trials = all_trials(study, {})
+    trials = known_trials(study, {})
     outcomes = {trials[0].name: Outcome("finished", loss=1.0, wall_seconds=10.0)}
     expected = Expectation(study, outcomes)
     assert expected(trials[1]) == 10.0
-    assert len(expected.left(study, outcomes)) == 7
+    assert len(expected.remaining()) == 7
     assert Expectation(study, {})(trials[0]) is None

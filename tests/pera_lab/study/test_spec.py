@@ -1,4 +1,4 @@
-"""A study in YAML, the runs that it stands for, and its mistakes."""
+"""Reading a study: its trials, their recipes, and mistakes in it."""
 
 import pytest
 
@@ -6,7 +6,8 @@ from pera.errors import UserError
 from pera.polynomial import expanded_rank
 from pera_lab.recipe import shipped_files
 from pera_lab.study import load_study
-from pera_lab.study.runner import StudyFolder, all_trials
+from pera_lab.study.folder import StudyFolder
+from pera_lab.study.plan import known_trials
 from pera_lab.study.spec import Trial
 
 
@@ -14,10 +15,10 @@ from pera_lab.study.spec import Trial
 def test_every_shipped_study_can_be_read(name):
     study = load_study(name)
     assert study.name == name
-    assert len({trial.name for trial in all_trials(study, {})}) == len(all_trials(study, {}))
+    assert len({trial.name for trial in known_trials(study, {})}) == len(known_trials(study, {}))
 
 
-def test_the_screen_is_what_the_issue_asks_for():
+def test_glue_screen_compares_methods_at_rank_4_on_four_tasks():
     study = load_study("glue-screen", ["data=hub"])
     assert {task.name for task in study.grid.task} == {"sst2", "qnli", "mrpc", "stsb"}
     assert len(study.choose.learning_rate) == 5
@@ -32,7 +33,7 @@ def test_the_screen_is_what_the_issue_asks_for():
     assert recipes["pera-rms-0.3"].peft_config().init_coefficients == 0.3
 
 
-def test_everything_but_the_method_is_equal(study_file):
+def test_recipes_differ_only_in_the_method(study_file):
     study = load_study(str(study_file))
     contents = [
         Trial(study, c, "report", 1e-3, 42).recipe().model_dump(exclude={"name", "method"}) for c in study.cells()
@@ -40,20 +41,20 @@ def test_everything_but_the_method_is_equal(study_file):
     assert contents[0] == contents[1]
 
 
-def test_names_hold_what_a_run_is_and_stay_when_the_grid_grows(study_file):
-    names = {trial.name for trial in all_trials(load_study(str(study_file)), {})}
+def test_names_of_runs_stay_when_the_grid_grows(study_file):
+    names = {trial.name for trial in known_trials(load_study(str(study_file)), {})}
     grown = load_study(str(study_file), ["grid.method=[dora,lora,pera-rms-0.3]", "grid.r=[2,4]"])
     assert "family_relationships-lora-r2-choose-lr0.001-seed1" in names
-    assert names < {trial.name for trial in all_trials(grown, {})}
+    assert names < {trial.name for trial in known_trials(grown, {})}
 
 
-def test_shares_that_are_almost_alike_have_names_of_their_own(study_file):
+def test_shares_that_differ_in_late_digits_have_different_names(study_file):
     study = load_study(str(study_file), ["grid.train_share=[0.5,0.12345678,0.12345679]", "grid.method=[lora]"])
     shares = [cell.label.rpartition("-")[2] for cell in study.cells()]
     assert shares == ["share0.5", "share0.12345678", "share0.12345679"]
 
 
-def test_a_method_without_a_rank_stands_once_for_all_ranks(study_file):
+def test_a_method_without_a_rank_has_one_cell_for_all_ranks(study_file):
     study = load_study(str(study_file), ["grid.method=[lora,full]", "grid.r=[2,4]"])
     assert [cell.label for cell in study.cells()] == [
         "family_relationships-lora-r2",
@@ -75,7 +76,7 @@ def test_axes_become_recipes(study_file):
     assert (first.training.train_share, first.training.held_out) == (0.5, 16)
 
 
-def test_overrides_are_of_the_study_or_of_its_recipes(study_file):
+def test_an_override_may_belong_to_the_study_or_to_its_recipes(study_file):
     study = load_study(str(study_file), ["report.seeds=[7]", "training.batch_size=2"])
     assert study.report.seeds == [7]
     assert Trial(study, study.cells()[0], "report", 1e-3, 7).recipe().training.batch_size == 2
@@ -93,54 +94,54 @@ def test_the_resolved_study_reads_back_the_same(study_file, tmp_path):
         ("grid.metod=[lora]", "grid.metod is not a key of a study; did you mean 'method'?"),
         ("choose.learning_rate=[]", "choose.learning_rate=[]: list should have at least 1 item"),
         ("choose.learning_rate=[-1]", "choose.learning_rate.0=-1: input should be greater than 0"),
-        ("grid.method=[lora,lora]", "method 'lora' occurs twice; give each a label of its own"),
+        ("grid.method=[lora,lora]", "method 'lora' occurs twice; give each occurrence its own label"),
         ("grid.method=[lore]", "method.name='lore' is not known; did you mean 'lora'?"),
         ("grid.method=[mora]", "'mora' is not available: MoRA is not in PEFT"),
-        ("grid.method=[{name: lora, label: a/b}]", "label='a/b' names folders"),
+        ("grid.method=[{name: lora, label: a/b}]", "label='a/b' is part of folder names"),
         ("grid.method=[{name: lora, ranks: 3}]", "method.ranks is not an option of lora"),
-        ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2, as in report"),
-        ("grid.method=[{name: lora, r: 4}]", "grid.method lora.r is the study's own to set: ranks stand in grid.r"),
-        ("against=dora", "against='dora' is no method of the grid"),
-        ("report.seeds=[1,1]", "seeds=[1, 1] should differ"),
+        ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2 seeds, as in report.seeds"),
+        ("grid.method=[{name: lora, r: 4}]", "grid.method lora.r cannot be set here; set ranks in grid.r"),
+        ("against=dora", "against='dora' is not a method of the grid"),
+        ("report.seeds=[1,1]", "report: seeds=[1, 1] should be distinct"),
         ("report.seeds=[-1]", "report.seeds.0=-1: input should be greater than or equal to 0"),
-        ("choose.seeds=[1,1]", "choose.seeds=[1, 1] should differ"),
-        ("grid.method=[{name: lora, seeds: [1, 1]}]", "grid.method lora: seeds=[1, 1] should differ"),
-        ("task=leg_counting", "settings.task='leg_counting' is the study's own to set: name tasks in grid.task"),
-        ("task.name=leg_counting", "settings.task.name is the study's own to set"),
-        ("method.r=16", "settings.method.r is the study's own to set: give options to a method, in grid.method"),
-        ("training.learning_rate=1e-3", "settings.training.learning_rate is the study's own to set: rates stand in"),
-        ("training.seed=1", "settings.training.seed is the study's own to set"),
-        ("training.train_share=0.5", "shares of the data stand in grid.train_share"),
-        ("grid.task=[{name: leg_counting, training: {held_out: 3}}]", "grid.task leg_counting.training.held_out is"),
+        ("choose.seeds=[1,1]", "choose.seeds=[1, 1] should be distinct"),
+        ("grid.method=[{name: lora, seeds: [1, 1]}]", "grid.method lora: seeds=[1, 1] should be distinct"),
+        ("task=leg_counting", "settings.task='leg_counting' cannot be set here; set tasks in grid.task"),
+        ("task.name=leg_counting", "settings.task.name cannot be set here; set tasks in grid.task"),
+        ("method.r=16", "settings.method.r cannot be set here; set options of a method in grid.method"),
+        ("training.learning_rate=1e-3", "training.learning_rate cannot be set here; set rates in choose.learning_rate"),
+        ("training.seed=1", "settings.training.seed cannot be set here; set seeds in choose.seeds and report.seeds"),
+        ("training.train_share=0.5", "cannot be set here; set shares of the data in grid.train_share"),
+        ("grid.task=[{name: leg_counting, training: {held_out: 3}}]", "grid.task leg_counting.training.held_out"),
         ("report.seeds=[4294967296]", "report.seeds.0=4294967296: input should be less than 4294967296"),
-        ("choose={learning_rate: [1e-3], extend: 2}", "choose.extend=2 goes on in the ratio of two rates"),
+        ("choose={learning_rate: [1e-3], extend: 2}", "choose.extend=2 needs the ratio of two rates"),
         ("grid.method=[{name: lora, alpha: 2024-01-01}]", "2024-01-01"),
-        (f"base={'x' * 300}", "is no file and no recipe of pera's"),
+        (f"base={'x' * 300}", "is neither a file nor a recipe that ships with pera"),
         ("training.batch_sise=3", "training.batch_sise is not a key of a recipe; did you mean 'batch_size'?"),
     ],
 )
-def test_a_mistake_is_named_with_what_would_be_right(override, sentence, study_file):
+def test_a_mistake_is_named_with_its_remedy(override, sentence, study_file):
     with pytest.raises(UserError) as caught:
         load_study(str(study_file), [override])
     assert sentence in str(caught.value)
 
 
-def test_targets_of_a_methods_own_are_refused_only_where_there_are_placements(study_file):
+def test_a_method_may_set_its_targets_unless_the_grid_has_placements(study_file):
     method = "grid.method=[{name: lora, target_modules: [q_proj]}]"
     study = load_study(str(study_file), [method])
     assert Trial(study, study.cells()[0], "report", 1e-3, 1).recipe().method["target_modules"] == ["q_proj"]
-    with pytest.raises(UserError, match=r"lora\.target_modules: placements stand in grid\.placement"):
+    with pytest.raises(UserError, match=r"lora\.target_modules cannot be set with grid\.placement"):
         load_study(str(study_file), [method, "grid.placement={V: [v_proj]}"])
 
 
-def test_two_combinations_of_one_name_are_refused(study_file):
+def test_two_cells_with_one_name_are_rejected(study_file):
     tasks = "grid.task=[family_relationships,{name: leg_counting, label: family_relationships-pera}]"
     methods = "grid.method=[pera-rms,{name: lora, label: rms}]"
-    with pytest.raises(UserError, match="have one name, 'family_relationships-pera-rms-r2'; give one another label"):
+    with pytest.raises(UserError, match="are both named 'family_relationships-pera-rms-r2'; change a label"):
         load_study(str(study_file), [tasks, methods])
 
 
-def test_a_base_that_is_a_file_is_found_from_every_working_folder(study_file, recipe_file, tmp_path, monkeypatch):
+def test_a_base_file_is_found_from_every_working_directory(study_file, recipe_file, tmp_path, monkeypatch):
     monkeypatch.chdir(recipe_file.parent)
     folder = StudyFolder(tmp_path / "study")
     folder.prepare(load_study(str(study_file), [f"base={recipe_file.name}"]))
@@ -149,8 +150,8 @@ def test_a_base_that_is_a_file_is_found_from_every_working_folder(study_file, re
     assert load_study("glue-screen").base == "glue-minilm"
 
 
-def test_what_the_base_recipe_says_of_a_task_reaches_the_methods():
-    """The paper's recipe has its dropout by task."""
+def test_options_by_task_in_the_base_recipe_reach_the_methods():
+    """The dropout of glue-roberta-base depends on the task."""
     study = {"base": "glue-roberta-base", "grid.method": "[lora,pera,hira]", "grid.task": "[mrpc,sst2]"}
     found = load_study("glue-confirm", [f"{key}={value}" for key, value in study.items()])
     dropouts = {
@@ -164,20 +165,20 @@ def test_what_the_base_recipe_says_of_a_task_reaches_the_methods():
     }
 
 
-def test_the_methods_take_dropout_also_under_the_base_methods_own_name(study_file, tmp_path):
+def test_methods_take_dropout_that_the_base_recipe_calls_by_its_own_name(study_file, tmp_path):
     (tmp_path / "own.yaml").write_text("model: x\nmethod: {name: lora, lora_dropout: 0.1, target_modules: [q_proj]}\n")
     study = load_study(str(study_file), [f"base={tmp_path / 'own.yaml'}"])
     recipes = [Trial(study, cell, "report", 1e-3, 1).recipe().method for cell in study.cells()]
     assert [(method["dropout"], method["target_modules"]) for method in recipes] == [(0.1, ["q_proj"])] * 2
 
 
-def test_values_reach_the_recipes_as_they_are(study_file):
+def test_values_with_characters_beyond_ascii_reach_the_recipes_unchanged(study_file):
     study = load_study(str(study_file), ["model=/models/d\N{GRINNING FACE}"])
     assert Trial(study, study.cells()[0], "report", 1e-3, 1).recipe().model.name == "/models/d\N{GRINNING FACE}"
 
 
-def test_an_unknown_study_is_refused():
-    with pytest.raises(UserError, match="'glue-scren' is no file and no study of pera's; did you mean 'glue-screen'"):
+def test_an_unknown_study_is_named_with_the_nearest():
+    with pytest.raises(UserError, match=r"'glue-scren' is neither a file nor a study .*; did you mean 'glue-screen'"):
         load_study("glue-scren")
 
 
@@ -194,7 +195,7 @@ def test_the_command_plans_runs_and_reports(pera, study_file, tmp_path):
     assert (tmp_path / "studies" / "small" / "report.md").is_file()
 
 
-def test_the_command_refuses_in_one_sentence(refused, study_file):
+def test_the_command_names_a_mistake_in_one_sentence(refused, study_file):
     refused("study", "run", study_file, "against=dora", words=["against='dora'", "lora"])
     refused("study", "report", "nowhere", "--output", "a.md", words=["--output='a.md' should end in .html"])
     refused("study", "report", "nowhere", words=["'nowhere' is not the folder of a study"])

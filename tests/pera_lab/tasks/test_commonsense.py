@@ -8,9 +8,9 @@ import pytest
 
 from pera.errors import UserError
 from pera_lab.recipe import load_recipe
-from pera_lab.tasks import CommonsenseTask, Verdict, commonsense
-from pera_lab.tasks.commonsense import MEMBERS, PROTOCOLS, instruction_row
-from pera_lab.tasks.prompts import encode_example, encode_question
+from pera_lab.tasks import Splits, Verdict, commonsense
+from pera_lab.tasks.commonsense import MEMBERS, PROTOCOLS, CommonsenseTask, instruction_row
+from pera_lab.tasks.encoding import encode_example, encode_question
 from pera_lab.tasks.sources import BadRow
 from shared import DATA, needs_data
 
@@ -59,26 +59,32 @@ ROW = {
 WINO = instruction_row("winogrande", JEANS)
 
 
+def sizes(splits: Splits):
+    return len(splits.train), len(splits.validation), len(splits.test)
+
+
 @needs_data
 @pytest.mark.parametrize("name", SIZES)
 def test_all_rows_of_the_shared_files_are_read(name):
     """Reading checks that every answer is among the options and agrees with the output."""
-    task = CommonsenseTask(name, data=str(DATA / "commonsense"), validation_size=0)
-    assert (len(task.train), len(task.test)) == SIZES[name]
-    answers = [row.answer.removeprefix("the correct answer is ") for row in task.test]
+    task = CommonsenseTask(name=name, data=str(DATA / "commonsense"), validation_size=0)
+    splits = task.build()
+    assert (len(splits.train), len(splits.test)) == SIZES[name]
+    answers = [row.answer.removeprefix("the correct answer is ") for row in splits.test]
     assert {answer: answers.count(answer) for answer in set(answers)} == ANSWERS[name]
-    assert all(task.judge(row, row.answer) == Verdict(a, True) for row, a in zip(task.test, answers, strict=True))
+    assert all(task.judge(row, row.answer) == Verdict(a, True) for row, a in zip(splits.test, answers, strict=True))
     if name in FIRST:
-        assert task.test[0].prompt == FIRST[name]
+        assert splits.test[0].prompt == FIRST[name]
 
 
 @needs_data
-def test_the_mix_of_all_notes_what_is_missing_and_what_occurs_twice():
+def test_the_mix_of_all_notes_missing_members_and_repeated_rows():
     task = CommonsenseTask(data=str(DATA / "commonsense"), train_size=2000, test_size=10)
-    assert (len(task.train), len(task.validation), len(task.test)) == (1880, 120, 70)
-    assert task.notes[0] == f"winogrande is missing in {str(DATA / 'commonsense')!r}: it is not scored."
+    splits = task.build()
+    assert sizes(splits) == (1880, 120, 70)
+    assert splits.notes[0] == f"winogrande is missing in {str(DATA / 'commonsense')!r} and gets no score."
     assert task.members == tuple(MEMBERS)
-    whole = CommonsenseTask("ARC-Easy", data=str(DATA / "commonsense"))
+    whole = CommonsenseTask(name="ARC-Easy", data=str(DATA / "commonsense")).build()
     assert whole.notes == ["ARC-Easy: 2 of 2376 test rows also occur in the training data."]
 
 
@@ -112,17 +118,16 @@ def test_the_prompt_of_llm_adapters(tokenizer):
     assert encoded["labels"] == encoded["input_ids"]
 
 
-def test_the_loss_can_be_chosen_apart_from_the_protocol(folder):
-    task = CommonsenseTask("boolq", data=folder(boolq=9), validation_size=1, protocol="llm-adapters", loss="answer")
+def test_the_loss_can_differ_from_the_protocol():
+    task = CommonsenseTask(name="boolq", protocol="llm-adapters", loss="answer")
     assert task.frame == PROTOCOLS["llm-adapters"].frame._replace(loss="answer")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("more", [8, 100])
-def test_a_prompt_that_is_too_long_keeps_its_options_and_the_response_marker(protocol, more, tokenizer):
+def test_a_prompt_that_is_too_long_keeps_its_options_and_the_response_marker(protocol, tokenizer):
     frame = PROTOCOLS[protocol].frame
     options = commonsense._example({**ROW, "instruction": "Answer format: true/false"}, "boolq")
-    max_length = len(encode_question(tokenizer, options, frame).ids) + more
+    max_length = len(encode_question(tokenizer, options, frame).ids) + 8
     long = {**ROW, "instruction": "word " * 400 + ROW["instruction"]}
     prompt = encode_question(tokenizer, commonsense._example(long, "boolq"), frame, max_length=max_length)
     whole = encode_question(tokenizer, commonsense._example(ROW, "boolq"), frame)
@@ -215,7 +220,7 @@ def test_the_original_rows_are_worded(name, row, instruction, answer):
 @pytest.mark.parametrize(
     ("name", "row", "sentence"),
     [
-        ("piqa", {**PIQA, "label": 2}, "the label names option 3 of 2."),
+        ("piqa", {**PIQA, "label": 2}, "the label means option 3, and there are 2."),
         ("piqa", {"goal": "x"}, "field 'sol1' is missing; the fields are goal."),
         ("openbookqa", {**OBQA, "answerKey": "C"}, "field 'answerKey'='C' should be one of A, B."),
         ("winogrande", {**JEANS, "answer": ""}, "field 'answer'='' should be a number."),
@@ -236,10 +241,10 @@ def test_the_hub_gives_the_rows_of_the_folder(folder, tmp_path, monkeypatch):
     member = MEMBERS["winogrande"]
     moved = member._replace(hub=member.hub._replace(repository=str(hub), configuration=None))
     monkeypatch.setitem(MEMBERS, "winogrande", moved)
-    task = CommonsenseTask("winogrande", validation_size=1)
-    assert (len(task.train), len(task.validation), len(task.test)) == (4, 1, 5)
-    assert task.test[0].prompt.endswith("Option1: 0 Option2: shirt Answer format: option1/option2")
-    assert task.test[0].group == "winogrande"
+    splits = CommonsenseTask(name="winogrande", validation_size=1).build()
+    assert sizes(splits) == (4, 1, 5)
+    assert splits.test[0].prompt.endswith("Option1: 0 Option2: shirt Answer format: option1/option2")
+    assert splits.test[0].group == "winogrande"
 
 
 # Mixes
@@ -267,24 +272,24 @@ def folder(tmp_path):
     return make
 
 
-def counts(task):
-    rows = [*task.train, *task.validation]
+def counts(splits):
+    rows = [*splits.train, *splits.validation]
     return {group: sum(row.group == group for row in rows) for group in {row.group for row in rows}}
 
 
 def test_caps_and_shares_decide_how_many_rows_of_each_are_mixed(folder):
     data = folder(boolq=100, piqa=50, winogrande=20)
     few = {"names": ["boolq", "piqa", "winogrande"], "data": data, "validation_size": 5}
-    assert counts(CommonsenseTask(**few)) == {"boolq": 100, "piqa": 50, "winogrande": 20}
-    assert counts(CommonsenseTask(**few, caps={"boolq": 7})) == {"boolq": 7, "piqa": 50, "winogrande": 20}
+    assert counts(CommonsenseTask(**few).build()) == {"boolq": 100, "piqa": 50, "winogrande": 20}
+    assert counts(CommonsenseTask(**few, caps={"boolq": 7}).build()) == {"boolq": 7, "piqa": 50, "winogrande": 20}
     shares = {"boolq": 1, "piqa": 2, "winogrande": 0}
-    assert counts(CommonsenseTask(**few, train_size=30, shares=shares)) == {"boolq": 10, "piqa": 20}
-    equal = CommonsenseTask(**few, train_size=31, shares={"boolq": 1, "piqa": 1, "winogrande": 1})
+    assert counts(CommonsenseTask(**few, train_size=30, shares=shares).build()) == {"boolq": 10, "piqa": 20}
+    equal = CommonsenseTask(**few, train_size=31, shares={"boolq": 1, "piqa": 1, "winogrande": 1}).build()
     assert sorted(counts(equal).values()) == [10, 10, 11]
     assert equal.manifest["train"]["boolq"]["rows"] == 100
     assert sum(part["used"] for part in equal.manifest["train"].values()) == 31
-    assert CommonsenseTask(**few, train_size=31, shares="equal").train == equal.train
-    assert sum(counts(CommonsenseTask(**few, train_size=40)).values()) == 40
+    assert CommonsenseTask(**few, train_size=31, shares="equal").build().train == equal.train
+    assert sum(counts(CommonsenseTask(**few, train_size=40).build()).values()) == 40
 
 
 @pytest.mark.parametrize(
@@ -293,29 +298,26 @@ def test_caps_and_shares_decide_how_many_rows_of_each_are_mixed(folder):
 )
 def test_the_shipped_mix_can_have_other_members(overrides, expected, folder):
     data = folder(boolq=30, piqa=20)
-    sizes = [f"data={data}", "task.train_size=20", "task.validation_size=4"]
-    assert counts(load_recipe("commonsense-smollm2", [*sizes, *overrides]).build_task()) == expected
+    few = [f"data={data}", "task.train_size=20", "task.validation_size=4"]
+    assert counts(load_recipe("commonsense-smollm2", [*few, *overrides]).build_splits()) == expected
 
 
 def test_a_mix_is_drawn_by_seed(folder):
     data = folder(boolq=100, piqa=50)
     one, again, other = (
-        CommonsenseTask(names=["boolq", "piqa"], data=data, train_size=30, validation_size=5, test_size=3, seed=seed)
+        CommonsenseTask(
+            names=["boolq", "piqa"], data=data, train_size=30, validation_size=5, test_size=3, seed=seed
+        ).build()
         for seed in (1, 1, 2)
     )
-    assert (one.train, one.validation, one.test, one.manifest) == (
-        again.train,
-        again.validation,
-        again.test,
-        again.manifest,
-    )
+    assert one == again
     assert one.train != other.train
 
 
 def test_the_validation_rows_follow_the_protocol(folder):
     data = folder(boolq=50)
     hira, adapters, given = (
-        CommonsenseTask("boolq", data=data, validation_size=5, **options)
+        CommonsenseTask(name="boolq", data=data, validation_size=5, **options).build()
         for options in ({}, {"protocol": "llm-adapters"}, {"validation_seed": 58})
     )
     assert hira.validation == given.validation != adapters.validation
@@ -326,32 +328,35 @@ def test_a_single_mixed_file_is_trained_on_and_the_folders_beside_it_are_scored(
     rows = [{**ROW, "instruction": f"{i} {ROW['instruction']}"} for i in range(9)] + [WINO]
     (tmp_path / "commonsense_170k.json").write_text(json.dumps(rows))
     task = CommonsenseTask(data=f"{data}/commonsense_170k.json", validation_size=2)
-    assert (len(task.train), len(task.validation)) == (8, 2)
-    assert [row.group for row in task.test] == ["boolq"] * 4 + ["winogrande"] * 3
-    assert task.majority() is None
+    splits = task.build()
+    assert sizes(splits) == (8, 2, 7)
+    assert [row.group for row in splits.test] == ["boolq"] * 4 + ["winogrande"] * 3
+    assert task.majority(splits) is None
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"names": ["boolq", "piqqa"]}, r"^task: 'piqqa' is not a commonsense task; did you mean 'piqa'\?"),
-        ({"name": "boolq", "names": ["piqa"]}, r"^task\.names=\['piqa'\] are the members of 'commonsense'"),
+        ({"name": "boolq", "names": ["piqa"]}, r"^task\.names=\['piqa'\] are members of 'commonsense'"),
         ({"caps": {"bolq": 3}}, r"^task: 'bolq' is not a commonsense task; did you mean 'boolq'\?"),
         ({"names": ["boolq"], "caps": {"piqa": 3}}, r"^task\.caps\.piqa: 'piqa' is not in the mix of boolq"),
         ({"shares": {"boolq": 1}}, r"^task\.shares needs task\.train_size"),
-        ({"shares": {"boolq": 0}, "train_size": 3}, r"^task\.shares=\{'boolq': 0\} should hold a number above 0"),
+        (
+            {"shares": {"boolq": 0}, "train_size": 3},
+            r"^task\.shares=\{'boolq': 0\.0\} should be above 0 for at least one task",
+        ),
         (
             {"shares": {"boolq": 1, "piqa": 19}, "train_size": 100},
-            r"^task\.shares\.piqa=19 of 100 are 95 rows, and 5 are there",
+            r"^task\.shares\.piqa=19 of 100 are 95 rows, and there are 5",
         ),
-        ({"validation_size": 12}, r"^task\.validation_size=12 leaves nothing of the 12 training rows"),
-        ({"protocol": "hirra"}, r"^task\.protocol='hirra' is not known; did you mean 'hira'\?"),
+        ({"validation_size": 12}, r"^task\.validation_size=12 leaves none of the 12 training rows"),
         ({"name": "winogrande"}, r"^task\.data: the split '.*winogrande/test' is missing"),
     ],
 )
 def test_a_mix_that_cannot_be_made(options, sentence, folder):
     with pytest.raises(UserError, match=sentence):
-        CommonsenseTask(**{"data": folder(boolq=7, piqa=5), "validation_size": 2, **options})
+        CommonsenseTask(**{"data": folder(boolq=7, piqa=5), "validation_size": 2, **options}).build()
 
 
 # Answers
@@ -373,8 +378,8 @@ def test_a_mix_that_cannot_be_made(options, sentence, folder):
 )
 def test_the_first_match_of_the_pattern_is_the_answer(name, output, answer, folder):
     data = folder(**{name.replace("-", "_"): 3}) if name != "ARC-Easy" else folder(ARC_Easy=3)
-    task = CommonsenseTask(name, data=data, validation_size=1)
-    example = task.test[0]
+    task = CommonsenseTask(name=name, data=data, validation_size=1)
+    example = task.build().test[0]
     right = example.answer.removeprefix("the correct answer is ")
     assert task.judge(example, output) == (answer, answer == right)
 
@@ -391,14 +396,14 @@ def test_the_first_match_of_the_pattern_is_the_answer(name, output, answer, fold
         ({"instruction": "Is it?"}, "field 'instruction' should end with its options, as in 'Answer format: "),
         ({"input": "a passage"}, "field 'input'='a passage' should be empty."),
         ({"instruction": "Is it?\n\nAnswer format: yes/no", "answer": "no", "output": "the correct answer is no"},
-         "field 'instruction' has the options yes, no, which are not those of boolq."),
+         "field 'instruction' has the options yes, no, which do not fit boolq."),
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named_with_its_file(change, sentence, folder, tmp_path):
     data = folder(boolq=3)
     (tmp_path / "boolq" / "train.json").write_text(json.dumps([ROW, {**ROW, **change}]))
     with pytest.raises(UserError) as caught:
-        CommonsenseTask("boolq", data=data)
+        CommonsenseTask(name="boolq", data=data).build()
     assert f"boolq/train.json, row 2: {sentence}" in str(caught.value)
 
 
@@ -406,9 +411,9 @@ def test_a_missing_split_of_a_task_that_is_there_is_an_error(folder, tmp_path):
     data = folder(boolq=3, piqa=3)
     (tmp_path / "piqa" / "test.json").unlink()
     with pytest.raises(UserError, match=r"^task\.data: the split '.*piqa/test' is missing"):
-        CommonsenseTask(data=data)
+        CommonsenseTask(data=data).build()
 
 
 def test_a_folder_without_any_task_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^task\.data='.*' holds none of boolq, piqa, .*; the test split is missing"):
-        CommonsenseTask(data=str(tmp_path))
+    with pytest.raises(UserError, match=r"^task\.data='.*' has test rows of none of boolq, piqa, "):
+        CommonsenseTask(data=str(tmp_path)).build()

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pera.errors import UserError
-from pera_lab.tasks import GlueTask, Labelled, glue
+from pera_lab.tasks import LabelledText, Splits, glue
+from pera_lab.tasks.glue import GlueTask
 from shared import DATA, needs_data
 
 ROWS = {"sst2": 10_000, "mrpc": 3668, "cola": 8551, "qnli": 9833, "stsb": 5749}
@@ -17,8 +18,8 @@ LABELS = {
     "qnli": {0: 4920, 1: 4913},
 }
 FIRST = {
-    "sst2": Labelled(("on the worst revenge-of-the-nerds clichés the filmmakers could dredge up ",), 0),
-    "mrpc": Labelled(
+    "sst2": LabelledText(("on the worst revenge-of-the-nerds clichés the filmmakers could dredge up ",), 0),
+    "mrpc": LabelledText(
         (
             'Amrozi accused his brother , whom he called " the witness " , of deliberately distorting his evidence .',
             'Referring to him as only " the witness " , Amrozi accused his brother of deliberately distorting his '
@@ -26,8 +27,8 @@ FIRST = {
         ),
         1,
     ),
-    "cola": Labelled(("Our friends won't buy this analysis, let alone the next one we propose.",), 1),
-    "qnli": Labelled(
+    "cola": LabelledText(("Our friends won't buy this analysis, let alone the next one we propose.",), 1),
+    "qnli": LabelledText(
         (
             "What is the name of the village 9 miles north of Calafat where the Ottoman forces attacked the Russians?",
             "On 31 December 1853, the Ottoman forces at Calafat moved against the Russian force at Chetatea or Cetate, "
@@ -35,31 +36,36 @@ FIRST = {
         ),
         0,
     ),
-    "stsb": Labelled(("A plane is taking off.", "An air plane is taking off."), 5.0),
+    "stsb": LabelledText(("A plane is taking off.", "An air plane is taking off."), 5.0),
 }
 
 
 @needs_data
 @pytest.mark.parametrize("name", ROWS)
 def test_all_rows_of_the_shared_files_are_read_and_divided(name):
-    task = GlueTask(name, data=str(DATA / "glue"))
-    assert len(task.train) == ROWS[name]
-    assert (len(task.validation), len(task.test)) == VALIDATION[name]
-    assert task.train[0] == FIRST[name]
+    task = GlueTask(name=name, data=str(DATA / "glue"))
+    splits = task.build()
+    assert len(splits.train) == ROWS[name]
+    assert (len(splits.validation), len(splits.test)) == VALIDATION[name]
+    assert splits.train[0] == FIRST[name]
     if name in LABELS:
-        labels = [row.label for row in task.train]
+        labels = [row.label for row in splits.train]
         assert {label: labels.count(label) for label in (0, 1)} == LABELS[name]
         assert task.labels == 2
     else:
         assert task.labels == 1
-        assert all(0 <= row.label <= 5 for row in task.train)
+        assert all(0 <= row.label <= 5 for row in splits.train)
 
 
 @needs_data
-def test_rows_that_are_in_training_too_are_counted():
-    assert GlueTask("sst2", data=str(DATA / "glue")).notes == []
-    (note,) = GlueTask("cola", data=str(DATA / "glue"), choose_size=0).notes
-    assert note == "cola: 16 of 1043 test rows also occur in the training data."
+def test_repeated_rows_are_counted():
+    assert GlueTask(name="sst2", data=str(DATA / "glue")).build().notes == []
+    (note,) = GlueTask(name="cola", data=str(DATA / "glue"), choose_size=0).build().notes
+    assert note == "16 of 1043 test rows also occur in the training data."
+
+
+def sizes(splits: Splits):
+    return len(splits.train), len(splits.validation), len(splits.test)
 
 
 @pytest.fixture
@@ -82,32 +88,32 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("name", glue.GLUE)
 def test_every_task_is_read(name, folder):
-    task = GlueTask(name, data=folder(name))
-    assert (len(task.train), len(task.validation), len(task.test)) == (20, 10, 10)
-    assert len(task.train[0].texts) == len(glue.GLUE[name].fields)
-    assert {row.texts for row in task.validation}.isdisjoint(row.texts for row in task.test)
+    task = GlueTask(name=name, data=folder(name))
+    splits = task.build()
+    assert sizes(splits) == (20, 10, 10)
+    assert len(splits.train[0].texts) == len(glue.GLUE[name].fields)
+    assert {row.texts for row in splits.validation}.isdisjoint(row.texts for row in splits.test)
     assert next(iter(task.measure([1, 0, 1], [1, 0, 0]))) == task.metric
 
 
-def test_the_seed_divides(folder):
+def test_the_seed_decides_the_division_of_the_validation_set(folder):
     data = folder("rte")
-    one, again, other = (GlueTask("rte", data=data, seed=seed).test for seed in (42, 42, 43))
+    one, again, other = (GlueTask(name="rte", data=data, seed=seed).build().test for seed in (42, 42, 43))
     assert one == again != other
 
 
-@pytest.mark.parametrize(("rows", "choose"), [(2000, 1000), (2001, 1000), (2600, 1000), (1000, 500)])
+@pytest.mark.parametrize(("rows", "choose"), [(2000, 1000), (2600, 1000), (1000, 500)])
 def test_more_than_two_thousand_rows_give_a_thousand_to_choose_by(rows, choose, folder):
-    task = GlueTask("sst2", data=folder("sst2", rows))
-    assert (len(task.validation), len(task.test)) == (choose, rows - choose)
+    assert sizes(GlueTask(name="sst2", data=folder("sst2", rows)).build()) == (rows, choose, rows - choose)
 
 
 def test_sizes_can_be_given(folder):
     data = folder("sst2", 30)
-    task = GlueTask("sst2", data=data, train_size=7, test_size=5, choose_size=4)
-    assert (len(task.train), len(task.validation), len(task.test)) == (7, 4, 5)
-    assert task.manifest["train"]["used"] == 7
+    splits = GlueTask(name="sst2", data=data, train_size=7, test_size=5, choose_size=4).build()
+    assert sizes(splits) == (7, 4, 5)
+    assert splits.manifest["train"]["used"] == 7
     with pytest.raises(UserError, match=r"^task\.choose_size=30 leaves no test row"):
-        GlueTask("sst2", data=data, choose_size=30)
+        GlueTask(name="sst2", data=data, choose_size=30).build()
 
 
 def test_metrics_are_those_of_the_libraries():
@@ -122,8 +128,9 @@ def test_metrics_are_those_of_the_libraries():
 
 def test_the_majority_is_that_of_the_training_rows(folder):
     train = [{"sentence": f"t{i}", "label": int(i > 3), "idx": i} for i in range(20)]
-    task = GlueTask("sst2", data=folder("sst2", 20, train))
-    assert task.majority() == sum(row.label for row in task.test) / 10
+    task = GlueTask(name="sst2", data=folder("sst2", 20, train))
+    splits = task.build()
+    assert task.majority(splits) == sum(row.label for row in splits.test) / 10
 
 
 @pytest.mark.parametrize(
@@ -142,7 +149,7 @@ def test_the_majority_is_that_of_the_training_rows(folder):
 def test_a_bad_row_is_named_with_file_line_and_field(row, sentence, folder):
     train = [{"sentence": "fine", "label": 0, "idx": 0}, row]
     with pytest.raises(UserError, match=rf"sst2/train\.jsonl, line 2: {sentence}"):
-        GlueTask("sst2", data=folder("sst2", 4, train))
+        GlueTask(name="sst2", data=folder("sst2", 4, train)).build()
 
 
 def test_a_score_beyond_five_is_refused(folder):
@@ -150,23 +157,18 @@ def test_a_score_beyond_five_is_refused(folder):
     with pytest.raises(
         UserError, match=r"stsb/train\.jsonl, line 1: field 'label'=5\.5 should be a number from 0 to 5"
     ):
-        GlueTask("stsb", data=folder("stsb", 4, train))
+        GlueTask(name="stsb", data=folder("stsb", 4, train)).build()
 
 
 def test_a_missing_split_and_a_missing_folder_are_named(folder, tmp_path):
     data = folder("sst2")
     (tmp_path / "sst2" / "validation.jsonl").unlink()
-    with pytest.raises(UserError, match=r"^task\.data: the split '.*sst2/validation' is missing; .* \(train\.jsonl\)"):
-        GlueTask("sst2", data=data)
+    with pytest.raises(UserError, match=r"'.*sst2/validation' is missing; .* \(found train\.jsonl\)"):
+        GlueTask(name="sst2", data=data).build()
     with pytest.raises(UserError, match=r"^task\.data: the split '.*cola/train' is missing; .*no such folder"):
-        GlueTask("cola", data=data)
+        GlueTask(name="cola", data=data).build()
     with pytest.raises(UserError, match=r"^task\.data='nowhere' does not exist; give a folder, or 'hub'"):
-        GlueTask("sst2", data="nowhere")
-
-
-def test_an_unknown_task_comes_with_the_nearest_known():
-    with pytest.raises(UserError, match=r"^task\.name='sst-2' is not a task of GLUE; did you mean 'sst2'\?"):
-        GlueTask("sst-2")
+        GlueTask(name="sst2", data="nowhere").build()
 
 
 def test_the_hub_is_asked_for_its_data_set(folder, tmp_path, monkeypatch):
@@ -177,5 +179,5 @@ def test_the_hub_is_asked_for_its_data_set(folder, tmp_path, monkeypatch):
         "  - {split: validation, path: rte/validation.jsonl}\n---\n"
     )
     monkeypatch.setattr(glue, "REPOSITORY", data)
-    online, offline = GlueTask("rte"), GlueTask("rte", data=data)
+    online, offline = GlueTask(name="rte").build(), GlueTask(name="rte", data=data).build()
     assert (online.train, online.test) == (offline.train, offline.test)

@@ -5,23 +5,23 @@ import json
 import pytest
 
 from pera.errors import UserError
-from pera_lab.tasks import Gsm8kTask
-from pera_lab.tasks.gsm8k import final_number
+from pera_lab.tasks.gsm8k import Gsm8kTask, final_number
 from shared import DATA, needs_data
 
 
 @needs_data
 def test_all_rows_of_the_shared_files_are_read():
     task = Gsm8kTask(data=str(DATA / "gsm8k"), validation_size=100)
-    assert (len(task.train), len(task.validation), len(task.test)) == (7373, 100, 1319)
-    assert task.notes == []
-    first = task.test[0]
+    splits = task.build()
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (7373, 100, 1319)
+    assert splits.notes == []
+    first = splits.test[0]
     assert first.prompt.startswith("Janet’s ducks lay 16 eggs per day. She eats three")
     assert first.answer == (
         "Janet sells 16 - 3 - 4 = 9 duck eggs a day.\nShe makes 9 * 2 = $18 every day at the farmer’s market.\n#### 18"
     )
-    assert all(task.judge(row, row.answer).correct for row in task.test)
-    kept = Gsm8kTask(data=str(DATA / "gsm8k"), annotations=True).test[0]
+    assert all(task.judge(row, row.answer).correct for row in splits.test)
+    kept = Gsm8kTask(data=str(DATA / "gsm8k"), annotations=True).build().test[0]
     assert "<<16-3-4=9>>9 duck" in kept.answer
 
 
@@ -49,7 +49,7 @@ def test_an_output_without_a_number_is_wrong_and_not_parsed(tmp_path):
         row = {"question": f"{split}?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     task = Gsm8kTask(data=str(tmp_path))
-    (example,) = task.test
+    (example,) = task.build().test
     assert example.answer == "1 + 1 = 2\n#### 2"
     assert task.judge(example, "It is 2.\n#### 2.0") == ("2", True)
     assert task.judge(example, "#### 3") == ("3", False)
@@ -60,4 +60,4 @@ def test_an_answer_without_its_number_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "?", "answer": "two"}) + "\n")
     (tmp_path / "test.jsonl").write_text("")
     with pytest.raises(UserError, match=r"train\.jsonl, line 1: field 'answer' should end with '#### ' and a number"):
-        Gsm8kTask(data=str(tmp_path))
+        Gsm8kTask(data=str(tmp_path)).build()

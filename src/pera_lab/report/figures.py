@@ -1,4 +1,4 @@
-"""The figures of a report, each with its text alternative and its numbers."""
+"""The figures of a run, each with its description and its numbers."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROWS = 40
-"""About so many lines a table of numbers has at most."""
+"""Most rows of a table of numbers."""
 
 
 def accuracy(scores: Mapping[str, ScoreOf]) -> Picture:
-    """Bars of the accuracy, or of the task's own metric, before and after, with intervals."""
+    """Draw the metric before and after training, with intervals."""
     metric = next(iter(scores.values())).metric
     names = {"base": "base model", "adapter": "with adapter"}
     with style():
@@ -61,7 +61,7 @@ def accuracy(scores: Mapping[str, ScoreOf]) -> Picture:
 
 
 def training(metrics: Metrics) -> Picture:
-    """Loss over the steps, and the learning rate below it."""
+    """Draw the loss over the steps, and the learning rate below it."""
     label = "Lines: loss and learning rate over the training steps"
     head = ["step", "epoch", "loss", "learning rate", "gradient norm", "tokens/s"]
     keys = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -72,7 +72,7 @@ def training(metrics: Metrics) -> Picture:
 
 
 def training_figure(metrics: Metrics, title: str = "") -> Figure:
-    """The figure of :func:`training` alone."""
+    """Return the figure of :func:`training`."""
     with style():
         figure, (loss, rate) = new_figure(3.2, rows=2, sharex=True, height_ratios=[3, 1])
         draw_line(loss, metrics.steps, metrics.series("loss"), 0)
@@ -84,7 +84,7 @@ def training_figure(metrics: Metrics, title: str = "") -> Figure:
 
 
 def losses(runs: Mapping[str, Metrics]) -> Picture:
-    """The loss of several runs over the steps."""
+    """Draw the loss of several runs over the steps."""
     with style():
         figure, axes = new_figure(3)
         for i, (name, metrics) in enumerate(runs.items()):
@@ -100,7 +100,7 @@ def losses(runs: Mapping[str, Metrics]) -> Picture:
 
 
 def ratio_map(layers: list[Layer]) -> Picture | None:
-    """High-order ratio by block and kind of module; None if no layer has high-order terms."""
+    """Draw the high-order ratio by block and kind of module; None if no layer has high-order terms."""
     ratios = {layer.name: layer.diagnosis.high_order_ratio for layer in layers}
     finite = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
     positive = [ratio for ratio in finite.values() if ratio > 0]
@@ -143,7 +143,7 @@ def ratio_map(layers: list[Layer]) -> Picture | None:
 
 
 def spectra(layers: list[Layer]) -> Picture | None:
-    """Singular values of ΔW beside the largest, the median over the layers of each kind; None if ΔW is zero."""
+    """Draw the singular values of ΔW relative to the largest, as medians by kind; None if every ΔW is zero."""
     curves = {}
     for kind, members in by_kind(layers).items():
         values = [x.diagnosis.singular_values for x in members if x.diagnosis.singular_values[0] > 0]
@@ -183,7 +183,7 @@ def spectra(layers: list[Layer]) -> Picture | None:
 
 
 def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
-    """High-order ratio by kind of module over the steps."""
+    """Draw the high-order ratio by kind of module over the steps."""
     kinds = sorted({kind for _, ratios in recorded for kind in ratios})
     steps = [step for step, _ in recorded]
     series = {kind: [ratios.get(kind, math.nan) for _, ratios in recorded] for kind in kinds}
@@ -197,17 +197,15 @@ def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
     changes = (f"{kind} {number(values[0], 3)} → {number(values[-1], 3)}" for kind, values in series.items())
     finding = f"High-order ratio from step {steps[0]} to step {steps[-1]}: {', '.join(changes)}."
     rows = [[str(s), *(number(values[i], 3) for values in series.values())] for i, s in enumerate(steps)]
-    return Picture(
-        figure, "Lines: high-order ratio over the training", finding, Table(["step", *kinds], _thinned(rows))
-    )
+    return Picture(figure, "Lines: high-order ratio during training", finding, Table(["step", *kinds], _thinned(rows)))
 
 
 def effect(effects: Effects) -> Picture:
-    """Change of the loss without each kind of term, and without those of each group of layers."""
+    """Draw the change of the loss without each kind of term, and without the terms of each group of layers."""
     terms = {"square": "squares", "cross": "crosses", "high_order": "both"}
     parts = {terms[part]: change for part, change in effects.without.items()}
     if effects.at_rank_r is not None:
-        parts["all beyond rank r"] = effects.at_rank_r
+        parts["ranks beyond r"] = effects.at_rank_r
     groups = {f"both in {group}": change for group, change in effects.without_high_order.items()}
     bars = {**parts, **groups}
     with style():
@@ -224,7 +222,7 @@ def effect(effects: Effects) -> Picture:
         low, high = (edge((0.0, *filter(math.isfinite, bars.values()))) for edge in (min, max))
         axes.set_xlim(1.05 * low, high + (0.3 * (high - low) or 1.0))
         axes.locator_params(axis="x", nbins=5)
-        axes.set(xlabel="change of the loss without them")
+        axes.set(xlabel="change of the loss when removed")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
@@ -238,12 +236,12 @@ def effect(effects: Effects) -> Picture:
         [name, signed(change), percent(change / effects.loss if effects.loss else None)]
         for name, change in bars.items()
     ]
-    table = Table(["taken out", "change of the loss", "relative"], rows)
+    table = Table(["removed", "change of the loss", "relative"], rows)
     return Picture(figure, "Bars: change of the loss without the high-order terms", finding, table)
 
 
 def _course(metrics: Metrics) -> str:
-    """What a loss did, in words."""
+    """Describe a loss curve in a sentence."""
     pairs = list(zip(metrics.steps, metrics.series("loss"), strict=True))
     finite = [(step, loss) for step, loss in pairs if math.isfinite(loss)]
     lost = f" {len(pairs) - len(finite)} of {len(pairs)} logged losses are not finite." if finite != pairs else ""
@@ -262,6 +260,6 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def _thinned(rows: list[list[str]]) -> list[list[str]]:
-    """At most about :data:`ROWS` rows, evenly chosen, the last among them."""
+    """Select at most :data:`ROWS` rows at equal distances, including the last."""
     every = math.ceil(len(rows) / ROWS)
     return rows[(len(rows) - 1) % every :: every] if rows else rows

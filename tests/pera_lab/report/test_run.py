@@ -14,8 +14,8 @@ from pera.errors import UserError
 from pera_lab.recipe import parse_recipe
 from pera_lab.report.contents import Contents
 from pera_lab.report.formatting import duration, number
-from pera_lab.report.page import render, write_report
 from pera_lab.report.pictures import loss_picture
+from pera_lab.report.run import render, write_report
 from pera_lab.runs import Run
 from pera_lab.text import visible
 
@@ -189,9 +189,9 @@ def test_complete_run(tmp_path, adapters):
         "q_proj 0.01 → 0.04",
         "Over 512 labels the loss is 0.3. Without the high-order terms it changes by +0.09 (30.0 % of it).",
         "both in v_proj",
-        "all beyond rank r",
+        "ranks beyond r",
         "−0.003",
-        "A ratio is no proof of use; the effect is.",
+        "The effect shows whether the terms are used; a high ratio alone does not.",
         "training time 2 min 5 s training tokens 5,000 tokens per second 40 peak memory 1.5 GB",
         "merged: same outputs as the adapter; largest logit difference 2.0e-05 (tolerance 0.001, float32)",
         "training.learning_rate 0.001",
@@ -216,14 +216,14 @@ def test_recipe_alone(tmp_path):
     folder = f"'{tmp_path}/a b'"
     command = f"Make it with: pera train {folder} --resume"
     for sentence in (
-        f"Training has not ended. The last logged step is 0 of 40. {command}",
+        f"Training has not finished. The last logged step is 0 of 40. {command}",
         f"The base model has not been scored. {command}",
         f"The adapter has not been scored. {command}",
-        f"Nothing was logged in metrics.jsonl. {command}",
-        f"The answers of the base model are not there. {command}",
-        f"Training has not ended, so there is no adapter yet. {command}",
+        f"metrics.jsonl has no logged steps. {command}",
+        f"There are no answers of the base model. {command}",
+        f"Training has not finished, so there is no adapter yet. {command}",
         "There is no environment.json",
-        f"The adapter has not been merged into its base model here. {command}",
+        f"The adapter has not been merged into its base model. {command}",
     ):
         assert sentence in found.text, sentence
 
@@ -244,7 +244,7 @@ def test_no_scores(tmp_path, adapters):
     found = page(run)
     assert figures(found) == FIGURES[1:]
     assert "The base model has not been scored." in found.text
-    assert "The answers of the base model are not there." in found.text
+    assert "There are no answers of the base model." in found.text
 
 
 def test_trained_but_nothing_more(tmp_path, adapters):
@@ -260,7 +260,7 @@ def test_trained_but_nothing_more(tmp_path, adapters):
         f"export {run.path} --to lora --output {run.path}/lora",
     ):
         assert f"Make it with: pera {command} " in f"{found.text} "
-    assert "so the cost of this training is not known" in found.text
+    assert "so the cost of this training is unknown" in found.text
 
 
 def test_score_of_the_adapter_alone(tmp_path, adapters):
@@ -278,7 +278,7 @@ def test_lora_adapter(tmp_path, adapters):
     found = page(run)
     assert figures(found) == ["accuracy", "training"]
     assert "only PERA adapters can be diagnosed" in found.text
-    assert "The adapter is not a PERA adapter; it has no high-order terms." in found.text
+    assert "The adapter is not a PERA adapter, so it has no high-order terms." in found.text
     assert "pera export" not in found.text
     assert "trained parameters" in found.text
 
@@ -294,7 +294,7 @@ def test_what_is_not_trained_is_no_parameter(tmp_path):
 def test_adapter_without_high_order_terms(tmp_path, adapters):
     found = page(full_run(tmp_path / "demo", adapters, adapter="linear"))
     assert "map" not in figures(found)
-    assert "No layer has high-order terms that differ from zero." in found.text
+    assert "The high-order terms of every layer are zero." in found.text
 
 
 def test_hostile_text_is_shown_and_never_read(tmp_path, adapters):
@@ -393,13 +393,13 @@ def test_runs_that_cannot_be_compared_say_so(tmp_path, adapters):
     recipe = second.recipe_file.read_text().replace("test_size: 4", "test_size: 5")
     second.recipe_file.write_text(recipe)
     found = page(first, second)
-    assert "These runs differ in task.test_size; their scores do not measure the same thing." in found.text
+    assert "These runs differ in task.test_size, so their scores cannot be compared." in found.text
     assert "base model 25.0 % – last loss 0.25 – training time 2 min 5 s – peak memory 1.5 GB –" in found.text
 
 
 def test_rows_held_out_are_other_rows_to_score(tmp_path):
     found = page(bare_run(tmp_path / "a"), bare_run(tmp_path / "b", held_out=16))
-    assert "These runs differ in training.held_out; their scores do not measure the same thing." in found.text
+    assert "These runs differ in training.held_out, so their scores cannot be compared." in found.text
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_only_settings_that_change_the_scores_make_runs_unlike(was, becomes, unl
     recipe = second.recipe_file.read_text()
     assert was in recipe, recipe
     second.recipe_file.write_text(recipe.replace(was, becomes))
-    sentence = f"These runs differ in {unlike}; their scores do not measure the same thing."
+    sentence = f"These runs differ in {unlike}, so their scores cannot be compared."
     assert (sentence in page(first, second).text) == (unlike is not None)
     assert ("These runs differ" in page(first, second).text) == (unlike is not None)
 

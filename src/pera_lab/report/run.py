@@ -1,4 +1,4 @@
-"""One page about one run, or about several side by side: self-contained HTML without scripts or network."""
+"""The HTML page about one run, or about several runs side by side. It needs no scripts and no network."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from pera.errors import UserError
 from pera_lab.convert.verify import Agreement
 from pera_lab.diagnose import Layer, by_kind
 from pera_lab.files import write_atomic
-from pera_lab.report import formatting, plots
+from pera_lab.report import figures
 from pera_lab.report.contents import Change, Contents, Metrics, Missing
 from pera_lab.report.drawing import Picture, Table
+from pera_lab.report.formatting import ABSENT, count, duration, flatten, number, percent, shortened, signed, size
 from pera_lab.runs import Run
 from pera_lab.text import visible
 
 EXAMPLES = {"newly right": 3, "newly wrong": 3, "still wrong": 2}
-"""How many examples of each transition a page shows at most."""
+"""Most examples of each transition on a page."""
 TRANSITIONS = ("newly right", "newly wrong", "still right", "still wrong")
 
 
 def require_html(file: Path) -> None:
-    """Raise UserError if ``file``, where a page is to be written, has another ending."""
+    """Raise UserError if the output ``file`` of a page does not end in .html."""
     if file.suffix not in (".html", ".htm"):
         raise UserError(f"--output={str(file)!r} should end in .html.")
 
 
 def write_report(runs: list[Run], file: Path) -> None:
-    """Write the page: how the runs were trained, what they score, what changed, what the adapters are, what they cost.
+    """Write a page about the training, scores, changed answers, layers and costs of the runs.
 
-    What a run folder does not hold is named in a sentence, with the command that makes it.
+    A part that a run folder lacks becomes a sentence with the command that makes it.
 
     Args:
-        runs: one, or several to be compared.
-        file: the HTML file.
+        runs: one run, or several to compare.
+        file: the HTML file to write.
 
     Raises:
-        UserError: no run is given, a recipe cannot be read, an optional package is missing, or the file has another
-            ending or cannot be written.
+        UserError: no run is given, a recipe cannot be read, or the file does not end in .html or cannot be written.
     """
     require_html(file)
     if not runs:
@@ -52,7 +52,7 @@ def write_report(runs: list[Run], file: Path) -> None:
 
 
 def render(runs: list[Run]) -> str:
-    """The page as text; equal run folders make equal pages."""
+    """Return the HTML of the page. Equal run folders give equal pages."""
     sections = [_section(Contents(run)) for run in runs]
     content = {
         "title": f"Run {sections[0]['name']}" if len(runs) == 1 else f"{len(runs)} runs side by side",
@@ -65,7 +65,7 @@ def render(runs: list[Run]) -> str:
 
 
 def jinja() -> Environment:
-    """The environment of the templates: all text is escaped and made safe to show."""
+    """Return the environment of the templates, which escapes all text and shows control characters as codes."""
     environment = Environment(
         loader=PackageLoader("pera_lab.report"),
         autoescape=True,
@@ -74,13 +74,13 @@ def jinja() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = formatting.percent
-    environment.filters["shortened"] = formatting.shortened
+    environment.filters["percent"] = percent
+    environment.filters["shortened"] = shortened
     return environment
 
 
 def _section(contents: Contents) -> dict[str, Any]:
-    """What the page says about one run."""
+    """Content of the page about one run."""
     recipe, metrics, layers = contents.recipe, contents.metrics, contents.layers
     scores = {which: score for which in ("base", "adapter") if (score := contents.score(which))}
     return {
@@ -89,13 +89,13 @@ def _section(contents: Contents) -> dict[str, Any]:
         "method": _method(recipe.method),
         "scores": scores,
         "unscored": [score for score in contents.scores.values() if isinstance(score, Missing)],
-        "accuracy": plots.accuracy(scores) if scores else None,
-        "training": metrics if isinstance(metrics, Missing) else plots.training(metrics),
+        "accuracy": figures.accuracy(scores) if scores else None,
+        "training": metrics if isinstance(metrics, Missing) else figures.training(metrics),
         "unfinished": _unfinished(contents),
         "changes": _changes(contents.changes),
         "layers": layers if isinstance(layers, Missing) else _diagnosis(layers),
         "over_time": _over_time(contents),
-        "effect": effects if isinstance(effects := contents.effects, Missing) else plots.effect(effects),
+        "effect": effects if isinstance(effects := contents.effects, Missing) else figures.effect(effects),
         "costs": _costs(contents),
         "verifications": {k: v for k, v in contents.verifications.items() if isinstance(v, Agreement)},
         "unverified": [v for v in contents.verifications.values() if isinstance(v, Missing)],
@@ -105,19 +105,17 @@ def _section(contents: Contents) -> dict[str, Any]:
 
 
 def _method(method: dict[str, Any]) -> str:
-    options = [
-        f"{key} = {value}" for key, value in formatting.flat(method).items() if key not in ("name", "target_modules")
-    ]
+    options = [f"{key} = {value}" for key, value in flatten(method).items() if key not in ("name", "target_modules")]
     return str(method["name"]) + (f" ({', '.join(options)})" if options else "")
 
 
 def _unfinished(contents: Contents) -> str:
-    """Where an unfinished training stands; empty if it has ended."""
+    """A sentence on the progress of an unfinished training, or an empty string."""
     if contents.trained:
         return ""
     metrics, goal = contents.metrics, contents.recipe.training.max_steps
     step = 0 if isinstance(metrics, Missing) else metrics.steps[-1]
-    return f"Training has not ended. The last logged step is {step}{f' of {goal}' if goal else ''}."
+    return f"Training has not finished. The last logged step is {step}{f' of {goal}' if goal else ''}."
 
 
 def _changes(changes: list[Change] | Missing) -> Any:
@@ -133,18 +131,18 @@ def _changes(changes: list[Change] | Missing) -> Any:
 
 
 def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
-    """The layers as figures, in one table by kind and in one by layer."""
+    """Figures of the layers, and tables by kind and by layer."""
     parts = ("norm", "linear", "square", "cross", "high_order_ratio", "stable_rank", "entropy_rank", "ones_weight")
     names = ["‖ΔW‖", "linear", "squares", "crosses", "ratio", "stable rank", "entropy rank", "all-ones"]
 
     def cells(members: list[Layer]) -> list[str]:
-        return [formatting.number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
+        return [number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
 
     kinds = [[kind, str(len(members)), *cells(members)] for kind, members in by_kind(layers).items()]
     single = [[x.name, str(x.diagnosis.r), str(x.diagnosis.expanded_rank), *cells([x])] for x in layers]
     return {
-        "map": plots.ratio_map(layers),
-        "spectra": plots.spectra(layers),
+        "map": figures.ratio_map(layers),
+        "spectra": figures.spectra(layers),
         "kinds": Table(["kind of module", "layers", *names], kinds),
         "layers": Table(["layer", "r", "K", *names], single),
     }
@@ -152,62 +150,62 @@ def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
 
 def _over_time(contents: Contents) -> Picture | Missing:
     if not contents.is_pera:
-        return Missing("The adapter is not a PERA adapter; it has no high-order ratio.")
+        return Missing("The adapter is not a PERA adapter, so it has no high-order ratio.")
     metrics = contents.metrics
     if isinstance(metrics, Missing):
         return metrics
     if not metrics.ratios:
-        return Missing("No high-order ratios were recorded in metrics.jsonl during this training.")
-    return plots.ratio_over_time(metrics.ratios)
+        return Missing("metrics.jsonl has no high-order ratios.")
+    return figures.ratio_over_time(metrics.ratios)
 
 
 def _costs(contents: Contents) -> Table:
-    """What is known about time, memory and size."""
+    """Known time, memory and size."""
     rows: list[list[str]] = []
     if not isinstance(cost := contents.cost, Missing):
         speed = cost.tokens / cost.seconds if cost.tokens and cost.seconds else math.nan
         steps = 0 if isinstance(contents.metrics, Missing) else contents.metrics.steps[-1]
         since = " since it was resumed" if 0 < cost.steps < steps else ""
         rows += [
-            [f"training time{since}", formatting.duration(cost.seconds)],
-            [f"training tokens{since}", formatting.count(cost.tokens)],
-            ["tokens per second", formatting.number(speed)],
-            ["peak memory", formatting.size(cost.peak_memory)],
-            ["examples left out as too long", formatting.count(cost.left_out)],
+            [f"training time{since}", duration(cost.seconds)],
+            [f"training tokens{since}", count(cost.tokens)],
+            ["tokens per second", number(speed)],
+            ["peak memory", size(cost.peak_memory)],
+            ["examples skipped as too long", count(cost.left_out)],
         ]
     if contents.parameters is not None:
-        rows.append(["trained parameters", formatting.count(contents.parameters)])
+        rows.append(["trained parameters", count(contents.parameters)])
     for which, name in {"base": "base model", "adapter": "adapter"}.items():
         if score := contents.score(which):
-            rows.append([f"scoring the {name}", f"{formatting.duration(score.seconds)} for {score.n} problems"])
+            rows.append([f"scoring the {name}", f"{duration(score.seconds)} for {score.n} problems"])
     return Table(["", ""], rows)
 
 
 def _pairs(settings: dict[str, Any]) -> Table:
-    return Table(["key", "value"], [[key, value] for key, value in formatting.flat(settings).items()])
+    return Table(["key", "value"], [[key, value] for key, value in flatten(settings).items()])
 
 
 def _comparison(sections: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table of all runs, their losses in one figure, and the settings in which they differ."""
+    """Table of all runs, figure of their losses, and the settings that differ."""
     contents: list[Contents] = [section["contents"] for section in sections]
     names = [f"run {i}" for i in range(1, len(contents) + 1)]
     trained = {name: c.metrics for name, c in zip(names, contents, strict=True) if isinstance(c.metrics, Metrics)}
-    settings = [formatting.flat(c.recipe.model_dump(mode="json", exclude={"name"})) for c in contents]
+    settings = [flatten(c.recipe.model_dump(mode="json", exclude={"name"})) for c in contents]
     keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
     facts = [_facts(c) for c in contents]
     return {
         "table": Table(["", *names], [[fact, *(f[fact] for f in facts)] for fact in facts[0]]),
-        "losses": plots.losses(trained) if trained else None,
-        "settings": Table(["key", *names], [[key, *(s.get(key, formatting.ABSENT) for s in settings)] for key in keys]),
-        "unlike": [key for key in keys if key.startswith(SCORED) and not key.startswith(TRAINED_ON)],
+        "losses": figures.losses(trained) if trained else None,
+        "settings": Table(["key", *names], [[key, *(s.get(key, ABSENT) for s in settings)] for key in keys]),
+        "scored_differently": [key for key in keys if key.startswith(SCORED) and not key.startswith(TRAINED_ON)],
     }
 
 
 SCORED = ("task.", "evaluation.scorer", "evaluation.max_new_tokens", "evaluation.num_beams", "training.held_out")
-"""Settings of a recipe without which two scores measure the same thing; see :data:`TRAINED_ON`."""
+"""Settings that decide what a score measures, apart from :data:`TRAINED_ON`."""
 
 TRAINED_ON = ("task.train_size", "task.shares", "task.caps", "task.loss", "task.validation_seed", "task.annotations")
-"""Of them, those that change training alone."""
+"""Settings that match :data:`SCORED` but change only the training."""
 
 
 def _facts(contents: Contents) -> dict[str, str]:
@@ -220,16 +218,14 @@ def _facts(contents: Contents) -> dict[str, str]:
     return {
         "folder": contents.name,
         "method": str(contents.recipe.method["name"]),
-        "metric": known.metric if (known := score or base) else formatting.ABSENT,
-        "score": formatting.percent(score.value if score else None),
-        "95 % interval": f"{formatting.percent(score.low)} to {formatting.percent(score.high)}"
-        if score
-        else formatting.ABSENT,
-        "base model": formatting.percent(base.value if base else None),
-        "last loss": formatting.number(None if isinstance(metrics, Missing) else metrics.last_loss),
-        "training time": formatting.duration(cost.seconds if cost else None),
-        "peak memory": formatting.size(cost.peak_memory if cost else None),
-        "parameters": formatting.count(contents.parameters),
-        "high-order ratio": formatting.number(ratio, 3),
-        "effect": formatting.ABSENT if change is None else formatting.signed(change),
+        "metric": known.metric if (known := score or base) else ABSENT,
+        "score": percent(score.value if score else None),
+        "95 % interval": f"{percent(score.low)} to {percent(score.high)}" if score else ABSENT,
+        "base model": percent(base.value if base else None),
+        "last loss": number(None if isinstance(metrics, Missing) else metrics.last_loss),
+        "training time": duration(cost.seconds if cost else None),
+        "peak memory": size(cost.peak_memory if cost else None),
+        "parameters": count(contents.parameters),
+        "high-order ratio": number(ratio, 3),
+        "effect": ABSENT if change is None else signed(change),
     }

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.tasks import Example
-from pera_lab.tasks.prompts import IGNORED, AnswerCollator, encode_chat, encode_example, encode_prompt
+from pera_lab.tasks.encoding import IGNORED, AnswerCollator, encode_chat, encode_example, encode_prompt
 
 EXAMPLES = [
     Example("How is Liam related to Zoe?", "father"),
@@ -32,12 +32,12 @@ def plain(tokenizer):
     return plain
 
 
-def test_a_prompt_is_put_into_the_chat_template(tokenizer):
+def test_a_prompt_uses_the_chat_template(tokenizer):
     ids = encode_prompt(tokenizer, "How is Liam related to Zoe?")
     assert tokenizer.decode(ids) == "<s>user\nHow is Liam related to Zoe?</s><s>assistant\n"
 
 
-def test_messages_that_the_template_refuses_are_a_mistake_with_its_reason(tokenizer):
+def test_messages_that_the_template_rejects_are_an_error_with_its_reason(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported.') }}"
@@ -45,18 +45,20 @@ def test_messages_that_the_template_refuses_are_a_mistake_with_its_reason(tokeni
     )
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
     assert encode_chat(strict, messages[1:])
-    sentence = "messages of the roles system, user are refused by the model's chat template: System role not supported;"
+    sentence = (
+        "messages with the roles system, user: the model's chat template rejects them: System role not supported\\."
+    )
     with pytest.raises(UserError, match=f"^{sentence}"):
         encode_chat(strict, messages)
 
 
-def test_without_a_template_a_prompt_is_a_line_that_is_not_ended(plain):
+def test_without_a_template_a_prompt_is_a_line_without_an_end_token(plain):
     assert plain("a").input_ids[-1] == plain.eos_token_id
     assert plain.decode(encode_prompt(plain, "How is Liam related to Zoe?")) == "<s>How is Liam related to Zoe?\n"
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_loss_is_on_the_answer_and_the_end_only(example, tokenizer):
+def test_the_loss_is_on_the_answer_and_the_end_token_only(example, tokenizer):
     encoded = encode_example(tokenizer, example)
     prompt = encode_prompt(tokenizer, example.prompt)
     assert encoded["input_ids"][: len(prompt)] == prompt
@@ -133,7 +135,7 @@ class OldModel(torch.nn.Module):
         """Cannot be asked for some of its logits, and finds positions by itself."""
 
 
-def test_a_model_that_cannot_be_asked_for_some_logits_gets_whole_sequences(tokenizer):
+def test_a_model_without_logits_to_keep_gets_whole_sequences(tokenizer):
     encoded = [encode_example(tokenizer, example) for example in EXAMPLES]
     batch = AnswerCollator(tokenizer, OldModel())(encoded)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}

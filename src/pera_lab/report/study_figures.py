@@ -1,4 +1,4 @@
-"""The figures of a study, each with its text alternative and its numbers."""
+"""The figures of a study, each with its description and its numbers."""
 
 from __future__ import annotations
 
@@ -21,21 +21,17 @@ from pera_lab.report.drawing import (
     style,
     tick,
 )
-from pera_lab.report.formatting import ABSENT, chance, number, points, signed
+from pera_lab.report.formatting import number, p_value, percent, points, signed
 from pera_lab.study.statistics import Difference, pareto
-
-PAPER = COLORS[3]
-"""The colour of the paper's figures."""
 
 
 def by_tasks_and_gain(item: tuple[str, Difference]) -> tuple[int, float]:
-    """The order of methods: those of most tasks first, then the largest gain, since gains over other tasks do not
-    compare."""
+    """Sort key of a method and its gain: most tasks first, then the largest gain."""
     return -item[1].tasks, -item[1].mean
 
 
 def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: str) -> Picture:
-    """The gain of each method over the reference, with its interval."""
+    """Draw the gain of each method over the reference, with its interval."""
     ordered = sorted(gains.items(), key=by_tasks_and_gain)
     with style():
         figure, axes = new_figure(0.8 + 0.25 * len(ordered))
@@ -54,11 +50,11 @@ def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: s
     alike = len({gain.tasks for gain in gains.values()}) == 1
     over = "" if alike else f" over {best[1].tasks} tasks"
     finding = (
-        f"Gain over {reference}, mean over the tasks; blue where a difference is shown, grey where none is. "
+        f"Gain over {reference}, mean over the tasks: blue if a difference is shown, grey otherwise. "
         f"Largest{over}: {best[0]} with {points(best[1].mean)} points."
     )
     rows = [
-        [label, points(g.mean), points(g.low), points(g.high), str(g.seeds), str(g.tasks), chance(p[label])]
+        [label, points(g.mean), points(g.low), points(g.high), str(g.seeds), str(g.tasks), p_value(p[label])]
         for label, g in ordered
     ]
     head = ["method", "gain", "from", "to", "pairs of seeds", "tasks", "adjusted p"]
@@ -68,7 +64,7 @@ def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: s
 def rate_curves(
     title: str, curves: Mapping[str, Mapping[float, float]], chosen: Mapping[str, float | None]
 ) -> Picture | None:
-    """Held-out loss over the learning rate, a line for each method; None if nothing has ended."""
+    """Draw the held-out loss over the learning rate, one line per method; None if no run has ended."""
     curves = {label: {r: x for r, x in curve.items() if not math.isnan(x)} for label, curve in curves.items()}
     curves = {label: curve for label, curve in curves.items() if curve}
     finite = [x for curve in curves.values() for x in curve.values() if math.isfinite(x)]
@@ -97,14 +93,14 @@ def rate_curves(
     best = min(finite)
     winner = next(label for label, curve in curves.items() if best in curve.values())
     rings = ", ".join(f"{label} {rate:g}" for label, rate in known.items())
-    finding = f"{title}: lowest held-out loss {number(best)} ({winner}). Chosen, ringed: {rings or 'none yet'}."
+    finding = f"{title}: lowest held-out loss {number(best)} ({winner}). Chosen (ringed): {rings or 'none yet'}."
     rows = [[label, *(number(curve.get(rate)) for rate in rates)] for label, curve in curves.items()]
     return Picture(figure, "Lines: held-out loss by learning rate", finding,
                    Table(["method", *(f"{rate:g}" for rate in rates)], rows))  # fmt: skip
 
 
 def front(points: Mapping[str, tuple[float, float]], cost: str, title: str) -> Picture:
-    """Mean score against a cost; the methods that none beats in both are joined by a line."""
+    """Draw the mean score over a cost. A line joins the methods that no other method beats in both."""
     labels = list(points)
     best = {labels[i] for i in pareto(list(points.values()))}
     with style():
@@ -119,14 +115,14 @@ def front(points: Mapping[str, tuple[float, float]], cost: str, title: str) -> P
         axes.yaxis.set_major_formatter(tick)
         set_scale(axes, [x for x, _ in points.values()], axis="x")
         legend(figure)
-    finding = f"Not beaten in both, score and {cost}: {', '.join(label for label in labels if label in best)}."
+    finding = f"Not beaten in both score and {cost}: {', '.join(label for label in labels if label in best)}."
     rows = [[label, number(x), f"{100 * y:.2f}", "yes" if label in best else "no"] for label, (x, y) in points.items()]
     return Picture(figure, f"Points: score against {cost}", finding,
                    Table(["method", cost, "mean score in %", "on the front"], rows))  # fmt: skip
 
 
 def effect_by_group(effects: Sequence[Effects]) -> Picture | None:
-    """Change of the loss without the high-order terms of one group of layers, the mean over the seeds."""
+    """Draw the change of the loss without the high-order terms of each group of layers, mean over the seeds."""
     groups = list(effects[0].without_high_order) if effects else []
     if not groups:
         return None
@@ -149,7 +145,7 @@ def effect_by_group(effects: Sequence[Effects]) -> Picture | None:
 
 
 def interaction_maps(strengths: Mapping[str, Sequence[Sequence[float]]]) -> Picture:
-    """Interaction strengths of each method, ``(features, features)``, in maps on one scale."""
+    """Draw the interaction strengths of each method, ``(features, features)``, as maps on one scale."""
     rows = math.ceil(len(strengths) / 3)
     positive = [x for matrix in strengths.values() for row in matrix for x in row if x > 0] or [1.0]
     high = max(positive)
@@ -175,7 +171,7 @@ def interaction_maps(strengths: Mapping[str, Sequence[Sequence[float]]]) -> Pict
     squares = {label: [row[i] for i, row in enumerate(m)] for label, m in strengths.items()}
     strongest = max(pairs, key=lambda label: fmean(pairs[label]))
     finding = (
-        f"Mean over the pairs of features: {', '.join(f'{x} {number(fmean(p), 3)}' for x, p in pairs.items())}. "
+        f"Mean over pairs of features: {', '.join(f'{x} {number(fmean(p), 3)}' for x, p in pairs.items())}. "
         f"Strongest: {strongest}."
     )
     table = [[x, number(fmean(pairs[x]), 3), number(max(pairs[x]), 3), number(fmean(squares[x]), 3)] for x in strengths]
@@ -183,34 +179,24 @@ def interaction_maps(strengths: Mapping[str, Sequence[Sequence[float]]]) -> Pict
                    Table(["method", "mean of pairs", "largest", "mean of the diagonal"], table))  # fmt: skip
 
 
-def sweep(
-    name: str,
-    values: Sequence[str],
-    lines: Mapping[str, Sequence[float]],
-    theirs: Sequence[str],
-    averages: Sequence[float],
-    *,
-    title: str = "this study",
-) -> Picture:
-    """Mean score along one axis of the study, and below it the paper's along the same axis, in another colour."""
+def sweep(name: str, values: Sequence[str], lines: Mapping[str, Sequence[float]], *, title: str = "") -> Picture:
+    """Draw the mean score of each method along one axis of the grid.
+
+    Args:
+        name: name of the axis.
+        values: labels of its values.
+        lines: by method, one mean score per value; NaN if it is unknown.
+        title: the fixed part of the setting, if there are several.
+    """
     with style():
-        figure, (ours, published) = new_figure(5, rows=2)
+        figure, axes = new_figure(3)
         for i, (label, line) in enumerate(lines.items()):
             look = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
-            ours.plot(list(values), [100 * y for y in line], label=short(label), marker=MARKERS[i % 8], **look)
-        ours.set(ylabel="mean score in %", xlabel=name, title=title)
-        published.plot(list(theirs), list(averages), color=PAPER, marker="s", linestyle="--")
-        published.set(xlabel=f"{name}, in the paper", ylabel="accuracy in %")
-        published.set_title("paper: PERA, LLaMA3-8B, eight commonsense tasks", color=PAPER)
-        published.tick_params(axis="x", labelsize=7)
-        for axes in (ours, published):
-            axes.yaxis.set_major_formatter(tick)
+            axes.plot(list(values), [100 * y for y in line], label=short(label), marker=MARKERS[i % 8], **look)
+        axes.set(ylabel="mean score in %", xlabel=name, title=title)
+        axes.yaxis.set_major_formatter(tick)
         legend(figure)
-    said = "; ".join(f"{label} {', '.join(_percent(y) for y in line)}" for label, line in lines.items())
-    finding = f"By {name} ({', '.join(values)}), {title}: {said}. The paper's, below, are of another model and tasks."
-    rows = [[label, *(_percent(y) for y in line)] for label, line in lines.items()]
-    return Picture(figure, f"Lines: score by {name}, and the paper's", finding, Table(["method", *values], rows))
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}" if math.isfinite(value) else ABSENT
+    rows = [[label, *(percent(y, unit="") for y in line)] for label, line in lines.items()]
+    scores = "; ".join(f"{label} {', '.join(cells)}" for label, *cells in rows)
+    finding = f"Mean score in % by {name} ({', '.join(values)}){f', {title}' if title else ''}: {scores}."
+    return Picture(figure, f"Lines: score by {name}", finding, Table(["method", *values], rows))

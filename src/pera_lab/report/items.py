@@ -1,0 +1,52 @@
+"""What the sections of a study's page are made of."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from pera_lab.study.folder import StudyFolder
+from pera_lab.study.results import Results, Setting
+from pera_lab.study.spec import Cell
+
+
+@dataclass(frozen=True)
+class Item:
+    """One element of a section: "text", "note", "heading", "table", "picture" or "details"."""
+
+    kind: str
+    content: Any
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    id: str
+    title: str
+    items: list[Item]
+
+
+def setting_label(setting: Setting) -> str:
+    """Format a setting, such as "r = 4, all, 10 % of the data"."""
+    r, placement, share = setting
+    parts = [f"r = {r}" if r else "", placement or "", f"{100 * share:g} % of the data" if share < 1 else ""]
+    return ", ".join(filter(None, parts)) or "all"
+
+
+def mean_over_tasks(results: Results, cells: list[Cell]) -> float:
+    """Mean score of the cells; NaN if one was not scored or a run diverged, since lucky seeds must not stand for it."""
+    if any(map(results.num_diverged, cells)):
+        return math.nan
+    means = [results.mean(cell).mean for cell in cells if results.mean(cell).n]
+    return fmean(means) if means and len(means) == len(cells) else math.nan
+
+
+def run_command(folder: StudyFolder) -> str:
+    """The command that runs the remaining runs of a study."""
+    file, output = (shlex.quote(str(path)) for path in (folder.study_file, folder.path))
+    return f"pera study run {file} --output {output}"

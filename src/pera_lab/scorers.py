@@ -1,0 +1,423 @@
+"""Scorers: a model answers examples, each answer is judged, and the answers become a score."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pera.errors import UserError
+from pera_lab.intervals import bootstrap_interval, mean_interval, wilson_interval
+from pera_lab.models import longest_input
+from pera_lab.tasks import ClassificationTask, EvaluationSection, Example, GenerationTask, LabelledText, Splits, Task
+from pera_lab.tasks.encoding import Prompt, encode_answered, encode_question, encode_texts
+
+
+@dataclass(frozen=True)
+class Part:
+    """Accuracy on the rows of one member of a mix, with Wilson's 95 % interval."""
+
+    n: int
+    correct: int
+    unparsed: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric on held-out examples with its 95 % interval: Wilson's for an accuracy, else by bootstrap."""
+
+    n: int
+    correct: int | None
+    """None for a regression."""
+    metric: str
+    value: float
+    """For a mix, the unweighted mean over the members with data."""
+    low: float
+    high: float
+    seconds: float
+    majority: float | None = None
+    """Baseline: the metric if every row gets the most common training answer."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further metrics of the task."""
+    unparsed: int = 0
+    """Outputs without an answer; they count as wrong."""
+    shortened: int = 0
+    """Prompts that were truncated to the length of the model."""
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Scores by member of a mix."""
+    missing: tuple[str, ...] = ()
+    """Members of the mix without data, which have no score."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer of the model, judged."""
+
+    prompt: str
+    expected: str
+    output: str
+    correct: bool | None
+    """None for a regression."""
+    answer: str | None = None
+    """The answer found in the output; None if there is none."""
+    group: str = ""
+    shortened: bool = False
+    scores: dict[str, float] | None = None
+    """Log-probability of each option, or logit of each class."""
+
+
+class Output(NamedTuple):
+    """What the model answers to one example, before it is judged."""
+
+    answer: str | float
+    """Text, an option, the name of a class, or the number of a regression."""
+    scores: dict[str, float] | None = None
+    """Log-probability of each option, or logit of each class."""
+    shortened: bool = False
+    """Whether the prompt was truncated."""
+
+
+def make_scorer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Any],
+    spec: EvaluationSection,
+    max_length: int | None,
+) -> Scorer:
+    """The scorer that ``spec`` names.
+
+    Args:
+        model: the model that answers.
+        tokenizer: its tokenizer.
+        task: the task.
+        examples: the examples to answer.
+        spec: the recipe's ``evaluation`` section.
+        max_length: longest input in tokens, if it is shorter than the model's.
+    """
+    return SCORERS[spec.scorer](model, tokenizer, task, examples, spec, max_length)
+
+
+def answer_batches(scorer: Scorer, label: str, console: Console | None) -> Iterator[dict[int, Output]]:
+    """The outputs for a scorer's examples by their index, one batch at a time.
+
+    Args:
+        scorer: the scorer.
+        label: text of the progress bar.
+        console: where to show it; None shows nothing.
+    """
+    for rows in _batches(scorer.lengths, scorer.spec.batch_size, label, console):
+        yield dict(zip(rows, scorer.answer(rows), strict=True))
+
+
+class Scorer:
+    """Answers examples in batches and judges the answers."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Any,
+        examples: Sequence[Any],
+        spec: EvaluationSection,
+        max_length: int | None,
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.examples, self.spec = model, tokenizer, task, examples, spec
+        self.limit = min(max_length or 10**9, longest_input(model, tokenizer))
+        self.lengths: list[int] = []
+        """Length of each input in tokens."""
+
+    def answer(self, rows: list[int]) -> list[Output]:
+        """The outputs for the examples with the indices ``rows``."""
+        raise NotImplementedError
+
+    def judge(self, row: int, output: Output) -> Prediction:
+        """The judged output for the example with the index ``row``."""
+        raise NotImplementedError
+
+    def score(self, splits: Splits, predictions: list[Prediction], seconds: float) -> Score:
+        """The score of all predictions.
+
+        Args:
+            splits: the examples of the task.
+            predictions: one for each test example.
+            seconds: how long the answers took.
+        """
+        parts = {
+            group: _part([p for p in predictions if p.group == group])
+            for group in sorted({p.group for p in predictions})
+        }
+        grouped = set(parts) != {""}
+        low, high = mean_interval([(part.correct, part.n) for part in parts.values()])
+        return Score(
+            n=len(predictions),
+            correct=sum(part.correct for part in parts.values()),
+            metric="accuracy" if len(parts) == 1 else "mean accuracy",
+            value=sum(part.accuracy for part in parts.values()) / len(parts),
+            low=low,
+            high=high,
+            seconds=seconds,
+            majority=self._majority(splits),
+            unparsed=sum(part.unparsed for part in parts.values()),
+            shortened=sum(p.shortened for p in predictions),
+            parts=parts if grouped else {},
+            missing=tuple(name for name in self.task.members if grouped and name not in parts),
+        )
+
+    def _majority(self, splits: Splits) -> float | None:
+        return self.task.majority(splits) if splits.train else None
+
+
+class GenerationScorer(Scorer):
+    """The model writes an answer, which the task judges."""
+
+    task: GenerationTask
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        room = self.limit - (self.spec.max_new_tokens or 0)
+        self.prompts = [encode_question(self.tokenizer, e, self.task.frame, room) for e in self.examples]
+        if any(prompt.shortened and not prompt.text for prompt in self.prompts):
+            raise UserError(
+                f"evaluation.max_new_tokens={self.spec.max_new_tokens} leaves no room for the question in the "
+                f"{self.limit} tokens of the model; give fewer."
+            )
+        self.lengths = [len(prompt.ids) for prompt in self.prompts]
+
+    def answer(self, rows: list[int]) -> list[Output]:
+        ids = [self.prompts[i].ids for i in rows]
+        texts = generate(self.model, self.tokenizer, ids, self.spec.max_new_tokens or 1, self.spec.num_beams or 1)
+        return [Output(text, None, self.prompts[i].shortened) for i, text in zip(rows, texts, strict=True)]
+
+    def judge(self, row: int, output: Output) -> Prediction:
+        example: Example = self.examples[row]
+        text = str(output.answer)
+        answer, correct = self.task.judge(example, text)
+        return Prediction(example.prompt, example.answer, text, correct, answer, example.group, output.shortened)
+
+
+class Branches(NamedTuple):
+    """Continuations of one text."""
+
+    shared: list[int]
+    """Tokens that all continuations begin with."""
+    start: int
+    """Index in ``shared`` of the first token whose log-probability counts."""
+    suffixes: list[list[int]]
+    """The remaining tokens of each continuation."""
+
+
+class LikelihoodScorer(Scorer):
+    """The answer is the option with the highest log-probability, after the prefix that all answers share."""
+
+    task: GenerationTask
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if any(not example.options for example in self.examples):
+            raise UserError(f"evaluation.scorer='likelihood' needs options to rank, and {self.task.name!r} has none.")
+        self.prompts = [encode_question(self.tokenizer, e, self.task.frame, self.limit - 16) for e in self.examples]
+        self.branches = [self._branches(e, p) for e, p in zip(self.examples, self.prompts, strict=True)]
+        self.lengths = [len(b.shared) for b in self.branches]
+
+    def _branches(self, example: Example, prompt: Prompt) -> Branches:
+        def ids(answer: str) -> list[int]:
+            before, behind = encode_answered(self.tokenizer, prompt, self.task.frame, answer)
+            return before + behind
+
+        options = [ids(option) for option in example.options]
+        shared = min(_common(options), min(map(len, options)) - 1)  # each option keeps at least one token
+        start = min(shared, _common([options[0], ids(self.task.prefix.rstrip())]))
+        return Branches(options[0][:shared], start, [option[shared:] for option in options])
+
+    def answer(self, rows: list[int]) -> list[Output]:
+        outputs = []
+        likelihoods = log_likelihoods(self.model, self.tokenizer, [self.branches[i] for i in rows])
+        for i, values in zip(rows, likelihoods, strict=True):
+            scores = dict(zip(self.examples[i].options, values, strict=True))
+            best = max(scores, key=lambda option: scores[option])
+            outputs.append(Output(best, scores, self.prompts[i].shortened))
+        return outputs
+
+    def judge(self, row: int, output: Output) -> Prediction:
+        example: Example = self.examples[row]
+        best, right = str(output.answer), output.answer == example.answer
+        prompt, expected, cut = example.prompt, example.answer, output.shortened
+        return Prediction(prompt, expected, best, right, best, example.group, cut, output.scores)
+
+
+def _common(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    return next(
+        (i for i, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1),  # noqa: B905
+        min(map(len, sequences)),
+    )
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, tokenizer: PreTrainedTokenizerBase, batch: list[Branches]) -> list[list[float]]:
+    """Log-probability of each continuation of each text, from its ``start`` on.
+
+    One forward pass reads the shared tokens of each text. If every suffix is one token, as in "answer1" to "answer5",
+    that is enough. Otherwise a second pass reads the suffixes with the cached keys and values.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        batch: the texts.
+    """
+    device = next(model.parameters()).device
+    accepted = inspect.signature(_base(model).forward).parameters
+
+    def padded(sequences: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        found: Any = tokenizer.pad({"input_ids": sequences}, return_tensors="pt", padding_side=side)
+        return found["input_ids"].to(device), found["attention_mask"].to(device)
+
+    ids, mask = padded([b.shared for b in batch], "left")
+    kept = max(len(b.shared) - b.start for b in batch) + 1
+    longer = [(i, j) for i, b in enumerate(batch) for j, suffix in enumerate(b.suffixes) if len(suffix) > 1]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": bool(longer)}
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = kept
+    output = model(**inputs)
+    logits = output.logits[:, -kept:].float().log_softmax(-1)
+    found = []
+    for row, b in zip(logits, batch, strict=True):
+        label = b.shared[b.start :]
+        own = sum(row[-len(label) - 1 + i, token].item() for i, token in enumerate(label))
+        found.append([own + row[-1, suffix[0]].item() for suffix in b.suffixes])
+    if longer:
+        rest = [batch[i].suffixes[j] for i, j in longer]
+        tail, tail_mask = padded([suffix[:-1] for suffix in rest], "right")
+        rows = torch.tensor([i for i, _ in longer], device=device)
+        cache = output.past_key_values
+        cache.batch_select_indices(rows)
+        inputs = {"input_ids": tail, "past_key_values": cache, "use_cache": True}
+        inputs["attention_mask"] = torch.cat([mask[rows], tail_mask], 1)
+        if "position_ids" in accepted:
+            inputs["position_ids"] = mask[rows].sum(1, keepdim=True) + torch.arange(tail.shape[1], device=device)
+        logits = model(**inputs).logits.float().log_softmax(-1)
+        for (i, j), row, suffix in zip(longer, logits, rest, strict=True):
+            found[i][j] += sum(row[k, token].item() for k, token in enumerate(suffix[1:]))
+    return found
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class ClassificationScorer(Scorer):
+    """The answer is the class, or the number, from the head."""
+
+    task: ClassificationTask
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.encoded = [encode_texts(self.tokenizer, row.texts, self.limit) for row in self.examples]
+        self.lengths = [len(encoded["input_ids"]) for encoded, _ in self.encoded]
+
+    @torch.no_grad()
+    def answer(self, rows: list[int]) -> list[Output]:
+        columns = ("input_ids", "token_type_ids", "attention_mask")
+        inputs = [{k: v for k, v in self.encoded[i][0].items() if k in columns} for i in rows]
+        batch: Any = self.tokenizer.pad(inputs, return_tensors="pt").to(next(self.model.parameters()).device)
+        logits = self.model(**batch).logits.float().tolist()
+        return [self._output(values, self.encoded[i][1]) for i, values in zip(rows, logits, strict=True)]
+
+    def _output(self, logits: list[float], shortened: bool) -> Output:
+        names, label = self.task.classes, self.task.predicted_label(logits)
+        if not names:
+            return Output(label, None, shortened)
+        return Output(names[int(label)], dict(zip(names, logits, strict=True)), shortened)
+
+    def judge(self, row: int, output: Output) -> Prediction:
+        example: LabelledText = self.examples[row]
+        names, text, cut = self.task.classes, str(output.answer), output.shortened
+        if not names:
+            return Prediction(example.prompt, repr(example.label), text, None, text, shortened=cut)
+        expected = names[int(example.label)]
+        return Prediction(example.prompt, expected, text, text == expected, text, shortened=cut, scores=output.scores)
+
+    def score(self, splits: Splits, predictions: list[Prediction], seconds: float) -> Score:
+        names = self.task.classes
+        convert: Callable[[Any], float] = names.index if names else float
+        gold, predicted = [convert(p.expected) for p in predictions], [convert(p.answer) for p in predictions]
+        metrics, metric = self.task.measure(gold, predicted), self.task.metric
+        correct = sum(bool(p.correct) for p in predictions) if names else None
+        if metric == "accuracy" and correct is not None:
+            low, high = wilson_interval(correct, len(predictions))
+        else:
+            low, high = bootstrap_interval(lambda g, p: self.task.measure(g, p)[metric], gold, predicted)
+        return Score(
+            n=len(predictions),
+            correct=correct,
+            metric=metric,
+            value=metrics.pop(metric),
+            low=low,
+            high=high,
+            seconds=seconds,
+            majority=self._majority(splits),
+            metrics=metrics,
+            shortened=sum(p.shortened for p in predictions),
+        )
+
+
+SCORERS: dict[str, Callable[..., Scorer]] = {
+    "exact_match": GenerationScorer,
+    "generation": GenerationScorer,
+    "likelihood": LikelihoodScorer,
+    "classification": ClassificationScorer,
+}
+"""The scorers by the value of ``evaluation.scorer``."""
+
+
+def _part(predictions: list[Prediction]) -> Part:
+    n, correct = len(predictions), sum(bool(p.correct) for p in predictions)
+    return Part(n, correct, sum(p.answer is None for p in predictions), correct / n, *wilson_interval(correct, n))
+
+
+@torch.no_grad()
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int, num_beams: int = 1
+) -> list[str]:
+    """The answers to one batch of prompts, without sampling.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt.
+        max_new_tokens: longest answer in tokens.
+        num_beams: beams of the search; 1 is greedy.
+    """
+    batch: Any = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(next(model.parameters()).device)
+    beams = {"num_beams": num_beams} if num_beams > 1 else {}
+    output = model.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, **beams
+    )
+    texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _batches(lengths: list[int], batch_size: int, label: str, console: Console | None) -> Iterator[list[int]]:
+    """The indices of each batch. The longest inputs come first, so that a batch too large for memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    columns: list[Any] = [TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console or Console(quiet=True), disable=console is None) as progress:
+        bar = progress.add_task("", total=len(order))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            yield rows
+            progress.advance(bar, len(rows))

@@ -1,0 +1,63 @@
+"""What the sections of recipes and studies share: strict keys and values, and paths that hold from everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    """A part of a recipe or of a study. Unknown keys are errors, and so are booleans in place of numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _reject_booleans_as_numbers(cls, value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+        found = known(value)
+        if isinstance(value, bool) and found is not value:
+            raise PydanticCustomError("number", "Input should be a number")
+        return found
+
+
+def absolute_path(*words: str) -> AfterValidator:
+    """Make an existing path absolute, so that it holds from every working folder.
+
+    Args:
+        words: values with a meaning of their own, which are kept even if a file of that name exists.
+    """
+
+    def convert(name: str) -> str:
+        path = Path(name).expanduser()
+        return os.path.abspath(path) if name not in words and path.exists() else name
+
+    return AfterValidator(convert)
+
+
+def one_message(sentence: str) -> WrapValidator:
+    """Replace the messages of a union, one for each member, by one sentence."""
+
+    def check(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return known(value)
+        except ValidationError as error:
+            raise PydanticCustomError("either", sentence) from error
+
+    return WrapValidator(check)
+
+
+def name_alone(value: Any) -> Any:
+    """The section that a bare name stands for: ``model: smollm2-135m`` means ``model: {name: smollm2-135m}``."""
+    return {"name": value} if isinstance(value, str) else value

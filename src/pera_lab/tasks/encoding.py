@@ -1,0 +1,196 @@
+"""From examples to token ids: how a prompt is presented to the model, and which tokens the loss is on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jinja2 import TemplateError
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+
+from pera.errors import UserError
+from pera_lab.tasks.examples import Example
+
+IGNORED = -100
+"""Label of a token that the loss ignores (PyTorch's ``ignore_index``)."""
+
+
+class Frame(NamedTuple):
+    """How a prompt is presented to the model, and which part of an example the loss is on."""
+
+    text: str | None = None
+    """Text around ``{prompt}``, ending with the response marker. None is the model's chat template."""
+    loss: Literal["answer", "all"] = "answer"
+    """"answer": the loss is on the answer. "all": also on the prompt; prompt and answer are then tokenized as one
+    text."""
+    end: bool = True
+    """Whether the end-of-sequence token is learned."""
+
+
+CHAT = Frame()
+PLAIN = Frame("{prompt}")
+"""The answer follows the prompt, with nothing around them."""
+
+
+class Prompt(NamedTuple):
+    """Token ids of a prompt, the user's text in it, and whether the prompt was truncated."""
+
+    ids: list[int]
+    text: str
+    shortened: bool
+
+
+class Encoded(NamedTuple):
+    """Rows of token ids, the number of examples left out as too long, and the number of truncated examples."""
+
+    rows: list[dict[str, Any]]
+    left_out: int
+    shortened: int
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, frame: Frame = CHAT) -> list[int]:
+    """Token ids of a user's message, up to the beginning of the model's answer."""
+    if frame.text is None:
+        return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+    return _without_end(tokenizer, frame.text.replace("{prompt}", prompt))
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation in the model's chat template, up to the beginning of the model's next answer. Without
+    a template the messages are lines of text.
+
+    Raises:
+        UserError: the template rejects the messages.
+    """
+    if tokenizer.chat_template is None:
+        return _without_end(tokenizer, "".join(f"{m['content']}\n" for m in messages))
+    try:
+        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        roles, reason = ", ".join(m["role"] for m in messages), " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"messages with the roles {roles}: the model's chat template rejects them: {reason}."
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text).input_ids
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase, example: Example, frame: Frame, max_length: int | None = None
+) -> Prompt:
+    """The prompt of an example in its frame.
+
+    A prompt longer than ``max_length`` first loses the oldest turns of its conversation, two at a time, and then the
+    beginning of the user's text. It keeps the frame, which ends with the response marker, and the end of the question,
+    where the options are.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        example: the example.
+        frame: how its prompt is presented. Messages always use the chat template.
+        max_length: longest prompt in tokens.
+    """
+    earlier = list(example.messages[:-1])
+
+    def encode(text: str) -> list[int]:
+        if example.messages:
+            return encode_chat(tokenizer, [*earlier, {**example.messages[-1], "content": text}])
+        return encode_prompt(tokenizer, text, frame)
+
+    ids = encode(example.prompt)
+    if max_length is None or len(ids) <= max_length:
+        return Prompt(ids, example.prompt, False)
+    kept = int(bool(earlier) and earlier[0]["role"] == "system")
+    while len(ids) > max_length and len(earlier) > kept:
+        del earlier[kept : kept + 2]
+        ids = encode(example.prompt)
+    if len(ids) <= max_length:
+        return Prompt(ids, example.prompt, True)
+    low, high = 0, len(example.prompt)  # bisect the smallest number of characters to remove
+    while low < high:
+        middle = (low + high) // 2
+        if len(encode(example.prompt[middle:])) <= max_length:
+            high = middle
+        else:
+            low = middle + 1
+    text = example.prompt[low:]
+    return Prompt(encode(text), text, True)
+
+
+def encode_answered(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, frame: Frame, answer: str
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of an answer to it, as in training.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        prompt: the prompt from :func:`encode_question`.
+        frame: its frame. If the loss is on all tokens, prompt and answer are one text, and the first list is empty.
+        answer: the text of the answer.
+    """
+    if frame.loss == "all" and frame.text is not None:
+        ids = _without_end(tokenizer, frame.text.replace("{prompt}", prompt.text) + answer)
+        return [], ids
+    return prompt.ids, list(tokenizer(answer, add_special_tokens=False).input_ids)
+
+
+def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, frame: Frame = CHAT) -> dict[str, Any]:
+    """``input_ids``, ``attention_mask`` and ``labels`` of prompt, answer and end-of-sequence token.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        example: the example with its answer.
+        frame: how the prompt is presented, and which tokens have labels other than :data:`IGNORED`.
+    """
+    prompt, answer = encode_answered(tokenizer, encode_question(tokenizer, example, frame), frame, example.answer)
+    answer = [*answer, *([tokenizer.eos_token_id] if frame.end else [])]
+    ids = prompt + answer
+    labels = list(ids) if frame.loss == "all" else [IGNORED] * len(prompt) + answer
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None
+) -> tuple[dict[str, Any], bool]:
+    """Token ids of one text or of a pair, and whether it was truncated.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        texts: one text, or two. Of two, the longer one is truncated first.
+        max_length: longest row in tokens.
+    """
+    encoded = dict(tokenizer(*texts, truncation=max_length is not None, max_length=max_length))
+    cut = len(encoded["input_ids"]) == max_length and len(tokenizer(*texts).input_ids) > max_length
+    return encoded, cut
+
+
+class AnswerCollator:
+    """Makes batches for a causal language model, padded on the left so that the answers end together.
+
+    A vocabulary is large and an answer is short. The batch therefore asks for logits of the answers only, if the model
+    has ``logits_to_keep``. Loss and gradients equal those of whole sequences.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        self._pad = DataCollatorForSeq2Seq(tokenizer, padding=True)
+        self._accepted = inspect.signature(model.forward).parameters
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """``input_ids``, ``attention_mask``, ``position_ids`` ``(batch, length)``, ``labels`` ``(batch, kept)``, and
+        ``logits_to_keep`` with the kept positions: the longest answer and the token before it."""
+        batch = dict(self._pad(examples))
+        if "position_ids" in self._accepted:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        if "logits_to_keep" in self._accepted:
+            length = batch["labels"].shape[1]
+            first = max(1, int((batch["labels"] != IGNORED).int().argmax(1).min()))
+            # Positions, not a count: indexing with them gives the contiguous states a matrix product wants.
+            batch["logits_to_keep"] = torch.arange(first - 1, length)
+            batch["labels"] = batch["labels"][:, first - 1 :]
+        return batch

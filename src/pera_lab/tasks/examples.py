@@ -1,0 +1,129 @@
+"""Examples, the splits they come in, and subsamples of them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from pera.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem for a language model: the prompt, and the answer it should write."""
+
+    prompt: str
+    answer: str
+    data: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What the task needs to judge an answer, for example the whole row."""
+    group: str = ""
+    """Member of a mix. Each member gets a score of its own."""
+    options: tuple[str, ...] = ()
+    """Possible answers, which the likelihood scorer ranks. Empty if the answer is free text."""
+    messages: tuple[dict[str, str], ...] = ()
+    """The conversation up to the answer, if it is longer than one prompt. ``prompt`` is its last message."""
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One text or a pair of texts, with a label: the index of a class, or a real number."""
+
+    texts: tuple[str, ...]
+    label: float
+
+    @property
+    def prompt(self) -> str:
+        """The texts, one per line."""
+        return "\n".join(self.texts)
+
+
+class Verdict(NamedTuple):
+    """The answer found in an output (None if there is none), and whether it is right."""
+
+    answer: str | None
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples of a task."""
+
+    train: Sequence[Any]
+    test: Sequence[Any]
+    """Held-out examples, which are scored."""
+    validation: Sequence[Any] = ()
+    """Examples that choose the best checkpoint."""
+    missing: Sequence[str] = ()
+    """One sentence for each part of the data that was not found."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """Where the examples came from: files or Hub data sets, and how many rows of each are used."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings for the user: missing parts, and test rows that also occur in the training data."""
+        seen = set(map(_question, self.train))
+        rows, repeated = _groups(self.test), _groups([row for row in self.test if _question(row) in seen])
+        return [
+            *self.missing,
+            *(
+                f"{group and f'{group}: '}{count} of {rows[group]} test rows also occur in the training data."
+                for group, count in repeated.items()
+            ),
+        ]
+
+
+def subsample(splits: Splits, *, share: float = 1.0, held_out: int = 0) -> Splits:
+    """Splits with fewer training rows, and with test rows taken from the training rows.
+
+    The choice of rows depends on the splits alone. A smaller share is a subset of a larger one. In the manifest, "used"
+    counts the remaining rows.
+
+    Args:
+        splits: the splits of a task.
+        share: share of the training rows to keep, after the held-out rows are taken off.
+        held_out: number of training rows that replace the test rows. Settings can then be chosen without looking at the
+            test rows.
+
+    Raises:
+        UserError: no training rows are left.
+    """
+    if share == 1 and not held_out:
+        return splits
+    rows = random.Random(0).sample(range(len(splits.train)), len(splits.train))
+    if held_out >= len(rows):
+        raise UserError(f"training.held_out={held_out} leaves none of the {len(rows)} training rows; give fewer.")
+    rest = rows[held_out:]
+    kept = rest[: max(1, round(share * len(rest)))]
+    train = [splits.train[i] for i in sorted(kept)]
+    removed = {"train": _groups(splits.train) - _groups(train), "test": _groups(splits.test if held_out else [])}
+    manifest = {
+        key: _subtract(record, removed[key]) if key in removed else record for key, record in splits.manifest.items()
+    }
+    test = splits.test
+    if held_out:
+        test = [splits.train[i] for i in sorted(rows[:held_out])]
+        manifest["held_out"] = {"rows": held_out, "of": "train"}
+    return replace(splits, train=train, test=test, manifest=manifest)
+
+
+def _question(row: Any) -> str:
+    """What the model reads of an example, without the frame."""
+    return repr((row.prompt, getattr(row, "messages", ())))
+
+
+def _groups(rows: Sequence[Any]) -> Counter[str]:
+    return Counter(getattr(row, "group", "") for row in rows)
+
+
+def _subtract(records: Mapping[str, Any], removed: Counter[str]) -> dict[str, Any]:
+    """A record of a manifest, or the records of the members of a mix, without the removed rows of each group."""
+    if "used" in records:
+        return {**records, "used": records["used"] - removed.total()}
+    alone = len(records) == 1  # a mixed file does not say which member a row belongs to
+    return {
+        name: _subtract(record, removed if alone else Counter({name: removed[name]}))
+        for name, record in records.items()
+    }
