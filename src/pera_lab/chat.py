@@ -101,7 +101,7 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
     model, tokenizer = open_model(location, dtype)
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not plain.can_generate():
-        raise UserError(f"{location.base!r} is loaded as a classifier, which generates no text; use: pera predict")
+        raise UserError(f"{location.base!r} is a classifier here and generates no text; use: pera predict")
     names = ["base", "adapter"] if compare else ["base" if not isinstance(model, PeftModel) else "adapter"]
 
     def start() -> dict[str, Conversation]:

@@ -47,7 +47,7 @@ def run_harness(
         raise missing_extra("lm-eval", "lm-eval") from error
     recipe = run.recipe
     if recipe.task.text_refusal:
-        raise UserError(f"--lm-eval: {recipe.task.text_refusal}; lm-eval scores language models.")
+        raise UserError(f"--lm-eval: {recipe.task.text_refusal}; lm-eval scores language models only.")
     before = read_object(run.lm_eval_file) if run.lm_eval_file.is_file() else {}
     which = "base" if base else "adapter"
     if not isinstance(before.get(which, {}), dict):

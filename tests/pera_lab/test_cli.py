@@ -381,7 +381,7 @@ def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
     (tmp_path / "folder").mkdir()
     for name, words in {
         "notes.txt": ["'notes.txt' is a file"],
-        "folder": ["'folder' is neither"],
+        "folder": ["'folder' is not a run folder"],
         "nothing": ["'nothing' is not an embedded model"],
         "./nothing": ["'./nothing' does not exist"],
         "nobody/model": ["'nobody/model' cannot be loaded"],
