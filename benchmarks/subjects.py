@@ -56,7 +56,6 @@ def candidates(*, ranks: tuple[int, ...], neighbours: tuple[int, ...], variants:
         if r in variants:
             rows += [
                 (f"pera r={r}, rms", PeraConfig(r=r, normalization="rms"), K),
-                (f"pera r={r}, recompute", PeraConfig(r=r, recompute=True), K),
                 (f"pera r={r}, squares", PeraConfig(r=r, terms="square"), 2 * r),
             ]
         if r in neighbours:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and runs in several processes are compared bit by bit
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import pytest
 import torch

@@ -1,13 +1,13 @@
-"""The equation of PERA, stated a second time, for the tests to compare with.
+"""The equation of PERA as an independent reference for the tests.
 
-It is written with loops over index pairs and calls nothing of the package. Everything is float64.
+It loops over index pairs and calls nothing of the package. Everything is float64.
 """
 
 import torch
 
 TERMS = ("all", "square", "cross", "none")
 COEFFICIENTS = ("learned", "fixed")
-NORMALIZATIONS = ("none", "rms", "centred", "column")
+NORMALIZATIONS = ("none", "rms", "centred")
 
 
 def pairs(r, terms):
@@ -28,7 +28,7 @@ def fixed_by_pair(r, terms):
 
 
 def rho(X, normalization):
-    """ρ of rows X: 1, or the root mean square of all entries but for columns of zeros."""
+    """ρ of rows X: 1, or the root mean square of the entries in columns that are not all zero."""
     if normalization == "none":
         return 1.0
     columns = [column for column in X.double().T.unbind() if column.any()]
@@ -45,18 +45,9 @@ def linear_part(A, B):
 
 
 def product(x, y, same, normalization, sign=-1):
-    """x ⊙ y, a square of "centred" less its mean; ``sign`` 1 adds it instead."""
+    """x ⊙ y. For "centred", subtract the mean from a square (with ``sign`` 1, add it)."""
     xy = x * y
     return xy + sign * sum(xy.unbind()) / len(xy) if same and normalization == "centred" else xy
-
-
-def divisor(X, i, j, normalization):
-    """What x_i ⊙ x_j is divided by: ρ of all rows, or of both the geometric mean."""
-    if normalization != "column":
-        return rho(X, normalization)
-    used = X.double()[:, (X != 0).any(0)]
-    rho_i, rho_j = ((sum((used[k] ** 2).unbind()) / max(1, used.shape[1]) + 1e-24) ** 0.5 for k in (i, j))
-    return (rho_i * rho_j) ** 0.5
 
 
 def high_order_part(A, B, h, normalization, sign=-1):
@@ -65,8 +56,7 @@ def high_order_part(A, B, h, normalization, sign=-1):
     delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
     for (i, j), h_ij in h.items():
         b, a = (product(x, y, i == j, normalization, sign) for x, y in ((B[:, i], B[:, j]), (A[i], A[j])))
-        b, a = b / divisor(B.T, i, j, normalization), a / divisor(A, i, j, normalization)
-        delta = delta + h_ij * torch.outer(b, a)
+        delta = delta + h_ij * torch.outer(b / rho(B.T, normalization), a / rho(A, normalization))
     return delta
 
 
@@ -90,6 +80,6 @@ def magnitude(A, B, h, normalization, scaling=1.0):
 
 
 def relative_error(actual, expected):
-    """Largest difference over the largest expected entry; 0 where there is no difference, or nothing to compare."""
+    """Largest difference over the largest expected entry; 0 if there is nothing to compare."""
     difference = torch.zeros(1).double() if not expected.numel() else (actual.double() - expected.double()).abs().max()
     return 0.0 if difference == 0 else (difference / expected.double().abs().max()).item()

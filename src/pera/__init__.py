@@ -8,7 +8,6 @@
 """
 
 from pera.errors import PeraError, UserError
-from pera.expansion import use_kernels
 from pera.linear import pera_linear
 from pera.lora import combine, from_lora, to_lora
 from pera.optim import parameter_groups
@@ -26,7 +25,6 @@ __all__ = [
     "parameter_groups",
     "pera_linear",
     "to_lora",
-    "use_kernels",
 ]
 
 register()

@@ -1,10 +1,12 @@
-"""The operator: x ↦ s (x Âᵀ) B̂ᵀ, differentiable, without ever building ΔW.
+"""The operator x ↦ s (x Âᵀ) diag(h) B̂ᵀ, which never builds ΔW.
 
-What is kept for backward is x (as LoRA keeps it), the factors, and the thin product x Âᵀ, unless that is computed
-again. The expansions are cheap to build, so they are always built again instead of kept.
+The coefficients h and the scale s multiply the thin product x Âᵀ, so Â and B̂ are products of the factors alone.
 
-Everything of size T (tokens) is computed in the dtype of x, or in autocast's; the expansions are
-computed in float32 or better and rounded once to it.
+Backward needs x, the factors and the thin product. The thin product is computed again in backward if it is larger than
+x (K > in_features). The expansions are always built again, because they are cheap.
+
+Products with x are computed in the dtype of x, or in autocast's. Expansions are computed in float32 or better and
+rounded once.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from pera.expansion import Gradient, expansion, fold_back
-from pera.polynomial import Normalization, Terms, expand, expand_vjp
+from pera.polynomial import Normalization, Normalizer, Terms, expand, expand_backward, normalizer, working
 
 
 def pera_linear(
@@ -29,43 +31,49 @@ def pera_linear(
     normalization: Normalization = "none",
     scaling: float = 1.0,
     base: Tensor | None = None,
-    recompute: bool | None = None,
 ) -> Tensor:
-    """y = base + s · x ΔWᵀ with ΔW = B̂ Â (see :mod:`pera.polynomial`), for x of any leading shape.
+    """Return y = base + s · x ΔWᵀ with ΔW = B̂ Â (see :mod:`pera.polynomial`).
 
-    Differentiable, twice if asked, with respect to x, A, B, h and base.
+    Differentiable, also twice, with respect to x, A, B, h and base.
 
     Args:
         x: ``(..., in_features)``, floating point.
         A: ``(r, in_features)``.
         B: ``(out_features, r)``.
-        h: ``(num_coefficients(r, terms),)``; None leaves every product with weight 1 (none there for terms "none").
+        h: ``(num_coefficients(r, terms),)``; None means 1 for every product.
         terms, normalization: see :mod:`pera.polynomial`.
         scaling: s = α / r.
-        base: what to add to, such as the output of the frozen layer, ``(..., out_features)``; None adds to nothing.
-            In the dtype of the result it costs less here than an addition afterwards.
-        recompute: whether backward computes the thin product x Âᵀ ``(T, K)`` again, for another sixth or so of the
-            operator's multiplications, instead of keeping it. None does so where it is larger than x.
+        base: what to add to, such as the output of the frozen layer, ``(..., out_features)``; None means 0. Adding it
+            here is cheaper than adding it afterwards, if it has the dtype of the result.
 
     Returns:
-        ``(..., out_features)`` in the dtype of x, under autocast in autocast's dtype.
+        ``(..., out_features)`` in the dtype of ``base``, else of x, else (under autocast) of autocast.
     """
     dtype = computation_dtype(x)
-    if base is not None and base.dtype != dtype:
-        return base + pera_linear(
-            x, A, B, h, terms=terms, normalization=normalization, scaling=scaling, recompute=recompute
-        ).to(base.dtype)
     form = _Form(terms, normalization, scaling)
-    y: Tensor = _PeraLinear.apply(x.to(dtype), A, B, h, base, form, recompute)
-    return y
+    x = x.to(dtype)
+    if base is not None and base.dtype != dtype:
+        return base + _pera_linear(x, A, B, h, None, form).to(base.dtype)
+    return _pera_linear(x, A, B, h, base, form)
 
 
 def computation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which :func:`pera_linear` computes for ``x``: its own, or autocast's, which spares float64."""
+    """Return the dtype :func:`pera_linear` computes in: that of x, or autocast's unless x is float64."""
     device = x.device.type
     if x.dtype != torch.float64 and _autocasts(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+class Expansions(NamedTuple):
+    """Both expansions of an adapter, rounded to the dtype of the computation: ΔW = B̂ diag(weights) Â."""
+
+    A_hat: Tensor
+    """Â without coefficients, ``(K, in_features)``."""
+    weights: Tensor | float
+    """s for the rows of the factor, then s h for the products, ``(K,)``; one number if all are equal."""
+    B_hat_T: Tensor
+    """B̂ᵀ, ``(K, out_features)``."""
 
 
 def expansions(
@@ -77,32 +85,19 @@ def expansions(
     normalization: Normalization,
     scaling: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """s Â ``(K, in_features)`` and B̂ᵀ ``(K, out_features)`` in ``dtype``, for :func:`expanded_linear`.
-
-    Products stand in the same order in both; which one is not said. Differentiable where gradients are on.
-    """
-    return _Form(terms, normalization, scaling).expansions(A, B, h, dtype, plain=_plain_operations())
+) -> Expansions:
+    """Return what :func:`expanded_linear` needs (arguments as for :func:`pera_linear`), differentiable."""
+    return _Form(terms, normalization, scaling).expansions(A, B.T, h, dtype)
 
 
-def expanded_linear(x: Tensor, A_hat: Tensor, B_hat_T: Tensor, base: Tensor | None = None) -> Tensor:
-    """The same product from the kept :func:`expansions`: ``(..., in_features)`` → ``(..., out_features)``, added to
-    ``base``, which has the dtype of the result. Not differentiable."""
+def expanded_linear(x: Tensor, expansions: Expansions, base: Tensor | None = None) -> Tensor:
+    """Return the result of :func:`pera_linear` from expansions in the dtype of x and of ``base``."""
     with without_autocast(x):
-        z = x.reshape(-1, x.shape[-1]) @ A_hat.T
-        y = z @ B_hat_T if base is None else torch.addmm(base.reshape(-1, base.shape[-1]), z, B_hat_T)
-    return y.resize_(*x.shape[:-1], y.shape[-1])  # no view of y either, as in :func:`_shaped`
-
-
-def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """``y``, of two dimensions, in the leading shape of ``x``, for a ``y`` that nothing else holds: as no view of it,
-    so that autograd can add to a gradient in place, and a user to an output."""
-    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
-    return shaped
+        return _product(x, expansions, base)[0]
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Computation in the dtypes of the operands."""
+    """Switch autocast off for the device of x."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
@@ -111,89 +106,102 @@ def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _plain_operations() -> bool:
-    """Whether the expansions have to be made of plain operations, for autograd or the compiler to follow."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """Give ``y`` the leading shape of ``x`` without making it a view: autograd then sums gradients in place, and users
+    may write into an output."""
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return shaped
+
+
+def _weighted(z: Tensor, weights: Tensor | float) -> Tensor:
+    return z if isinstance(weights, float) and weights == 1 else z * weights
+
+
+def _product(x: Tensor, expansions: Expansions, base: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return y and the thin product x Âᵀ, ``(T, K)``."""
+    A_hat, weights, B_hat_T = expansions
+    z = x.reshape(-1, x.shape[-1]) @ A_hat.T
+    weighted = _weighted(z, weights)
+    y = weighted @ B_hat_T if base is None else torch.addmm(base.reshape(-1, B_hat_T.shape[1]), weighted, B_hat_T)
+    return _shaped(y, x), z
+
+
+_Known = tuple[Normalizer | None, Normalizer | None]
+"""The normalizers of A and B; None without normalization."""
 
 
 class _Form(NamedTuple):
-    """What the expansions are, apart from the factors."""
+    """How the factors are expanded, and the scale s."""
 
     terms: Terms
     normalization: Normalization
     scaling: float
 
-    def expansions(
-        self, A: Tensor, B: Tensor, h: Tensor | None, dtype: torch.dtype, plain: bool
-    ) -> tuple[Tensor, Tensor]:
-        """s Â and B̂ᵀ; ``plain`` gives the products in the order of h, else they are in that of the fast ones."""
-        terms, normalization, scaling = self
-        if not plain:
-            return (
-                expansion(A, h, terms, normalization, scaling, dtype),
-                expansion(B.T, None, terms, normalization, 1.0, dtype),
-            )
-        return (
-            (scaling * expand(A, h, terms, normalization)).to(dtype),
-            expand(B.T.contiguous(), None, terms, normalization).to(dtype),
-        )
+    def normalizers(self, A: Tensor, B_T: Tensor) -> _Known:
+        return (None, None) if self.normalization == "none" else (normalizer(A), normalizer(B_T))
 
-    def gradient(
-        self, grad: Tensor, X: Tensor, h: Tensor | None, scaling: float, plain: bool, **options: Any
-    ) -> Gradient:
-        """From that of an expansion in the same order; ``options`` are those of :func:`fold_back`."""
-        if not plain:
-            return fold_back(grad, X, h, self.terms, self.normalization, scaling, **options)
-        grad_X, grad_h = expand_vjp(grad, X, h, self.terms, self.normalization)
-        return Gradient(scaling * grad_X, None if grad_h is None else scaling * grad_h, None)
+    def expansions(
+        self, A: Tensor, B_T: Tensor, h: Tensor | None, dtype: torch.dtype, known: _Known = (None, None)
+    ) -> Expansions:
+        weights: Tensor | float = float(self.scaling)
+        if h is not None and len(h):
+            weights = pad(working(h), (len(A), 0), value=1.0)
+            weights = (weights if self.scaling == 1 else weights * self.scaling).to(dtype)
+        return Expansions(self._expand(A, known[0]).to(dtype), weights, self._expand(B_T, known[1]).to(dtype))
+
+    def _expand(self, X: Tensor, known: Normalizer | None) -> Tensor:
+        return expand(X, None, self.terms, self.normalization, rho=None if known is None else known.rho)
+
+    def backward(self, grad: Tensor, X: Tensor, known: Normalizer | None, inner: Tensor | None) -> Tensor:
+        return expand_backward(grad, X, self.terms, self.normalization, known=known, inner=inner).to(X.dtype)
+
+
+def _pera_linear(x: Tensor, A: Tensor, B: Tensor, h: Tensor | None, base: Tensor | None, form: _Form) -> Tensor:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        with without_autocast(x):  # torch.func transforms the operations themselves
+            return _product(x, form.expansions(A, B.T, h, x.dtype), base)[0]
+    y: Tensor = _PeraLinear.apply(x, A, B, h, base, form)
+    return y
 
 
 class _PeraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        h: Tensor | None,
-        base: Tensor | None,
-        form: _Form,
-        recompute: bool | None,
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, h: Tensor | None, base: Tensor | None, form: _Form
     ) -> Tensor:
-        plain = _plain_operations()
         with without_autocast(x):
-            A_hat, B_hat_T = form.expansions(A, B, h, x.dtype, plain)
-            z = x.reshape(-1, x.shape[-1]) @ A_hat.T
-            y = z @ B_hat_T if base is None else torch.addmm(base.reshape(-1, B.shape[0]), z, B_hat_T)
-        if recompute is None:
-            recompute = z.shape[-1] > x.shape[-1]
-        ctx.save_for_backward(x, A, B, h, None if recompute else z)
-        ctx.form, ctx.plain = form, plain
-        return _shaped(y, x)
+            B_T = B.T.contiguous()
+            known = form.normalizers(A, B_T)
+            y, z = _product(x, form.expansions(A, B_T, h, x.dtype, known), base)
+        ctx.save_for_backward(x, A, B, h, None if z.shape[-1] > x.shape[-1] else z)
+        ctx.form, ctx.known = form, known
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h, z = ctx.saved_tensors
-        form = ctx.form
+        form, known = ctx.form, ctx.known
         need_x, need_A, need_B, need_h, need_base = ctx.needs_input_grad[:5]
-        grad_x = grad_A = grad_B = grad_h = None
-        again = torch.is_grad_enabled()  # differentiated again: z has to be a function of x, A and h
-        plain = ctx.plain or again
+        grad_x = grad_A = grad_B = grad_h = inner = None
         with without_autocast(x):
-            flat = x.reshape(-1, x.shape[-1])
-            grad = grad_y.reshape(-1, B.shape[0])
-            A_hat, B_hat_T = form.expansions(A, B, h, x.dtype, plain)
-            shares = None
-            if need_x or need_A or need_h:
-                grad_z = grad @ B_hat_T.T
-                if need_x:
-                    grad_x = _shaped(grad_z @ A_hat, x)
-                if need_A or need_h:
-                    grad_A, grad_h, shares = form.gradient(grad_z.T @ flat, A, h, form.scaling, plain, need_h=need_h)
-                    grad_A = grad_A.to(A.dtype)
-                    grad_h = None if grad_h is None or h is None else grad_h.to(h.dtype)
+            B_T = B.T.contiguous()
+            if torch.is_grad_enabled():  # differentiated again: what was kept has to be a function of x, A and B
+                z, known = None, form.normalizers(A, B_T)
+            flat, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, B.shape[0])
+            A_hat, weights, B_hat_T = form.expansions(A, B_T, h, x.dtype, known)
+            z = flat @ A_hat.T if z is None else z
+            grad_weighted = grad @ B_hat_T.T
+            if need_h or known[0] is not None:
+                grad_weights = (grad_weighted * z).sum(0, dtype=working(A).dtype)
+                if need_h:
+                    grad_h = (form.scaling * grad_weights[len(A) :]).to(h.dtype)
+                if known[0] is not None:  # the gradient through ρ_A, as that through ρ_B
+                    inner = (grad_weights * weights)[len(A) :].sum()
             if need_B:
-                if z is None or again:
-                    z = flat @ A_hat.T
-                grad_B = form.gradient(z.T @ grad, B.T, None, 1.0, plain, shares=shares).X.T.to(B.dtype)
-        return grad_x, grad_A, grad_B, grad_h, grad_y if need_base else None, None, None
+                grad_B = form.backward(_weighted(z, weights).T @ grad, B_T, known[1], inner).T
+            grad_z = _weighted(grad_weighted, weights)
+            if need_x:
+                grad_x = _shaped(grad_z @ A_hat, x)
+            if need_A:
+                grad_A = form.backward(grad_z.T @ flat, A, known[0], inner)
+        return grad_x, grad_A, grad_B, grad_h, grad_y if need_base else None, None

@@ -13,7 +13,6 @@ import torch
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
     *("reasoning-gym", "scipy", "scikit-learn", "datasets", "lm-eval", "matplotlib", "jinja2", "gguf", "xllamacpp"),
-    "triton",
 )
 """The packages whose versions :func:`environment` reports, the required ones first."""
 

@@ -62,7 +62,7 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     options: dict[str, Any] = {"journal": journal, "max_length": task.prompt_limit(recipe.training.max_length)}
     score, predictions = evaluate(model, tokenizer, task, splits, spec, which, console, **options)
     write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
-    write_json(run.scores_file, {**run.scores(), name: {"scorer": spec.scorer, **asdict(score)}})
+    write_json(run.scores_file, {**run.scores(), name: asdict(score)})
     journal.close()
     if run.finished:
         write_card(run.adapter.path, "adapter", locate_run(run))

@@ -58,6 +58,8 @@ class Score:
     """Scores by member of a mix."""
     missing: tuple[str, ...] = ()
     """Members of the mix without data, which have no score."""
+    scorer: str = ""
+    """Name of the scorer, as in ``evaluation.scorer``."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class Scorer:
             shortened=sum(p.shortened for p in predictions),
             parts=parts if grouped else {},
             missing=tuple(name for name in self.task.members if grouped and name not in parts),
+            scorer=self.spec.scorer,
         )
 
     def _majority(self, splits: Splits) -> float | None:
@@ -372,6 +375,7 @@ class ClassificationScorer(Scorer):
             majority=self._majority(splits),
             metrics=metrics,
             shortened=sum(p.shortened for p in predictions),
+            scorer=self.spec.scorer,
         )
 
 

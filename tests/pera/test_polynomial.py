@@ -13,16 +13,17 @@ from pera.polynomial import (
     expand,
     expand_A,
     expand_B,
-    expand_vjp,
+    expand_backward,
     expanded_rank,
     fixed_coefficients,
     lora_factors,
+    normalizer,
     num_coefficients,
     rms,
 )
 from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, by_pair, draw, pairs, relative_error
 
-RANKS = (1, 2, 3, 4, 8, 16, 32)
+RANKS = (1, 2, 5, 16)
 
 
 # K, the expanded rank
@@ -106,17 +107,16 @@ def test_rms_divides_the_products_and_leaves_the_factor():
         torch.testing.assert_close(normalized[3:] * reference.rho(factor, "rms"), plain[3:])
 
 
-@pytest.mark.parametrize("normalization", ["rms", "column"])
-def test_columns_of_zeros_do_not_count(normalization):
-    """Such as tokens that were never seen, in an embedding."""
-    A, _, h = draw(3, "all", n=9)
+def test_columns_of_zeros_do_not_count_in_rho():
+    """Such as the columns of tokens that were never seen, in an embedding."""
+    A, _, _ = draw(3, "all", n=9)
     wide = torch.cat([A, torch.zeros(3, 1000, dtype=A.dtype)], 1).requires_grad_()
-    expanded = expand_A(wide, h, "all", normalization)
-    torch.testing.assert_close(expanded[:, :9], expand_A(A, h, "all", normalization), rtol=1e-14, atol=0)
+    expanded = expand(wide, None, "all", "rms")
+    torch.testing.assert_close(expanded[:, :9], expand(A, None, "all", "rms"), rtol=1e-14, atol=0)
     cotangent = torch.randn_like(expanded)
     (gradient,) = torch.autograd.grad(expanded, wide, cotangent)
-    torch.testing.assert_close(expand_vjp(cotangent, wide.detach(), h, "all", normalization)[0], gradient)
-    assert torch.equal(gradient[:, 9:], cotangent[:3, 9:])  # as if there were no products
+    torch.testing.assert_close(expand_backward(cotangent, wide.detach(), "all", "rms"), gradient)
+    assert torch.equal(gradient[:, 9:], cotangent[:3, 9:]), "as if there were no products"
 
 
 def test_rho_is_the_root_mean_square_with_a_guard():
@@ -249,25 +249,25 @@ def test_without_normalization_the_high_order_part_is_of_degree_two():
     assert relative_error(delta_weight(0.1 * A, B, h) - 0.1 * B @ A, 0.01 * high_order) <= 1e-12
 
 
-# The vector-Jacobian product
+# The gradient
 
 
-@pytest.mark.parametrize("with_h", [True, False])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("r", RANKS)
-def test_expand_vjp_is_the_gradient_of_expand(r, terms, normalization, with_h):
-    A, _, h = draw(r, terms)
-    inputs = [A.requires_grad_()] + [h.requires_grad_()] * with_h
-    expansion = expand(A, h if with_h else None, terms, normalization)
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_expand_backward_is_the_gradient_of_expand(r, terms, normalization):
+    A, _, _ = draw(r, terms)
+    A.requires_grad_()
+    expansion = expand(A, None, terms, normalization)
     cotangent = torch.randn_like(expansion)
-    expected = torch.autograd.grad(expansion, inputs, cotangent, allow_unused=True, materialize_grads=True)
-    grad_A, grad_h = expand_vjp(cotangent, A.detach(), h.detach() if with_h else None, terms, normalization)
-    torch.testing.assert_close(grad_A, expected[0], rtol=1e-12, atol=1e-12)
-    if with_h:
-        torch.testing.assert_close(grad_h, expected[1], rtol=1e-12, atol=1e-12)
-    else:
-        assert grad_h is None
+    (expected,) = torch.autograd.grad(expansion, A, cotangent)
+    with torch.no_grad():
+        actual = expand_backward(cotangent, A, terms, normalization)
+        inner = (cotangent[r:] * expansion[r:]).sum()
+        known = expand_backward(cotangent, A, terms, normalization, known=normalizer(A), inner=inner)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    if normalization != "none":
+        torch.testing.assert_close(known, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-20])
@@ -282,10 +282,9 @@ def test_gradients_stay_finite_where_a_factor_vanishes(vanishing, normalization,
     cotangent = torch.randn_like(update)
     for gradient in torch.autograd.grad(update, inputs, cotangent):
         assert torch.isfinite(gradient).all()
-    for factor, coefficients in ((A, h), (B.T, None)):
-        expansion = expand(factor, coefficients, "all", normalization)
-        for gradient in expand_vjp(torch.randn_like(expansion), factor, coefficients, "all", normalization):
-            assert gradient is None or torch.isfinite(gradient).all()
+    for factor in (A, B.T):
+        cotangent = torch.randn_like(expand(factor, None, "all", normalization))
+        assert torch.isfinite(expand_backward(cotangent, factor, "all", normalization)).all()
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -311,8 +310,10 @@ def test_low_precision_factors_are_computed_in_float32(dtype, normalization):
     assert update.dtype == torch.float32
     assert torch.equal(update, delta_weight(A.float(), B.float(), h.float(), "all", normalization))
     assert rms(A).dtype == torch.float32
-    for gradient in expand_vjp(expand(A, h, "all", normalization).to(dtype), A, h, "all", normalization):
-        assert gradient.dtype == torch.float32
+    cotangent = expand(A, None, "all", normalization).to(dtype)
+    gradient = expand_backward(cotangent, A, "all", normalization)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, expand_backward(cotangent.float(), A.float(), "all", normalization))
 
 
 def test_float64_stays_float64():
@@ -346,12 +347,7 @@ def test_unknown_terms_are_refused_with_the_nearest(call):
 
 @pytest.mark.parametrize(
     "terms",
-    [
-        "all",
-        "square",
-        "cross",
-        pytest.param("none"),
-    ],
+    ["all", "none"],
 )
 def test_unknown_normalization_is_refused_with_the_nearest(terms):
     with pytest.raises(UserError, match=r"normalization='rsm' is not known; did you mean 'rms'\?"):
@@ -393,14 +389,14 @@ def test_update_is_within_rounding_of_the_reference(r, m, n, terms, coefficients
 
 
 @given(**any_case)
-def test_expand_vjp_is_adjoint_to_the_derivative(r, m, n, terms, coefficients, normalization, dtype):
+def test_expand_backward_is_adjoint_to_the_derivative(r, m, n, terms, coefficients, normalization, dtype):
     """⟨G, J v⟩ = ⟨Jᵀ G, v⟩, with J v from forward-mode differentiation."""
-    A, _, h = (t.double() for t in draw(r, terms, coefficients, m, n, dtype))
-    v = torch.randn_like(A), torch.randn_like(h)
-    _, Jv = torch.func.jvp(lambda A, h: expand(A, h, terms, normalization), (A, h), v)
+    A = draw(r, terms, coefficients, m, n, dtype)[0].double()
+    v = torch.randn_like(A)
+    _, Jv = torch.func.jvp(lambda A: expand(A, None, terms, normalization), (A,), (v,))
     G = torch.randn_like(Jv)
-    grad_A, grad_h = expand_vjp(G, A, h, terms, normalization)
-    torch.testing.assert_close((G * Jv).sum(), (grad_A * v[0]).sum() + (grad_h * v[1]).sum(), rtol=1e-9, atol=1e-9)
+    grad_A = expand_backward(G, A, terms, normalization)
+    torch.testing.assert_close((G * Jv).sum(), (grad_A * v).sum(), rtol=1e-9, atol=1e-9)
 
 
 @given(**any_case, with_h=st.booleans(), data=st.data())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, InitVar, dataclass, field, fields
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,14 @@ from pera.tuner.checks import check_alpha, check_lists, check_rank, is_number
 
 LAYOUT_VERSION = 1
 """Version of the names, shapes and order of the saved parameters (docs/architecture.md)."""
+
+
+_RETIRED = {
+    "random_signs": "it changed only the start of training, so remove it from the configuration",
+    "recompute": "layers decide it themselves, so remove it from the configuration",
+    "normalization": "use 'rms' and train again, or merge this adapter with the version of pera that trained it",
+}
+"""Remedies for values that 0.1.0 could save."""
 
 
 @dataclass
@@ -48,14 +56,9 @@ class PeraConfig(PeftConfig):
             crosses, so that ΔW = s (BA + (BA) ⊙ (BA)) without normalization.
         init_coefficients: initial value of learned coefficients. With 0, the products start without effect. With a
             normalization, use about 0.3 to make them take part from the start. ΔW starts at zero either way.
-        random_signs: draw the sign of each initial coefficient at random, so that the products do not all pull in one
-            direction.
         normalization: scale of the products. With "none", as published, products are orders of magnitude smaller than
             the factors and have almost no effect. "rms" divides each product by the root mean square of its factor; use
-            it when the high-order terms should take part. "centred" also subtracts the mean from each square. "column"
-            divides each product by the root mean squares of its two columns.
-        recompute: compute the thin product x Âᵀ, tokens × K, again in backward instead of keeping it. None does so
-            where it is larger than the input of the layer.
+            it when the high-order terms should take part. "centred" also subtracts the mean from each square.
         bias: biases to train: "none", "all", or "pera_only" (biases of adapted modules). With trained biases,
             disabling the adapter does not restore the base model.
         modules_to_save: other modules to train in full and save with the adapter, such as a new classification head.
@@ -95,9 +98,7 @@ class PeraConfig(PeftConfig):
     terms: Terms = "all"
     coefficients: Coefficients = "learned"
     init_coefficients: float = 0.0
-    random_signs: bool = False
     normalization: Normalization = "none"
-    recompute: bool | None = None
     bias: Literal["none", "all", "pera_only"] = "none"
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -109,8 +110,18 @@ class PeraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     pera_version: int = LAYOUT_VERSION
 
-    def __post_init__(self) -> None:
+    random_signs: InitVar[bool] = False  # this and recompute are only read from adapters of 0.1.0
+    recompute: InitVar[bool | None] = None
+
+    def __post_init__(self, random_signs: bool, recompute: bool | None) -> None:
         super().__post_init__()
+        for key, value, retired in (
+            ("random_signs", random_signs, random_signs is not False),
+            ("recompute", recompute, recompute is not None),
+            ("normalization", self.normalization, str(self.normalization) == "column"),
+        ):
+            if retired:
+                raise UserError(f"{key}={value!r} is no longer supported; {_RETIRED[key]}.")
         self.peft_type = PeftType("PERA")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
@@ -134,7 +145,6 @@ class PeraConfig(PeftConfig):
             "terms": "all",
             "coefficients": "learned",
             "init_coefficients": 0.0,
-            "random_signs": False,
             "normalization": "none",
         }
         for key in method.keys() & options.keys():
@@ -236,13 +246,9 @@ class PeraConfig(PeftConfig):
             )
         if not _is_initialisation(self.init_weights):
             raise UserError(f"init_weights={self.init_weights!r} should be True, False or 'gaussian'.")
-        for key in ("random_signs", "use_rslora", "ensure_weight_tying"):
+        for key in ("use_rslora", "ensure_weight_tying"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{key}={getattr(self, key)!r} should be True or False.")
-        if self.random_signs and not self.init_coefficients:
-            raise UserError("random_signs=True has no effect with init_coefficients=0; set a value, such as 0.3.")
-        if self.recompute not in (None, True, False):
-            raise UserError(f"recompute={self.recompute!r} should be True, False or None.")
         if isinstance(self.target_modules, str):
             for key in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, key) is not None:

@@ -21,7 +21,7 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     """Replace the weights and the scale of a loaded PERA adapter by those of a saved one, in place.
 
     Modules and parameters stay the same objects, so a compiled model stays compiled and an optimizer keeps its
-    parameters. Dropout and ``recompute`` stay as they are::
+    parameters. Dropout stays as it is::
 
         model = PeftModel.from_pretrained(base, "adapters/french")
         hotswap_adapter(model, "adapters/german")   # same layers, ranks, terms and normalization
@@ -66,7 +66,7 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     layers = adapted_layers(model.get_base_model(), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise UserError(f"adapter {adapter_name!r} is merged; call unmerge_adapter first.")
-    for key in ("inference_mode", "pera_dropout", "recompute"):
+    for key in ("inference_mode", "pera_dropout"):
         setattr(config, key, getattr(before, key))
     with torch.no_grad():
         set_peft_model_state_dict(model, {key: weights[key] for key in current}, adapter_name=adapter_name)

@@ -80,7 +80,7 @@ def import_(
         Literal["all", "square", "cross"], typer.Option(help="Products that the PERA adapter can learn.")
     ] = "all",
     normalization: Annotated[
-        Literal["rms", "centred", "column", "none"],
+        Literal["rms", "centred", "none"],
         typer.Option(help="Normalization of the products; rms gives each product the scale of one factor."),
     ] = "rms",
     trust_remote_code: Trust = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -96,8 +96,7 @@ def evaluate(
     run: RunFolder,
     base: Annotated[bool, typer.Option("--base", help="Score the base model instead of the adapter.")] = False,
     scorer: Annotated[
-        Literal["generation", "likelihood"] | None,
-        typer.Option(help="How answers are found (default: evaluation.scorer of the recipe)."),
+        str | None, typer.Option(help="Scorer, such as generation or likelihood (default: evaluation.scorer).")
     ] = None,
     lm_eval: Annotated[
         str | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -165,8 +164,6 @@ def _merge_by_files(location: Location, output: Path, streamed: _Streamed, dtype
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
         write_json(folder / "config.json", config)  # last: a folder without it is not a model
-        del model, streamed
-        gc.collect()
         written = Checkpoint(folder)
         plain = empty_model(written, computed, trust_remote_code=location.trust_remote_code)
         with weights_on_demand(plain, written, computed):

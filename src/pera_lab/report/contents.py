@@ -42,13 +42,6 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class ScoreOf(Score):
-    """A score and the scorer that judged the answers."""
-
-    scorer: str = ""
-
-
-@dataclass(frozen=True)
 class Change:
     """The answers of both models to one problem."""
 
@@ -124,11 +117,11 @@ class Contents:
         return self.run.finished
 
     @cached_property
-    def scores(self) -> dict[str, ScoreOf | Missing]:
+    def scores(self) -> dict[str, Score | Missing]:
         """The scores of "base" and "adapter"."""
         file = self.run.scores_file
         content = self._read(file, dict[str, Any], "") if file.is_file() else {}
-        scores: dict[str, ScoreOf | Missing] = {}
+        scores: dict[str, Score | Missing] = {}
         for which, what in {"base": "base model", "adapter": "adapter"}.items():
             command = f"scores of the {what}"
             if isinstance(content, Missing):
@@ -139,13 +132,13 @@ class Contents:
                 scores[which] = self._missing(f"The {what} has not been scored.", command)
             else:
                 name = f"{str(file)!r} ({which})"
-                scores[which] = self._found(partial(checked, content[which], ScoreOf, name), command)
+                scores[which] = self._found(partial(checked, content[which], Score, name), command)
         return scores
 
-    def score(self, which: str) -> ScoreOf | None:
+    def score(self, which: str) -> Score | None:
         """Return the score of "base" or "adapter", or None."""
         found = self.scores[which]
-        return found if isinstance(found, ScoreOf) else None
+        return found if isinstance(found, Score) else None
 
     @cached_property
     def predictions(self) -> dict[str, list[Prediction] | Missing]:

@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from pera_lab.diagnose import Effects, Layer, by_kind
-from pera_lab.report.contents import Metrics, ScoreOf, number_or_nan
+from pera_lab.report.contents import Metrics, number_or_nan
 from pera_lab.report.drawing import (
     COLORS,
     Picture,
@@ -23,6 +23,7 @@ from pera_lab.report.drawing import (
     tick,
 )
 from pera_lab.report.formatting import ABSENT, count, number, percent, signed
+from pera_lab.scorers import Score
 from pera_lab.text import visible
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ ROWS = 40
 """Most rows of a table of numbers."""
 
 
-def accuracy(scores: Mapping[str, ScoreOf]) -> Picture:
+def accuracy(scores: Mapping[str, Score]) -> Picture:
     """Draw the metric before and after training, with intervals."""
     metric = next(iter(scores.values())).metric
     names = {"base": "base model", "adapter": "with adapter"}

@@ -426,7 +426,7 @@ def test_output_follows_another_tensor_at_the_same_address():
         with torch.no_grad():
             y = functional_call(model, {name: torch.from_numpy(memory)}, TOKENS)
         model.get_parameter(name).data.fill_(value)
-        assert relative_error(y, expected(model)) <= 1e-6
+        assert relative_error(y, expected(model)) <= 2e-6
 
 
 def test_an_adapter_made_in_inference_mode_is_followed():

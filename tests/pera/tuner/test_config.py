@@ -16,7 +16,6 @@ PUBLISHED = {
     "terms": "all",
     "coefficients": "learned",
     "init_coefficients": 0.0,
-    "random_signs": False,
     "normalization": "none",
 }
 
@@ -100,8 +99,6 @@ def test_expressions_that_match_one_module_and_differ_are_refused():
         ({"init_coefficients": "0.3"}, r"init_coefficients='0\.3' should be a finite number"),
         ({"init_coefficients": 0.3, "terms": "none"}, r"init_coefficients=0\.3 needs terms other than 'none'"),
         ({"init_coefficients": 0.3, "coefficients": "fixed"}, r"init_coefficients=0\.3 has no effect with coeff"),
-        ({"random_signs": True}, "random_signs=True has no effect with init_coefficients=0"),
-        ({"random_signs": 1, "init_coefficients": 0.3}, "random_signs=1 should be True or False"),
         ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' should be a list of names"),
         ({"target_parameters": [1]}, r"target_parameters=\[1\] should be a list of names"),
         ({"target_modules": 5}, "target_modules=5 should be a list of names or a regular expression"),
@@ -146,7 +143,6 @@ def test_a_value_that_cannot_work_is_refused(options, message):
         {"alpha_pattern": {"q_proj": None}},
         {"pera_dropout": 0},
         {"init_coefficients": -0.3},
-        {"init_coefficients": 0.3, "random_signs": True},
         {"rank_pattern": None, "alpha_pattern": None},
         {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
     ],
@@ -312,3 +308,38 @@ def test_a_newer_layout_is_refused(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "pera_version": 2}))
     with pytest.raises(UserError, match=r"pera_version=2 is newer than the layout.*upgrade"):
         PeraConfig.from_pretrained(tmp_path)
+
+
+# Options of earlier versions
+
+
+def rewrite(folder, **changes):
+    """Save an adapter's configuration with these keys in it."""
+    PeraConfig(r=2).save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("load", [PeftConfig.from_pretrained, PeraConfig.from_pretrained])
+def test_retired_options_at_their_defaults_are_ignored(load, tmp_path, recwarn):
+    rewrite(tmp_path, random_signs=False, recompute=None)
+    config = load(tmp_path)
+    assert config == PeraConfig(r=2)
+    assert not {"random_signs", "recompute"} & config.to_dict().keys()
+    assert not recwarn
+
+
+@pytest.mark.parametrize("load", [PeftConfig.from_pretrained, PeraConfig.from_pretrained])
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("random_signs", True, "it changed only the start of training, so remove it from the configuration"),
+        ("recompute", True, "layers decide it themselves, so remove it from the configuration"),
+        ("recompute", False, "layers decide it themselves, so remove it from the configuration"),
+        ("normalization", "column", "use 'rms' and train again, or merge .* with the version of pera that trained it"),
+    ],
+)
+def test_retired_options_in_use_are_refused_with_a_remedy(load, key, value, remedy, tmp_path):
+    rewrite(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=rf"^{key}={value!r} is no longer supported; {remedy}\.$"):
+        load(tmp_path)

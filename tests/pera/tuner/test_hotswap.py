@@ -237,13 +237,6 @@ def test_dropout_is_not_replaced(save, here, there):
     assert dropout == {model.peft_config["default"].pera_dropout}
 
 
-def test_the_configuration_has_the_recompute_of_the_layers(save):
-    model = adapt(base(), recompute=True)
-    hotswap_adapter(model, save(recompute=False))
-    recompute = {layer.recompute["default"] for layer in layers(model).values()}
-    assert recompute == {model.peft_config["default"].recompute} == {True}
-
-
 QV = {"target_modules": ["q_proj", "v_proj"]}
 DIFFERENT = {
     "rank": ({"r": 2}, r"does not have .*q_proj.*pera_A.* of shape \(3, 32\)"),

@@ -168,14 +168,6 @@ def test_a_gaussian_start_leaves_an_embedding_as_lora_starts_it():
     assert layer.pera_B["default"].all()
 
 
-def test_signs_are_drawn_for_each_coefficient(dense):
-    layer = dense.layer(r=16, init_weights=True, init_coefficients=0.3, random_signs=True)
-    h = layer.pera_h["default"]
-    assert (h.abs() == 0.3).all()
-    assert 0.3 < (h > 0).float().mean() < 0.7
-    assert not layer.get_delta_weight("default").any()
-
-
 def test_the_start_is_a_zero_update(kind):
     layer = kind.layer(r=4, init_weights=True)
     assert not layer.pera_h["default"].any()
@@ -266,6 +258,19 @@ def test_merge_adds_the_update_and_unmerge_removes_it(kind):
     assert not layer.merged
     assert relative_error(layer.base_layer.weight, weight) <= 1e-6
     assert relative_error(evaluate(layer, x), expected) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_and_unmerge_write_into_the_base_weight_in_place(kind, dtype, safe_merge):
+    layer = kind.layer(dtype)
+    weight = layer.base_layer.weight
+    before, address = weight.detach().clone(), weight.data_ptr()
+    layer.merge(safe_merge)
+    assert not torch.equal(weight, before)
+    layer.unmerge()
+    assert layer.base_layer.weight is weight
+    assert weight.data_ptr() == address
 
 
 def test_merging_twice_and_unmerging_twice_is_a_warning(kind):

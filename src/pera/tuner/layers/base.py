@@ -13,7 +13,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from pera.errors import UserError
-from pera.linear import expansions, without_autocast
+from pera.linear import Expansions, expansions, without_autocast
 from pera.polynomial import Normalization, Terms, delta_weight, fixed_coefficients, num_coefficients
 from pera.tuner.call import keep
 from pera.tuner.config import PeraConfig
@@ -48,7 +48,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("pera_A", "pera_B", "pera_h")
-    other_param_names = ("r", "pera_alpha", "scaling", "pera_dropout", "expansion", "recompute", "tied")
+    other_param_names = ("r", "pera_alpha", "scaling", "pera_dropout", "expansion", "tied")
 
     def __init__(
         self,
@@ -69,7 +69,6 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.pera_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.expansion: dict[str, Expansion] = {}
-        self.recompute: dict[str, bool | None] = {}
         self.tied: dict[str, PeraLayer] = {}
         self.pera_dropout = nn.ModuleDict()
         self.pera_A = nn.ParameterDict()
@@ -122,7 +121,6 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.pera_alpha[adapter_name] = r if alpha is None else alpha
         self.scaling[adapter_name] = self._initial_scaling[adapter_name] = config.scaling(r, alpha)
         self.expansion[adapter_name] = Expansion(config.terms, config.normalization)
-        self.recompute[adapter_name] = config.recompute
         self.pera_dropout[adapter_name] = nn.Dropout(config.pera_dropout) if config.pera_dropout else nn.Identity()
         for parameters in (self.pera_A, self.pera_B, self.pera_h, self.tied):
             if adapter_name in parameters:
@@ -143,9 +141,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self._reset_factors(self.pera_A[adapter_name], self.pera_B[adapter_name], config.init_weights)
         if adapter_name in self.pera_h:
             if config.init_weights:
-                h = nn.init.constant_(self.pera_h[adapter_name], config.init_coefficients)
-                if config.random_signs:
-                    h.data.mul_(torch.randint_like(h, 2).mul_(2).sub_(1))
+                nn.init.constant_(self.pera_h[adapter_name], config.init_coefficients)
             else:
                 nn.init.normal_(self.pera_h[adapter_name])
 
@@ -189,12 +185,12 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             raise UserError(f"adapter {adapter_name!r} is not on this layer; it has: {', '.join(self.pera_A)}.")
         return self.pera_A[adapter_name], self.pera_B[adapter_name], self.coefficients(adapter_name)
 
-    def expansions(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """s Â ``(K, columns)`` and B̂ᵀ ``(K, rows)`` in ``dtype``; without gradients, kept while a call lasts."""
+    def expansions(self, adapter_name: str, dtype: torch.dtype) -> Expansions:
+        """Return the expansions in ``dtype``; in evaluation without gradients they are kept while a call lasts."""
         terms, normalization = self.expansion[adapter_name]
         scaling = self.scaling[adapter_name]
 
-        def compute() -> tuple[Tensor, Tensor]:
+        def compute() -> Expansions:
             return expansions(
                 *self.factors(adapter_name), terms=terms, normalization=normalization, scaling=scaling, dtype=dtype
             )
@@ -297,15 +293,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             ValueError: ``safe_merge`` and a merged weight would not be finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
-        if own := [name for name in names if not self._merged_with_another(name)]:
-            weight = self.get_base_weight()
-            dtype = weight.dtype
-            merged = weight.to(torch.promote_types(dtype, torch.float32), copy=True)
-            for name in own:
-                merged += self.get_delta_weight(name).detach().to(merged)
-                if safe_merge and not torch.isfinite(merged.to(dtype)).all():
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self.set_base_weight(merged.to(dtype))
+        self._add_to_base_weight(names, 1, safe_merge)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -313,16 +301,26 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        names = [name for name in self.merged_adapters if self.has(name) and not self._merged_with_another(name)]
+        names = [name for name in self.merged_adapters if self.has(name)]
         self.merged_adapters.clear()
+        self._add_to_base_weight(names, -1)
+
+    @torch.no_grad()
+    def _add_to_base_weight(self, adapter_names: list[str], sign: int, check: bool = False) -> None:
+        """Add ``sign`` times the sum of ΔW to the base weight, in place unless that is quantised."""
+        names = [name for name in adapter_names if not self._merged_with_another(name)]
         if not names:
             return
         weight = self.get_base_weight()
-        dtype = weight.dtype
-        base = weight.to(torch.promote_types(dtype, torch.float32), copy=True)
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=check)
         for name in names:
-            base -= self.get_delta_weight(name).detach().to(base)
-        self.set_base_weight(base.to(dtype))
+            total.add_(self.get_delta_weight(name).to(total), alpha=sign)
+            if check and not torch.isfinite(total.to(weight.dtype)).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if self.quantization_backend is not None:
+            self.set_base_weight(total.to(weight.dtype))
+        elif total is not weight:
+            weight.copy_(total)
 
     def _merged_with_another(self, adapter_name: str) -> bool:
         """Whether the layer that the adapter is tied to has the same weight, so that merging there is enough."""

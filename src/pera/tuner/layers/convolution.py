@@ -51,8 +51,9 @@ class PeraConvolution(PeraLayer):
         """``(batch, in_channels, ...)`` → ``(batch, out_channels, ...)``, in the dtype of the computation."""
         base: Any = self.get_base_layer()
         dtype = computation_dtype(x)
-        A_hat, B_hat_T = self.expansions(adapter_name, dtype)
-        kernels = A_hat.reshape(-1, *base.weight.shape[1:])
+        A_hat, weights, B_hat_T = self.expansions(adapter_name, dtype)
+        weights = weights.unsqueeze(1) if isinstance(weights, Tensor) else weights
+        kernels = (A_hat * weights).reshape(-1, *base.weight.shape[1:])
         kernels = kernels.repeat(base.groups, *[1] * (kernels.ndim - 1))
         z = base._conv_forward(self.pera_dropout[adapter_name](x).to(dtype), kernels, None)
         mixing = B_hat_T.T.reshape(self.out_features, -1, *[1] * (kernels.ndim - 2))

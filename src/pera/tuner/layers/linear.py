@@ -22,7 +22,7 @@ class PeraLinear(PeraLayer):
         dtype = computation_dtype(x)
         x = self.pera_dropout[adapter_name](x)  # which may be switched on by itself
         if self._unchanging() and (base is None or base.dtype == dtype):
-            return expanded_linear(x.to(dtype), *self.expansions(adapter_name, dtype), base)
+            return expanded_linear(x.to(dtype), self.expansions(adapter_name, dtype), base)
         terms, normalization = self.expansion[adapter_name]
         return pera_linear(
             x,
@@ -31,7 +31,6 @@ class PeraLinear(PeraLayer):
             normalization=normalization,
             scaling=self.scaling[adapter_name],
             base=base,
-            recompute=self.recompute[adapter_name],
         )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
