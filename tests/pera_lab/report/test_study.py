@@ -227,7 +227,7 @@ def test_runs_with_other_rows_data_or_models_are_rejected(folder, tmp_path, chan
         gain()
 
 
-OTHER = r"is not as pera writes it \(.+\)\.$"
+OTHER = r"is not a valid record \(.+\); restore"
 
 
 @pytest.mark.parametrize(
