@@ -270,8 +270,8 @@ def adapter(run, tmp_path):
     ("name", "damage", "words"),
     [
         ("adapter_model.safetensors", Path.unlink, ["'adapter'", "has no adapter_model.safetensors"]),
-        ("adapter_model.safetensors", cut, ["adapter_model.safetensors'", "not a whole safetensors file"]),
-        ("adapter_config.json", Path.unlink, ["'adapter'", "neither a run folder, nor an adapter folder"]),
+        ("adapter_model.safetensors", cut, ["adapter_model.safetensors'", "not a complete safetensors file"]),
+        ("adapter_config.json", Path.unlink, ["'adapter'", "not a run folder, an adapter folder"]),
         ("adapter_config.json", cut, ["adapter_config.json'", "not valid JSON"]),
     ],
 )
@@ -355,7 +355,7 @@ def test_a_base_that_changed_since_the_training(refused, run, save_llama, tmp_pa
     shutil.copytree(trained_on, other)
     model.save_pretrained(other)
     run.recipe_file.write_text(run.recipe_file.read_text().replace(trained_on, str(other)))
-    words = [f"was trained on '{trained_on}' with the fingerprint", f"the base model '{other}' has"]
+    words = [f"was trained on '{trained_on}' with fingerprint", f"the base model '{other}' has"]
     refused("merge", "run", "--output", "out", words=words)
     for form in ("lora", "gguf"):
         refused("export", "run", "--to", form, "--output", "out", words=words)
@@ -381,8 +381,8 @@ def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
     (tmp_path / "folder").mkdir()
     for name, words in {
         "notes.txt": ["'notes.txt' is a file"],
-        "folder": ["'folder' is neither"],
-        "nothing": ["'nothing' is no embedded model"],
+        "folder": ["'folder' is not a run folder"],
+        "nothing": ["'nothing' is not an embedded model"],
         "./nothing": ["'./nothing' does not exist"],
         "nobody/model": ["'nobody/model' cannot be loaded"],
     }.items():

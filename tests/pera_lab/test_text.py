@@ -1,4 +1,4 @@
-"""Text from outside is shown, never obeyed."""
+"""Control characters in text are shown, not executed."""
 
 import pytest
 
@@ -16,5 +16,5 @@ from pera_lab.text import visible
         ("abc\u202edef", r"abc\u202edef"),
     ],
 )
-def test_control_characters_become_visible(text, shown):
+def test_control_characters_are_shown_as_codes(text, shown):
     assert visible(text) == shown

@@ -17,29 +17,34 @@ GROUP = "pera.tasks"
 
 @cache
 def families() -> dict[str, type[Task]]:
-    """The registered classes by the name of their entry point.
+    """The families of all installed packages, by the name of their entry point.
 
     Raises:
-        UserError: a class cannot be imported, is not a task, or declares a name that another one declares too.
+        UserError: a family cannot be loaded or is not a task, or two families declare one name.
     """
     found: dict[str, type[Task]] = {}
     owners: dict[str, str] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        package = entry.dist.name if entry.dist else entry.value
         try:
             family = entry.load()
-        except Exception as error:  # the code of another package can raise anything
-            reason = " ".join(str(error).split()).rstrip(".")
+        except Exception as error:  # code of another package
+            said = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(
-                f"entry point {entry.name!r} in {GROUP!r}: {entry.value} cannot be imported: {reason}."
+                f"{GROUP}: {entry.value!r} of package {package!r} cannot be loaded ({said}); "
+                "repair or uninstall the package."
             ) from error
         if not (isinstance(family, type) and issubclass(family, Task)):
-            raise UserError(
-                f"entry point {entry.name!r} in {GROUP!r}: {entry.value} should be a subclass of pera_lab.tasks.Task."
-            )
+            raise UserError(f"{GROUP}: {entry.value!r} of package {package!r} should be a class derived from Task.")
         for name in family.task_names:
-            if (owner := owners.setdefault(name, entry.value)) != entry.value:
-                raise UserError(f"task {name!r} is declared by both {owner} and {entry.value}; uninstall one package.")
+            if owners.setdefault(name, package) != package:
+                raise UserError(
+                    f"{GROUP}: packages {owners[name]!r} and {package!r} both define the task {name!r}; "
+                    "uninstall one of them."
+                )
         found[entry.name] = family
+    if not found:
+        raise UserError(f"{GROUP}: pera's own tasks are not registered; reinstall pera.")
     return found
 
 

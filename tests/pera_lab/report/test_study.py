@@ -227,7 +227,7 @@ def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, ch
         gain()
 
 
-OTHER = r"is not as pera writes it \(.+\)\.$"
+OTHER = r"is not a valid record \(.+\); restore"
 
 
 @pytest.mark.parametrize(
