@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -37,4 +39,5 @@ class ProgressBar:
 
     def update(self, completed: int | None = None, total: int | None = None, note: str | None = None) -> None:
         """Set what is given, and keep the rest."""
-        self._bar.update(self._task, completed=completed, total=total, **({} if note is None else {"note": note}))
+        fields: dict[str, Any] = {} if note is None else {"note": note}
+        self._bar.update(self._task, completed=completed, total=total, **fields)
