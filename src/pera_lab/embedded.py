@@ -166,8 +166,8 @@ def cannot_load(name: str, error: Exception) -> UserError:
     """The error message for what the libraries raise on a model that they cannot read."""
     if "the argument `trust_remote_code=True`" in str(error):
         return UserError(
-            f"model: {name!r} comes with code of its own; if you trust it, add --trust-remote-code, or in a recipe "
-            "model.trust_remote_code=true."
+            f"model: {name!r} needs its own code to load; if you trust that code, add --trust-remote-code, or set "
+            "model.trust_remote_code=true in the recipe."
         )
     reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
     return UserError(f"model: {name!r} cannot be loaded: {'it lacks the key ' * isinstance(error, KeyError)}{reason}")

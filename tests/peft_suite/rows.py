@@ -75,7 +75,7 @@ LEFT_OUT = {
         "A of an embedding starts at zero, so three steps move B by 9e-5, less than the tolerance of 1e-4; LoRA with "
         "the same B fails too"
     ),
-    "PERA targeting nn.Parameter Different": "PERA refuses adapters with different target_parameters; PEFT skips the test for LoRA",
+    "PERA targeting nn.Parameter Different": "PERA refuses other target_parameters; skipped for LoRA too",
     "test_default_target_modules": "patches LoRA's table of default targets; PERA has its own copy",
     "TestDecoderModels::test_save_pretrained_targeting_lora_to_embedding_layer": "needs the hub",
     "test_mixed_adapter_batches_mha_raises": REFUSED["MHA"],

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from pera import PeraConfig
-from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, relative_error
+from reference import relative_error
 from tiny import VOCABULARY, adapt, gpt2, layers, linear, llama, logits, tokens
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="the default backend needs a C++ compiler")
@@ -108,17 +108,25 @@ def test_a_model_is_one_graph_in_training_and_one_in_evaluation(make):
     assert graphs() == 2
 
 
-def test_no_graph_breaks():
-    model = language_model(pera_dropout=0.1)
+def test_dropout_does_not_break_the_graph():
+    layer = linear(pera_dropout=0.1)
     for training in (True, False):
-        found = torch._dynamo.explain(model.train(training))(input_ids=tokens())
+        found = torch._dynamo.explain(layer.train(training))(torch.randn(4, 9))
         assert found.graph_count == 1
         assert found.break_reasons == []
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize(
+    ("terms", "coefficients", "normalization"),
+    [
+        ("all", "learned", "none"),
+        ("all", "learned", "centred"),
+        ("all", "fixed", "rms"),
+        ("square", "learned", "rms"),
+        ("cross", "fixed", "none"),
+        ("none", "learned", "none"),
+    ],
+)
 def test_a_layer_is_one_graph_with_every_option(terms, coefficients, normalization):
     layer, x = linear(r=2, terms=terms, coefficients=coefficients, normalization=normalization), torch.randn(4, 9)
     functions = (layer, compiled(layer, backend="eager"))

@@ -108,10 +108,10 @@ def test_pera_evaluate_runs_it_with_the_adapter_loaded(run, pera, tasks_folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lm-eval", "arc_eesy"], ["'arc_eesy' is not a task of lm-eval", "'arc_easy'"]),
-        (["--lm-eval", "arc_easy", "--scorer", "likelihood"], ["--scorer=likelihood"]),
+        (["--lm-eval", "arc_eesy"], ["'arc_eesy' is not an lm-eval task", "'arc_easy'"]),
+        (["--lm-eval", "arc_easy", "--scorer", "likelihood"], ["--scorer", "'likelihood' has no effect"]),
         (["--limit", "3"], ["--limit", "--lm-eval"]),
     ],
 )
-def test_what_pera_evaluate_refuses(arguments, words, refused, run):
+def test_invalid_options_of_pera_evaluate_are_rejected(arguments, words, refused, run):
     refused("evaluate", run.path, *arguments, words=words)
