@@ -1,4 +1,4 @@
-"""``python -m pera`` runs the installed ``pera`` command. Going through its entry point avoids an import of pera_lab."""
+"""``python -m pera`` runs the installed ``pera`` command through its entry point, without an import of pera_lab."""
 
 from importlib.metadata import entry_points
 
