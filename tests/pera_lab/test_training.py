@@ -323,7 +323,9 @@ def test_ratios_of_one_are_no_ratios(train_run, finished_run, tmp_path):
 
 
 def test_a_group_that_the_model_lacks_is_refused(train_run, tmp_path):
-    with pytest.raises(UserError, match=r"^training: lr_ratio\['other'\] applies to no trained parameter; this model has"):
+    with pytest.raises(
+        UserError, match=r"^training: lr_ratio\['other'\] applies to no trained parameter; this model has"
+    ):
         train_run(tmp_path / "run", "training.lr_ratio.other=2")
 
 
