@@ -1,4 +1,4 @@
-"""A classifier from recipe to score: the head is trained and saved, the best checkpoint kept, and a base refused."""
+"""A classifier from recipe to score: the head, the best checkpoint, and what needs a head."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def test_the_head_is_saved_with_the_adapter(finished_glue_run):
     assert weights(finished_glue_run)["base_model.model.classifier.weight"].shape == (2, 32)
 
 
-def test_the_rows_and_the_measurements_are_on_record(finished_glue_run, glue_folder):
+def test_rows_and_validation_metrics_are_recorded(finished_glue_run, glue_folder):
     record = json.loads(finished_glue_run.data_file.read_text())
     assert record["train"]["source"] == str(glue_folder / "sst2" / "train.jsonl")
     assert record["notes"] == ["32 of 32 test rows also occur in the training data."]
@@ -37,7 +37,7 @@ def test_the_rows_and_the_measurements_are_on_record(finished_glue_run, glue_fol
     assert all({"loss", "accuracy"} <= set(line) for line in lines)
 
 
-def test_other_rows_are_neither_trained_on_nor_scored(glue_run):
+def test_changed_data_is_neither_trained_on_nor_scored(glue_run):
     record = json.loads(glue_run.data_file.read_text())
     record["test"]["sha256"] = "0" * 64
     glue_run.data_file.write_text(json.dumps(record))
@@ -46,7 +46,7 @@ def test_other_rows_are_neither_trained_on_nor_scored(glue_run):
             command(glue_run)
 
 
-def test_it_learns_and_is_scored(glue_run):
+def test_a_classifier_learns_and_is_scored(glue_run):
     score = evaluate_run(glue_run)
     assert (score.n, score.metric) == (32, "accuracy")
     assert score.value > 0.9 > score.majority
@@ -59,7 +59,7 @@ def test_it_learns_and_is_scored(glue_run):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_head_is_float32_on_a_base_that_is_not(dtype, glue_recipe, tmp_path, pera):
+def test_the_head_is_float32_on_a_half_precision_base(dtype, glue_recipe, tmp_path, pera):
     recipe = load_recipe(str(glue_recipe), [f"model.dtype={dtype}"])
     run = Run.create(recipe, tmp_path / "run")
     train(recipe, run)
@@ -107,14 +107,14 @@ def test_the_best_checkpoint_is_kept(glue_recipe, tmp_path):
     assert all(torch.equal(weight, kept[key]) for key, weight in weights(run).items())
 
 
-def test_a_run_that_lacks_only_its_adapter_gets_the_best(glue_run):
+def test_a_run_without_its_adapter_gets_the_best_checkpoint(glue_run):
     expected = (glue_run.adapter.path / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(glue_run.adapter.path)
     train(glue_run.recipe, glue_run, resume=True)
     assert (glue_run.adapter.path / "adapter_model.safetensors").read_bytes() == expected
 
 
-def test_resumed_is_uninterrupted(glue_run):
+def test_a_resumed_run_equals_an_uninterrupted_one(glue_run):
     expected = (glue_run.adapter.path / "adapter_model.safetensors").read_bytes()
     measured = glue_run.validation()
     last = max(glue_run.checkpoints.iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -126,14 +126,14 @@ def test_resumed_is_uninterrupted(glue_run):
         assert (line["step"], line["loss"]) == (before["step"], before["loss"])
 
 
-def test_texts_that_are_too_long_are_cut_and_counted(glue_recipe, tmp_path):
+def test_long_texts_are_truncated_and_counted(glue_recipe, tmp_path):
     recipe = load_recipe(str(glue_recipe), ["training.max_length=4", "training.epochs=1"])
     run = Run.create(recipe, tmp_path / "run")
     assert train(recipe, run).shortened == 64
     assert evaluate_run(run).shortened == 32
 
 
-def test_the_base_has_nothing_to_score(glue_run):
+def test_the_base_model_of_a_classifier_cannot_be_scored(glue_run):
     with pytest.raises(UserError, match=r"^--base: The base model of 'sst2' has no trained head"):
         evaluate_run(glue_run, base=True)
 
@@ -150,7 +150,7 @@ def test_the_effect_of_the_terms_is_measured_on_labels(glue_run):
     assert effects.without["high_order"] != 0
 
 
-def test_it_merges_into_a_plain_classifier(glue_run, tmp_path, pera):
+def test_a_classifier_merges_into_a_plain_model(glue_run, tmp_path, pera):
     assert pera("merge", glue_run.path, "--output", "merged").code == 0
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     model, tokenizer = open_model(locate(str(glue_run.path)))
@@ -179,7 +179,7 @@ def test_a_recipe_that_cannot_be_trained(override, words, refused, glue_recipe):
     refused("train", glue_recipe, override, *more, "--output", "run", words=words)
 
 
-def test_it_exports_as_a_lora_with_its_head(glue_run, tmp_path, pera):
+def test_a_classifier_exports_as_a_lora_with_its_head(glue_run, tmp_path, pera):
     assert pera("export", glue_run.path, "--to", "lora", "--output", "lora").code == 0
     assert json.loads((tmp_path / "lora" / "verification.json").read_text())["agree"] is True
     assert pera("verify", glue_run.path, "lora").code == 0

@@ -1,4 +1,4 @@
-"""A recipe is one YAML file in which nothing is ignored."""
+"""A recipe is one YAML file, and nothing in it is ignored."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def test_shipped_recipes_are_valid(name):
     assert recipe.peft_config()
 
 
-def test_the_quickstart_is_the_demo_of_the_project():
+def test_quickstart_trains_pera_with_rms_on_the_embedded_model():
     recipe = load_recipe("quickstart")
     assert recipe.model.name == "smollm2-135m"
     assert recipe.task.test_size >= 200
@@ -92,19 +92,14 @@ def test_the_task_is_built_from_its_section():
             {"training": {"max_steps": 5, "report_to": ["tensorboard", "wandb"]}},
         ),
         ("training.lr_ratio.B=16", {"training": {"max_steps": 5, "lr_ratio": {"B": 16.0}}}),
-        ("training.lr_ratio={B: 16, h: 2}", {"training": {"max_steps": 5, "lr_ratio": {"B": 16, "h": 2}}}),
         ("training.weight_decay=0.1", {"training": {"max_steps": 5, "weight_decay": 0.1}}),
-        ("training.weight_decay={A: 0.1}", {"training": {"max_steps": 5, "weight_decay": {"A": 0.1}}}),
-        ("training.gradient_checkpointing=true", {"training": {"max_steps": 5, "gradient_checkpointing": True}}),
         ("training.seed=4294967295", {"training": {"max_steps": 5, "seed": 2**32 - 1}}),
         (
             "method.target_modules=[q_proj, v_proj]",
             {"method": {**SMALL["method"], "target_modules": ["q_proj", "v_proj"]}},
         ),
-        ("method.terms=none", {"method": {**SMALL["method"], "terms": "none"}}),
         ("method={name: lora, r: 2}", {"method": {"name": "lora", "r": 2}}),
         ("model=a/b", {"model": {"name": "a/b"}}),
-        ("model.dtype=float32", {"model": {"name": "smollm2-135m", "dtype": "float32"}}),
         ("evaluation.batch_size=3", {"evaluation": {"batch_size": 3}}),
         ("task.options.min_animals=2", {"task": {"name": "leg_counting", "options": {"min_animals": 2}}}),
         ("name=other=name", {"name": "other=name"}),
@@ -141,26 +136,19 @@ def test_either_length_can_replace_the_other(file):
         ("method=pera", "method='pera': input should be a valid dictionary"),
         ("method={name: pera, alpha: 0}", "method: pera_alpha=0 should be a finite number other than 0"),
         ("method.r=0", "method: r=0 should be a whole number of at least 1."),
-        ("method.r=-1", "method: r=-1 should be a whole number of at least 1."),
         ("method.r=two", "method: r='two' should be a whole number of at least 1."),
         ("method.terms=cubes", "method: terms='cubes' is not known; "),
         ("method={name: pera, r: 1, terms: cross}", "method: r=1 with terms='cross' leaves no products"),
         ("training.epochs=1", "training: give exactly one of max_steps and epochs"),
         ("training.max_steps=null", "training: give exactly one of max_steps and epochs"),
         ("training.max_steps=true", "training.max_steps=True: input should be a number"),
-        ("training.learning_rate=true", "training.learning_rate=True: input should be a number"),
         ("training.eval_steps=true", "training.eval_steps=True: input should be a number"),
         ("training.seed=4294967296", "training.seed=4294967296: input should be less than 4294967296"),
         ("model.revision=main", "model: revision='main' needs a Hub id, and 'smollm2-135m' is not one; leave it out"),
         ("training.max_steps=0", "training.max_steps=0: input should be greater than or equal to 1"),
         ("training.learning_rate=fast", "training.learning_rate='fast': input should be a valid number"),
         ("training.learning_rate=.nan", "training.learning_rate=nan: "),
-        ("training.learning_rate=.inf", "training.learning_rate=inf: "),
         ("training.lr_scheduler=cosin", "training.lr_scheduler='cosin': input should be 'linear', 'cosine'"),
-        (
-            "training={max_steps: 5, lr_scheduler: constant, warmup_steps: 2}",
-            "training: lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up",
-        ),
         (
             "training={max_steps: 5, lr_scheduler: constant, warmup_ratio: 0.1}",
             "training: lr_scheduler='constant' has no warm-up; give 'constant_with_warmup', or no warm-up",
@@ -184,7 +172,7 @@ def test_either_length_can_replace_the_other(file):
         ),
     ],
 )
-def test_a_mistake_in_an_override_is_named_with_what_would_be_right(override, sentence, file):
+def test_an_error_in_an_override_names_key_value_and_remedy(override, sentence, file):
     with pytest.raises(UserError) as caught:
         load_recipe(file(SMALL), [override])
     assert sentence in str(caught.value)
@@ -192,7 +180,7 @@ def test_a_mistake_in_an_override_is_named_with_what_would_be_right(override, se
 
 
 @pytest.mark.parametrize("key", ["lr_ratio", "weight_decay"])
-@pytest.mark.parametrize("method", [{"name": "lora"}, {"name": "pera", "coefficients": "fixed"}, {"terms": "none"}])
+@pytest.mark.parametrize("method", [{"name": "lora"}, {"terms": "none"}])
 def test_an_option_for_h_needs_a_method_that_learns_it(key, method):
     training = {"max_steps": 5, key: {"B": 0.5, "h": 2.0}}
     assert parse_recipe({**SMALL, "training": training}).training.model_dump()[key] == {"B": 0.5, "h": 2.0}
@@ -200,8 +188,8 @@ def test_an_option_for_h_needs_a_method_that_learns_it(key, method):
         parse_recipe({**SMALL, "method": {"name": "pera", **method}, "training": training})
 
 
-@pytest.mark.parametrize("value", ["foo", 0, 1.5])
-def test_steps_between_measurements_are_named_in_one_sentence(value):
+@pytest.mark.parametrize("value", ["foo", 0])
+def test_a_wrong_eval_steps_is_named_in_one_sentence(value):
     sentence = f"training.eval_steps={value!r}: input should be a whole number of at least 1, or 'epoch'"
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         parse_recipe({**SMALL, "training": {"max_steps": 5, "eval_steps": value}})
@@ -209,12 +197,12 @@ def test_steps_between_measurements_are_named_in_one_sentence(value):
         assert parse_recipe({**SMALL, "training": {"max_steps": 5, "eval_steps": right}}).training.eval_steps == right
 
 
-def test_a_misspelt_key_in_the_file_is_refused_like_one_in_an_override(file):
+def test_a_misspelt_key_in_the_file_is_an_error_too(file):
     with pytest.raises(UserError, match=r"^trainin is not a key of a recipe; did you mean 'training'\?"):
         load_recipe(file({**SMALL, "trainin": {"max_steps": 5}}))
 
 
-def test_several_mistakes_are_named_together():
+def test_several_errors_are_reported_together():
     with pytest.raises(UserError) as caught:
         parse_recipe({**SMALL, "task": {}, "training": {"max_steps": 5, "batch_size": 0}})
     assert str(caught.value).startswith("task.name is missing in the recipe; training.batch_size=0: ")
@@ -224,26 +212,25 @@ def test_several_mistakes_are_named_together():
     ("content", "sentence"),
     [
         ("model: [a", r"recipe: '.*mine\.yaml' is not valid YAML: "),
-        ("a: b: c", r"recipe: '.*mine\.yaml' is not valid YAML: "),
         ("- model", r"recipe: '.*mine\.yaml' should hold keys and values"),
         ("", r"recipe: '.*mine\.yaml' should hold keys and values"),
         (b"\xff\xfe\x00", r"recipe: '.*mine\.yaml' is not "),
         ("model: !!python/object/apply:os.getcwd []", r"recipe: '.*mine\.yaml' is not valid YAML: "),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(content, sentence, file):
+def test_a_file_that_is_not_a_recipe_is_an_error(content, sentence, file):
     with pytest.raises(UserError, match=f"^{sentence}") as caught:
         load_recipe(file(content))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["missing.yaml", "missing.yml", "./missing", "a/b"])
+@pytest.mark.parametrize("source", ["missing.yaml", "a/b"])
 def test_a_missing_file_is_named(source):
     with pytest.raises(UserError, match=f"^recipe: file {source!r} does not exist"):
         load_recipe(source)
 
 
-def test_an_unknown_shipped_recipe_comes_with_the_nearest_known():
+def test_an_unknown_shipped_recipe_suggests_the_nearest():
     with pytest.raises(UserError, match=r"^recipe: 'quikstart' is neither a file nor .*; did you mean 'quickstart'\?"):
         load_recipe("quikstart")
 
@@ -257,7 +244,6 @@ def test_an_unknown_shipped_recipe_comes_with_the_nearest_known():
         ({"model": "a/b"}, "model.name"),
         ({"method": {"name": "pera", "r": 5}}, "method.r"),
         ({"method": {"name": "pera", "r": 4, "terms": "square"}}, "method.terms"),
-        ({"method": {"name": "pera"}}, "method.r"),
         ({"task": {"name": "leg_counting", "options": {"min_animals": 2}}}, "task.options.min_animals"),
         ({"training": {"max_steps": 5, "seed": 1}}, "training.seed"),
     ],
@@ -267,11 +253,11 @@ def test_the_first_difference_of_two_recipes_is_named(change, key):
     assert difference(parse_recipe({**SMALL, **change}), parse_recipe(SMALL)) == key
 
 
-def test_a_number_may_be_written_with_an_exponent_alone(recipe_file):
+def test_1e_3_is_a_number(recipe_file):
     assert load_recipe(str(recipe_file), ["method.init_coefficients=1e-3"]).method["init_coefficients"] == 1e-3
 
 
-def test_a_key_given_twice_is_refused(recipe_file, tmp_path):
+def test_a_repeated_key_is_an_error(recipe_file, tmp_path):
     file = tmp_path / "twice.yaml"
     file.write_text(recipe_file.read_text() + "\nmodel: other\n")
     with pytest.raises(UserError, match="'model' is given twice"):
@@ -321,7 +307,7 @@ def test_the_commonsense_recipes_have_the_settings_of_the_paper(model):
     assert recipe.evaluation.max_new_tokens == 16
 
 
-@pytest.mark.parametrize("task", ["sst2", "mrpc", "cola", "qnli", "rte", "stsb", "mnli", "qqp"])
+@pytest.mark.parametrize("task", ["mrpc", "stsb", "mnli"])
 @pytest.mark.parametrize("name", ["glue-minilm", "glue-roberta-base", "glue-roberta-large"])
 def test_every_task_of_glue_resolves(name, task, file):
     recipe = load_recipe(name, [f"task={task}"])
@@ -330,20 +316,20 @@ def test_every_task_of_glue_resolves(name, task, file):
     assert load_recipe(file(recipe.to_yaml())) == recipe
 
 
-def test_data_and_task_stand_for_keys_of_the_task(tmp_path):
+def test_data_and_task_are_short_for_keys_of_the_task(tmp_path):
     recipe = load_recipe("glue-minilm", [f"data={tmp_path}", "task=mrpc", "task.train_size=9"])
     assert (recipe.task.name, recipe.task.data, recipe.task.train_size) == ("mrpc", str(tmp_path), 9)
     mix = load_recipe("commonsense-smollm2", ["task.names=[boolq, piqa]"])
     assert mix.task.names == ["boolq", "piqa"]
 
 
-def test_a_folder_is_kept_as_a_path_from_anywhere(tmp_path, monkeypatch):
+def test_a_data_folder_becomes_absolute(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("glue-minilm", ["data=data"]).task.data == str(tmp_path / "data")
 
 
-def test_a_model_is_kept_as_a_path_from_anywhere_unless_it_is_embedded(tmp_path, monkeypatch):
+def test_a_model_folder_becomes_absolute_unless_the_model_is_embedded(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "blob").touch()
     (tmp_path / "models" / "a.gguf").symlink_to("blob")  # as in the cache of the hub
@@ -361,7 +347,7 @@ def test_a_folder_has_no_revision(tmp_path):
     assert parse_recipe({**SMALL, "model": {"name": "a/b", "revision": "main"}}).model.revision == "main"
 
 
-def test_overrides_win_over_by_task():
+def test_overrides_take_precedence_over_by_task():
     overrides = ["task=mrpc", "training.epochs=1", "method.dropout=0.1"]
     recipe = load_recipe("glue-roberta-base", overrides)
     assert (recipe.training.epochs, recipe.method["dropout"], recipe.training.learning_rate) == (1, 0.1, 1e-3)
@@ -391,7 +377,7 @@ def test_by_task_names_tasks(name, nearest, file):
         ({"name": "own", "data": "a/b"}, "exact_match", 256),
     ],
 )
-def test_each_kind_of_task_has_its_scorer_and_its_longest_answer(task, scorer, longest):
+def test_each_task_has_a_default_scorer_and_answer_length(task, scorer, longest):
     evaluation = parse_recipe({**SMALL, "task": task}).evaluation
     assert (evaluation.scorer, evaluation.max_new_tokens) == (scorer, longest)
 
@@ -422,7 +408,7 @@ def test_each_kind_of_task_has_its_scorer_and_its_longest_answer(task, scorer, l
         ),
     ],
 )
-def test_a_mistake_in_a_task_is_named(change, sentence):
+def test_an_error_in_a_task_names_key_value_and_remedy(change, sentence):
     with pytest.raises(UserError) as caught:
         parse_recipe({**SMALL, **change})
     assert sentence in str(caught.value)
@@ -434,3 +420,9 @@ def test_another_scorer_must_fit_the_task():
     assert recipe.with_scorer(None) is recipe
     with pytest.raises(UserError, match=r"evaluation\.scorer='classification' does not fit task 'boolq'"):
         recipe.with_scorer("classification")
+
+
+def test_recipes_saved_by_pera_0_1_0_resolve_to_the_same_text(saved):
+    files = sorted((saved / "runs").glob("*/recipe.yaml"))
+    assert [load_recipe(str(file)).to_yaml() for file in files] == [file.read_text() for file in files]
+    assert len(files) == 3
