@@ -1,4 +1,4 @@
-"""``python -m pera`` runs the installed ``pera`` command. Going through its entry point avoids an import of pera_lab."""
+"""``python -m pera`` runs the installed ``pera`` command without importing ``pera_lab`` here."""
 
 from importlib.metadata import entry_points
 

@@ -365,7 +365,7 @@ def test_a_loaded_adapter_can_be_trained_further(folders):
     assert trainable(model) == {name for name, _ in model.named_parameters() if ".pera_" in name}
 
 
-def test_an_adapter_loads_under_another_name_beside_the_first(folders):
+def test_an_adapter_can_be_loaded_next_to_another(folders):
     _, folder, expected = folders
     model = adapt(llama(), target_modules=["q_proj"])
     model.load_adapter(folder, adapter_name="loaded")
