@@ -2,8 +2,8 @@
 
     python benchmarks/likelihood.py ../shared/data/commonsense [--rows 60] [--model smollm2-135m] [--batch-size 8]
 
-Both ways score the same rows alternately in one process, with the same batch size. The benchmark prints the ratio of the
-times and the largest difference of a log-probability.
+Both ways score the same rows alternately in one process, with the same batch size. The benchmark prints the ratio of
+the times and the largest difference of a log-probability.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m pera`` runs the installed ``pera`` command without importing ``pera_lab`` here."""
+"""``python -m pera`` runs the installed ``pera`` command through its entry point, without an import of pera_lab."""
 
 from importlib.metadata import entry_points
 

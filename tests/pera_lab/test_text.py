@@ -14,6 +14,7 @@ from pera_lab.text import visible
         ("carriage\rreturn and windows\r\nline", "carriage\\x0dreturn and windows\\x0d\nline"),
         ("\x9b31m", r"\x9b31m"),
         ("abc\u202edef", r"abc\u202edef"),
+        ("\x7f\u2066\ufeff\u2028\ud800", r"\x7f\u2066\ufeff\u2028\ud800"),
     ],
 )
 def test_control_characters_are_shown_as_codes(text, shown):
