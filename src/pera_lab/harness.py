@@ -56,8 +56,7 @@ def run_harness(
     for task in tasks:
         if task not in manager.all_tasks:
             raise UserError(f"--lm-eval: {task!r} is not an lm-eval task; {nearest(task, manager.all_tasks)}")
-    location = locate_run(run)._replace(adapter=None) if base else locate_run(run)
-    model, tokenizer = open_model(location, recipe.model.dtype)
+    model, tokenizer = open_model(locate_run(run, base=base), recipe.model.dtype)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=recipe.evaluation.batch_size)
     try:
         found: Any = lm_eval.simple_evaluate(

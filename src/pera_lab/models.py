@@ -120,7 +120,16 @@ def load_tokenizer(
 
 
 def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
-    """The vocabulary size in a base model's configuration."""
+    """The vocabulary size of a base model.
+
+    Args:
+        name: the base model, as in :func:`load_model`.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: there is no such model, or its configuration cannot be read.
+    """
     location = resolve(name)
     with reading(name):
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
@@ -203,12 +212,15 @@ def fingerprint(
         model: the model.
         dtype: round the values to this dtype, to compare with a model that was loaded in it.
         read: returns a weight by name, for weights on the meta device.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if weight.is_meta and read is not None:
             weight = read(name)
-        if hasattr(weight, "__tensor_flatten__"):  # a quantised weight of torchao
+        if hasattr(weight, "__tensor_flatten__"):  # quantised by torchao
             weight = weight.dequantize()
         first = weight.flatten()[:16]
         if dtype is not None and first.is_floating_point():

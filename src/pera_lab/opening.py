@@ -69,10 +69,10 @@ def locate_adapter(name: str, *, trust_remote_code: bool = False) -> Location:
     return location
 
 
-def locate_run(run: Run) -> Location:
-    """A run's adapter on its base model. The adapter need not be there yet."""
-    base = run.recipe.model
-    return Location(run, run.adapter, base.name, base.revision, base.trust_remote_code, run.adapter.tokenizer)
+def locate_run(run: Run, *, base: bool = False) -> Location:
+    """The adapter of a run on its base model, or with ``base`` the base model alone. The adapter may not exist yet."""
+    model, adapter = run.recipe.model, None if base else run.adapter
+    return Location(run, adapter, model.name, model.revision, model.trust_remote_code, run.adapter.tokenizer)
 
 
 def _located(name: str) -> Location:
