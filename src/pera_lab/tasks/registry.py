@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
 from pera.errors import UserError, nearest
+from pera_lab.plugins import check_unique, load_plugins
 from pera_lab.sections import name_alone
 from pera_lab.tasks.base import Task
 
@@ -24,27 +24,15 @@ def families() -> dict[str, type[Task]]:
     """
     found: dict[str, type[Task]] = {}
     owners: dict[str, str] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        package = entry.dist.name if entry.dist else entry.value
-        try:
-            family = entry.load()
-        except Exception as error:  # code of another package
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(
-                f"{GROUP}: {entry.value!r} of package {package!r} cannot be loaded ({said}); "
-                "repair or uninstall the package."
-            ) from error
+    for plugin in load_plugins(GROUP):
+        family = plugin.loaded
         if not (isinstance(family, type) and issubclass(family, Task)):
-            raise UserError(f"{GROUP}: {entry.value!r} of package {package!r} should be a class derived from Task.")
+            raise UserError(
+                f"{GROUP}: {plugin.value!r} of package {plugin.package!r} should be a class derived from Task."
+            )
         for name in family.task_names:
-            if owners.setdefault(name, package) != package:
-                raise UserError(
-                    f"{GROUP}: packages {owners[name]!r} and {package!r} both define the task {name!r}; "
-                    "uninstall one of them."
-                )
-        found[entry.name] = family
-    if not found:
-        raise UserError(f"{GROUP}: pera's own tasks are not registered; reinstall pera.")
+            check_unique(GROUP, owners, plugin, name)
+        found[plugin.name] = family
     return found
 
 
