@@ -190,7 +190,7 @@ def lora_of(model: PeftModel, folded: dict[str, Folded], adapter_name: str) -> t
 def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
     """Configuration of the equivalent LoRA: the same modules, r = lora_alpha = ``rank``.
 
-    Tied layers get weights of their own: a merge would not keep LoRA's tie, and servers do not read it.
+    Tied layers get separate weights: a merge would not keep LoRA's tie, and servers do not read it.
 
     Args:
         config: configuration of the PERA adapter.
