@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +9,7 @@ import yaml
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.recipe import difference, load_recipe, parse_recipe, shipped_recipes
+from shared import DATA
 
 SMALL = {
     "name": "small",
@@ -266,7 +266,7 @@ def test_a_repeated_key_is_an_error(recipe_file, tmp_path):
 
 # Tasks with data
 
-TABLE = Path(__file__).resolve().parents[2] / "shared" / "paper_tables.json"
+TABLE = DATA.parent / "paper_tables.json"
 GLUE_NAMES = {"SST-2": "sst2", "MRPC": "mrpc", "CoLA": "cola", "QNLI": "qnli", "RTE": "rte", "STS-B": "stsb"}
 
 
