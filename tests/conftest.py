@@ -1,4 +1,4 @@
-"""What all tests share: no network, a fixed seed, and the same hypothesis examples on every run."""
+"""Shared by all tests: no network, a fixed seed, and the same hypothesis examples in every run."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def _sentences():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level tokenizer with a chat template, trained on sentences such as those of family_relationships."""
+    """A byte-level tokenizer with a chat template, trained on sentences like those of family_relationships."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -84,7 +84,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def save_llama(tokenizer):
-    """Saves a random LLaMA with its tokenizer; the same weights for the same options."""
+    """Save a random LLaMA with its tokenizer. The same options give the same weights."""
 
     def save(folder, dtype=torch.float32, **options):
         torch.manual_seed(0)
@@ -100,13 +100,13 @@ def save_llama(tokenizer):
 
 @pytest.fixture(scope="session")
 def tiny_llama(save_llama, tmp_path_factory):
-    """Folder of a LLaMA of two layers with separate embeddings and head."""
+    """Folder of a LLaMA with two layers and separate embeddings and head."""
     return save_llama(tmp_path_factory.mktemp("models") / "llama", tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tokenizer, tmp_path_factory):
-    """Folder of a GPT-2 of two layers: ``Conv1D`` with biases, head tied to the embeddings."""
+    """Folder of a GPT-2 with two layers: ``Conv1D`` with biases, and a head tied to the embeddings."""
     folder = tmp_path_factory.mktemp("models") / "gpt2"
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.2}
@@ -118,7 +118,7 @@ def tiny_gpt2(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_bert(tokenizer, tmp_path_factory):
-    """Folder of a BERT of two layers, an encoder without a head."""
+    """Folder of a BERT with two layers and no head."""
     folder = tmp_path_factory.mktemp("models") / "bert"
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -130,20 +130,22 @@ def tiny_bert(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def biased_llama(save_llama, tmp_path_factory):
-    """Folder of a LLaMA whose attention has biases."""
+    """Folder of a LLaMA with biases in its attention."""
     return save_llama(tmp_path_factory.mktemp("models") / "biased", attention_bias=True, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="session")
 def tied_llama(save_llama, tmp_path_factory):
-    """Folder of a LLaMA whose head is its embeddings."""
+    """Folder of a LLaMA with tied embeddings."""
     return save_llama(tmp_path_factory.mktemp("models") / "tied", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
 def save_adapter():
-    """Saves a random adapter that changes the base's outputs far, and returns the model it is on. Given a tokenizer,
-    it is saved too, and the base gets as many tokens, as in TRL."""
+    """Save a random adapter with a large effect, and return the adapted model.
+
+    A ``tokenizer`` is saved with it, and the base is resized to its number of tokens, as TRL does.
+    """
 
     def save(folder, base, tokenizer=None, **options):
         torch.manual_seed(0)
@@ -192,7 +194,7 @@ def own_tokenizer(tiny_llama):
 
 @pytest.fixture
 def adapter(save_adapter, tiny_llama, tmp_path):
-    """Folder of an adapter with rms normalization on the tiny LLaMA, to be damaged."""
+    """Folder of an adapter with rms normalization on the tiny LLaMA. Tests may damage it."""
     save_adapter(tmp_path / "adapter", tiny_llama, normalization="rms")
     return tmp_path / "adapter"
 
@@ -205,7 +207,7 @@ def unmerged():
 
 @pytest.fixture
 def change_weights():
-    """Rewrites the tensors of a safetensors file by a function of their dictionary."""
+    """Apply a function to the dictionary of tensors in a safetensors file."""
 
     def change(file, function):
         save_file(function(load_file(file)), file, metadata={"format": "pt"})
@@ -215,7 +217,7 @@ def change_weights():
 
 @pytest.fixture(scope="session")
 def python():
-    """Runs a program in a fresh Python process."""
+    """Run a program in a fresh Python process."""
 
     def run_program(program, *arguments, check=True, **options):
         command = [sys.executable, "-c", program, *map(str, arguments)]
@@ -231,7 +233,7 @@ TOKENS = torch.arange(3, 63).reshape(2, 30) * 5 % 300
 
 @pytest.fixture(scope="session")
 def logits():
-    """Logits of a model, or of a folder with one, on some tokens."""
+    """Logits of a model, or of the model in a folder, for fixed tokens."""
 
     @torch.no_grad()
     def of(model):
@@ -263,8 +265,10 @@ print("pera" in sys.modules)
 
 @pytest.fixture(scope="session")
 def fresh_logits(python, tmp_path_factory):
-    """Logits, as of :func:`logits`, that PEFT gives in a fresh process which does not import pera unless told to:
-    by name, for ``(base, adapter)``, or ``(model, None)``, by name."""
+    """Logits, as from ``logits``, that PEFT computes in a fresh process without pera, or with ``import_pera``.
+
+    ``jobs`` maps names to ``(base, adapter)`` or ``(model, None)``. The result maps the names to logits.
+    """
 
     def of(jobs, *, import_pera=False):
         folder = tmp_path_factory.mktemp("fresh")

@@ -1,4 +1,4 @@
-"""The data folder that is shared among checkouts, ``../shared/data``, which not every machine has."""
+"""The data folder ``../shared/data``, which several checkouts share and some machines lack."""
 
 from pathlib import Path
 

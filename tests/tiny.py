@@ -1,4 +1,4 @@
-"""Tiny random models and adapters on them, the same on every call, and what they should give."""
+"""Tiny random models and adapters, the same in every call, and their expected outputs."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ RMS = {"normalization": "rms"}
 
 
 def llama(**options):
-    """A LLaMA of two layers: ``nn.Linear`` without biases."""
+    """A LLaMA with two layers: ``nn.Linear`` without biases."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -27,7 +27,7 @@ def llama(**options):
 
 
 def gpt2():
-    """A GPT-2 of two layers: ``Conv1D`` with biases."""
+    """A GPT-2 with two layers: ``Conv1D`` with biases."""
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **sizes)).eval()
@@ -43,22 +43,22 @@ def logits(model):
 
 
 def adapt(model, **options):
-    """The model with an adapter whose update is not zero, in evaluation mode."""
+    """The model with a random adapter, in evaluation mode. Its update is not zero."""
     return get_peft_model(model, PeraConfig(**{"r": 3, "init_weights": False, **options})).eval()
 
 
 def adapted(base, **options):
-    """One adapted layer on the layer ``base``."""
+    """The layer ``base``, adapted."""
     return adapt(nn.Sequential(base), target_modules=["0"], **options).base_model.model[0]
 
 
 def linear(in_features=9, out_features=7, dtype=torch.float32, **options):
-    """One adapted ``nn.Linear`` with a bias."""
+    """An adapted ``nn.Linear`` with a bias."""
     return adapted(nn.Linear(in_features, out_features, dtype=dtype), **options)
 
 
 class Kind(NamedTuple):
-    """A kind of layer: what makes a base layer, what draws an input of some samples, rows and columns of ΔW."""
+    """A kind of layer: functions that make a base layer and an input, and the shape of ΔW."""
 
     base: Callable[[], nn.Module]
     draw: Callable[[int], torch.Tensor]
@@ -69,7 +69,7 @@ class Kind(NamedTuple):
         return adapted(self.base().to(dtype), **options)
 
     def input(self, samples=4, dtype=torch.float32):
-        """An input; indices have no ``dtype``."""
+        """An input. ``dtype`` does not apply to indices."""
         x = self.draw(samples)
         return x.to(dtype) if x.is_floating_point() else x
 
@@ -134,7 +134,7 @@ def reference_output(layer, x, adapter_names=("default",)):
 
 
 def reference_model(model):
-    """The base model in float64, with explicit updates of the active adapters that are not merged."""
+    """The base model in float64, with explicit updates of the active adapters, unless they are merged."""
     base = copy.deepcopy(model.get_base_model()).double()
     for name, layer in layers(model).items():
         names = [adapter for adapter in layer.active_adapters if layer.has(adapter) and not layer.merged]

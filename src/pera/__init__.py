@@ -4,7 +4,7 @@
 ``AutoPeftModel`` classes accept it::
 
     model = get_peft_model(base, pera.PeraConfig(r=8, target_modules="all-linear"))  # train it like LoRA
-    lora = pera.to_lora(model)                                                       # the equal LoRA of rank 44
+    lora = pera.to_lora(model)                                                       # the equivalent LoRA of rank 44
 """
 
 from pera.errors import PeraError, UserError

@@ -30,7 +30,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Folded(NamedTuple):
-    """A layer and the factors of the equal LoRA: A ``(K, in)`` and B ``(out, K)`` in float64. Fused experts add a
+    """A layer and the factors of the equivalent LoRA: A ``(K, in)`` and B ``(out, K)`` in float64. Fused experts add a
     leading dimension."""
 
     layer: PeraLayer
@@ -39,7 +39,7 @@ class Folded(NamedTuple):
 
 
 def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftModel:
-    """Return the model with each PERA adapter replaced by the equal LoRA.
+    """Return the model with each PERA adapter replaced by the equivalent LoRA.
 
     The conversion is exact: h, normalization and scale go into the factors, in float64. The LoRA has rank K and
     lora_alpha = K, and loads without pera when saved. With r = 8 and all terms, K = 44::
@@ -124,7 +124,7 @@ def from_lora(
     terms: Terms = "all",
     normalization: Normalization = "rms",
 ) -> PeftModel:
-    """Return the model with each LoRA adapter replaced by an equal PERA adapter, to train it further.
+    """Return the model with each LoRA adapter replaced by an equivalent PERA adapter, to train it further.
 
     A, B and the scale stay as they are and h is zero, so the outputs do not change. Training then moves h away from
     zero. With r = 8::
@@ -188,9 +188,9 @@ def lora_of(model: PeftModel, folded: dict[str, Folded], adapter_name: str) -> t
 
 
 def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
-    """Configuration of the equal LoRA: the same modules, r = lora_alpha = ``rank``.
+    """Configuration of the equivalent LoRA: the same modules, r = lora_alpha = ``rank``.
 
-    Tied layers get weights of their own: a merge would not keep LoRA's tie, and servers do not read it.
+    Tied layers get separate weights: a merge would not keep LoRA's tie, and servers do not read it.
 
     Args:
         config: configuration of the PERA adapter.

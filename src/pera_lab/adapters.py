@@ -134,7 +134,7 @@ class Adapter:
         return {key: weight for key, weight in self.weights.items() if base_name(key) in embeddings}
 
     def resized_to(self, base: PreTrainedModel) -> int | None:
-        """The vocabulary size that the adapter was trained with, or None if it is that of ``base``.
+        """The vocabulary size that the adapter was trained with, or None if ``base`` has the same size.
 
         PEFT saves whole embeddings after ``resize_token_embeddings``, which tell the size.
 
@@ -155,9 +155,15 @@ class Adapter:
     def load_on(self, base: PreTrainedModel) -> PeftModel:
         """Put the adapter on its base model, for inference.
 
-        The result is that of ``PeftModel.from_pretrained``, but comes from the cached configuration and weights. The
-        vocabulary of ``base`` is resized to the one that the adapter was trained with. On a base on the meta device
+        The result equals ``PeftModel.from_pretrained``, but is built from the cached configuration and weights. If the
+        adapter was trained with another vocabulary size, ``base`` is resized to it. On a base model on the meta device,
         the adapter's weights are on the meta device too.
+
+        Args:
+            base: the base model. It is changed in place.
+
+        Returns:
+            The model in evaluation mode, with the adapter unmerged.
 
         Raises:
             UserError: the folder is broken, or the adapter was trained on another base model.

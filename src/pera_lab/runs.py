@@ -71,8 +71,8 @@ class Run:
             yield
         except BaseException:
             saved = any(self.checkpoints.glob("*"))  # the folder itself exists before the first step
-            begun = saved or self.scores_file.is_file() or self.metrics() or self.validation()
-            if self._made is not None and not begun:
+            started = saved or self.scores_file.is_file() or self.metrics() or self.validation()
+            if self._made is not None and not started:
                 for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
                     file.unlink(missing_ok=True)
                 for folder in (self.checkpoints, *self._made):
@@ -163,7 +163,7 @@ class Run:
         return recorded
 
     def _check_base(self, base: dict[str, str]) -> None:
-        """Raise UserError if the base model or its dtype is not the one that was recorded."""
+        """Raise UserError if the base model or its dtype differs from the record."""
         recorded = self.recorded_base()
         for key in ("dtype", "fingerprint"):
             if (was := recorded.get(key, base[key])) != base[key]:

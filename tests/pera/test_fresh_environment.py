@@ -86,7 +86,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(environment):
-    """Run a command of the environment, in a folder of its own."""
+    """Run a command of the environment in its folder."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def run(command, *arguments):

@@ -37,11 +37,11 @@ def export(
         Literal["lora", "gguf"] | None, typer.Option(help="Format to write (default: the format of the --for server).")
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(help="Truncate every layer to this rank and report the loss (default: exact).")
+        int | None, typer.Option(help="Truncate every layer to this rank and report what is lost (default: exact).")
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="Truncate every layer to the least rank that keeps this share of ‖ΔW‖², such as 0.999."),
+        typer.Option(help="Truncate every layer to the least rank that keeps this share of ‖ΔW‖² (default: exact)."),
     ] = None,
     server: Annotated[
         str | None,

@@ -28,7 +28,8 @@ def inspect(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print all values as JSON.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the high-order ratio by block and kind into this .svg or .png file.")
+        Path | None,
+        typer.Option(help="Draw the high-order ratio by block and kind into this .svg or .png file (default: none)."),
     ] = None,
 ) -> None:
     """Show the norms, high-order ratio and effective rank of an adapter, computed from its factors."""

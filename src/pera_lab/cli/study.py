@@ -21,7 +21,7 @@ def run(
         Path | None, typer.Option(help="Output folder (default: studies/<study>). Existing runs are resumed.")
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=1, help="Number of processes. The same command on another terminal adds more.")
+        int, typer.Option(min=1, help="Number of processes. The same command in another terminal adds more.")
     ] = 1,
     budget: Annotated[
         float | None, typer.Option(min=0, help="Hours after which no new run is started (default: no limit).")

@@ -100,7 +100,7 @@ def evaluate(
     ] = None,
     lm_eval: Annotated[
         str | None,
-        typer.Option("--lm-eval", help="Score on these tasks of lm-eval instead, separated by commas."),
+        typer.Option("--lm-eval", help="Score on these lm-eval tasks instead, separated by commas (default: none)."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most rows of each lm-eval task (default: all).")] = None,
     include_path: Annotated[

@@ -98,7 +98,7 @@ def scores(results: Results) -> list[Item]:
     named = ", ".join(f"{task} {metric}" for task, metric in metrics.items())
     note = (
         f"Mean over the seeds ± standard deviation; n is the number of seeds. Metrics: {named}. The mean over the "
-        "tasks is given if every task was scored and no run diverged. Parameters are those of the adapter without "
+        "tasks is given if every task was scored and no run diverged. Parameters count the adapter without "
         "the head, which all methods share; for full fine-tuning they are all parameters, including the head."
     )
     return [*items, Item("note", note)] if metrics else []
@@ -191,7 +191,7 @@ def costs(results: Results) -> list[Item]:
     head = ["method", "parameters", time, "peak memory of the process", "tasks", "n runs"]
     note = (
         "Times are medians over the seeds; memory is the maximum. A worker trains many runs in one process, so its "
-        "peak memory is that of the largest run so far. Time depends on the load of the machine; compare it only if "
+        "peak memory is the largest of all runs so far. Time depends on the load of the machine; compare it only if "
         "the study ran alone. The figures show the methods whose runs were all scored, on all tasks."
     )
     return [Item("table", Table(head, rows), "Costs"), Item("note", note), *items]

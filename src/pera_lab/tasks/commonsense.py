@@ -217,7 +217,7 @@ class CommonsenseTask(GenerationTask):
         source = _Source(self.data, self.members)
         test = {member: rows for member in self.members if (rows := source.rows(member, "test"))}
         if not test:
-            raise UserError(f"task.data={self.data!r} has test rows of none of {', '.join(self.members)}.")
+            raise UserError(f"task.data={self.data!r} has no test rows of {', '.join(self.members)}.")
         tests = {m: take(rows.convert(_reader(m)), self.test_size, self.seed) for m, rows in test.items()}
         if source.mix is not None:
             if self.shares or self.caps:

@@ -270,7 +270,7 @@ def test_tied_saved_modules_are_saved_once(tied, names, tmp_path):
     assert weights == {f"{tied.embedding}.modules_to_save.default.weight"}
     weight = model.get_parameter(f"base_model.model.{weights.pop()}")
     model(input_ids=tokens(), labels=tokens()).loss.backward()
-    assert weight.grad[63].any(), "as the head: the token 63 is no input"
+    assert weight.grad[63].any()  # through the head, because token 63 is not an input
     with torch.no_grad():
         weight.add_(0.1 * torch.randn_like(weight))
     expected = explicit(tied, model)

@@ -415,5 +415,5 @@ def test_a_missing_split_of_a_task_that_is_there_is_an_error(folder, tmp_path):
 
 
 def test_a_folder_without_any_task_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^task\.data='.*' has test rows of none of boolq, piqa, "):
+    with pytest.raises(UserError, match=r"^task\.data='.*' has no test rows of boolq, piqa, "):
         CommonsenseTask(data=str(tmp_path)).build()
