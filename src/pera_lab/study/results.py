@@ -19,7 +19,7 @@ from pera_lab.diagnose import Effects, LayerDiagnosis, diagnose_adapter
 from pera_lab.evaluation import read_predictions
 from pera_lab.files import checked, read_as
 from pera_lab.runs import Run
-from pera_lab.scorers import Score
+from pera_lab.scorers import Prediction, Score
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.interaction import Interaction
 from pera_lab.study.plan import Outcome, choose_trials, rate_losses, report_trials
@@ -249,7 +249,20 @@ def _scored(trial: Trial, run: Run) -> Scored | None:
         raise UserError(
             f"{str(file)!r} has {len(rows)} answers, but scores.json counts {score.n}; restore one of the files."
         )
-    metric = score.metric
+    expected, predicted = _values(rows, score.metric)
+    members = Counter(row.group for row in rows if score.metric == "mean accuracy")
+    weights = [len(rows) / (len(members) * members[row.group]) if members else 1.0 for row in rows]
+    base = run.recorded_base()
+    basis = {
+        "rows that were scored": [row.expected for row in rows],
+        **{f"file of {split!r} in data.json": digest for split, digest in run.data_hashes().items()},
+        **{f"{key} of the base model": base[key] for key in ("dtype", "fingerprint") if key in base},
+    }
+    return Scored(trial, run, score.value, score.metric, expected, predicted, np.array(weights), basis)
+
+
+def _values(rows: list[Prediction], metric: str) -> tuple[Array, Array]:
+    """Expected and predicted values of examples; see :class:`Scored`."""
     if metric == "pearson":
         pairs = [(float(row.expected), float(row.answer or row.output)) for row in rows]
     elif metric in _METRICS:  # with two classes, a wrong prediction is the other class
@@ -259,13 +272,5 @@ def _scored(trial: Trial, run: Run) -> Scored | None:
         ]
     else:
         pairs = [(1.0, float(bool(row.correct))) for row in rows]
-    expected, predicted = (np.array(column) for column in zip(*pairs, strict=True))
-    members = Counter(row.group for row in rows if metric == "mean accuracy")
-    weights = [len(rows) / (len(members) * members[row.group]) if members else 1.0 for row in rows]
-    base = run.recorded_base()
-    basis = {
-        "rows that were scored": [row.expected for row in rows],
-        **{f"file of {split!r} in data.json": digest for split, digest in run.data_hashes().items()},
-        **{f"{key} of the base model": base[key] for key in ("dtype", "fingerprint") if key in base},
-    }
-    return Scored(trial, run, score.value, metric, expected, predicted, np.array(weights), basis)
+    expected, predicted = zip(*pairs, strict=True)
+    return np.array(expected), np.array(predicted)
