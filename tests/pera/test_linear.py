@@ -38,7 +38,7 @@ def gradients(y, inputs, cotangent):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("r", [1, 2, 5])
+@pytest.mark.parametrize("r", [1, 4])
 def test_output_and_gradients_are_those_of_the_explicit_update(r, terms, coefficients, normalization):
     inputs = leaves(torch.randn(5, N, dtype=torch.float64), *draw(r, terms, coefficients))
     expected = reference_output(*inputs, terms, normalization, scaling=0.7)

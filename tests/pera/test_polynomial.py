@@ -23,7 +23,7 @@ from pera.polynomial import (
 )
 from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, by_pair, draw, pairs, relative_error
 
-RANKS = (1, 2, 5, 16)
+RANKS = (1, 4)
 
 
 # K, the expanded rank
@@ -146,7 +146,7 @@ def test_delta_weight_is_the_sum_over_index_pairs(r, terms, coefficients, normal
     assert relative_error(delta_weight(A, B, h, terms, normalization, scaling=0.7), expected) <= 1e-12
 
 
-@pytest.mark.parametrize("r", [1, 2, 5, 16])
+@pytest.mark.parametrize("r", RANKS)
 def test_high_order_part_is_the_squared_update_for_constant_coefficients(r):
     A, B, _ = draw(r, "all")
     c = 0.3
@@ -155,7 +155,7 @@ def test_high_order_part_is_the_squared_update_for_constant_coefficients(r):
     assert relative_error(high_order, c * (B @ A) * (B @ A)) <= 1e-12
 
 
-@pytest.mark.parametrize("r", [1, 2, 5, 16])
+@pytest.mark.parametrize("r", RANKS)
 def test_fixed_coefficients_are_those_of_the_published_code(r):
     A, B, _ = draw(r, "all")
     BA = B @ A
@@ -254,7 +254,7 @@ def test_without_normalization_the_high_order_part_is_of_degree_two():
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("r", [1, 2, 5])
+@pytest.mark.parametrize("r", RANKS)
 def test_expand_backward_is_the_gradient_of_expand(r, terms, normalization):
     A, _, _ = draw(r, terms)
     A.requires_grad_()

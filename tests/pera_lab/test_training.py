@@ -238,7 +238,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("program", [KILLED_WHILE_SAVING, KILLED_BETWEEN_CHECKPOINTS])
+@pytest.mark.parametrize(
+    "program", [KILLED_WHILE_SAVING, pytest.param(KILLED_BETWEEN_CHECKPOINTS, marks=pytest.mark.slow)]
+)
 def test_a_killed_training_resumes_to_the_same_adapter(program, pera, python, recipe_file, finished_run, tmp_path):
     killed = python(program, "train", recipe_file, "--output", tmp_path / "run", check=False)
     assert killed.returncode == -signal.SIGKILL

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from pera import PeraConfig, UserError
 from pera.tuner import PeraConv1DLinear, PeraConvolution, PeraEmbedding, PeraLinear
 from pera.tuner.layers import BASE, layer_class
-from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, relative_error
+from reference import TERMS, relative_error
 from tiny import KINDS, RMS, adapt, adapted, evaluate, linear, reference_base, reference_output
 
 
@@ -190,12 +190,21 @@ def test_an_adapter_that_is_not_there_is_named(kind):
 # Forward and the update
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize(
+    ("terms", "coefficients", "normalization"),
+    [
+        ("all", "learned", "none"),
+        ("all", "learned", "rms"),
+        ("all", "fixed", "rms"),
+        ("square", "learned", "centred"),
+        ("cross", "learned", "rms"),
+        ("cross", "fixed", "none"),
+        ("none", "learned", "none"),
+    ],
+)
 def test_forward_adds_the_explicit_update(kind, terms, coefficients, normalization):
     if kind is KINDS["embedding"] and normalization == "centred":
-        pytest.skip("refused: see test_embedding.py")
+        normalization = "rms"  # embeddings refuse "centred": see test_embedding.py
     layer = kind.layer(terms=terms, coefficients=coefficients, normalization=normalization, pera_alpha=5)
     x = kind.input()
     expected = reference_output(layer, x)

@@ -92,6 +92,7 @@ def tasks_folder(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_pera_evaluate_runs_lm_eval_with_the_adapter(run, pera, tasks_folder):
     for which in ([], ["--base"]):
         done = pera("evaluate", run.path, "--lm-eval", "tiny", "--include-path", tasks_folder, *which)
