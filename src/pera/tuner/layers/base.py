@@ -255,7 +255,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """The dictionaries of factors that accelerate keeps elsewhere. It brings modules back when they are called, and
         these never are."""
         dictionaries = (d for layer in (self, *self.tied.values()) for d in (layer.pera_A, layer.pera_B, layer.pera_h))
-        return [dictionary for dictionary in dictionaries if hasattr(dictionary, "_hf_hook")]
+        return [dictionary for dictionary in dictionaries if "_hf_hook" in vars(dictionary)]
 
     def _forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
