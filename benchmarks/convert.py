@@ -1,12 +1,14 @@
-"""What conversions cost and keep: truncation beside a full SVD, folding beside PEFT's conversion, the export in plain
-PEFT beside the adapter, llama.cpp beside transformers.
+"""Time and error of conversions, each against an alternative.
+
+Truncation against a full SVD; folding against PEFT's conversion; the exported LoRA in plain PEFT against the adapter;
+llama.cpp against transformers.
 
     python benchmarks/convert.py truncation
     python benchmarks/convert.py folding RUN
     python benchmarks/convert.py peft RUN [--problems 50]
     python benchmarks/convert.py llama.cpp RUN [--problems 200]
 
-Each measures both sides in one process and prints what docs/results/serving.md quotes. RUN is a run folder of the
+Each measures both sides in one process and prints the values in docs/results/serving.md. RUN is a run folder of the
 quickstart recipe.
 """
 
@@ -44,7 +46,7 @@ from pera_lab.tasks.encoding import encode_prompt
 
 
 def timed(function: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
-    """The median of some times in seconds, and what came out."""
+    """The median time of ``repeats`` calls in seconds, and the last result."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -54,8 +56,10 @@ def timed(function: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
 
 
 def truncation(m: int = 4096, n: int = 4096, r: int = 16, rank: int = 16) -> dict[str, Any]:
-    """Cutting an adapter of rank K to ``rank``: QR and a K × K SVD, in float64, beside the SVD of ΔW, in float32, which
-    is the faster for it."""
+    """Truncation of an adapter of rank K to ``rank``, against the SVD of ΔW.
+
+    Truncation uses QR and a K × K SVD in float64. The SVD of ΔW is in float32, which is faster.
+    """
     torch.manual_seed(0)
     A, B = torch.randn(r, n, dtype=torch.float64) / n**0.5, torch.randn(m, r, dtype=torch.float64)
     h = torch.randn(num_coefficients(r, "all"), dtype=torch.float64)
@@ -79,7 +83,7 @@ def truncation(m: int = 4096, n: int = 4096, r: int = 16, rank: int = 16) -> dic
 
 
 def folding(run: Run) -> dict[str, Any]:
-    """The trained adapter as a LoRA of rank K: folded, beside PEFT's ``convert_to_lora`` at the same rank."""
+    """The trained adapter as a LoRA of rank K: folded, against PEFT's ``convert_to_lora`` at the same rank."""
     from peft import convert_to_lora
 
     model, _ = open_model(locate_run(run), "float32")
@@ -96,7 +100,7 @@ def folding(run: Run) -> dict[str, Any]:
 
 
 def _relative_error(model: Any, state: dict[str, torch.Tensor]) -> float:
-    """The largest ‖ΔW − B A‖_F / ‖ΔW‖_F of the layers."""
+    """The largest ‖ΔW − B A‖_F / ‖ΔW‖_F over the layers."""
     worst = 0.0
     for key, A in state.items():
         if ".lora_A." in key:
@@ -107,7 +111,7 @@ def _relative_error(model: Any, state: dict[str, torch.Tensor]) -> float:
     return worst
 
 
-ELSEWHERE = """
+PLAIN_PEFT = """
 import json, sys
 import torch
 from peft import PeftModel
@@ -122,21 +126,24 @@ assert "pera" not in sys.modules
 
 
 def in_plain_peft(run: Run, problems: int, folder: Path) -> dict[str, Any]:
-    """The logits of the exported LoRA in a process that never imports pera, beside those of the adapter."""
+    """The logits of the exported LoRA in a process that never imports pera, against the adapter's logits."""
     export(locate_run(run), folder / "lora", to="lora")
     model, tokenizer = open_model(locate_run(run), "float32")
     prompts = [example.prompt for example in run.recipe.build_splits().test[:problems]]
     (folder / "prompts.json").write_text(json.dumps([encode_prompt(tokenizer, prompt) for prompt in prompts]))
     base = json.loads((folder / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     arguments = [base, folder / "lora", folder / "prompts.json", folder / "logits.pt"]
-    subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-c", PLAIN_PEFT, *map(str, arguments)], check=True)
     agreement = compare(logits(model, tokenizer, prompts), torch.load(folder / "logits.pt"), torch.float32)
     return {"problems": len(prompts), **asdict(agreement)}
 
 
 def in_llama_cpp(run: Run, problems: int, folder: Path) -> dict[str, Any]:
-    """Greedy answers of llama.cpp, by its HTTP endpoint, beside those of transformers: on an F32 GGUF of the same
-    weights token by token, on the shipped file by accuracy, with and without the adapter."""
+    """Greedy answers from the HTTP endpoint of llama.cpp, against those of transformers.
+
+    An F32 GGUF of the same weights is compared token by token. The shipped file is compared by accuracy, with and
+    without the adapter.
+    """
     length = run.recipe.evaluation.max_new_tokens
     shipped = resolve_gguf(run.recipe.model.name)
     assert shipped is not None
@@ -190,7 +197,7 @@ def _greedy(model: Any, tokenizer: Any, prompt: list[int], length: int) -> list[
 
 @torch.no_grad()
 def _near_tie(model: Any, prompt: list[int], expected: list[int], answer: list[int]) -> bool:
-    """Whether the first tokens that differ had logits within 1e-3 of each other in transformers."""
+    """Whether the logits of the first tokens that differ are within 1e-3 of each other in transformers."""
     same = next((i for i, (a, b) in enumerate(zip(expected, answer, strict=False)) if a != b), None)
     if same is None:
         return False
@@ -199,7 +206,7 @@ def _near_tie(model: Any, prompt: list[int], expected: list[int], answer: list[i
 
 
 def in_float32(source: Path, target: Path) -> Path:
-    """A GGUF model with its weights dequantised to float32, and all else as it is."""
+    """Write a GGUF model with weights dequantized to float32 and everything else unchanged."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
@@ -223,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["truncation", "folding", "peft", "llama.cpp"])
     parser.add_argument("run", nargs="?", type=Path)
-    parser.add_argument("--problems", type=int, help="of the run's test rows; by default 50, in llama.cpp 200")
+    parser.add_argument("--problems", type=int, help="number of test rows of the run (default: 50, llama.cpp 200)")
     chosen = parser.parse_args()
     if chosen.what != "truncation" and chosen.run is None:
         parser.error(f"{chosen.what} needs a run folder")

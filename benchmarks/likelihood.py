@@ -1,9 +1,9 @@
-"""How much faster options are ranked from one forward over what they share than one at a time, on ARC-Easy.
+"""Speed of ranking options with one forward over their common prefix, against one forward per option, on ARC-Easy.
 
     python benchmarks/likelihood.py ../shared/data/commonsense [--rows 60] [--model smollm2-135m] [--batch-size 8]
 
-Both ways score the same rows in one process, in turns, in batches of one size; the ratio of the times and the largest
-difference of a log-probability are printed.
+Both ways score the same rows alternately in one process, with the same batch size. The benchmark prints the ratio of
+the times and the largest difference of a log-probability.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pera_lab.tasks.encoding import encode_question
 def one_at_a_time(
     model: Any, tokenizer: Any, task: CommonsenseTask, examples: Sequence[Example], batch_size: int
 ) -> list[dict[str, float]]:
-    """Log-probability of every option behind "the correct answer is", each from a forward over the whole text."""
+    """Log-probability of every option after "the correct answer is", each from a forward over the whole text."""
     start = len(tokenizer(task.prefix.rstrip(), add_special_tokens=False).input_ids)
     texts, places = [], []
     for row, example in enumerate(examples):
@@ -53,7 +53,7 @@ def one_at_a_time(
 def shared(
     model: Any, tokenizer: Any, task: CommonsenseTask, examples: Sequence[Example], spec: EvaluationSection
 ) -> list[dict[str, float]]:
-    """The same by pera's scorer."""
+    """The same from pera's scorer."""
     scorer = make_scorer(model, tokenizer, task, examples, spec, None)
     found: dict[int, Any] = {}
     for answered in answer_batches(scorer, "", None):

@@ -1,4 +1,4 @@
-"""``python -m pera`` runs the installed ``pera`` command, so that this package need not import ``pera_lab``."""
+"""``python -m pera`` runs the installed ``pera`` command through its entry point, without an import of pera_lab."""
 
 from importlib.metadata import entry_points
 

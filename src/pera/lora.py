@@ -382,4 +382,4 @@ def _replace_adapters(model: PeftModel, adapters: dict[str, tuple[Any, dict[str,
     result.base_model.set_adapter(active)
     result.active_adapter = active[0]
     result.train(training)
-    return result  # type: ignore[no-any-return]
+    return result

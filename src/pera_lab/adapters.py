@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType, set_peft_model_state_dict
@@ -55,7 +56,7 @@ class Adapter:
         """
         content = read_json(self.path / "adapter_config.json")
         if not isinstance(content, dict) or "peft_type" not in content:
-            raise UserError(f"{str(self.path)!r}: adapter_config.json names no peft_type.")
+            raise UserError(f'{str(self.path)!r}: adapter_config.json has no peft_type; add it, such as "LORA".')
         for key in ("base_model_name_or_path", "revision"):
             if not isinstance(value := content.get(key), str | None):
                 raise UserError(f"{str(self.path)!r}: adapter_config.json: {key}={value!r} should be a string.")
@@ -65,7 +66,7 @@ class Adapter:
             check_lists(config)
         except KeyError as error:
             kind = content["peft_type"]
-            raise UserError(f"{str(self.path)!r}: peft_type={kind!r} is not a method of this PEFT.") from error
+            raise UserError(f"{str(self.path)!r}: peft_type={kind!r} is unknown to PEFT {peft.__version__}.") from error
         except (ValueError, TypeError) as error:
             raise UserError(f"{str(self.path)!r}: adapter_config.json: {error}") from error
         return config
@@ -118,7 +119,9 @@ class Adapter:
         for key, weight in self.weights.items():
             if key.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight")):
                 return int(weight.shape[0])
-        raise UserError(f"{str(self.path)!r} is an adapter for classification, and holds no weights of the head.")
+        raise UserError(
+            f"{str(self.path)!r} is an adapter for classification, but its weights lack the head; save it too."
+        )
 
     @property
     def tokenizer(self) -> Path | None:
@@ -144,8 +147,8 @@ class Adapter:
         shared = len({id(weight) for weight in embeddings.values()}) == 1
         if resized and not shared and (missing := sorted(embeddings.keys() - saved.keys())):
             raise UserError(
-                f"{str(self.path)!r} was trained with {resized} tokens, and its base has {rows}; its file lacks "
-                f"{missing[0]!r}, so merge it where it was trained."
+                f"{str(self.path)!r} was trained with {resized} tokens, but its base model has {rows} and its weights "
+                f"lack {missing[0]!r}; merge the adapter where it was trained."
             )
         return resized
 
@@ -201,8 +204,8 @@ class Adapter:
         file = self.path / SAFETENSORS_WEIGHTS_NAME
         if not file.is_file() and (self.path / WEIGHTS_NAME).is_file():
             raise UserError(
-                f"{str(self.path)!r} has its weights in {WEIGHTS_NAME}, and only safetensors is read; if you trust the "
-                "file, write it anew: "
+                f"{str(self.path)!r} has its weights in {WEIGHTS_NAME}, but only safetensors is read; if you trust the "
+                "file, convert it with: "
                 f"PeftModel.from_pretrained(base, {str(self.path)!r}).save_pretrained({str(self.path)!r})"
             )
         if not file.is_file():
@@ -211,7 +214,7 @@ class Adapter:
             with safe_open(file, framework="pt") as f:
                 yield f
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{str(file)!r} is not a whole safetensors file: {error}.") from error
+            raise UserError(f"{str(file)!r} is not a complete safetensors file: {error}.") from error
 
 
 def base_name(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The model card, README.md, of an adapter, a merged model or an export."""
+"""The model card (README.md) of an adapter, a merged model or an export."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _USE = {
 
 
 def write_card(folder: Path, form: Form, location: Location, verification: str | None = None) -> None:
-    """Write ``README.md``: metadata for the Hub, how to load it, and what is known of the run it came from.
+    """Write ``README.md`` with metadata for the Hub, the code to load the folder, and the scores and recipe of its run.
 
     Args:
-        folder: the folder that is described.
+        folder: the folder to describe.
         form: what it holds.
-        location: where the adapter came from.
-        verification: the sentence of the comparison with the adapter, if one was made.
+        location: the adapter that it was made from.
+        verification: the result of the comparison with that adapter, if one was made.
     """
     base = hub_name(location.base)
     adapter = location.require_adapter()
@@ -64,7 +64,7 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
         ),
     ]
     if verification:
-        sections += ["## Verification", f"Against the adapter it was made from: {verification}."]
+        sections += ["## Verification", f"Compared with the adapter it was made from: {verification}."]
     if location.run is not None:
         run = location.run
         scores = checked(run.scores(), dict[str, _Figure], repr(str(run.scores_file)))
@@ -76,7 +76,7 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
 
 @dataclass(frozen=True)
 class _Figure:
-    """Of a score in ``scores.json``, what a card shows."""
+    """The part of a score in ``scores.json`` that a card shows."""
 
     n: int
     metric: str
@@ -87,7 +87,7 @@ class _Figure:
 
 
 def _scores(task: str, scores: dict[str, _Figure]) -> str:
-    """One table for each scorer: figures of two scorers do not belong in one column."""
+    """One table per scorer, since the values of two scorers are not comparable."""
     blocks = []
     for scorer in dict.fromkeys(s.scorer for s in scores.values()):
         rows = [
@@ -111,12 +111,12 @@ _SCORERS = {
 
 
 def _code(text: str) -> str:
-    """``text`` as inline code, whatever is in it."""
+    """``text`` as inline code, with backticks in it kept as text."""
     return f"{_ticks(text, 1)}{' '.join(text.split())}{_ticks(text, 1)}"
 
 
 def _fence(text: str, language: str) -> str:
-    """``text`` as a block of code, whatever is in it."""
+    """``text`` as a code block, with fences in it kept as text."""
     return f"{_ticks(text, 3)}{language}\n{text.rstrip()}\n{_ticks(text, 3)}"
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a model in the terminal, and the same conversation with its base beside it."""
+"""Chat with a model in the terminal, optionally side by side with its base model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pera_lab.opening import Location, open_model
 from pera_lab.tasks.encoding import encode_chat
 from pera_lab.text import visible
 
-HELP = "Type a message; /new forgets the conversation, /quit or Ctrl-D ends it."
+HELP = "Type a message. /new starts a new conversation; /quit or Ctrl-D exits."
 
 
 class Conversation:
-    """A chat that remembers what was said, as far back as the model can read.
+    """A chat whose history is kept as far as it fits into the model's context.
 
     Args:
-        model: the model that answers, in evaluation mode.
+        model: the model, in evaluation mode.
         tokenizer: its tokenizer.
-        base: let the base model answer, with the adapter disabled.
-        max_new_tokens: longest answer, if the model can read as far.
-        temperature: 0 decodes greedily.
+        base: answer with the adapter disabled.
+        max_new_tokens: longest answer in tokens, if the model's context allows it.
+        temperature: sampling temperature; 0 decodes greedily.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Conversation:
 
     @torch.no_grad()
     def answer(self, message: str, streamer: TextStreamer | None = None) -> str:
-        """The model's answer to ``message``; both are remembered, and the oldest turns are forgotten to make room.
+        """The model's answer to ``message``. Both join the history, and the oldest turns are dropped to make room.
 
         Raises:
-            UserError: the message alone is longer than what the model reads.
+            UserError: the message alone does not fit into the model's context.
         """
         messages = [*self.messages, {"role": "user", "content": message}]
         encoded = encode_chat(self._tokenizer, messages)
@@ -64,7 +64,7 @@ class Conversation:
             encoded = encode_chat(self._tokenizer, messages)
         if len(encoded) >= self._longest:
             raise UserError(
-                f"the message has {len(encoded)} tokens, and the model reads {self._longest}; give a shorter one."
+                f"the message has {len(encoded)} tokens, but the model reads at most {self._longest}; shorten it."
             )
         ids = torch.tensor([encoded], device=next(self._model.parameters()).device)
         with self._model.disable_adapter() if self._base else nullcontext():
@@ -82,13 +82,13 @@ class Conversation:
 
 
 def chat(location: Location, console: Console, *, compare: bool = False, dtype: str = "auto", **options: Any) -> None:
-    """Talk to a model until the input ends.
+    """Chat with a model until the input ends.
 
     Args:
         location: a run, an adapter or a model.
-        console: where answers go and messages come from.
-        compare: show the answers of the base and of the adapted model side by side.
-        dtype: what the model is computed in.
+        console: the terminal that messages are read from and answers printed to.
+        compare: show the answers of the base model and the adapter side by side.
+        dtype: dtype of the model, as in :func:`pera_lab.opening.open_model`.
         options: ``max_new_tokens`` and ``temperature`` of :class:`Conversation`.
 
     Raises:
@@ -96,12 +96,12 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
     """
     if compare and location.adapter is None:
         raise UserError(
-            f"--compare needs an adapter, and {location.base!r} is a model; give a run or an adapter folder."
+            f"--compare needs an adapter, but {location.base!r} has none; give a run folder or an adapter folder."
         )
     model, tokenizer = open_model(location, dtype)
     plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not plain.can_generate():
-        raise UserError(f"{location.base!r} with this head is a classifier, which cannot talk; use: pera predict")
+        raise UserError(f"{location.base!r} is a classifier here and generates no text; use: pera predict")
     names = ["base", "adapter"] if compare else ["base" if not isinstance(model, PeftModel) else "adapter"]
 
     def start() -> dict[str, Conversation]:
@@ -121,19 +121,19 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
         try:
             if message == "/new":
                 talks = start()
-                console.print("The conversation is forgotten.", style="dim")
+                console.print("New conversation.", style="dim")
             elif message and compare:
                 answers = {name: talk.answer(message) for name, talk in talks.items()}
                 width = max(20, console.width // 2 - 1)
                 console.print(Columns([Panel(Text(visible(a)), title=n, width=width) for n, a in answers.items()]))
             elif message:
                 talks[names[0]].answer(message, _Streamer(tokenizer, console))
-        except UserError as error:  # a message that is too long
+        except UserError as error:
             console.print(Text(str(error)), style="yellow")
 
 
 class _Streamer(TextStreamer):
-    """Prints an answer word by word, with nothing in it taken for markup or for a terminal's commands."""
+    """Prints an answer word by word, with markup and terminal escapes shown as text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -22,15 +22,17 @@ from pera_lab.files import atomic_folder, disk_errors
 
 @dataclass(frozen=True)
 class Embedded:
-    """A pretrained model in a PyPI package, as a GGUF file to convert or as a folder to use directly."""
+    """A pretrained model in a PyPI package."""
 
     package: str
     version: str
     path: str
+    """A GGUF file to convert, or a model folder to use directly, relative to the package's module."""
     hub_id: str
 
     @property
     def module(self) -> str:
+        """The module of the package."""
         return self.package.replace("-", "_")
 
 
@@ -124,7 +126,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as error:  # a broken file makes the parser raise anything
+    except Exception as error:  # the parser raises errors of any kind on a broken file
         if out_of_memory(error):
             raise
         raise cannot_load(str(gguf), error) from error
@@ -134,7 +136,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def unquantised(model: Any) -> Any:
-    """The model with the same weights and without a quantisation config, with which it could not be saved."""
+    """A model with the same weights and no quantisation config, since transformers saves no model that has one."""
     weights, config = model.state_dict(), model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -166,8 +168,8 @@ def cannot_load(name: str, error: Exception) -> UserError:
     """The error message for what the libraries raise on a model that they cannot read."""
     if "the argument `trust_remote_code=True`" in str(error):
         return UserError(
-            f"model: {name!r} comes with code of its own; if you trust it, add --trust-remote-code, or in a recipe "
-            "model.trust_remote_code=true."
+            f"model: {name!r} needs its own code to load; if you trust that code, add --trust-remote-code, or set "
+            "model.trust_remote_code=true in the recipe."
         )
     reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
     return UserError(f"model: {name!r} cannot be loaded: {'it lacks the key ' * isinstance(error, KeyError)}{reason}")

@@ -12,9 +12,10 @@ import torch
 
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
-    *("reasoning-gym", "scipy", "scikit-learn", "datasets", "lm-eval", "matplotlib", "jinja2", "gguf", "xllamacpp"),
+    *("scipy", "scikit-learn", "matplotlib", "jinja2"),
+    *("reasoning-gym", "datasets", "lm-eval", "gguf", "xllamacpp"),
 )
-"""The packages whose versions :func:`environment` reports, the required ones first."""
+"""The packages whose versions :func:`environment` reports: of the method, of the laboratory, and optional ones."""
 
 
 def device() -> torch.device:

@@ -50,10 +50,9 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     run.check_data(splits.manifest)
     if base and task.base_refusal:
         raise UserError(f"--base: {task.base_refusal}")
-    location = locate_run(run)._replace(adapter=None) if base else locate_run(run)
     which = "base" if base else "adapter"
     name = which if spec.scorer == run.recipe.evaluation.scorer else f"{which}-{spec.scorer}"
-    model, tokenizer = open_model(location, recipe.model.dtype)
+    model, tokenizer = open_model(locate_run(run, base=base), recipe.model.dtype)
     content = recipe.model_dump(mode="json", exclude={"name"})
     key = {"which": which, "recipe": content, "data": dict(splits.manifest)}
     journal = Journal(run.predictions / f"{name}.partial.jsonl", key)

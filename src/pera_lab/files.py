@@ -1,4 +1,4 @@
-"""Writing to disk so that what was there stays whole until what comes is complete."""
+"""Files and folders that are replaced only by complete ones, and files that are read with clear errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the libraries raise when the disk refuses a write below ``path`` into one :class:`UserError`."""
+    """Turn the errors that the libraries raise when a write below ``path`` fails into one :class:`UserError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -36,11 +36,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target``, or what it links to, that takes its place when the block ends without an
-    error.
+    """Yield a temporary folder that replaces ``target`` when the block ends without an error.
+
+    The temporary folder is created next to ``target``, or next to the folder that ``target`` links to.
 
     Raises:
-        UserError: ``target`` exists and is not an empty folder, or the disk refuses what is written.
+        UserError: ``target`` exists and is not an empty folder, or a file cannot be written.
     """
     require_free(target)
     target = target.resolve()
@@ -52,7 +53,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         with disk_errors(target):
             yield partial
-            for file in partial.rglob("*"):  # safetensors makes its files private
+            for file in partial.rglob("*"):  # safetensors creates files that only their owner can read
                 file.chmod(file.stat().st_mode | partial.stat().st_mode & 0o444)
             if target.is_dir():
                 target.rmdir()
@@ -62,8 +63,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def require_free(target: Path, *, replaced: bool = True) -> None:
-    """Raise :class:`UserError` unless ``target`` is absent or an empty folder, and, to be ``replaced`` by another as
-    :func:`atomic_folder` does, no mount point."""
+    """Check that ``target`` does not exist or is an empty folder.
+
+    Args:
+        target: the output folder.
+        replaced: whether another folder will replace it, as in :func:`atomic_folder`. A mount point is then an error.
+
+    Raises:
+        UserError: ``target`` is not free.
+    """
     if target.is_dir():
         if any(target.iterdir()):
             raise UserError(f"output: {str(target)!r} exists and is not empty; give another folder or remove it.")
@@ -76,7 +84,7 @@ def require_free(target: Path, *, replaced: bool = True) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file in one step, text as UTF-8: readers see the old content or the new, never a part."""
+    """Replace a file in one step: readers see the old or the new content, never a part. Text is written as UTF-8."""
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -103,49 +111,64 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise UserError(f"{str(path)!r} is not valid JSON ({error}); it may have been cut off.") from error
+        raise UserError(f"{str(path)!r} is not valid JSON ({error}); it may be truncated.") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: as :func:`read_json`, or the file holds something else.
+        UserError: as :func:`read_json`, or the file does not hold an object.
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} should hold a JSON object, and holds {content!r:.40}; restore or remove it.")
+        raise UserError(f"{str(path)!r} should hold a JSON object but holds {content!r:.40}; restore or remove it.")
     return content
 
 
 def read_as(file: Path, kind: type[T]) -> T:
-    """The content of a JSON file of a run as what it was written from, such as a dataclass.
+    """The content of a JSON file as the type that it was written from, such as a dataclass.
 
     Raises:
-        UserError: the file is missing, is not JSON, or holds something else.
+        UserError: the file is missing, is not JSON, or does not match the type.
     """
     return checked(read_json(file), kind, repr(str(file)))
 
 
 def checked(content: Any, kind: type[T], name: str) -> T:
-    """What was read from the file ``name`` as what it was written from; UserError if it holds something else."""
+    """Convert the content of a file to the type that it was written from.
+
+    Args:
+        content: what was read.
+        kind: the type, such as a dataclass.
+        name: the file's name in messages.
+
+    Raises:
+        UserError: the content does not match the type.
+    """
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "content"
-        raise UserError(f"{name} is not as pera writes it ({where}: {first['msg']}).") from error
+        raise UserError(f"{name} is not a valid record ({where}: {first['msg']}); restore or remove it.") from error
 
 
 def json_line(value: dict[str, Any]) -> str:
-    """One line of JSON, also for readers that take other characters than a newline for the end of a line. What JSON has
-    no form for, such as a time, is written as text."""
+    """``value`` as one line of JSON.
+
+    Unicode line separators are escaped, since some readers split lines at them. Values that JSON cannot represent, such
+    as times, become strings.
+    """
     text = json.dumps(value, ensure_ascii=False, default=str)
     return re.sub("[\x85\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines up to a line that was cut off by a kill; none if there is no file."""
+    """The objects in a JSON-lines file, up to the first line that is not valid JSON; empty if there is no file.
+
+    A kill truncates the line that was being written. Lines after a broken one are not trusted.
+    """
     if not path.is_file():
         return []
     lines = []
@@ -160,13 +183,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Results that are kept one by one, as they come, so that a restart makes only what is missing.
+    """Results that are saved as they arrive, so that a restart computes only the missing ones.
 
-    The first line of the file says what the results depend on. A file that starts otherwise is begun anew.
+    The first line of the file is a hash of what the results depend on. If it differs, the file is discarded.
 
     Args:
-        path: the file of JSON lines; it is removed by :meth:`close`.
-        key: what the results depend on.
+        path: the JSON-lines file. :meth:`close` removes it.
+        key: everything that the results depend on.
     """
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
@@ -181,21 +204,21 @@ class Journal:
         write_atomic(path, "".join(map(json_line, content)))
 
     def add(self, rows: dict[int, dict[str, Any]]) -> None:
-        """Keep some results, by their index."""
+        """Save results by their index."""
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as f:
             f.writelines(json_line({"index": i, "row": row}) for i, row in rows.items())
         self.found.update(rows)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The results in their order."""
+        """The results in the order of their indices."""
         return [self.found[i] for i in sorted(self.found)]
 
     def close(self) -> None:
-        """Remove the file, once the results are kept elsewhere."""
+        """Remove the file. Call it when the results are saved elsewhere."""
         self.path.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:
-    """The one sentence for a disk that refuses."""
+    """The error for a path that cannot be written."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return UserError(f"output: {str(path)!r} cannot be written: {reason}; what was complete there is kept.")
+    return UserError(f"output: {str(path)!r} cannot be written: {reason}; the files that were complete are kept.")

@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness, lm-eval, on the model of a run: its own tasks, prompts and metrics."""
+"""EleutherAI's lm-eval on the model of a run, with the tasks, prompts and metrics of lm-eval."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ def run_harness(
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> dict[str, Any]:
-    """Score the adapter of a run, or its base model, on tasks of lm-eval.
+    """Score the adapter of a run, or its base model, on lm-eval tasks.
 
-    The results go to ``lm_eval.json`` under "adapter" or "base" and the task's name, apart from pera's own scores: the
-    harness has other prompts (BoolQ with its passage) and ranks other continuations.
+    The results are written to ``lm_eval.json`` under "adapter" or "base" and the name of the task. They are not
+    comparable with pera's scores: lm-eval uses other prompts and ranks other continuations.
 
     Args:
-        tasks: names of tasks.
-        limit: rows of each task at most.
-        include_path: a folder with further tasks, as lm-eval's own option.
+        run: a finished run of a language model.
+        tasks: names of lm-eval tasks.
+        base: score the base model instead of the adapter.
+        limit: largest number of rows per task (default: all).
+        include_path: a folder with more tasks, as lm-eval's option of that name.
 
     Returns:
-        The results by task, with ``n`` and ``shots``.
+        The metrics by task, with the number of rows ``n`` and of ``shots``.
 
     Raises:
-        UserError: lm-eval is not installed, a task is unknown, its data cannot be had, or there is no such folder.
+        UserError: lm-eval is not installed, a task is unknown, its data cannot be loaded, or the folder does not exist.
     """
     if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include-path={str(include_path)!r} is not a folder; give one with tasks for lm-eval.")
+        raise UserError(f"--include-path={str(include_path)!r} is not a folder; give a folder of lm-eval tasks.")
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -45,7 +47,7 @@ def run_harness(
         raise missing_extra("lm-eval", "lm-eval") from error
     recipe = run.recipe
     if recipe.task.text_refusal:
-        raise UserError(f"--lm-eval: {recipe.task.text_refusal}; lm-eval scores language models.")
+        raise UserError(f"--lm-eval: {recipe.task.text_refusal}; lm-eval scores language models only.")
     before = read_object(run.lm_eval_file) if run.lm_eval_file.is_file() else {}
     which = "base" if base else "adapter"
     if not isinstance(before.get(which, {}), dict):
@@ -53,9 +55,8 @@ def run_harness(
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     for task in tasks:
         if task not in manager.all_tasks:
-            raise UserError(f"--lm-eval: {task!r} is not a task of lm-eval; {nearest(task, manager.all_tasks)}")
-    location = locate_run(run)._replace(adapter=None) if base else locate_run(run)
-    model, tokenizer = open_model(location, recipe.model.dtype)
+            raise UserError(f"--lm-eval: {task!r} is not an lm-eval task; {nearest(task, manager.all_tasks)}")
+    model, tokenizer = open_model(locate_run(run, base=base), recipe.model.dtype)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=recipe.evaluation.batch_size)
     try:
         found: Any = lm_eval.simple_evaluate(
@@ -63,7 +64,7 @@ def run_harness(
         )
     except (OSError, ValueError, ConnectionError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"--lm-eval={','.join(tasks)}: the data of a task cannot be had: {reason}.") from error
+        raise UserError(f"--lm-eval={','.join(tasks)}: the data of a task cannot be loaded: {reason}.") from error
     results = {
         task: {
             **{name: value for name, value in metrics.items() if isinstance(value, (int, float))},

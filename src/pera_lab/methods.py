@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from peft import DeloraConfig, HiraConfig, LoraConfig, PeftConfig, TaskType
@@ -15,6 +14,7 @@ from torch import nn
 from pera.errors import UserError, nearest
 from pera.polynomial import expanded_rank
 from pera.tuner import PeraConfig, check_alpha, check_names, check_rank
+from pera_lab.plugins import check_unique, load_plugins
 
 GROUP = "pera.methods"
 """The entry-point group. Each entry point is a table of methods, such as :data:`BUILT_IN`."""
@@ -41,20 +41,20 @@ class Method:
 
     Args:
         config: the PEFT configuration class.
-        words: common option names, each with the class's own name for it.
+        aliases: common option names, each with the class's own name for it.
         fixed: options that this method sets. A recipe cannot change them. None keeps the class's default.
         rank: the rank to train, as a function of the recipe's r. Only for subclasses of ``LoraConfig``.
     """
 
     config: type[PeftConfig]
-    words: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rank: Callable[[int], int] = int
 
     @property
     def options(self) -> set[str]:
         """The options that a recipe can set, under the common names and the class's own names."""
-        return ({f.name for f in fields(self.config)} | set(self.words)) - set(self.fixed) - _FILLED_IN
+        return ({f.name for f in fields(self.config)} | set(self.aliases)) - set(self.fixed) - _FILLED_IN
 
     @property
     def has_rank(self) -> bool:
@@ -104,27 +104,15 @@ def known_methods() -> dict[str, Method]:
     """
     found: dict[str, Method] = {}
     owners: dict[str, str] = {}
-    for entry in entry_points(group=GROUP):
-        package = entry.dist.name if entry.dist else entry.value
-        try:
-            table = dict(entry.load())
-        except Exception as error:  # code of another package
-            said = " ".join(f"{type(error).__name__}: {error}".split())
+    for plugin in load_plugins(GROUP):
+        table = plugin.loaded
+        if not isinstance(table, Mapping) or not all(isinstance(method, Method) for method in table.values()):
             raise UserError(
-                f"{GROUP}: {entry.value!r} of package {package!r} cannot be loaded ({said}); "
-                "repair or uninstall the package."
-            ) from error
-        for name, method in table.items():
-            if not isinstance(method, Method):
-                raise UserError(f"{GROUP}: {name!r} of package {package!r} is {method!r:.40}; it should be a Method.")
-            if name in found:
-                raise UserError(
-                    f"{GROUP}: packages {owners[name]!r} and {package!r} both define the method {name!r}; "
-                    "uninstall one of them."
-                )
-            found[name], owners[name] = method, package
-    if not BUILT_IN.keys() <= found.keys():
-        raise UserError(f"{GROUP}: pera's own methods are not registered; reinstall pera.")
+                f"{GROUP}: {plugin.value!r} of package {plugin.package!r} should be a table of Method objects by name."
+            )
+        for name in table:
+            check_unique(GROUP, owners, plugin, name)
+        found |= table
     return found
 
 
@@ -159,10 +147,10 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
     for key in options:
         if key not in method.options:
             raise UserError(f"method.{key} {_not_an_option(key, name)}")
-    for word, own in method.words.items():
-        if word in options and own in options:
-            raise UserError(f"method.{word} and method.{own} are the same option of {name}; keep one of them.")
-    renamed = {method.words.get(key, key): value for key, value in options.items()}
+    for alias, own in method.aliases.items():
+        if alias in options and own in options:
+            raise UserError(f"method.{alias} and method.{own} are the same option of {name}; keep one of them.")
+    renamed = {method.aliases.get(key, key): value for key, value in options.items()}
     fixed = {key: value for key, value in method.fixed.items() if value is not None}
     try:
         check_rank("r", renamed.get("r", 8))
@@ -202,7 +190,7 @@ def _not_an_option(key: str, name: str) -> str:
     known = known_methods()
     if not known[name].options:
         return f"is not an option of {name}, which has none; give the whole method, 'method={{name: {name}}}'."
-    others = [other for other, method in known.items() if key in method.options and key not in method.words.values()]
+    others = [other for other, method in known.items() if key in method.options and key not in method.aliases.values()]
     if others:
         whole = f"'method={{name: {name}, …}}'"
         return f"is an option of {others[0]}, not of {name}; give the whole method, such as {whole}."

@@ -1,4 +1,4 @@
-"""Where base models come from: one spelling for a hub id, a local folder, a GGUF file and the embedded models."""
+"""Base models: found by a hub id, a folder, a GGUF file or the name of an embedded model, and loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pera_lab.files import read_object
 
 _ANY = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 _UNREADABLE = (*_ANY, SafetensorError, StrictDataclassError)
-"""What transformers raises on a broken folder, a configuration that cannot be, or a quantiser that is missing."""
+"""What transformers raises on a broken folder, an impossible configuration or a missing quantiser."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,19 +44,20 @@ def load_model(
     trust_remote_code: bool = False,
     labels: int | None = None,
 ) -> PreTrainedModel:
-    """Load a base model, on the best device of this machine, in evaluation mode.
+    """Load a base model in evaluation mode, on the accelerator if there is one.
 
     Args:
         name: an embedded model, a folder, a ``.gguf`` file or a hub id; see :func:`resolve`.
-        dtype: "float32", "bfloat16", "float16", "stored" (what the files hold) or "auto", see :func:`fast_dtype`.
+        dtype: a key of :data:`DTYPES`, "stored" for the dtype of the files, or "auto" for
+            :func:`pera_lab.environment.fast_dtype` (float32 for a classifier).
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the model.
-        labels: outputs of a head for classification, or 1 for regression, which is drawn anew where the model has
-            none; None loads a causal language model. "auto" is then float32. The head is float32 beside any dtype:
-            it is trained, and bfloat16 would lose its small steps.
+        labels: number of outputs of a classification head, or 1 for regression. A missing head is initialized at
+            random. The head is always float32, since bfloat16 would lose small training steps. None loads a causal
+            language model.
 
     Raises:
-        UserError: there is no such model, it cannot be read, or it lacks weights other than such a head's.
+        UserError: there is no such model, it cannot be read, or it lacks weights other than the head's.
     """
     location = resolve(name)
     torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
@@ -76,7 +77,7 @@ def load_model(
     missing = sorted(key for key in loading["missing_keys"] if labels is None or key.startswith(body))
     if missing:
         raise UserError(
-            f"model: {name!r} has no weights for {missing[0]}; it cannot be loaded as {auto_class.__name__}."
+            f"model: {name!r} has no weights for {missing[0]}, so it cannot be loaded as {auto_class.__name__}."
         )
     keep_unpacked(model)
     if labels is not None:
@@ -98,8 +99,16 @@ def _in_float32(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 def load_tokenizer(
     source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, see :func:`load_model`, or in the folder ``source``, if it is a path; padding on
-    the left."""
+    """Load a tokenizer that pads on the left.
+
+    Args:
+        source: the name of a base model as in :func:`load_model`, or the folder of a tokenizer as a path.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: there is no such tokenizer, or it cannot be read.
+    """
     location = source if isinstance(source, Path) else resolve(source)
     with reading(str(source)):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -111,7 +120,16 @@ def load_tokenizer(
 
 
 def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
-    """How many tokens a base model has, as its configuration says."""
+    """The vocabulary size of a base model.
+
+    Args:
+        name: the base model, as in :func:`load_model`.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: there is no such model, or its configuration cannot be read.
+    """
     location = resolve(name)
     with reading(name):
         config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
@@ -119,7 +137,7 @@ def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: boo
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of the tokenizer in a folder, its chat template included."""
+    """The tokenizer files in a folder, including its chat template."""
     names = ("tokenizer", "special_tokens_map.", "added_tokens.", "chat_template.", "vocab.", "merges.")
     endings = (".jinja", ".model", ".tiktoken")
     wanted = (file for file in folder.iterdir() if file.name.startswith(names) or file.suffix in endings)
@@ -128,8 +146,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn what the libraries raise on the files of a model that they cannot read into one :class:`UserError`; a lack
-    of memory is none of the files' faults, and passes."""
+    """Turn the errors that the libraries raise on unreadable model files into one :class:`UserError`.
+
+    Out-of-memory errors are not caught.
+    """
     try:
         yield
     except _UNREADABLE as error:
@@ -139,21 +159,21 @@ def reading(name: str) -> Iterator[None]:
 
 
 def saved_labels(name: str) -> int | None:
-    """Outputs of the classification head of a local model, as its ``config.json`` says; None if it has none."""
+    """Number of outputs of a local model's classification head from its ``config.json``; None if it has no head."""
     file = Path(name).expanduser() / "config.json"
     config = read_object(file) if file.is_file() else {}
     if not any(str(each).endswith("ForSequenceClassification") for each in config.get("architectures") or []):
         return None
-    return len(config.get("id2label") or "01")  # transformers does not write a head of two
+    return len(config.get("id2label") or "01")  # transformers omits id2label for two labels
 
 
 def resolve(name: str) -> str:
-    """The local folder or hub id that ``name`` stands for; embedded and GGUF models are converted first.
+    """The local folder or hub id that ``name`` stands for. Embedded and GGUF models are converted first.
 
-    A path of another machine that led to an embedded model leads to this machine's copy of it.
+    The path of an embedded model on another machine resolves to this machine's copy.
 
     Raises:
-        UserError: ``name`` is none of an embedded model, a folder with a model, a GGUF file, a hub id.
+        UserError: ``name`` is not an embedded model, a model folder, a GGUF file or a hub id.
     """
     if name in EMBEDDED:
         return str(embedded_folder(name))
@@ -172,11 +192,13 @@ def resolve(name: str) -> str:
         return name
     if "/" in name or name.startswith((".", "~")):
         raise UserError(f"model: folder {name!r} does not exist; give a folder, a .gguf file or a hub id.")
-    raise UserError(f"model: {name!r} is no embedded model, folder, .gguf file or hub id; {nearest(name, EMBEDDED)}")
+    raise UserError(
+        f"model: {name!r} is not an embedded model, a folder, a .gguf file or a hub id; {nearest(name, EMBEDDED)}"
+    )
 
 
 def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest input that a model takes, in tokens."""
+    """The longest input of a model, in tokens."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
 
@@ -184,18 +206,21 @@ def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 def fingerprint(
     model: torch.nn.Module, dtype: torch.dtype | None = None, read: Callable[[str], torch.Tensor] | None = None
 ) -> str:
-    """A short hash of names, shapes and the first entries of each of a model's weights, to tell bases apart.
+    """A short hash of the names, shapes and first 16 values of a model's weights, to tell base models apart.
 
     Args:
         model: the model.
-        dtype: the dtype to round the entries to, to compare with a model that was loaded in it.
-        read: gives the weights, by name, that the model has on the meta device.
+        dtype: round the values to this dtype, to compare with a model that was loaded in it.
+        read: returns a weight by name, for weights on the meta device.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         if weight.is_meta and read is not None:
             weight = read(name)
-        if hasattr(weight, "__tensor_flatten__"):  # a quantised weight of torchao
+        if hasattr(weight, "__tensor_flatten__"):  # quantised by torchao
             weight = weight.dequantize()
         first = weight.flatten()[:16]
         if dtype is not None and first.is_floating_point():
@@ -205,10 +230,10 @@ def fingerprint(
 
 
 def local_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a base model's files on this machine; those of a hub id are downloaded, if they are not here.
+    """The local folder of a base model. The files of a hub id are downloaded if they are not cached.
 
     Raises:
-        UserError: as :func:`resolve`, or the hub does not give them.
+        UserError: as :func:`resolve`, or the download fails.
     """
     location = resolve(name)
     if Path(location).is_dir():
@@ -219,10 +244,10 @@ def local_folder(name: str, revision: str | None = None) -> Path:
 
 
 def dequantise(model: PreTrainedModel) -> PreTrainedModel:
-    """A quantised model with plain weights, those that its quantised ones stand for.
+    """The model with its weights dequantised.
 
     Raises:
-        UserError: neither transformers nor the weights themselves can dequantise it.
+        UserError: transformers cannot dequantise this kind of quantisation.
     """
     method = getattr(model.config.quantization_config, "quant_method", "unknown")
     for module in model.modules():
@@ -233,5 +258,5 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
     try:
         plain = quantised if str(getattr(method, "value", method)) == "torchao" else quantised.dequantize()
     except (NotImplementedError, ValueError, ImportError) as error:
-        raise UserError(f"--dequantise: a base quantised with {method} cannot be dequantised: {error}") from error
+        raise UserError(f"--dequantise: a base model quantised with {method} cannot be dequantised: {error}") from error
     return unquantised(plain).eval()  # type: ignore[no-any-return]

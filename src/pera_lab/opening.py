@@ -40,7 +40,7 @@ class Location(NamedTuple):
     def require_adapter(self) -> Adapter:
         """The adapter; raises UserError if this is a base model."""
         if self.adapter is None:
-            raise UserError(f"{self.base!r} has no adapter; give a run or an adapter folder.")
+            raise UserError(f"{self.base!r} has no adapter; give a run folder or an adapter folder.")
         return self.adapter
 
 
@@ -69,10 +69,10 @@ def locate_adapter(name: str, *, trust_remote_code: bool = False) -> Location:
     return location
 
 
-def locate_run(run: Run) -> Location:
-    """A run's adapter on its base model. The adapter need not be there yet."""
-    base = run.recipe.model
-    return Location(run, run.adapter, base.name, base.revision, base.trust_remote_code, run.adapter.tokenizer)
+def locate_run(run: Run, *, base: bool = False) -> Location:
+    """The adapter of a run on its base model, or with ``base`` the base model alone. The adapter may not exist yet."""
+    model, adapter = run.recipe.model, None if base else run.adapter
+    return Location(run, adapter, model.name, model.revision, model.trust_remote_code, run.adapter.tokenizer)
 
 
 def _located(name: str) -> Location:
@@ -80,16 +80,16 @@ def _located(name: str) -> Location:
     if (path / "recipe.yaml").is_file():
         run = Run(path)
         if not run.finished:
-            raise UserError(f"{name!r} is an unfinished run; go on with: pera train {name} --resume")
+            raise UserError(f"{name!r} is an unfinished run; resume it with: pera train {name} --resume")
         return locate_run(run)
     if (path / "adapter_config.json").is_file():
         adapter = Adapter(path)
         base, revision = adapter.config.base_model_name_or_path, adapter.config.revision
         if not base:
-            raise UserError(f"{name!r}: adapter_config.json names no base_model_name_or_path; add it.")
+            raise UserError(f"{name!r}: adapter_config.json has no base_model_name_or_path; add it.")
         return Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{name!r} is neither a run folder, nor an adapter folder, nor a model folder.")
+        raise UserError(f"{name!r} is not a run folder, an adapter folder or a model folder.")
     return Location(None, None, name)
 
 
@@ -122,8 +122,8 @@ def open_model(
     tokenizer = open_tokenizer(location)
     if location.tokenizer is not None and len(tokenizer) > (rows := token_rows(base)):
         raise UserError(
-            f"{str(location.tokenizer)!r} has a tokenizer of {len(tokenizer)} tokens, and the model embeds {rows}; "
-            "save the adapter with save_embedding_layers=True, or with the tokenizer of its base."
+            f"{str(location.tokenizer)!r} has a tokenizer of {len(tokenizer)} tokens, but the model embeds {rows}; "
+            "save the adapter with save_embedding_layers=True, or with its base model's tokenizer."
         )
     if labels is not None:
         tokenizer.padding_side = "right"  # encoders count positions from the left, padding included
@@ -171,7 +171,7 @@ def check_fingerprint(
     found = models.fingerprint(run.body(base), trained_in, read)
     if found != recorded.get("fingerprint", found):
         raise UserError(
-            f"{str(location.adapter.path)!r} was trained on {recorded.get('name')!r} with the fingerprint "
-            f"{recorded['fingerprint']}, and the base model {location.base!r} has {found}; give the one it was "
-            "trained on."
+            f"{str(location.adapter.path)!r} was trained on {recorded.get('name')!r} with fingerprint "
+            f"{recorded['fingerprint']}, but the base model {location.base!r} has fingerprint {found}; use the base "
+            "model of the training."
         )

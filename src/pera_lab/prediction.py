@@ -63,8 +63,7 @@ def predict(
     given = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value}
     spec = recipe.evaluation.model_copy(update={"scorer": task.scorers[0], **changes})
-    location = locate_run(run)._replace(adapter=None) if base else locate_run(run)
-    model, tokenizer = open_model(location, recipe.model.dtype)
+    model, tokenizer = open_model(locate_run(run, base=base), recipe.model.dtype)
     key = {"input": content.sha256, "base": base, "recipe": recipe.to_yaml(), "evaluation": spec.model_dump()}
     journal = Journal(target.with_name(f"{target.name}.partial"), key)
     todo = [i for i in range(len(rows)) if i not in journal.found]

@@ -29,7 +29,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._made: list[Path] | None = None  # the folders that create() made
+        self._made: list[Path] | None = None
         self.recipe_file = path / "recipe.yaml"
         self.environment_file = path / "environment.json"
         self.data_file = path / "data.json"
@@ -46,10 +46,14 @@ class Run:
 
     @classmethod
     def create(cls, recipe: Recipe, output: Path | None = None) -> Run:
-        """A new run folder with its recipe: ``output``, by default ``runs/<recipe>-<time>``.
+        """Create a run folder that holds ``recipe``.
+
+        Args:
+            recipe: the recipe to train.
+            output: the folder (default: ``runs/<recipe>-<time>``).
 
         Raises:
-            UserError: the folder exists and is not empty, or cannot be made.
+            UserError: the folder is not empty or cannot be created.
         """
         path = output or _unused(Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         require_free(path, replaced=False)
@@ -62,17 +66,17 @@ class Run:
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """If the block fails before anything was logged, saved or scored, take away again what :meth:`create` made."""
+        """Remove what :meth:`create` made if the block fails before anything is logged, saved or scored."""
         try:
             yield
         except BaseException:
-            saved = any(self.checkpoints.glob("*"))  # the folder itself is there before the first step
+            saved = any(self.checkpoints.glob("*"))  # the folder itself exists before the first step
             begun = saved or self.scores_file.is_file() or self.metrics() or self.validation()
             if self._made is not None and not begun:
                 for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
                     file.unlink(missing_ok=True)
                 for folder in (self.checkpoints, *self._made):
-                    with suppress(OSError):  # another run may have come to lie in a parent
+                    with suppress(OSError):  # a parent may hold another run
                         folder.rmdir()
             raise
 
@@ -100,7 +104,7 @@ class Run:
         return self.adapter.path.is_dir()
 
     def last_checkpoint(self) -> Path | None:
-        """The last checkpoint that was saved completely; later, broken ones are removed."""
+        """The last complete checkpoint, or None. Later, incomplete ones are deleted."""
         found = ((p.name.removeprefix("checkpoint-"), p) for p in self.checkpoints.glob("checkpoint-*") if p.is_dir())
         steps = {int(step): path for step, path in found if step.isdecimal()}
         for step in sorted(steps, reverse=True):
@@ -110,40 +114,46 @@ class Run:
         return None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
+        """The lines of ``metrics.jsonl``, without a last line that was truncated by a kill."""
         return [line for line in read_lines(self.metrics_file) if "step" in line]
 
     def validation(self) -> list[dict[str, Any]]:
-        """The lines of ``validation.jsonl``: loss and metrics on the rows that choose the checkpoint."""
+        """The lines of ``validation.jsonl``: loss and metrics on the rows that the checkpoint is chosen by."""
         return [line for line in read_lines(self.validation_file) if "step" in line]
 
     def scores(self) -> dict[str, Any]:
-        """The content of ``scores.json``: ``base`` and ``adapter``, as far as they were measured."""
+        """The content of ``scores.json``: the measured scores, such as "base" and "adapter"."""
         return read_object(self.scores_file) if self.scores_file.is_file() else {}
 
     def body(self, model: torch.nn.Module) -> torch.nn.Module:
-        """What the fingerprint of a base model is of: all but a new classification head, which differs by seed."""
+        """The part of a base model that is fingerprinted: all but a classification head, which is drawn at random."""
         return self.recipe.task.pretrained_part(model)
 
     def data_hashes(self) -> dict[str, str]:
-        """The SHA-256 of each data file by its place in ``data.json``, such as "test.piqa", as far as recorded."""
+        """The SHA-256 of each recorded data file by its key in ``data.json``, such as "test.piqa"."""
         return _hashes(read_object(self.data_file)) if self.data_file.is_file() else {}
 
     def check_data(self, manifest: Mapping[str, Any]) -> None:
-        """Raise UserError if the files of a task are not those that the run was begun with: other rows would be drawn,
-        and what was trained on would be scored. Nothing is said where no file was recorded."""
+        """Check that the data files of a task have not changed since the run was started.
+
+        Other rows are drawn from changed files, so a run could be scored on rows that it was trained on. Nothing is
+        checked if no file was recorded.
+
+        Raises:
+            UserError: a file has changed, is missing or is new.
+        """
         recorded = self.data_hashes()
         found = _hashes(manifest)
         for split in {**recorded, **found} if recorded else {}:
             if recorded.get(split) != found.get(split):
-                was, now = (hashes.get(split, "none")[:16] for hashes in (recorded, found))
+                was, now = (hashes[split][:16] + "…" if split in hashes else "none" for hashes in (recorded, found))
                 raise UserError(
-                    f"task.data: the file of {split!r} is not the one that {str(self.path)!r} was begun with: its "
-                    f"SHA-256 begins with {now}, in data.json with {was}; restore the file, or train anew."
+                    f"task.data: the {split!r} file changed since {str(self.path)!r} was started (SHA-256 {now} now, "
+                    f"{was} in data.json). Restore the file or start a new run."
                 )
 
     def recorded_base(self) -> dict[str, str]:
-        """Name, dtype and fingerprint of the base model as ``environment.json`` has them; empty if it is not there."""
+        """Name, dtype and fingerprint of the base model from ``environment.json``; empty if there is no such file."""
         recorded = read_object(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
         if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
             raise UserError(
@@ -153,20 +163,24 @@ class Run:
         return recorded
 
     def _check_base(self, base: dict[str, str]) -> None:
-        """Raise UserError if the base model is not the one that the run was begun with, or in another dtype."""
+        """Raise UserError if the base model or its dtype is not the one that was recorded."""
         recorded = self.recorded_base()
         for key in ("dtype", "fingerprint"):
             if (was := recorded.get(key, base[key])) != base[key]:
                 raise UserError(
-                    f"--resume: {str(self.path)!r} was begun with {base['name']!r} of the {key} {was}, and here it has "
-                    f"{base[key]}; go on with the same model on the same kind of machine, or train anew."
+                    f"--resume: {str(self.path)!r} was started on {base['name']!r} with {key} {was}, which is "
+                    f"{base[key]} now. Resume with the same model and kind of machine, or start a new run."
                 )
 
     def write_environment(self, model: torch.nn.Module, command: list[str]) -> None:
-        """Record versions, hardware, seed, dtype and the fingerprint of the base model.
+        """Record versions, hardware, seed, and the dtype and fingerprint of the base model.
+
+        Args:
+            model: the base model.
+            command: the command line to record.
 
         Raises:
-            UserError: the run was begun with another base model, or with it in another dtype.
+            UserError: the run was started on another base model or in another dtype.
         """
         recipe = self.recipe
         base = {
@@ -188,7 +202,7 @@ class Run:
 
 
 def _hashes(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """The SHA-256 of each file in a manifest by its place there, such as "train" or "test.piqa"."""
+    """The SHA-256 of each file in a manifest by its key, such as "train" or "test.piqa"."""
     found: dict[str, str] = {}
     for key, entry in manifest.items():
         if isinstance(entry, Mapping):
@@ -197,31 +211,37 @@ def _hashes(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _unused(path: Path) -> Path:
-    """``path``, or with a number behind it if it is taken."""
+    """``path``, with a number appended if it exists."""
     numbered = (path.with_name(f"{path.name}-{i}") for i in count(2))
     return next(p for p in chain([path], numbered) if not p.exists())
 
 
 def resumable(source: str, overrides: list[str] | None, output: Path | None) -> Run:
-    """The unfinished run to go on with: ``source`` itself if it is a run folder, else ``output``, else the newest
-    unfinished run of the recipe ``source`` in ``runs/``.
+    """The unfinished run to resume.
+
+    Args:
+        source: a run folder, or a recipe.
+        overrides: overrides of the recipe's keys.
+        output: the run folder, if ``source`` is a recipe (default: the newest unfinished run of it in ``runs/``).
 
     Raises:
-        UserError: there is no such run, it is finished, or the recipe given now is not the one it was
-            started with.
+        UserError: there is no such run, it is finished, or it was started with another recipe.
     """
     if (Path(source) / "recipe.yaml").is_file():
         run = Run(Path(source))
         given = load_recipe(str(run.recipe_file), overrides)
         if output is not None:
-            raise UserError(f"--output={str(output)!r} has no effect when a run folder is resumed.")
+            raise UserError(f"--output={str(output)!r} has no effect when a run folder is resumed; leave it out.")
     else:
         given = load_recipe(source, overrides)
         run = Run(output) if output is not None else Run.latest_unfinished(given)
     if not run.recipe_file.is_file():
         raise UserError(f"--resume: {str(run.path)!r} is not a run folder; start one without --resume.")
     if run.finished:
-        raise UserError(f"--resume: {str(run.path)!r} is finished; look at it with: pera evaluate {run.path}")
+        raise UserError(f"--resume: {str(run.path)!r} is finished; score it with: pera evaluate {run.path}")
     if (changed := difference(run.recipe, given)) is not None:
-        raise UserError(f"--resume: {changed} differs from the recipe that {str(run.path)!r} was started with.")
+        raise UserError(
+            f"--resume: {changed} differs from the recipe of {str(run.path)!r}; "
+            "resume with the same recipe, or start a new run."
+        )
     return run

@@ -1,4 +1,4 @@
-"""Text from models and data sets, made safe to show."""
+"""Text from models and data sets, escaped for display."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import unicodedata
 
 
 def visible(text: str) -> str:
-    r"""The text with every character that would act instead of show (control, direction, line separator) written as
-    its code: ESC becomes \x1b. Newlines, tabs and the joiners that scripts need stay."""
+    r"""The text with control, direction and line-separator characters replaced by their codes: ESC becomes \x1b.
+
+    Newlines, tabs and the joiners that some scripts need are kept.
+    """
     return re.sub(r"[^\n\t -~\u200c\u200d]", lambda match: _code(match[0]), text)
 
 

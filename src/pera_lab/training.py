@@ -82,7 +82,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     splits = recipe.build_splits()
     run.check_data(splits.manifest)
     set_seed(spec.seed)  # loading the model initializes the classification head
-    model, tokenizer = open_model(locate_run(run)._replace(adapter=None), recipe.model.dtype, task.labels)
+    model, tokenizer = open_model(locate_run(run, base=True), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
     encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)

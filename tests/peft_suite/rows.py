@@ -1,8 +1,8 @@
-"""A pytest plugin that gives PEFT's own tests PERA in place of LoRA.
+"""A pytest plugin that runs PEFT's own tests with PERA in place of LoRA.
 
-The parameter lists of PEFT's test files are rewritten in place before collection: a row of LoRA becomes one of PERA
-through ``PeraConfig.from_lora``, a row of another method, or of what LoRA alone has, is dropped, and rows of what PERA
-alone has are added. Every test that is then without a PERA configuration is left out.
+Before collection it rewrites the parameter lists of PEFT's test files in place. Rows of LoRA become rows of PERA
+through ``PeraConfig.from_lora``. Rows of other methods, or of features that only LoRA has, are removed. Rows of
+features that only PERA has are added. Tests without a PERA configuration are deselected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPTIONS = {
     "fixed rms": {"coefficients": "fixed", "normalization": "rms"},
     "none": {"terms": "none"},
 }
-"""Every value of terms, coefficients and normalization that takes another path through the code."""
+"""Combinations of terms, coefficients and normalization that use different code."""
 
 KINDS = {
     "Linear": ("MLP", {"target_modules": ["lin0", "lin1"]}),
@@ -41,7 +41,7 @@ KINDS = {
     "Conv3d": ("Conv3d", {"target_modules": ["conv3d"]}),
     "Parameter": ("MlpUsingParameters", {"target_modules": [], "target_parameters": ["lin0.weight"]}),
 }
-"""One model of PEFT's, and what to adapt in it, for each kind of layer."""
+"""A model of PEFT's tests and its targets, for each kind of layer."""
 
 ADDED = {
     "TEST_CASES": [
@@ -67,30 +67,30 @@ ADDED = {
 }
 
 REFUSED = {"MHA": "PERA refuses torch.nn.MultiheadAttention"}
-"""Models of PEFT's whose layers PERA refuses, with the reason."""
+"""Models of PEFT's tests that PERA refuses, with the reason."""
 
 LEFT_OUT = {
-    "test_parameters_after_loading_model": "its learning rate is made for methods that are linear in each factor",
+    "test_parameters_after_loading_model": "its learning rate suits methods that are linear in each factor",
     "test_only_params_are_updated[Embedding": (
-        "A of an embedding starts at zero, so that three steps move B by 9e-5, below the tolerance of 1e-4; "
-        "so they do for LoRA with the same B"
+        "A of an embedding starts at zero, so three steps move B by 9e-5, less than the tolerance of 1e-4; LoRA with "
+        "the same B fails too"
     ),
-    "PERA targeting nn.Parameter Different": "adapters with other target_parameters are refused, and skipped for LoRA",
-    "test_default_target_modules": "patches LoRA's table of default targets; PERA has a copy of its own",
+    "PERA targeting nn.Parameter Different": "PERA refuses other target_parameters; skipped for LoRA too",
+    "test_default_target_modules": "patches LoRA's table of default targets; PERA has its own copy",
     "TestDecoderModels::test_save_pretrained_targeting_lora_to_embedding_layer": "needs the hub",
     "test_mixed_adapter_batches_mha_raises": REFUSED["MHA"],
-    "test_add_weighted_adapter_cat_with_rank_pattern": "tests LoRA, whatever its parameter says",
+    "test_add_weighted_adapter_cat_with_rank_pattern": "tests LoRA for every parameter",
 }
-"""Parts of the names of tests that say nothing about PERA, or that it cannot pass, with the reason."""
+"""Parts of the names of tests that do not concern PERA or cannot pass, with the reason."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--models", help="folder for tiny models that take the place of those on the hub")
+    parser.addoption("--models", help="folder for tiny models that replace those on the hub")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     common = importlib.import_module("tests.testing_common")
-    # PEFT skips some tests but for the methods that it names; PERA takes the place of one of them.
+    # PEFT runs some tests only for the methods that it names. PERA replaces one of them.
     common.RoadConfig = common.LoKrConfig = PeraConfig  # mixed batches; GPT-2's Conv1D
     models = tiny_models(Path(config.getoption("models")))
     for file in config.args:
@@ -122,7 +122,7 @@ def has_pera(item: Any) -> bool:
 
 
 def parameter_lists(module: Any) -> list[list[Any]]:
-    """The lists, each once, that the tests of a module are parametrised with."""
+    """The parameter lists of the tests of a module, each once."""
     lists = {}
     for _, holder in inspect.getmembers(module, inspect.isclass):
         for _, test in inspect.getmembers(holder, inspect.isfunction):
@@ -133,7 +133,7 @@ def parameter_lists(module: Any) -> list[list[Any]]:
 
 
 def carried_over(row: Any) -> Any:
-    """A row with PERA in place of LoRA; as it is without a method; None for another method, or LoRA's own options."""
+    """The row with PERA in place of LoRA. None for another method or for options that only LoRA has."""
     values = row if isinstance(row, tuple) else (row,)
     methods = [v for v in values if isinstance(v, PeftConfig) or (inspect.isclass(v) and issubclass(v, PeftConfig))]
     if not methods:
@@ -150,7 +150,7 @@ def carried_over(row: Any) -> Any:
 
 
 def as_pera(value: Any) -> Any:
-    """A LoRA configuration, its class, the arguments for one, or the name of a test, as that of PERA."""
+    """The PERA counterpart of a LoRA configuration, its class, its arguments or the name of a test."""
     if value is LoraConfig:
         return PeraConfig
     if isinstance(value, LoraConfig):
@@ -159,7 +159,7 @@ def as_pera(value: Any) -> Any:
         carried = PeraConfig.from_lora(LoraConfig(**value))
         renamed = {key.replace("init_lora", "init").replace("lora_", "pera_") for key in value}
         return {key: getattr(carried, key) for key in sorted(renamed)}
-    if value == "lora":  # where PEFT goes on to test what LoRA alone has, add_weighted_adapter
+    if value == "lora":  # PEFT then tests add_weighted_adapter, which only LoRA has
         return "pera"
     return value.replace("LoRA", "PERA") if isinstance(value, str) else value
 

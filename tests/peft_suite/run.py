@@ -1,7 +1,6 @@
-"""Run PEFT's own tests, of the installed version, with PERA in their lists: ``python tests/peft_suite/run.py``.
+"""Run the tests of the installed PEFT with PERA in their lists: ``python tests/peft_suite/run.py [PYTEST ARGUMENTS]``.
 
-The tests come from PEFT's source distribution, which is fetched once into ``.venv/peft_suite``; further arguments go
-to pytest.
+The tests come from PEFT's source distribution, which is downloaded once into ``.venv/peft_suite``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ FILES = ["tests/test_custom_models.py", "tests/test_decoder_models.py"]
 
 
 def fetch(folder: Path) -> Path:
-    """The source distribution of the installed PEFT, below ``folder``."""
+    """Folder of the source distribution of the installed PEFT, below ``folder``."""
     name = f"peft-{version('peft')}"
     if not (folder / name / "tests" / "__init__.py").exists():
         with tempfile.TemporaryDirectory() as download:
@@ -27,7 +26,7 @@ def fetch(folder: Path) -> Path:
             subprocess.run([*pip, "--no-binary", ":all:", "--dest", download, name.replace("-", "==")], check=True)
             with tarfile.open(next(Path(download).glob("*.tar.gz"))) as archive:
                 archive.extractall(folder, filter="data")
-        (folder / name / "tests" / "__init__.py").touch()  # not in the distribution, but its tests are a package
+        (folder / name / "tests" / "__init__.py").touch()  # missing in the distribution
     return folder / name
 
 

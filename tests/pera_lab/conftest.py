@@ -1,4 +1,4 @@
-"""What the tests of the laboratory share: recipes, trained runs, and the command."""
+"""Fixtures of the laboratory's tests: recipes, trained runs, and the command."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ evaluation: {max_new_tokens: 4, batch_size: 4}
 
 @pytest.fixture(scope="session")
 def glue_folder(tmp_path_factory):
-    """A folder with sst2 and stsb of some rows; the label is in the words."""
+    """A folder with a few rows of sst2 and stsb, whose labels follow from their words."""
     folder = tmp_path_factory.mktemp("glue")
     words = ["dull film", "fine film"]
     pairs = [{"sentence1": "a " * (i % 6), "sentence2": "a a", "label": float(i % 6)} for i in range(70) if i % 6]
@@ -51,7 +51,7 @@ training: {learning_rate: 1.0e-2, epochs: 3, batch_size: 8, logging_steps: 4, ev
 
 @pytest.fixture(scope="session")
 def glue_recipe(tiny_bert, glue_folder, tmp_path_factory):
-    """A small run on the tiny BERT."""
+    """A recipe file for a small run on the tiny BERT."""
     file = tmp_path_factory.mktemp("recipes") / "classify.yaml"
     file.write_text(GLUE_RECIPE.replace("MODEL", str(tiny_bert)).replace("DATA", str(glue_folder)))
     return file
@@ -59,7 +59,7 @@ def glue_recipe(tiny_bert, glue_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_glue_run(glue_recipe, tmp_path_factory):
-    """The small run on the tiny BERT, trained. Not to be written to."""
+    """A trained run of ``glue_recipe``. Tests must not change it."""
     recipe = load_recipe(str(glue_recipe))
     run = Run.create(recipe, tmp_path_factory.mktemp("runs") / "glue")
     train(recipe, run)
@@ -68,14 +68,14 @@ def finished_glue_run(glue_recipe, tmp_path_factory):
 
 @pytest.fixture
 def glue_run(finished_glue_run, tmp_path):
-    """A copy of the finished run of a classifier, to be written to."""
+    """A copy of ``finished_glue_run`` that a test may change."""
     shutil.copytree(finished_glue_run.path, tmp_path / "glue-run")
     return Run(tmp_path / "glue-run")
 
 
 @pytest.fixture(scope="session")
 def recipe_file(tiny_llama, tmp_path_factory):
-    """A small run on the tiny LLaMA: dropout, three checkpoints, a rate at which B and h move far."""
+    """A recipe file for a small run on the tiny LLaMA, with dropout, three checkpoints and a high learning rate."""
     file = tmp_path_factory.mktemp("recipes") / "small.yaml"
     file.write_text(RECIPE.replace("MODEL", str(tiny_llama)))
     return file
@@ -83,7 +83,7 @@ def recipe_file(tiny_llama, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train_run(recipe_file):
-    """Trains the small recipe, with overrides, into a folder."""
+    """Trains ``recipe_file`` with overrides into a folder."""
 
     def train_into(folder, *overrides):
         recipe = load_recipe(str(recipe_file), list(overrides))
@@ -96,21 +96,23 @@ def train_run(recipe_file):
 
 @pytest.fixture(scope="session")
 def finished_run(train_run, tmp_path_factory):
-    """The small recipe, trained without interruption. Not to be written to: :func:`run` is a copy."""
+    """A trained run of ``recipe_file``. Tests must not change it."""
     return train_run(tmp_path_factory.mktemp("runs") / "finished")
 
 
 @pytest.fixture
 def run(finished_run, tmp_path):
-    """A copy of the finished run, to be written to."""
+    """A copy of ``finished_run`` that a test may change."""
     shutil.copytree(finished_run.path, tmp_path / "run")
     return Run(tmp_path / "run")
 
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """``interrupt(n)`` ends an evaluation by KeyboardInterrupt at its n-th batch, once. The list that it returns gets
-    the number of prompts of each batch, that one included."""
+    """``interrupt(n)`` raises KeyboardInterrupt in the n-th batch of an evaluation.
+
+    It returns a list that receives the number of prompts of each batch, the interrupted one included.
+    """
 
     def at(batch):
         generate, asked = scorers.generate, []
@@ -128,7 +130,7 @@ def interrupt(monkeypatch):
 
 
 class Outcome(NamedTuple):
-    """What a command left with: exit code, standard output, standard error."""
+    """Exit code, standard output and standard error of a command."""
 
     code: int
     out: str
@@ -137,7 +139,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def pera(monkeypatch, capsys, tmp_path):
-    """Calls the ``pera`` command in this process, in an empty working folder."""
+    """Runs the ``pera`` command in this process, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
@@ -151,14 +153,14 @@ def pera(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def tree(tmp_path):
-    """What lies in the working folder: the content of every file, None for a folder."""
+    """The contents of the working folder by path, None for a folder."""
     return lambda: {path: path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
 
 
 @pytest.fixture
 def refused(pera, tree):
-    """Calls the ``pera`` command and checks that it refuses: exit code 2, one line that has all of ``words``, nothing
-    changed on the disk. Returns the line."""
+    """Runs the ``pera`` command and checks that it exits with code 2, prints one line with all ``words`` and changes no
+    file. Returns the line."""
 
     def call(*arguments, words):
         before = tree()

@@ -11,7 +11,7 @@ from pera_lab.files import write_json
 from pera_lab.opening import locate
 
 
-def test_an_adapter_says_how_it_was_made_and_how_to_load_it(run):
+def test_an_adapters_card_has_its_scores_its_recipe_and_how_to_load_it(run):
     score = {
         "scorer": "exact_match",
         "n": 8,
@@ -33,11 +33,11 @@ def test_an_adapter_says_how_it_was_made_and_how_to_load_it(run):
     assert yaml.safe_load(recipe) == yaml.safe_load(run.recipe_file.read_text())
 
 
-def test_training_writes_one_with_the_adapter(finished_run):
+def test_training_writes_a_card(finished_run):
     assert "# PERA adapter" in (finished_run.adapter.path / "README.md").read_text()
 
 
-def test_merged_models_and_exports_say_how_they_were_verified(run, tmp_path):
+def test_the_cards_of_merged_models_and_exports_have_the_verification(run, tmp_path):
     agreement = merge(locate(str(run.path)), tmp_path / "merged")
     merged = ModelCard.load(tmp_path / "merged" / "README.md")
     assert merged.data.library_name == "transformers"
@@ -52,18 +52,18 @@ def test_merged_models_and_exports_say_how_they_were_verified(run, tmp_path):
     ("base", "named"),
     [("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("some/model", "some/model"), ("/a/local/folder", None)],
 )
-def test_only_a_hub_id_is_named_as_base_model(run, base, named):
+def test_only_a_hub_id_is_the_base_model_in_the_metadata(run, base, named):
     write_card(run.adapter.path, "adapter", locate(str(run.path))._replace(run=None, base=base))
     assert ModelCard.load(run.adapter.path / "README.md").data.base_model == named
 
 
-def test_markdown_in_names_stays_text(run):
+def test_markdown_in_names_is_shown_as_text(run):
     base = "folder`](http://example.org) <b>"
     write_card(run.adapter.path, "adapter", locate(str(run.path))._replace(run=None, base=base))
     assert f"Base model: ``{base}``" in (run.adapter.path / "README.md").read_text()
 
 
-def test_an_adapter_of_another_method_is_not_called_pera(train_run, tmp_path):
+def test_the_card_of_another_method_does_not_mention_pera(train_run, tmp_path):
     run = train_run(tmp_path / "lora", "method={name: lora, r: 2, target_modules: [q_proj]}", "training.max_steps=1")
     card = (run.adapter.path / "README.md").read_text()
     assert "# LORA adapter" in card

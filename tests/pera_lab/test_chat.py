@@ -1,4 +1,4 @@
-"""Talking to a model in the terminal."""
+"""Chat with a model in the terminal."""
 
 import io
 
@@ -35,7 +35,7 @@ def talk(monkeypatch):
     return with_lines
 
 
-def test_an_answer_is_what_the_model_generates_and_both_sides_are_remembered(finished_run):
+def test_an_answer_is_what_the_model_generates_from_the_whole_conversation(finished_run):
     model, tokenizer = open_model(locate(str(finished_run.path)), "float32")
     talk = Conversation(model, tokenizer, max_new_tokens=5)
     first, second = talk.answer("one"), talk.answer("two")
@@ -47,7 +47,7 @@ def test_an_answer_is_what_the_model_generates_and_both_sides_are_remembered(fin
     assert tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip() == second
 
 
-def test_the_oldest_turns_make_room_where_the_model_reads_no_further(tokenizer):
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(tokenizer):
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 96}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
     talk = Conversation(model, tokenizer, max_new_tokens=200)
@@ -56,18 +56,18 @@ def test_the_oldest_turns_make_room_where_the_model_reads_no_further(tokenizer):
     assert [m["content"] for m in talk.messages if m["role"] == "user"][-1] == "message 3"
     assert len(talk.messages) < 8
     remembered = list(talk.messages)
-    with pytest.raises(UserError, match=r"^the message has \d+ tokens, and the model reads 96; give a shorter one"):
+    with pytest.raises(UserError, match=r"^the message has \d+ tokens, but the model reads at most 96; shorten it"):
         talk.answer("too long " * 40)
     assert talk.messages == remembered
 
 
 def test_a_message_that_is_too_long_does_not_end_the_chat(finished_run, talk):
     shown = talk(finished_run.path, "word " * 600, "/new")
-    assert "and the model reads 512; give a shorter one" in " ".join(shown.split())
-    assert "forgotten" in shown
+    assert "but the model reads at most 512; shorten it" in " ".join(shown.split())
+    assert "New conversation." in shown
 
 
-def test_comparing_shows_the_answers_of_base_and_adapter(finished_run, talk):
+def test_compare_shows_the_answers_of_base_model_and_adapter(finished_run, talk):
     model, tokenizer = open_model(locate(str(finished_run.path)), "float32")
     base = Conversation(model, tokenizer, base=True, max_new_tokens=6).answer("hello")
     adapted = Conversation(model, tokenizer, max_new_tokens=6).answer("hello")
@@ -77,18 +77,18 @@ def test_comparing_shows_the_answers_of_base_and_adapter(finished_run, talk):
     assert "adapter" in shown
 
 
-def test_comparing_needs_an_adapter(tiny_llama, talk):
+def test_compare_needs_an_adapter(tiny_llama, talk):
     with pytest.raises(UserError, match="--compare needs an adapter"):
         talk(tiny_llama, "hello", compare=True)
 
 
-def test_commands_end_and_forget(finished_run, talk, monkeypatch):
+def test_commands_start_a_new_conversation_and_exit(finished_run, talk, monkeypatch):
     answered = []
     monkeypatch.setattr(Conversation, "answer", lambda self, text, *_: answered.append((text, id(self))) or text)
     shown = talk(finished_run.path, "a", "", "/new", "b", "/quit", "never")
     assert [text for text, _ in answered] == ["a", "b"]
     assert answered[0][1] != answered[1][1]
-    assert "forgotten" in shown
+    assert "New conversation." in shown
 
 
 @pytest.mark.parametrize("compare", [False, True])
@@ -110,10 +110,3 @@ def test_escapes_and_markup_in_an_answer_are_shown_as_text(finished_run, talk, m
     shown = talk(finished_run.path, "hello", compare=compare)
     assert "\x1b" not in shown
     assert r"\x1b[31m[bold]x" in shown
-
-
-def test_env_lists_versions_and_what_is_missing(pera, monkeypatch):
-    monkeypatch.setattr("pera_lab.environment.PACKAGES", ("torch", "no-such-package"))
-    shown = pera("env").out
-    assert f"torch: {torch.__version__}" in shown
-    assert "no-such-package: not installed" in shown

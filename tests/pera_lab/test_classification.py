@@ -42,7 +42,7 @@ def test_other_rows_are_neither_trained_on_nor_scored(glue_run):
     record["test"]["sha256"] = "0" * 64
     glue_run.data_file.write_text(json.dumps(record))
     for command in (evaluate_run, run_effects, lambda run: train(run.recipe, run, resume=True)):
-        with pytest.raises(UserError, match=r"^task\.data: the file of 'test' is not the one that '.*' was begun with"):
+        with pytest.raises(UserError, match=r"^task\.data: the 'test' file changed since '.*' was started"):
             command(glue_run)
 
 
@@ -185,7 +185,7 @@ def test_it_exports_as_a_lora_with_its_head(glue_run, tmp_path, pera):
     assert pera("verify", glue_run.path, "lora").code == 0
 
 
-def test_its_card_loads_a_classifier_and_it_cannot_talk(glue_run, refused):
+def test_a_classifier_has_a_card_of_its_kind_and_does_not_chat(glue_run, refused):
     card = (glue_run.adapter.path / "README.md").read_text()
     assert "AutoPeftModelForSequenceClassification" in card
     assert "pipeline_tag: text-classification" in card

@@ -1,4 +1,4 @@
-"""The command line as a person uses it: what it does, and one sentence for everything that cannot be."""
+"""The command line: what each command does, and the one sentence it prints for each mistake."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def lora(tiny_llama, tmp_path):
     return tmp_path / "lora"
 
 
-# What the commands do
+# Commands
 
 
 def test_version_and_help(pera):
@@ -92,7 +92,7 @@ def test_the_packages_that_the_command_checks_are_those_of_the_extra():
     assert {names.get(package, package) for package in PACKAGES} == extra
 
 
-def test_from_recipe_to_verified_export(pera, recipe_file, tmp_path, finished_run):
+def test_train_evaluate_merge_export_and_verify(pera, recipe_file, tmp_path, finished_run):
     trained = pera("train", recipe_file, "training.max_steps=4", "--output", "run")
     assert trained.code == 0
     assert "Next: pera evaluate run" in trained.out
@@ -117,7 +117,7 @@ def test_from_recipe_to_verified_export(pera, recipe_file, tmp_path, finished_ru
     assert "largest logit difference" in other.out
 
 
-def test_without_output_a_run_goes_to_runs_and_can_be_resumed_by_its_recipe(pera, recipe_file, tmp_path):
+def test_run_in_the_default_folder_is_resumed_by_its_recipe(pera, recipe_file, tmp_path):
     overrides = ["training.max_steps=4", "training.save_steps=2"]
     assert pera("train", recipe_file, *overrides).code == 0
     (path,) = (tmp_path / "runs").iterdir()
@@ -131,9 +131,8 @@ def test_without_output_a_run_goes_to_runs_and_can_be_resumed_by_its_recipe(pera
     assert list((tmp_path / "runs").iterdir()) == [path]
 
 
-@pytest.mark.parametrize("logging_steps", [2, 10])
-def test_quickstart_does_everything_and_says_what_is_next(logging_steps, pera, tiny_llama, tmp_path):
-    overrides = [f"model.name={tiny_llama}", *SMALL_QUICKSTART, f"training.logging_steps={logging_steps}"]
+def test_quickstart_trains_scores_merges_and_exports_even_if_no_step_is_logged(pera, tiny_llama, tmp_path):
+    overrides = [f"model.name={tiny_llama}", *SMALL_QUICKSTART, "training.logging_steps=10"]
     done = pera("quickstart", *overrides, "--output", "run")
     assert done.code == 0
     for words in ("base model", "with adapter", "tokens/s", "same outputs", "loss picture", "Next:"):
@@ -146,13 +145,13 @@ def test_quickstart_does_everything_and_says_what_is_next(logging_steps, pera, t
     assert (run.path / "loss.svg").is_file()
 
 
-def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
+def test_failed_check_exits_with_1(pera, run, tiny_llama, tmp_path):
     outcome = pera("verify", tiny_llama, run.adapter.path)
     assert (outcome.code, outcome.err) == (1, "pera: the outputs differ.\n")
     assert "largest logit difference" in outcome.out
 
 
-# What the commands refuse: exit code 2, one line with key and value, nothing on the disk changed
+# Mistakes: exit code 2, one line with key and value, nothing changed on disk
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_a_check_that_fails_is_exit_code_1(pera, run, tiny_llama, tmp_path):
         ("export adapter --output x", ["--to lora, --to gguf or --for SERVER"]),
     ],
 )
-def test_a_usage_error(line, words, refused):
+def test_usage_errors_are_one_sentence(line, words, refused):
     refused(*line.split(), words=words)
 
 
@@ -183,15 +182,12 @@ def test_a_usage_error(line, words, refused):
         ("max_steps", ["'max_steps'", "key.subkey=value"]),
         ("training.epochs=1", ["max_steps", "epochs"]),
         ("method.r=0", ["r=0"]),
-        ("method.r=-1", ["r=-1"]),
         ("method.terms=cubes", ["terms='cubes'"]),
         ("method={name: pera, r: 1, terms: cross}", ["r=1", "terms='cross'"]),
         ("method={name: lora, r: 0}", ["method", "0"]),
-        ("method.target_modules=[nope]", ["target_modules", "'nope'"]),
         ("method.target_modules=[q_proj, v_prj]", ["target_modules", "'v_prj'", "'v_proj'"]),
         ("method.target_modules='q_proj, v_proj'", ["target_modules", "q_proj, v_proj"]),
         ("method.target_modules=[input_layernorm]", ["target_modules", "input_layernorm", "LlamaRMSNorm"]),
-        ("method={name: lora, target_modules: [nope]}", ["target_modules", "'nope'"]),
         ("method={name: lora, target_modules: [q_proj, nope]}", ["target_modules", "'nope'"]),
         ("method={name: lora, target_modules: [q_proj, 5]}", ["method: target_modules=", "should be a list of names"]),
         ("method={name: lora, rank_pattern: {q_prj: 2}}", ["method: rank_pattern: 'q_prj'", "'q_proj'"]),
@@ -211,7 +207,7 @@ def test_a_usage_error(line, words, refused):
         ("training.report_to=[nonsense]", ["training.report_to", "nonsense"]),
     ],
 )
-def test_a_recipe_that_cannot_be_trained(override, words, refused, recipe_file):
+def test_invalid_recipe_values_are_rejected(override, words, refused, recipe_file):
     refused("train", recipe_file, override, "--output", "run", words=words)
 
 
@@ -226,7 +222,7 @@ def test_a_recipe_that_cannot_be_trained(override, words, refused, recipe_file):
         ("modle: smollm2-135m", ["modle", "'model'"]),
     ],
 )
-def test_a_file_that_is_no_recipe(content, words, refused, tmp_path):
+def test_invalid_recipe_files_are_rejected(content, words, refused, tmp_path):
     if content is not None:
         (tmp_path / "mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     refused("train", "mine.yaml", "--output", "run", words=words)
@@ -237,7 +233,7 @@ def test_a_file_that_is_no_recipe(content, words, refused, tmp_path):
     [["train", "RECIPE"], ["quickstart"], ["merge", "run"], ["export", "run", "--to", "lora"]],
     ids=lambda command: command[0],
 )
-def test_an_output_that_is_not_empty(command, refused, run, recipe_file, tmp_path):
+def test_existing_output_is_rejected(command, refused, run, recipe_file, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -249,7 +245,7 @@ def test_an_output_that_is_not_empty(command, refused, run, recipe_file, tmp_pat
 
 @pytest.fixture
 def commands(refused):
-    """Checks that merge, export and verify refuse the adapter folder "adapter" alike."""
+    """Checks that merge, export and verify reject the adapter folder "adapter" in the same way."""
 
     def check(words, *, verify=True):
         refused("merge", "adapter", "--output", "out", words=words)
@@ -262,7 +258,7 @@ def commands(refused):
 
 @pytest.fixture
 def adapter(run, tmp_path):
-    """Folder of a trained adapter, "adapter" in the working folder, to be damaged."""
+    """A trained adapter in "adapter", for the test to damage."""
     return Path(shutil.copytree(run.adapter.path, tmp_path / "adapter"))
 
 
@@ -270,12 +266,12 @@ def adapter(run, tmp_path):
     ("name", "damage", "words"),
     [
         ("adapter_model.safetensors", Path.unlink, ["'adapter'", "has no adapter_model.safetensors"]),
-        ("adapter_model.safetensors", cut, ["adapter_model.safetensors'", "not a whole safetensors file"]),
-        ("adapter_config.json", Path.unlink, ["'adapter'", "neither a run folder, nor an adapter folder"]),
+        ("adapter_model.safetensors", cut, ["adapter_model.safetensors'", "not a complete safetensors file"]),
+        ("adapter_config.json", Path.unlink, ["'adapter'", "not a run folder, an adapter folder"]),
         ("adapter_config.json", cut, ["adapter_config.json'", "not valid JSON"]),
     ],
 )
-def test_a_broken_adapter_folder(name, damage, words, commands, adapter):
+def test_broken_adapter_folders_are_rejected(name, damage, words, commands, adapter):
     damage(adapter / name)
     commands(words)
 
@@ -288,7 +284,7 @@ def test_a_broken_adapter_folder(name, damage, words, commands, adapter):
         ({"num_hidden_layers": 3}, ["'adapter'", "does not fit the base model", "layers.2."]),
     ],
 )
-def test_an_adapter_for_another_base(options, words, commands, adapter, save_llama, tmp_path):
+def test_adapter_of_another_base_is_rejected(options, words, commands, adapter, save_llama, tmp_path):
     save_llama(tmp_path / "other", **options)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "other")
@@ -296,13 +292,13 @@ def test_an_adapter_for_another_base(options, words, commands, adapter, save_lla
     commands(words)
 
 
-def test_an_adapter_whose_base_is_gone(commands, adapter):
+def test_missing_base_is_rejected(commands, adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/model"}))
     commands(["model", "'/gone/model'"])
 
 
-def test_an_adapter_with_a_nan(commands, adapter, change_weights):
+def test_nan_in_an_adapter_is_rejected(commands, adapter, change_weights):
     def spoil(weights):
         next(iter(weights.values()))[0] = torch.nan
         return weights
@@ -311,7 +307,7 @@ def test_an_adapter_with_a_nan(commands, adapter, change_weights):
     commands(["NaNs detected"], verify=False)
 
 
-def test_a_lora_is_not_exported(refused, lora):
+def test_export_rejects_a_lora(refused, lora):
     refused("export", lora, "--to", "lora", "--output", "out", words=[str(lora), "LORA", "only a PERA adapter"])
 
 
@@ -325,7 +321,7 @@ def test_a_lora_is_not_exported(refused, lora):
         (["--to", "lora", "--energy", "1.5"], ["--energy=1.5", "above 0 and at most 1"]),
     ],
 )
-def test_what_an_adapter_cannot_be_exported_to(options, words, refused, run):
+def test_export_rejects_invalid_options(options, words, refused, run):
     refused("export", "run", *options, "--output", "out", words=words)
 
 
@@ -337,7 +333,7 @@ def test_what_an_adapter_cannot_be_exported_to(options, words, refused, run):
         ({"modules_to_save": ["lm_head"]}, ["--to", "gguf"], ["modules_to_save=['lm_head']", "cannot hold"]),
     ],
 )
-def test_what_an_export_cannot_carry(method, options, words, refused, save_llama, tmp_path):
+def test_export_rejects_what_its_target_cannot_carry(method, options, words, refused, save_llama, tmp_path):
     save_llama(tmp_path / "base", attention_bias=True, tie_word_embeddings=False)
     config = PeraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **method})
     get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).save_pretrained(
@@ -346,8 +342,8 @@ def test_what_an_export_cannot_carry(method, options, words, refused, save_llama
     refused("export", "adapter", *options, "--output", "out", words=words)
 
 
-def test_a_base_that_changed_since_the_training(refused, run, save_llama, tmp_path):
-    """Another model of the same shape where the recipe says: both are named."""
+def test_changed_base_is_rejected(refused, run, save_llama, tmp_path):
+    """The recipe points to another model of the same shape; the message names both models."""
     torch.manual_seed(1)
     other, trained_on = tmp_path / "other", run.recipe.model.name
     model = AutoModelForCausalLM.from_pretrained(trained_on)
@@ -355,14 +351,14 @@ def test_a_base_that_changed_since_the_training(refused, run, save_llama, tmp_pa
     shutil.copytree(trained_on, other)
     model.save_pretrained(other)
     run.recipe_file.write_text(run.recipe_file.read_text().replace(trained_on, str(other)))
-    words = [f"was trained on '{trained_on}' with the fingerprint", f"the base model '{other}' has"]
+    words = [f"was trained on '{trained_on}' with fingerprint", f"the base model '{other}' has"]
     refused("merge", "run", "--output", "out", words=words)
     for form in ("lora", "gguf"):
         refused("export", "run", "--to", form, "--output", "out", words=words)
     refused("verify", "run", "run", words=words)
 
 
-def test_a_gguf_base_of_another_architecture(pera, refused, run, tmp_path):
+def test_gguf_base_of_another_architecture_is_rejected(pera, refused, run, tmp_path):
     assert pera("export", "run", "--to", "gguf", "--output", "gguf").code == 0
     writer = gguf.GGUFWriter(tmp_path / "qwen2.gguf", "qwen2")
     writer.write_header_to_file()
@@ -372,17 +368,17 @@ def test_a_gguf_base_of_another_architecture(pera, refused, run, tmp_path):
     refused("verify", "run", "gguf", "--llama-cpp", "--base", "qwen2.gguf", words=words)
 
 
-def test_only_a_lora_is_imported(refused, run, lora):
+def test_import_rejects_a_pera_adapter(refused, run, lora):
     refused("import", "run", "--from", "lora", "--output", "out", words=["'run' is a PERA adapter", "only a LoRA"])
 
 
-def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
+def test_verify_rejects_what_is_not_a_model(refused, tiny_llama, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "folder").mkdir()
     for name, words in {
         "notes.txt": ["'notes.txt' is a file"],
-        "folder": ["'folder' is neither"],
-        "nothing": ["'nothing' is no embedded model"],
+        "folder": ["'folder' is not a run folder"],
+        "nothing": ["'nothing' is not an embedded model"],
         "./nothing": ["'./nothing' does not exist"],
         "nobody/model": ["'nobody/model' cannot be loaded"],
     }.items():
@@ -390,25 +386,27 @@ def test_what_is_no_model_is_not_verified(refused, tiny_llama, tmp_path):
         refused("verify", name, tiny_llama, words=words)
 
 
-def test_a_folder_of_lm_eval_tasks_that_is_none(refused, run):
+def test_include_path_must_be_a_folder(refused, run):
     words = ["--include-path='nope' is not a folder"]
     refused("evaluate", "run", "--lm-eval", "arc_easy", "--include-path", "nope", words=words)
 
 
-def test_a_report_is_html(refused, run, tmp_path):
+def test_report_output_must_end_in_html(refused, run, tmp_path):
     (tmp_path / "x.pdf").write_text("mine")
     refused("report", "run", "--output", "x.pdf", words=["--output='x.pdf'", "should end in .html"])
 
 
-@pytest.mark.parametrize("where", ["training.get_peft_model", "models.AutoModelForCausalLM.from_pretrained"])
 @pytest.mark.parametrize(
-    "error",
+    ("where", "error"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        ("training.get_peft_model", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        (
+            "models.AutoModelForCausalLM.from_pretrained",
+            RuntimeError("[enforce fail at alloc_cpu.cpp:126] . DefaultCPUAllocator: can't allocate memory: you"),
+        ),
     ],
 )
-def test_too_little_memory_is_one_sentence(error, where, refused, recipe_file, monkeypatch):
+def test_out_of_memory_is_one_sentence(where, error, refused, recipe_file, monkeypatch):
     def fail(*_, **__):
         raise error
 
@@ -417,7 +415,7 @@ def test_too_little_memory_is_one_sentence(error, where, refused, recipe_file, m
     refused("train", recipe_file, "--output", "run", words=words)
 
 
-def test_another_error_is_not_taken_for_too_little_memory(pera, recipe_file, monkeypatch):
+def test_other_runtime_errors_are_raised(pera, recipe_file, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a defect")
 
@@ -426,17 +424,17 @@ def test_another_error_is_not_taken_for_too_little_memory(pera, recipe_file, mon
         pera("train", recipe_file, "--output", "run")
 
 
-def test_only_a_run_is_evaluated(refused, finished_run, tiny_llama):
+def test_evaluate_needs_a_run_folder(refused, finished_run, tiny_llama):
     for name in (finished_run.adapter.path, tiny_llama):
         refused("evaluate", name, words=[f"'{name}' is not a run folder"])
 
 
-def test_a_model_without_an_adapter_is_neither_merged_nor_exported(refused, tiny_llama):
+def test_merge_and_export_need_an_adapter(refused, tiny_llama):
     refused("merge", tiny_llama, "--output", "out", words=[f"'{tiny_llama}' has no adapter"])
     refused("export", tiny_llama, "--to", "lora", "--output", "out", words=[f"'{tiny_llama}' has no adapter"])
 
 
-def test_an_unfinished_run_is_trained_on_first(refused, run):
+def test_unfinished_run_is_rejected(refused, run):
     shutil.rmtree(run.adapter.path)
     words = ["'run' is an unfinished run", "pera train run --resume"]
     refused("evaluate", "run", words=words)
@@ -444,7 +442,7 @@ def test_an_unfinished_run_is_trained_on_first(refused, run):
     refused("export", "run", "--to", "lora", "--output", "out", words=words)
 
 
-def test_what_cannot_be_resumed(refused, run, recipe_file, tmp_path):
+def test_resume_rejects_missing_finished_and_changed_runs(refused, run, recipe_file, tmp_path):
     refused("train", recipe_file, "--resume", words=["--resume", "no unfinished run of 'small'"])
     refused("train", recipe_file, "--resume", "--output", "none", words=["--resume", "'none' is not a run folder"])
     for arguments in (["run"], [recipe_file, "--output", "run"]):
@@ -456,7 +454,7 @@ def test_what_cannot_be_resumed(refused, run, recipe_file, tmp_path):
     refused("train", recipe_file, "--output", "run", words=["'run' exists and is not empty"])
 
 
-def test_a_resume_that_fails_leaves_the_run_as_it_was(refused, run):
+def test_failed_resume_leaves_the_run_unchanged(refused, run):
     shutil.rmtree(run.adapter.path)
     shutil.rmtree(run.checkpoints)
     run.metrics_file.unlink()
@@ -465,7 +463,7 @@ def test_a_resume_that_fails_leaves_the_run_as_it_was(refused, run):
     refused("train", "run", "--resume", words=["model", "'/gone/model'"])
 
 
-def test_a_training_that_fails_before_its_first_step_leaves_nothing(pera, recipe_file, tree, monkeypatch):
+def test_training_that_fails_before_its_first_step_leaves_nothing(pera, recipe_file, tree, monkeypatch):
     def fail(*_, **__):
         raise UserError("no memory")
 
@@ -475,7 +473,7 @@ def test_a_training_that_fails_before_its_first_step_leaves_nothing(pera, recipe
     assert tree() == before
 
 
-def test_a_quickstart_with_a_mistake_leaves_nothing(pera, tiny_llama, tree):
+def test_rejected_quickstart_leaves_nothing(pera, tiny_llama, tree):
     overrides = [f"model.name={tiny_llama}", *SMALL_QUICKSTART, "method.target_modules=[nope]"]
     before = tree()
     outcome = pera("quickstart", *overrides, "--output", "run")
@@ -484,17 +482,26 @@ def test_a_quickstart_with_a_mistake_leaves_nothing(pera, tiny_llama, tree):
     assert tree() == before
 
 
-# The same in a process of its own
+# In a separate process
 
 
-@pytest.mark.parametrize("command", [[sys.executable, "-m", "pera"], [str(Path(sys.executable).parent / "pera")]])
-def test_the_installed_command_prints_one_line_and_no_traceback(command, recipe_file, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [[sys.executable, "-m", "pera"], [sys.executable, "-m", "pera_lab"], [str(Path(sys.executable).parent / "pera")]],
+)
+def test_script_and_modules_run_the_command(command):
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, f"pera {package.__version__}\n")
+
+
+def test_mistake_is_one_line_without_a_traceback(recipe_file, tmp_path):
     arguments = ["train", recipe_file, "method.target_modules=[q_proj, nope]", "--output", tmp_path / "run"]
-    result = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pera_lab", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
     said = [line for line in result.stderr.splitlines() if not line.startswith(("Failed to load", "W1", "W0"))]
-    assert len(said) == 1, "beside what torchao and bitsandbytes say of themselves when they are imported"
+    assert len(said) == 1, "apart from the messages of torchao and bitsandbytes at import"
     assert said[0].startswith("pera: ")
     assert "'nope'" in said[0]
     assert not (tmp_path / "run").exists()
@@ -539,7 +546,7 @@ print(json.dumps(outcomes))
 """
 
 
-def test_a_full_disk_is_one_sentence_and_what_was_there_is_kept(
+def test_full_disk_is_one_sentence_and_keeps_existing_files(
     python, pera, run, recipe_file, tree, tmp_path, finished_run
 ):
     before = tree()
@@ -569,8 +576,8 @@ def test_a_full_disk_is_one_sentence_and_what_was_there_is_kept(
 
 
 @pytest.mark.slow
-def test_the_quickstart_on_the_embedded_model(pera, fresh_logits, tmp_path):
-    """The demo, cut to 20 steps: merge and export agree with the adapter, in pera's own check and in plain PEFT's."""
+def test_quickstart_on_the_embedded_model(pera, fresh_logits, tmp_path):
+    """The quickstart with 20 steps: merge and export agree with the adapter in pera and in plain PEFT."""
     torch.set_num_threads(2)
     overrides = ["model.dtype=float32", "training.max_steps=20", "task.test_size=8", "task.train_size=160"]
     done = pera("quickstart", *overrides, "--output", "run")

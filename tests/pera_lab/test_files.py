@@ -1,4 +1,4 @@
-"""What was on the disk stays whole until what comes is complete."""
+"""Files and folders are replaced only by complete ones, and broken files are reported."""
 
 import os
 import stat
@@ -7,11 +7,20 @@ import pytest
 from safetensors import SafetensorError
 
 from pera.errors import UserError
-from pera_lab.files import Journal, atomic_folder, disk_errors, read_json, require_free, write_atomic, write_json
+from pera_lab.files import (
+    Journal,
+    atomic_folder,
+    disk_errors,
+    read_json,
+    read_lines,
+    require_free,
+    write_atomic,
+    write_json,
+)
 
 
 def begin(target, error):
-    """Begin to write a folder, and fail."""
+    """Start to write a folder, and fail."""
     with atomic_folder(target) as partial:
         (partial / "file").touch()
         raise error
@@ -36,7 +45,7 @@ def test_an_empty_folder_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_what_a_link_leads_to_is_replaced(there, tmp_path):
+def test_the_target_of_a_link_is_replaced(there, tmp_path):
     target = tmp_path / "disk" / "target"
     target.mkdir(parents=True)
     (tmp_path / "link").symlink_to(target)
@@ -49,7 +58,7 @@ def test_what_a_link_leads_to_is_replaced(there, tmp_path):
     assert [path.name for path in target.iterdir()] == ["file"]
 
 
-def test_a_mount_point_is_refused_where_it_would_be_replaced(tmp_path, monkeypatch):
+def test_a_mount_point_is_rejected_if_it_would_be_replaced(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "mounted")
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
@@ -77,7 +86,7 @@ def test_an_error_leaves_no_folder(tmp_path, error):
         RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device"),
     ],
 )
-def test_a_full_disk_leaves_no_folder_and_gives_one_sentence(tmp_path, error):
+def test_a_full_disk_leaves_no_folder_and_is_reported_in_one_sentence(tmp_path, error):
     target = tmp_path / "target"
     with pytest.raises(UserError) as caught:
         begin(target, error)
@@ -88,12 +97,12 @@ def test_a_full_disk_leaves_no_folder_and_gives_one_sentence(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_that_are_not_the_disk_pass_unchanged(tmp_path):
+def test_other_errors_pass_unchanged(tmp_path):
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), disk_errors(tmp_path):
         raise RuntimeError("shapes differ")
 
 
-def test_a_folder_with_content_is_refused_and_kept(tmp_path):
+def test_a_folder_with_content_is_rejected_and_kept(tmp_path):
     target = tmp_path / "full"
     target.mkdir()
     (target / "mine").write_text("mine")
@@ -103,7 +112,7 @@ def test_a_folder_with_content_is_refused_and_kept(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_file_is_refused_as_a_folder(tmp_path):
+def test_a_file_is_rejected_as_a_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"'.*file' is a file"):
         require_free(tmp_path / "file")
@@ -112,7 +121,7 @@ def test_a_file_is_refused_as_a_folder(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_free_are_what_is_absent_and_what_is_empty(tmp_path):
+def test_an_absent_or_empty_folder_is_free(tmp_path):
     require_free(tmp_path)
     require_free(tmp_path / "absent")
 
@@ -143,21 +152,36 @@ def test_a_file_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_others_can_read_what_is_written_as_they_can_any_new_file(tmp_path):
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_new_files_have_the_permissions_of_any_other_file(tmp_path):
     (tmp_path / "ordinary").touch()
+    (tmp_path / "ordinary folder").mkdir()
     write_atomic(tmp_path / "file", "text")
     with atomic_folder(tmp_path / "folder") as partial:
-        (partial / "file").touch()
-    (tmp_path / "ordinary folder").mkdir()
+        (partial / "private").touch(mode=0o600)  # as safetensors creates its files
 
     def mode(name):
         return stat.filemode((tmp_path / name).stat().st_mode)
 
-    assert mode("file") == mode("ordinary")
+    assert mode("file") == mode("folder/private") == mode("ordinary") == "-rw-r--r--"
     assert mode("folder") == mode("ordinary folder")
 
 
-def test_a_journal_leaves_out_what_is_no_result(tmp_path):
+def test_lines_after_a_broken_one_are_not_read(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    assert read_lines(file) == []
+    file.write_text('{"a": 1}\n[5]\n{"b": 2}\n{"c": 3, "d\n{"e": 4}\n{"f": 5}\n')
+    assert read_lines(file) == [{"a": 1}, {"b": 2}]
+
+
+def test_a_journal_ignores_lines_that_are_not_results(tmp_path):
     Journal(tmp_path / "a", {"x": 1}).add({0: {"y": 2}})
     with (tmp_path / "a").open("a") as file:
         file.write('{}\n{"index": 1}\n')
@@ -170,7 +194,7 @@ def test_json_is_read_as_it_was_written(tmp_path):
     assert read_json(tmp_path / "file.json") == value
 
 
-def test_json_that_is_missing_or_cut_off_is_named(tmp_path):
+def test_missing_or_truncated_json_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"'.*none\.json' cannot be read: No such file or directory"):
         read_json(tmp_path / "none.json")
     for content in (b'{"a": 1', b"", b"\xff\xfe"):

@@ -199,11 +199,11 @@ def test_an_installed_package_adds_a_method(install):
     ("source", "sentence"),
     [
         ("import nowhere", "'acme:METHODS' of package 'acme' cannot be loaded (ModuleNotFoundError: No module named"),
-        ("METHODS = 3", "'acme:METHODS' of package 'acme' cannot be loaded (TypeError: "),
-        ("METHODS = {'vera': 3}", "'vera' of package 'acme' is 3; it should be a Method."),
+        ("METHODS = 3", "'acme:METHODS' of package 'acme' should be a table of Method objects by name."),
+        ("METHODS = {'vera': 3}", "'acme:METHODS' of package 'acme' should be a table of Method objects by name."),
         (
             "from pera_lab.methods import BUILT_IN as METHODS",
-            "both define the method 'pera'; uninstall",
+            "packages 'acme' and 'pera' both define 'pera'; uninstall one of them.",
         ),
     ],
 )
@@ -217,5 +217,5 @@ def test_a_mistake_in_a_package_is_named_with_its_package(source, sentence, inst
 def test_without_an_installation_the_remedy_is_to_install(monkeypatch):
     monkeypatch.setattr("pera_lab.methods.GROUP", "pera.nothing")
     known_methods.cache_clear()
-    with pytest.raises(UserError, match="own methods are not registered; reinstall pera"):
+    with pytest.raises(UserError, match="own entry points are not registered; reinstall pera"):
         known_methods()  # an error is not cached

@@ -1,4 +1,4 @@
-"""Text from outside is shown, never obeyed."""
+"""Control characters in text are shown, not executed."""
 
 import pytest
 
@@ -14,7 +14,8 @@ from pera_lab.text import visible
         ("carriage\rreturn and windows\r\nline", "carriage\\x0dreturn and windows\\x0d\nline"),
         ("\x9b31m", r"\x9b31m"),
         ("abc\u202edef", r"abc\u202edef"),
+        ("\x7f\u2066\ufeff\u2028\ud800", r"\x7f\u2066\ufeff\u2028\ud800"),
     ],
 )
-def test_control_characters_become_visible(text, shown):
+def test_control_characters_are_shown_as_codes(text, shown):
     assert visible(text) == shown

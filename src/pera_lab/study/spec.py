@@ -347,9 +347,9 @@ def _overrides(changes: list[tuple[str, Any]]) -> tuple[str, ...]:
 def _common_options(base: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     """The options of the base recipe's method that all methods take over."""
     method = _base_method(base, overrides)
-    words = find_method(method["name"]).words
-    found = {word: method.get(words.get(word, word), method.get(word)) for word in _COMMON_OPTIONS}
-    return {word: value for word, value in found.items() if value is not None}
+    aliases = find_method(method["name"]).aliases
+    found = {name: method.get(aliases.get(name, name), method.get(name)) for name in _COMMON_OPTIONS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @lru_cache

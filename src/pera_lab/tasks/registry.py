@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
 from pera.errors import UserError, nearest
+from pera_lab.plugins import check_unique, load_plugins
 from pera_lab.sections import name_alone
 from pera_lab.tasks.base import Task
 
@@ -17,29 +17,22 @@ GROUP = "pera.tasks"
 
 @cache
 def families() -> dict[str, type[Task]]:
-    """The registered classes by the name of their entry point.
+    """The families of all installed packages, by the name of their entry point.
 
     Raises:
-        UserError: a class cannot be imported, is not a task, or declares a name that another one declares too.
+        UserError: a family cannot be loaded or is not a task, or two families declare one name.
     """
     found: dict[str, type[Task]] = {}
     owners: dict[str, str] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        try:
-            family = entry.load()
-        except Exception as error:  # the code of another package can raise anything
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise UserError(
-                f"entry point {entry.name!r} in {GROUP!r}: {entry.value} cannot be imported: {reason}."
-            ) from error
+    for plugin in load_plugins(GROUP):
+        family = plugin.loaded
         if not (isinstance(family, type) and issubclass(family, Task)):
             raise UserError(
-                f"entry point {entry.name!r} in {GROUP!r}: {entry.value} should be a subclass of pera_lab.tasks.Task."
+                f"{GROUP}: {plugin.value!r} of package {plugin.package!r} should be a class derived from Task."
             )
         for name in family.task_names:
-            if (owner := owners.setdefault(name, entry.value)) != entry.value:
-                raise UserError(f"task {name!r} is declared by both {owner} and {entry.value}; uninstall one package.")
-        found[entry.name] = family
+            check_unique(GROUP, owners, plugin, name)
+        found[plugin.name] = family
     return found
 
 

@@ -66,8 +66,7 @@ WHISPER = {
 
 
 class Architecture(NamedTuple):
-    """What makes a base model, what it is given, PEFT's choice of targets (None where it has none), the task, and the
-    heads that are trained in full."""
+    """A base model, its inputs, PEFT's choice of targets (None if it has none), the task, and the heads to train."""
 
     make: Callable[[], nn.Module]
     given: dict
@@ -77,7 +76,7 @@ class Architecture(NamedTuple):
 
 
 def of(model_class, config_class, **options):
-    """Makes a model from a configuration, without dropout, always the same one."""
+    """A function that makes the same model each time, without dropout."""
 
     def make():
         torch.manual_seed(0)
@@ -158,7 +157,7 @@ def adapted(architecture, **options):
 
 
 def outputs(model, given):
-    """Logits, or the two of a question."""
+    """The logits. Question answering has two, start and end."""
     with torch.no_grad():
         found = model(**given)
     return found.logits if "logits" in found else torch.stack([found.start_logits, found.end_logits])
@@ -168,14 +167,14 @@ def names(model):
     return {name.rpartition(".")[2] for name in layers(model)}
 
 
-def test_all_linear_adapts_the_layers_but_not_the_head(architecture):
+def test_all_linear_adapts_all_layers_except_the_head(architecture):
     base = architecture.make()
     linear = {name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     output = {name for name, module in base.named_modules() if module is base.get_output_embeddings()}
     assert set(layers(adapted(architecture))) == linear - output - set(architecture.heads)
 
 
-def test_without_targets_it_is_the_choice_of_peft(architecture):
+def test_default_targets_are_the_choice_of_peft(architecture):
     if architecture.chosen is None:
         with pytest.raises(ValueError, match="Please specify `target_modules`"):
             adapted(architecture, target_modules=None)
@@ -183,7 +182,7 @@ def test_without_targets_it_is_the_choice_of_peft(architecture):
         assert names(adapted(architecture, target_modules=None)) == architecture.chosen
 
 
-def test_it_starts_as_the_base_and_learns(architecture):
+def test_training_starts_at_the_base_and_lowers_the_loss(architecture):
     model, base = adapted(architecture), architecture.make()
     assert torch.equal(outputs(model, architecture.given), outputs(base, architecture.given))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
@@ -204,7 +203,7 @@ def test_it_starts_as_the_base_and_learns(architecture):
     assert {name.partition(".")[0] for name in changed} == set(architecture.heads)
 
 
-def test_saved_and_loaded_gives_equal_outputs(architecture, tmp_path):
+def test_a_loaded_adapter_gives_equal_outputs(architecture, tmp_path):
     model = adapted(architecture, init_weights=False)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -218,7 +217,7 @@ def test_saved_and_loaded_gives_equal_outputs(architecture, tmp_path):
     assert torch.equal(outputs(loaded, architecture.given), expected)
 
 
-def test_merged_is_the_base_architecture_with_equal_outputs(architecture):
+def test_a_merged_model_has_the_base_architecture_and_equal_outputs(architecture):
     model = adapted(architecture, init_weights=False)
     expected = outputs(model, architecture.given)
     merged = model.merge_and_unload(safe_merge=True)

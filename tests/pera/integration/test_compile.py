@@ -1,4 +1,4 @@
-"""``torch.compile``: equal to eager, in one graph, compiled once, and never behind the adapter."""
+"""torch.compile: the same outputs as eager, in one graph, compiled once, and always with the current adapter."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from pera import PeraConfig
-from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, relative_error
+from reference import relative_error
 from tiny import VOCABULARY, adapt, gpt2, layers, linear, llama, logits, tokens
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="the default backend needs a C++ compiler")
@@ -18,23 +18,23 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="the default
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """No graph is left from another test."""
+    """Remove the graphs of other tests."""
     torch._dynamo.reset()
     counters.clear()
 
 
 def graphs():
-    """How many graphs have been compiled since the test began."""
+    """Number of graphs compiled since the test began."""
     return counters["stats"]["unique_graphs"]
 
 
 def compiled(model, backend="aot_eager"):
-    """The model compiled as one graph: where a graph would break, it is an error."""
+    """The model compiled as one graph. A graph break is an error."""
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
 def network(**options):
-    """Two adapted layers, quick to compile."""
+    """Two adapted layers, which compile quickly."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(9, 16), nn.Tanh(), nn.Linear(16, 7))
     return adapt(base, **{"r": 2, "target_modules": ["0", "2"], "normalization": "rms", **options})
@@ -43,9 +43,9 @@ def network(**options):
 def language_model(make=llama, **options):
     targets = {llama: ["q_proj", "down_proj"], gpt2: ["c_fc"]}[make]
     model = adapt(make(), **{"r": 2, "target_modules": targets, "normalization": "rms", **options})
-    model.base_model.model.loss_type = "ForCausalLM"  # GPT-2 has none, and says so, which breaks its graph
+    model.base_model.model.loss_type = "ForCausalLM"  # GPT-2 would warn that it has none, which breaks the graph
     for module in model.modules():
-        if isinstance(module, nn.Dropout):  # of GPT-2, which draws otherwise when compiled
+        if isinstance(module, nn.Dropout):  # compiled dropout draws other numbers
             module.p = 0.0
     return model
 
@@ -71,7 +71,7 @@ def check_equal(found, expected, tolerance=1e-4):
 
 
 def check_language_model(model, compiled):
-    """The same loss and gradients in training, the same logits in evaluation."""
+    """Check that loss and gradients in training and logits in evaluation are the same."""
     losses = [m.train()(input_ids=tokens(), labels=tokens()).loss for m in (model, compiled)]
     assert losses[1].item() == pytest.approx(losses[0].item(), abs=1e-4)
     expected, found = (gradients(model, loss) for loss in losses)
@@ -83,7 +83,7 @@ def check_language_model(model, compiled):
 
 
 @needs_compiler
-def test_a_layer_compiles_to_the_same_gradients():
+def test_a_compiled_layer_gives_the_same_gradients():
     layer, x = linear(normalization="rms").train(), torch.randn(4, 9)
     expected, found = (gradients(layer, f(x).square().sum()) for f in (layer, torch.compile(layer)))
     check_equal(found, expected, 1e-5)
@@ -92,7 +92,7 @@ def test_a_layer_compiles_to_the_same_gradients():
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_a_model_compiles_to_the_same(make):
+def test_a_compiled_model_gives_the_same_logits(make):
     model = language_model(make, target_modules="all-linear")
     check_language_model(model, torch.compile(model))
     assert graphs() == 2
@@ -108,17 +108,25 @@ def test_a_model_is_one_graph_in_training_and_one_in_evaluation(make):
     assert graphs() == 2
 
 
-def test_no_graph_breaks():
-    model = language_model(pera_dropout=0.1)
+def test_dropout_does_not_break_the_graph():
+    layer = linear(pera_dropout=0.1)
     for training in (True, False):
-        found = torch._dynamo.explain(model.train(training))(input_ids=tokens())
+        found = torch._dynamo.explain(layer.train(training))(torch.randn(4, 9))
         assert found.graph_count == 1
         assert found.break_reasons == []
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize(
+    ("terms", "coefficients", "normalization"),
+    [
+        ("all", "learned", "none"),
+        ("all", "learned", "centred"),
+        ("all", "fixed", "rms"),
+        ("square", "learned", "rms"),
+        ("cross", "fixed", "none"),
+        ("none", "learned", "none"),
+    ],
+)
 def test_a_layer_is_one_graph_with_every_option(terms, coefficients, normalization):
     layer, x = linear(r=2, terms=terms, coefficients=coefficients, normalization=normalization), torch.randn(4, 9)
     functions = (layer, compiled(layer, backend="eager"))
@@ -136,8 +144,8 @@ def test_autocast_compiles():
         torch.testing.assert_close(evaluate(fast, x), evaluate(layer, x))
 
 
-def test_what_is_compiled_does_not_grow_with_the_rank():
-    """Else compiling takes seconds for each layer, minutes for a model."""
+def test_the_compiled_graph_does_not_grow_with_the_rank():
+    """Otherwise compiling takes seconds for a layer and minutes for a model."""
     sizes = []
 
     def count(graph, inputs):
@@ -181,7 +189,7 @@ def test_training_compiles_once_and_follows_the_optimizer():
     assert graphs() == 2
 
 
-def test_inputs_of_other_lengths_compile_once_more_at_most():
+def test_other_input_lengths_compile_at_most_once_more():
     model = network()
     fast = compiled(model)
     for length in (5, 6, 7, 9, 12):
@@ -190,7 +198,7 @@ def test_inputs_of_other_lengths_compile_once_more_at_most():
     assert graphs() <= 2
 
 
-def test_what_changes_the_adapter_changes_the_compiled_model():
+def test_changes_of_the_adapter_reach_the_compiled_model():
     model, x = network(), torch.randn(4, 9)
     fast = compiled(model)
     model.add_adapter("second", PeraConfig(r=2, target_modules=["0"], init_weights=False))
@@ -218,7 +226,7 @@ def test_what_changes_the_adapter_changes_the_compiled_model():
     follows()
 
 
-def test_setting_an_adapter_back_compiles_nothing():
+def test_setting_an_adapter_again_compiles_nothing():
     model, x = network(), torch.randn(4, 9)
     fast = compiled(model)
     model.add_adapter("second", PeraConfig(r=3, target_modules=["0"], init_weights=False))
@@ -228,7 +236,7 @@ def test_setting_an_adapter_back_compiles_nothing():
     assert graphs() == 2
 
 
-def test_a_compiled_model_merges():
+def test_a_compiled_model_can_be_merged():
     model, x = network(), torch.randn(4, 9)
     fast, expected = compiled(model), evaluate(model, x)
     assert relative_error(evaluate(fast, x), expected) <= 1e-5
@@ -241,7 +249,7 @@ def test_a_compiled_model_merges():
 # Around it
 
 
-def test_a_compiled_model_is_saved_like_any_other(tmp_path):
+def test_a_compiled_model_can_be_saved(tmp_path):
     model, x = network(), torch.randn(4, 9)
     fast = compiled(model)
     expected = evaluate(fast, x)
@@ -251,7 +259,7 @@ def test_a_compiled_model_is_saved_like_any_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trainer_compiles(tmp_path):
+def test_the_trainer_can_compile_the_model(tmp_path):
     data = [{"input_ids": row, "labels": row} for row in torch.arange(64).reshape(8, 8) * 7 % VOCABULARY]
     options = {"max_steps": 3, "logging_steps": 1, "report_to": [], "use_cpu": True, "learning_rate": 1e-2}
 
@@ -265,7 +273,7 @@ def test_a_trainer_compiles(tmp_path):
     assert graphs() > 0
 
 
-def test_an_exported_program_gives_the_same():
+def test_an_exported_program_gives_the_same_output():
     model = language_model()
     with torch.no_grad():
         program = torch.export.export(model, (), {"input_ids": tokens(), "use_cache": False})

@@ -1,4 +1,4 @@
-"""Generation: with and without a cache, by every strategy, merged and unmerged."""
+"""Generation with every strategy, with and without a cache, merged and unmerged."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def t5():
 
 
 def base(make):
-    """A model whose logits lie far apart, so that equal logits are equal tokens, and which never ends early."""
+    """A model that never stops early, with logits so far apart that rounding does not change tokens."""
     model = make()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1 if make is t5 else 20)
@@ -52,23 +52,23 @@ def same(found, expected):
     assert relative_error(torch.stack(found.logits), torch.stack(expected.logits)) <= 1e-4
 
 
-def test_with_a_cache_as_without(model, strategy):
+def test_generation_with_a_cache_equals_generation_without(model, strategy):
     cached = generate(model, **strategy, use_cache=True)
     same(generate(model, **strategy, use_cache=False), cached)
     with model.disable_adapter():
         assert not torch.equal(generate(model, **strategy).sequences, cached.sequences)
 
 
-def test_with_a_static_cache_as_without(model):
+def test_generation_with_a_static_cache_equals_generation_without(model):
     same(generate(model, do_sample=False, cache_implementation="static"), generate(model, do_sample=False))
 
 
-def test_merged_as_unmerged(model, strategy):
+def test_merged_generation_equals_unmerged_generation(model, strategy):
     expected = generate(model, **strategy)
     same(generate(model.merge_and_unload(), **strategy), expected)
 
 
-def test_a_padded_prompt_as_alone():
+def test_a_padded_prompt_generates_the_same_tokens():
     model = adapt(base(llama), target_modules="all-linear", normalization="rms")
     alone = generate(model, tokens()[1:, 2:], do_sample=False).sequences[0, 4:]
     mask = torch.ones_like(tokens())
@@ -77,16 +77,16 @@ def test_a_padded_prompt_as_alone():
     assert torch.equal(padded, alone)
 
 
-def test_drafted_by_the_base_as_alone():
-    """Assisted generation: the base model proposes, the adapted one decides."""
+def test_drafting_with_the_base_generates_the_same_tokens():
+    """In assisted generation the base model proposes tokens and the adapted model accepts them."""
     model = adapt(base(llama), target_modules=["q_proj"])
     one = tokens()[:1]
     expected = generate(model, one, do_sample=False)
     same(generate(model, one, do_sample=False, assistant_model=base(llama)), expected)
 
 
-def test_training_goes_on_after_generation(model):
-    """What is kept in evaluation is not used for the next step's gradients, nor after it."""
+def test_training_works_after_generation(model):
+    """The expansions that a call keeps in evaluation are not used in the next training step."""
     before = generate(model, do_sample=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model.train()(tokens(), labels=tokens()).loss.backward()
@@ -96,7 +96,7 @@ def test_training_goes_on_after_generation(model):
     same(generate(model.merge_and_unload(), do_sample=False), after)
 
 
-def test_the_pipeline_takes_the_model(tiny_llama):
+def test_a_pipeline_accepts_the_model(tiny_llama):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     model = adapt(AutoModelForCausalLM.from_pretrained(tiny_llama), target_modules="all-linear", task_type="CAUSAL_LM")
     options = {"max_new_tokens": 6, "do_sample": False}

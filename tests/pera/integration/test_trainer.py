@@ -25,7 +25,7 @@ def config(**options):
 
 
 def adapted(make=llama, **options):
-    """A model with an adapter, always the same one."""
+    """A model with an adapter, the same each time."""
     base = make()
     torch.manual_seed(1)
     return get_peft_model(base, config(**options))
@@ -62,14 +62,14 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_the_loss_falls_and_the_base_stays(make, tmp_path):
+def test_training_lowers_the_loss_and_keeps_the_base(make, tmp_path):
     model = adapted(make)
     trained = train(model, tmp_path, max_steps=20)
     assert losses(trained)[-1] < losses(trained)[0] - 0.2
     assert equal(model.unload().state_dict(), make().state_dict())
 
 
-def test_a_checkpoint_holds_the_adapter_alone(tmp_path):
+def test_a_checkpoint_contains_only_the_adapter(tmp_path):
     model = adapted()
     train(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     checkpoint = tmp_path / "checkpoint-2"
@@ -92,7 +92,7 @@ def test_resumed_training_gives_the_same_adapter(dropout, tmp_path):
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
-    """Told that a greater loss is better, it takes the first one."""
+    """If a greater loss counts as better, the first checkpoint is the best."""
     model = adapted()
     every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -105,7 +105,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
 
 
 def test_every_evaluation_sees_the_last_step(tmp_path):
-    """No kept expansion outlives the steps between two evaluations."""
+    """An evaluation does not use expansions from before the last training steps."""
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     found = losses(train(adapted(), tmp_path, max_steps=4, **every), "eval_loss")
     loaded = [PeftModel.from_pretrained(llama(), tmp_path / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
@@ -114,7 +114,7 @@ def test_every_evaluation_sees_the_last_step(tmp_path):
 
 
 def gradients(model):
-    """Gradients of the loss, and how often the forward of a layer ran for them."""
+    """Gradients of the loss, and the number of forward calls of a layer."""
     calls = []
     model.get_submodule(QUERY.removesuffix(".pera_A")).register_forward_hook(lambda *_: calls.append(1))
     torch.manual_seed(2)
@@ -142,7 +142,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     ],
     ids=["checkpointing", "reentrant checkpointing", "accumulation"],
 )
-def test_what_saves_memory_gives_the_same_adapter(options, tmp_path):
+def test_memory_saving_options_give_the_same_adapter(options, tmp_path):
     plain, saving, steps = random(), random(), {"max_steps": 3, "optim": "sgd", "learning_rate": 0.3}
     train(plain, tmp_path, **steps)
     train(saving, tmp_path, **steps, **options)
@@ -176,7 +176,7 @@ def test_an_adapter_added_by_transformers_is_trained_and_saved(tmp_path):
     assert torch.equal(logits(loaded), logits(model.eval()))
 
 
-def test_an_adapter_is_trained_beside_a_frozen_one(tmp_path):
+def test_an_adapter_can_be_trained_next_to_a_frozen_one(tmp_path):
     model = random()
     frozen = weights(model)
     model.add_adapter("second", config(r=2, target_modules=["q_proj"]))

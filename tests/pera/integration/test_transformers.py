@@ -1,4 +1,4 @@
-"""transformers' own adapter methods, without ``PeftModel``: add, load, set, disable, delete, save."""
+"""The adapter methods of transformers, without PeftModel: add, load, set, disable, delete, save."""
 
 import json
 
@@ -18,7 +18,7 @@ def config(**options):
 
 
 def added(*configs, make=llama):
-    """A model with adapters "first", "second" added by transformers; the last one is active."""
+    """A model to which transformers added adapters "first", "second", … The last is active."""
     model = make()
     for seed, (name, options) in enumerate(zip(("first", "second"), configs, strict=False), start=1):
         torch.manual_seed(seed)
@@ -48,7 +48,7 @@ def saved(base_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_an_added_adapter_is_that_of_get_peft_model(make, normalization):
+def test_an_added_adapter_equals_that_of_get_peft_model(make, normalization):
     model = added({"normalization": normalization}, make=make)
     base = make()
     torch.manual_seed(1)
@@ -58,7 +58,7 @@ def test_an_added_adapter_is_that_of_get_peft_model(make, normalization):
     assert torch.equal(logits(model), logits(same))
 
 
-def test_an_added_adapter_alone_is_trained():
+def test_only_the_added_adapter_is_trained():
     model = added({})
     assert trained_names(model) == {name for name, _ in model.named_parameters() if ".pera_" in name}
     model(tokens(), labels=tokens()).loss.backward()
@@ -104,7 +104,7 @@ def test_a_loaded_adapter_gives_the_outputs_it_was_saved_with(saved, low_cpu_mem
     assert not trained_names(model)
 
 
-def test_an_adapter_loaded_to_be_trained_is_trained(saved):
+def test_a_loaded_adapter_can_be_trained(saved):
     folder, expected = saved
     model = llama()
     model.load_adapter(str(folder), is_trainable=True)
@@ -112,7 +112,7 @@ def test_an_adapter_loaded_to_be_trained_is_trained(saved):
     assert trained_names(model) == {name for name, _ in model.named_parameters() if ".pera_" in name}
 
 
-def test_an_adapter_loads_beside_another(saved):
+def test_an_adapter_can_be_loaded_next_to_another(saved):
     folder, expected = saved
     model = added({"target_modules": ["q_proj"]})
     alone = logits(model)
@@ -123,7 +123,7 @@ def test_an_adapter_loads_beside_another(saved):
     assert torch.equal(logits(model), alone)
 
 
-def test_an_adapter_loads_from_tensors(saved):
+def test_an_adapter_can_be_loaded_from_tensors(saved):
     folder, expected = saved
     model = llama()
     weights = load_file(folder / "adapter_model.safetensors")
@@ -131,12 +131,12 @@ def test_an_adapter_loads_from_tensors(saved):
     assert torch.equal(logits(model), expected)
 
 
-def test_the_folder_of_an_adapter_is_enough_for_the_model(saved):
+def test_from_pretrained_of_an_adapter_folder_loads_base_and_adapter(saved):
     folder, expected = saved
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
 
 
-def test_saving_writes_the_adapter_alone_and_both_libraries_load_it(tmp_path):
+def test_saving_writes_only_the_adapter_for_both_libraries(tmp_path):
     model = added({"normalization": "rms"})
     expected = logits(model)
     model.save_pretrained(tmp_path)
@@ -149,7 +149,7 @@ def test_saving_writes_the_adapter_alone_and_both_libraries_load_it(tmp_path):
     assert torch.equal(logits(again), expected)
 
 
-def test_the_tensors_of_one_adapter():
+def test_get_adapter_state_dict_returns_one_adapter():
     model = added({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj"], "coefficients": "fixed"})
     names = [name.rpartition(".self_attn.")[2] for name in model.get_adapter_state_dict("second")]
     assert sorted(names) == ["v_proj.pera_A", "v_proj.pera_A", "v_proj.pera_B", "v_proj.pera_B"]
@@ -174,13 +174,13 @@ def test_a_head_is_saved_and_loaded_with_the_adapter(base_folder, tmp_path):
     assert torch.equal(logits(again), expected)
 
 
-def test_swapping_in_place_is_refused(saved):
+def test_hotswap_of_transformers_is_refused(saved):
     model = added({})
     with pytest.raises(ValueError, match=r"only supported for LoRA, please set `hotswap=False`"):
         model.load_adapter(str(saved[0]), adapter_name="first", hotswap=True)
 
 
-def test_embeddings_resized_after_an_adapter_was_added():
+def test_embeddings_can_be_resized_after_an_adapter_was_added():
     model = added({})
     before = logits(model)
     model.resize_token_embeddings(VOCABULARY + 8)

@@ -1,4 +1,4 @@
-"""TRL's trainers, which make the adapter themselves from ``peft_config``."""
+"""TRL's trainers, which create the adapter from ``peft_config``."""
 
 import math
 
@@ -40,7 +40,7 @@ def frozen(model):
 
 
 def check(trainer, base, logits, folder):
-    """The base is as it was, and the last checkpoint is the adapter, with the outputs of the trained model."""
+    """Check that the base is unchanged and that the last checkpoint gives the outputs of the trained model."""
     model = trainer.model
     assert isinstance(model, PeftModel)
     original = AutoModelForCausalLM.from_pretrained(base)
@@ -57,7 +57,7 @@ def check(trainer, base, logits, folder):
 @pytest.mark.parametrize(
     "options", [{}, {"packing": True, "max_length": 32}, {"gradient_checkpointing": True}], ids=str
 )
-def test_supervised_fine_tuning(options, tiny_llama, tokenizer, logits, tmp_path):
+def test_sft_trains_the_adapter(options, tiny_llama, tokenizer, logits, tmp_path):
     rows = [{"prompt": f"{q} ", "completion": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
     trainer = trl.SFTTrainer(
         str(tiny_llama),
@@ -81,8 +81,8 @@ def optimise_preferences(model, tokenizer, folder, **options):
     return trl.DPOTrainer(model, args=arguments, train_dataset=preferences(), processing_class=tokenizer, **options)
 
 
-def test_direct_preference_optimisation(tiny_llama, tokenizer, logits, tmp_path):
-    """The reference is the model with its adapter disabled: at the start both agree, and the loss is log 2."""
+def test_dpo_trains_the_adapter(tiny_llama, tokenizer, logits, tmp_path):
+    """The reference is the model with its adapter disabled. At the start both agree, so the loss is log 2."""
     trainer = optimise_preferences(str(tiny_llama), tokenizer, tmp_path, peft_config=config())
     assert trainer.ref_model is None
     trainer.train()
@@ -102,14 +102,14 @@ def learned(tiny_llama, tmp_path):
     return PeftModel.from_pretrained(base, tmp_path / "learned", is_trainable=True)
 
 
-@pytest.mark.xfail(strict=True, reason="TRL copies only parameters named as LoRA's are, .default.weight (trl#6975)")
-def test_the_reference_of_a_trained_adapter_is_that_adapter(learned, tokenizer, tmp_path):
+@pytest.mark.xfail(strict=True, reason="TRL copies only parameters that end in .default.weight, as in LoRA (trl#6975)")
+def test_trl_copies_a_trained_adapter_to_the_reference(learned, tokenizer, tmp_path):
     trainer = optimise_preferences(learned, tokenizer, tmp_path)
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(LOG_2, abs=1e-6)
 
 
-def test_the_reference_of_a_trained_adapter_can_be_copied(learned, tokenizer, tmp_path):
+def test_a_reference_copied_by_hand_is_the_trained_adapter(learned, tokenizer, tmp_path):
     trainer = optimise_preferences(learned, tokenizer, tmp_path)
     set_peft_model_state_dict(trainer.model, get_peft_model_state_dict(trainer.model), adapter_name="ref")
     trainer.train()
@@ -125,8 +125,8 @@ def test_the_reference_of_a_merged_adapter_is_the_merged_model(learned, tokenize
     assert losses(trainer)[-1] < 0.6
 
 
-def test_group_relative_policy_optimisation(tiny_llama, tokenizer, logits, tmp_path):
-    """Generation and training take turns; the reference is again the model with its adapter disabled."""
+def test_grpo_trains_the_adapter(tiny_llama, tokenizer, logits, tmp_path):
+    """Generation and training alternate. The reference is the model with its adapter disabled."""
     torch.manual_seed(0)
     arguments = {"num_generations": 4, "max_completion_length": 8, "beta": 0.04, "temperature": 1.0}
     trainer = trl.GRPOTrainer(

@@ -247,7 +247,7 @@ def test_a_base_other_than_the_one_of_the_run_is_rejected_with_both_names(run, t
     other = shutil.copytree(tiny_llama, tmp_path / "other")
     change_weights(other / "model.safetensors", lambda w: {key: weight + 0.5 for key, weight in w.items()})
     run.recipe_file.write_text(run.recipe_file.read_text().replace(str(tiny_llama), str(other)))
-    words = rf"was trained on '{tiny_llama}' with the fingerprint \w+, and the base model '{other}' has \w+"
+    words = rf"was trained on '{tiny_llama}' with fingerprint \w+, but the base model '{other}' has fingerprint \w+"
     for attempt in (merge, export):
         with pytest.raises(UserError, match=words):
             attempt(locate_adapter(str(run.path)), tmp_path / "out")

@@ -162,7 +162,7 @@ def test_code_is_trusted_on_request_without_a_recipe(tiny_llama, adapter, tmp_pa
     base = own_code(tiny_llama, tmp_path / "base", monkeypatch)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
-    with pytest.raises(UserError, match=r"comes with code of its own; if you trust it, add --trust-remote-code"):
+    with pytest.raises(UserError, match=r"needs its own code to load; .*--trust-remote-code"):
         merge(locate_adapter(str(adapter)), tmp_path / "merged")
     assert merge(locate_adapter(str(adapter), trust_remote_code=True), tmp_path / "merged").agree
     assert verify(str(adapter), str(tmp_path / "merged"), trust_remote_code=True).agree
@@ -192,11 +192,13 @@ def test_more_tokens_whose_rows_were_not_saved_are_rejected(
     save_adapter, own_tokenizer, tiny_llama, merge_adapter, tmp_path
 ):
     save_adapter(tmp_path / "adapter", tiny_llama, own_tokenizer, target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(UserError, match=r"trained with 402 tokens, and its base has 400; .* lacks 'lm_head.weight'"):
+    with pytest.raises(
+        UserError, match=r"trained with 402 tokens, but its base model has 400 .* lack 'lm_head.weight'"
+    ):
         merge_adapter()
     save_adapter(tmp_path / "other", tiny_llama)
     own_tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"has a tokenizer of 402 tokens, and the model embeds 400; save"):
+    with pytest.raises(UserError, match=r"has a tokenizer of 402 tokens, but the model embeds 400; save"):
         verify(str(tmp_path / "other"), str(tmp_path / "other"))
 
 

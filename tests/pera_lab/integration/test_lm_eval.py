@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness, which loads an adapter by ``peft=`` after ``import pera``."""
+"""lm-eval loads a PERA adapter with ``peft=`` after ``import pera``, and pera evaluate runs it."""
 
 import json
 
@@ -54,7 +54,7 @@ def evaluate(**model):
     return results["results"]["tiny"]["acc,none"], torch.tensor(likelihoods)
 
 
-def test_an_adapter_scores_as_the_merged_model(folders, tiny_llama):
+def test_an_adapter_scores_like_the_merged_model(folders, tiny_llama):
     adapter, merged = folders
     accuracy, likelihoods = evaluate(pretrained=tiny_llama, peft=adapter)
     expected_accuracy, expected = evaluate(pretrained=merged)
@@ -64,7 +64,7 @@ def test_an_adapter_scores_as_the_merged_model(folders, tiny_llama):
 
 
 @pytest.mark.slow
-def test_its_command_needs_an_import_of_pera(folders, tiny_llama, python, tmp_path):
+def test_the_lm_eval_command_needs_an_import_of_pera(folders, tiny_llama, python, tmp_path):
     (tmp_path / "questions.json").write_text("\n".join(map(json.dumps, QUESTIONS)))
     files = {"data_files": {"test": str(tmp_path / "questions.json")}}
     (tmp_path / "tiny.yaml").write_text(json.dumps({**TASK, "dataset_path": "json", "dataset_kwargs": files}))
@@ -92,7 +92,7 @@ def tasks_folder(tmp_path):
     return folder
 
 
-def test_pera_evaluate_runs_it_with_the_adapter_loaded(run, pera, tasks_folder):
+def test_pera_evaluate_runs_lm_eval_with_the_adapter(run, pera, tasks_folder):
     for which in ([], ["--base"]):
         done = pera("evaluate", run.path, "--lm-eval", "tiny", "--include-path", tasks_folder, *which)
         assert done.code == 0
@@ -108,10 +108,10 @@ def test_pera_evaluate_runs_it_with_the_adapter_loaded(run, pera, tasks_folder):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lm-eval", "arc_eesy"], ["'arc_eesy' is not a task of lm-eval", "'arc_easy'"]),
-        (["--lm-eval", "arc_easy", "--scorer", "likelihood"], ["--scorer=likelihood"]),
+        (["--lm-eval", "arc_eesy"], ["'arc_eesy' is not an lm-eval task", "'arc_easy'"]),
+        (["--lm-eval", "arc_easy", "--scorer", "likelihood"], ["--scorer", "'likelihood' has no effect"]),
         (["--limit", "3"], ["--limit", "--lm-eval"]),
     ],
 )
-def test_what_pera_evaluate_refuses(arguments, words, refused, run):
+def test_invalid_options_of_pera_evaluate_are_rejected(arguments, words, refused, run):
     refused("evaluate", run.path, *arguments, words=words)

@@ -1,6 +1,6 @@
-"""The page in headless Chromium: nothing is loaded, nothing complains, nothing sticks out.
+"""The pages in headless Chromium: no requests, no errors, nothing wider than the window.
 
-Set ``PERA_SHOTS`` to a folder to keep pictures of the page there.
+Set ``PERA_SHOTS`` to a folder to save screenshots there.
 """
 
 import base64
@@ -36,7 +36,7 @@ PAGES = ["complete", "bare", "several", "study"]
 
 
 class Browser:
-    """One page of a Chromium that is driven through its DevTools pipe: JSON messages that end with a NUL."""
+    """A Chromium page, controlled through the DevTools pipe: JSON messages that end with a NUL."""
 
     def __init__(self, profile, proxy):
         def pipes():
@@ -58,7 +58,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method, **params):
-        """Send a command and return its result; what happens in between goes to ``events``."""
+        """Send a command and return its result. Events that arrive first go to ``events``."""
         self._count += 1
         message = {"id": self._count, "method": method, "params": params}
         if self._session:
@@ -76,7 +76,7 @@ class Browser:
             self.events.append(self._read())
 
     def ask(self, expression):
-        """The value of an expression of JavaScript."""
+        """Return the value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
@@ -114,7 +114,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def proxy():
-    """A port that every request that leaves the browser would go to, and the connections that it saw."""
+    """The port of a proxy for all requests of the browser, and the connections it received."""
     connections = []
     server = socket.create_server(("127.0.0.1", 0))
 
@@ -133,7 +133,7 @@ def proxy():
 
 
 def left(proxy):
-    """The requests that would have left the page; Chromium's own, to its maker, are none of the page's."""
+    """The requests of the page. Chromium's own requests to Google are excluded."""
     return [request for request in proxy[1] if b".google" not in request.partition(b"\r\n")[0]]
 
 
@@ -146,7 +146,7 @@ def browser(tmp_path_factory, proxy):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, adapters):  # noqa: F811
-    """A complete run, a run with its recipe only, and three side by side, with hostile text in them; and a study."""
+    """Pages of a complete run with hostile text, of a run with only a recipe, of three runs, and of a study."""
     folder = tmp_path_factory.mktemp("runs")
     run = full_run(folder / "demo-<b>1", adapters, text=f"{HOSTILE} {'long' * 100} {'word ' * 30}")
     other = full_run(folder / "other", adapters, learning_rate=2e-3)
@@ -162,7 +162,7 @@ def pages(tmp_path_factory, adapters):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_is_loaded_and_nothing_complains(browser, pages, proxy, name):
+def test_page_makes_no_requests_and_logs_nothing(browser, pages, proxy, name):
     browser.show(WIDE)
     browser.open(pages[name])
     assert [r["request"]["url"] for r in browser.happened("Network.requestWillBeSent")] in (
@@ -176,14 +176,14 @@ def test_nothing_is_loaded_and_nothing_complains(browser, pages, proxy, name):
     assert left(proxy) == []
 
 
-def test_the_listener_would_see_a_request(browser, proxy, tmp_path):
+def test_listener_sees_requests(browser, proxy, tmp_path):
     (tmp_path / "leak.html").write_text("<img src=http://page.invalid/x>")
     browser.open(tmp_path / "leak.html")
     assert [b"GET http://page.invalid/x" in request for request in left(proxy)] == [True]
     proxy[1].clear()
 
 
-def test_every_figure_is_there(browser, pages):
+def test_every_figure_is_drawn(browser, pages):
     browser.show(WIDE)
     browser.open(pages["complete"])
     assert browser.ask("[...document.querySelectorAll('figure')].map(f => f.id)") == [
@@ -198,7 +198,7 @@ def test_every_figure_is_there(browser, pages):
     assert browser.ask(f"{lost}.length") == 0
 
 
-def test_text(browser, pages):
+def test_text_is_shown_as_written(browser, pages):
     browser.show(WIDE)
     browser.open(pages["complete"])
     text = " ".join(browser.ask("document.body.innerText").split())
@@ -216,7 +216,7 @@ def test_text(browser, pages):
 
 @pytest.mark.parametrize("width", [320, NARROW, WIDE])
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_sticks_out(browser, pages, name, width):
+def test_page_fits_the_window(browser, pages, name, width):
     browser.show(width)
     browser.open(pages[name])
     browser.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -231,8 +231,8 @@ def test_nothing_sticks_out(browser, pages, name, width):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["several", "study"])
-def test_text_stands_out(browser, pages, name, scheme):
-    """Every piece of text has a contrast of at least 4.5 to the page, and every line of a figure of 3."""
+def test_text_has_enough_contrast(browser, pages, name, scheme):
+    """Text has a contrast of at least 4.5 to the page, and lines of figures of at least 3."""
     browser.show(WIDE, scheme)
     browser.open(pages[name])
     colors = browser.ask(

@@ -1,4 +1,4 @@
-"""The picture of a training."""
+"""Pictures of a training."""
 
 import json
 from xml.etree import ElementTree
@@ -9,14 +9,16 @@ from pera.errors import UserError
 from pera_lab.report.pictures import loss_picture
 
 
-def test_a_picture_of_the_run_is_drawn_in_the_format_of_its_ending(finished_run, tmp_path):
+def test_format_follows_the_file_ending(finished_run, tmp_path):
     loss_picture(finished_run, tmp_path / "loss.svg")
     assert ElementTree.parse(tmp_path / "loss.svg").getroot().tag.endswith("svg")
     loss_picture(finished_run, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    loss_picture(finished_run, tmp_path / "loss.pdf")
+    assert (tmp_path / "loss.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_picture_shows_the_losses(run, tmp_path):
+def test_picture_depends_on_the_losses(run, tmp_path):
     loss_picture(run, tmp_path / "before.png")
     lines = [{**line, "loss": line["loss"] / (1 + line["step"])} for line in run.metrics()]
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -24,7 +26,7 @@ def test_the_picture_shows_the_losses(run, tmp_path):
     assert (tmp_path / "before.png").read_bytes() != (tmp_path / "after.png").read_bytes()
 
 
-def test_a_run_without_metrics_has_no_picture(run, tmp_path):
+def test_run_without_metrics_is_rejected(run, tmp_path):
     run.metrics_file.unlink()
     with pytest.raises(UserError, match=r"run' has no metrics; train it first"):
         loss_picture(run, tmp_path / "loss.svg")
@@ -32,12 +34,12 @@ def test_a_run_without_metrics_has_no_picture(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["loss.doc", "loss"])
-def test_an_unknown_ending_is_refused(name, finished_run, tmp_path):
+def test_unknown_ending_is_rejected(name, finished_run, tmp_path):
     with pytest.raises(UserError, match=f"{name!r} .*svg"):
         loss_picture(finished_run, tmp_path / name)
     assert not (tmp_path / name).exists()
 
 
-def test_a_folder_that_is_not_there_is_named(finished_run, tmp_path):
+def test_missing_folder_is_rejected(finished_run, tmp_path):
     with pytest.raises(UserError, match=r"missing/loss\.svg' cannot be written: No such file or directory"):
         loss_picture(finished_run, tmp_path / "missing" / "loss.svg")

@@ -1,4 +1,4 @@
-"""The page of a study: who wins, by how much, how sure; from run folders whose figures are made up."""
+"""The page of a study, from run folders with made-up figures."""
 
 import json
 import shutil
@@ -31,11 +31,11 @@ choose: {learning_rate: [1e-3, 2e-3, 4e-3], rows: 20}
 """
 GAIN = {"pera-rms-0.3": 0.12}
 COST = {"pera-rms-0.3": (125, 90.0)}
-"""Parameters and seconds; of the LoRAs 100 and 60."""
+"""Parameters and seconds of a method; the LoRAs have 100 and 60."""
 
 
 def made_up(folder, study, adapters, stop=None):  # noqa: F811
-    """Every run of a study, with answers in which PERA is right 12 points more often and the LoRAs differ by chance."""
+    """Write every run of a study: PERA is right 12 points more often, the LoRAs differ by chance."""
     study_folder, rng = StudyFolder(folder), np.random.default_rng(0)
     study_folder.prepare(study)
     difficulty = {task.label: rng.beta(4, 1, size=400) for task in study.grid.task}
@@ -72,7 +72,7 @@ def made_up(folder, study, adapters, stop=None):  # noqa: F811
 
 
 def write_score(run, metric, value):
-    """Of 400 answers."""
+    """Write the score of 400 answers."""
     write(
         run.scores_file, {"adapter": asdict(Score(400, round(400 * value), metric, value, value, value, seconds=1.0))}
     )
@@ -95,7 +95,7 @@ def items(folder, section, kind):
     return [item.content for item in found.get(section, []) if item.kind == kind]
 
 
-def test_the_planted_difference_is_found_and_lora_does_not_differ_from_itself(folder):
+def test_planted_difference_is_found_and_lora_does_not_differ_from_itself(folder):
     first, second, *_ = items(folder, "summary", "text")
     assert first.startswith("pera-rms-0.3 is better than lora by +")
     assert second.startswith("lora-again against lora:")
@@ -105,7 +105,7 @@ def test_the_planted_difference_is_found_and_lora_does_not_differ_from_itself(fo
     assert second.endswith("Cost: 1 times the parameters, 1 times the training time.")
 
 
-def test_every_comparison_has_its_numbers(folder):
+def test_difference_tables_show_every_comparison(folder):
     by_task, by_example = items(folder, "differences", "table")
     assert {(row[0], row[1]) for row in by_task.rows} == {
         (method, task) for method in ("lora-again", "pera-rms-0.3") for task in ("sst2", "mrpc")
@@ -119,12 +119,12 @@ def test_every_comparison_has_its_numbers(folder):
 
 
 def damaged(folder, tmp_path):
-    """A copy of the folder of a study, to be written to."""
+    """A copy of a study folder, for the test to change."""
     shutil.copytree(folder.path, tmp_path / "copy", symlinks=True)
     return StudyFolder(tmp_path / "copy")
 
 
-def test_a_method_that_diverged_is_not_compared_by_its_lucky_seeds(folder, tmp_path):
+def test_diverged_method_is_not_compared(folder, tmp_path):
     copy = damaged(folder, tmp_path)
     write(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43" / "outcome.json", {"status": "diverged"})
     _, second, third = items(copy, "summary", "text")
@@ -138,7 +138,7 @@ def test_a_method_that_diverged_is_not_compared_by_its_lucky_seeds(folder, tmp_p
         assert [row[0] for row in picture.table.rows] == ["lora", "lora-again"]
 
 
-def test_nor_does_it_stand_in_a_sweep(study_file, adapters, tmp_path):  # noqa: F811
+def test_diverged_method_is_absent_from_sweeps(study_file, adapters, tmp_path):  # noqa: F811
     copy = made_up(tmp_path / "sweep", load_study(str(study_file), ["grid.r=[2,3]"]), adapters)
     write(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43" / "outcome.json", {"status": "diverged"})
     (picture,) = items(copy, "sweeps", "picture")
@@ -149,7 +149,7 @@ def test_nor_does_it_stand_in_a_sweep(study_file, adapters, tmp_path):  # noqa: 
     ]
 
 
-def test_a_sweep_holds_the_other_axes_fixed(study_file, adapters, tmp_path):  # noqa: F811
+def test_sweep_fixes_the_other_axes(study_file, adapters, tmp_path):  # noqa: F811
     grid = ["grid.r=[2,3]", "grid.placement={Q: [q_proj], V: [v_proj]}", "grid.task=[family_relationships]"]
     copy = made_up(tmp_path / "sweep", load_study(str(study_file), grid), adapters)
     results, pictures = Results(copy), items(copy, "sweeps", "picture")
@@ -164,7 +164,7 @@ def test_a_sweep_holds_the_other_axes_fixed(study_file, adapters, tmp_path):  # 
 
 
 def test_p_is_adjusted_for_all_settings_together(study_file, adapters, tmp_path):  # noqa: F811
-    """One comparison in each of four settings: no table adjusts by itself."""
+    """Each of four settings has one comparison, so no table could adjust by itself."""
     grid = ["grid.r=[2,3,4,5]", "grid.method=[lora,dora]", "grid.task=[family_relationships]"]
     copy = made_up(tmp_path / "ranks", load_study(str(study_file), grid), adapters)
     tables = [table for table in items(copy, "differences", "table") if "verdict" in table.head]
@@ -174,14 +174,14 @@ def test_p_is_adjusted_for_all_settings_together(study_file, adapters, tmp_path)
     assert min(adjusted) > min(plain)
 
 
-def test_methods_of_which_runs_are_to_do_stand_in_no_picture_of_costs(folder, tmp_path):
+def test_cost_figures_need_all_runs_of_a_method(folder, tmp_path):
     copy = damaged(folder, tmp_path)
     shutil.rmtree(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46")
     for picture in items(copy, "costs", "picture"):
         assert [row[0] for row in picture.table.rows] == ["lora", "pera-rms-0.3"]
 
 
-def test_methods_scored_on_more_tasks_stand_first(folder, tmp_path):
+def test_methods_scored_on_more_tasks_come_first(folder, tmp_path):
     copy = damaged(folder, tmp_path)
     for seed in (42, 43, 44):
         shutil.rmtree(copy.runs / f"mrpc-pera-rms-0.3-r3-report-lr0.002-seed{seed}")
@@ -212,7 +212,7 @@ def record(run, digest="1", fingerprint="1"):
         (lambda run: record(run, fingerprint="2"), "fingerprint of the base model"),
     ],
 )
-def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, change, what):
+def test_runs_with_other_rows_data_or_models_are_rejected(folder, tmp_path, change, what):
     copy = damaged(folder, tmp_path)
 
     def gain():
@@ -221,13 +221,13 @@ def test_runs_of_other_rows_data_or_models_are_not_compared(folder, tmp_path, ch
         return results.difference(cell, results.settings[0])
 
     record(Run(copy.runs / "mrpc-lora-r3-report-lr0.002-seed42"))
-    assert gain() is not None  # the others say nothing of their data and models
+    assert gain() is not None  # the other runs record no data and no model
     change(Run(copy.runs / "mrpc-lora-again-r3-report-lr0.002-seed46"))
     with pytest.raises(UserError, match=rf"-seed4\d' and .*-again-.*-seed46' cannot .* differ in the {what};"):
         gain()
 
 
-OTHER = r"is not as pera writes it \(.+\)\.$"
+OTHER = r"is not a valid record \(.+\); restore"
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ OTHER = r"is not as pera writes it \(.+\)\.$"
         ("environment.json", "[]", "should hold a JSON object"),
     ],
 )
-def test_a_damaged_file_is_named(folder, tmp_path, file, content, sentence):
+def test_damaged_files_are_rejected(folder, tmp_path, file, content, sentence):
     copy = damaged(folder, tmp_path)
     (copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed42" / file).write_text(content)
     with pytest.raises(UserError, match=sentence) as error:
@@ -255,7 +255,7 @@ def test_a_damaged_file_is_named(folder, tmp_path, file, content, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_run_is_left_alone(folder, tmp_path):
+def test_folders_that_are_not_runs_are_ignored(folder, tmp_path):
     copy = damaged(folder, tmp_path)
     (copy.runs / "sst2-lora-r3-choose-lr0.001-old-seed1").mkdir()
     (copy.runs / "sst2-lora-r3-report-lr0.002-seed42" / "environment.json").write_text("{}")
@@ -263,7 +263,7 @@ def test_what_is_no_run_is_left_alone(folder, tmp_path):
     assert study_sections(Results(copy))
 
 
-def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
+def test_gain_on_a_mix_is_the_mean_over_its_members(folder, tmp_path):
     """LoRA has all of the 300 rows of one member right and none of the 100 of the other; PERA the other way round."""
     copy = damaged(folder, tmp_path)
     for trial in known_trials(copy.study, copy.outcomes(copy.study)):
@@ -282,7 +282,7 @@ def test_the_gain_on_a_mix_is_that_of_the_mean_of_its_members(folder, tmp_path):
     assert results.difference(cell, setting).mean == pytest.approx(0)
 
 
-def test_a_method_without_a_rank_is_compared_in_each_setting(study_file, adapters, tmp_path):  # noqa: F811
+def test_method_without_rank_is_compared_in_each_setting(study_file, adapters, tmp_path):  # noqa: F811
     overrides = ["grid.r=[2,3]", "grid.method=[full,lora]", "against=lora"]
     results = Results(made_up(tmp_path / "full", load_study(str(study_file), overrides), adapters))
     full = next(c for c in results.cells if c.label == "sst2-full")
@@ -302,12 +302,12 @@ def test_scores_have_a_row_per_method_and_a_column_per_task(folder):
     assert "(n = 3)" in table.rows[0][2]
 
 
-def test_interaction_strengths_stand_side_by_side(folder):
+def test_interaction_strengths_of_all_methods(folder):
     sst2, _ = (item.table for item in items(folder, "interactions", "picture"))
     assert sst2.rows == [[method, "0.5", "0.5", "1"] for method in ("lora", "lora-again", "pera-rms-0.3")]
 
 
-def test_the_page_is_whole_and_every_figure_is_there(folder, tmp_path):
+def test_page_and_markdown_hold_every_figure(folder, tmp_path):
     page, text = write_study_report(folder, tmp_path / "report.html")
     found = check(page.read_text())
     ids = {figure["id"].partition("-figure")[0] for figure in found.figures}
@@ -321,15 +321,15 @@ def test_the_page_is_whole_and_every_figure_is_there(folder, tmp_path):
     assert "| method | parameters | sst2 | mrpc | mean |" in markdown
 
 
-def test_ranks_are_swept(study_file, adapters, tmp_path):  # noqa: F811
+def test_sweep_over_ranks(study_file, adapters, tmp_path):  # noqa: F811
     study = load_study(str(study_file), ["grid.r=[2,3]"])
     folder = made_up(tmp_path / "sweep", study, adapters)
     (picture,) = items(folder, "sweeps", "picture")
     assert picture.table.head == ["method", "2", "3"]
 
 
-def test_terms_are_swept_by_methods_as_they_come(study_file, adapters, tmp_path):  # noqa: F811
-    """Not by one with options, seeds or a label of its own, which would take the place of another of its name."""
+def test_sweep_over_terms_uses_plain_methods(study_file, adapters, tmp_path):  # noqa: F811
+    """A method with its own options, seeds or label is not used: it would replace the plain method of that name."""
     methods = "{name: lora, label: lora-again, bias: lora_only},{name: lora, label: lora-more, seeds: [1,2,3]}"
     study = load_study(str(study_file), [f"grid.method=[pera-published,lora,{methods}]"])
     results = Results(made_up(tmp_path / "terms", study, adapters))
@@ -339,7 +339,7 @@ def test_terms_are_swept_by_methods_as_they_come(study_file, adapters, tmp_path)
     assert picture.table.rows[0][2] == f"{100 * np.mean(lora):.1f}"
 
 
-def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folder, tmp_path):
+def test_deleted_adapters_hide_only_their_own_figures(folder, tmp_path):
     copy = StudyFolder(shutil.copytree(folder.path, tmp_path / "copy", symlinks=True))
     for adapter in copy.runs.glob("*/adapter"):
         adapter.unlink()
@@ -351,7 +351,7 @@ def test_where_adapters_were_deleted_all_is_shown_but_what_they_alone_tell(folde
     assert not items(copy, "terms", "picture")
 
 
-def test_effects_over_the_seeds_say_where_seeds_differ(folder, tmp_path):
+def test_effects_show_where_seeds_differ(folder, tmp_path):
     copy = damaged(folder, tmp_path)
     effect = Run(copy.runs / "sst2-pera-rms-0.3-r3-report-lr0.002-seed43").effect_file
     write(effect, {**json.loads(effect.read_text()), "tokens": 390, "at_rank_r": None})
@@ -360,7 +360,7 @@ def test_effects_over_the_seeds_say_where_seeds_differ(folder, tmp_path):
     assert [row[-1] for row in table.rows] == ["390 to 400", "400"]
 
 
-def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tmp_path):  # noqa: F811
+def test_started_study_lists_the_remaining_runs(study_file, adapters, tmp_path):  # noqa: F811
     folder = made_up(tmp_path / "begun", load_study(str(study_file)), adapters, stop=4)
     assert items(folder, "scores", "table") == []
     assert items(folder, "summary", "text") == [
@@ -370,7 +370,7 @@ def test_a_study_that_has_just_begun_says_what_is_to_do(study_file, adapters, tm
     write_study_report(folder, tmp_path / "report.html")
 
 
-def test_two_pairs_of_seeds_have_neither_interval_nor_p(study_file, adapters, tmp_path):  # noqa: F811
+def test_two_pairs_of_seeds_have_no_interval_and_no_p(study_file, adapters, tmp_path):  # noqa: F811
     overrides = ["grid.method=[lora,pera-rms-0.3]", "report.seeds=[42,43]"]
     folder = made_up(tmp_path / "two", load_study(str(study_file), overrides), adapters)
     by_task, _ = items(folder, "differences", "table")
@@ -379,7 +379,7 @@ def test_two_pairs_of_seeds_have_neither_interval_nor_p(study_file, adapters, tm
     assert [*picture.table.rows[0][2:4], picture.table.rows[0][6]] == [ABSENT] * 3
 
 
-def test_the_protocol_names_all_seeds_and_versions(folder, tmp_path):
+def test_protocol_lists_seeds_and_versions(folder, tmp_path):
     copy = damaged(folder, tmp_path)
     machine = {"processor": "x", "threads": 1, "accelerator": "cpu"}
     for seed, torch in ((42, "2.0"), (43, "2.1")):
@@ -390,7 +390,7 @@ def test_the_protocol_names_all_seeds_and_versions(folder, tmp_path):
     assert machines == "Machine: x, 1 threads, cpu. Versions: python 3.11, torch 2.0 and 2.1."
 
 
-def test_a_folder_without_runs_is_refused(study_file, tmp_path):
+def test_folder_without_runs_is_rejected(study_file, tmp_path):
     folder = StudyFolder(tmp_path / "empty")
     with pytest.raises(UserError, match="is not the folder of a study"):
         Results(folder)

@@ -29,7 +29,7 @@ def study_file(recipe_file, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(study_file, tmp_path_factory):
-    """The folder of the small study, run without interruption. Not to be written to."""
+    """The folder of the small study, run without interruption. Do not write to it."""
     folder = StudyFolder(tmp_path_factory.mktemp("study") / "whole")
     run_study(load_study(str(study_file)), folder)
     return folder

@@ -47,7 +47,7 @@ def test_equals_a_full_double_backward(name, model):
     assert (found - expected).abs().max() <= 1e-6 * expected.max()
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_changed():
     model = tiny.adapt(tiny.llama(), target_modules=["q_proj"])
     before = tiny.logits(model)
     interaction_strength(model, {"input_ids": tiny.tokens()}, layer=-1, features=[0, 3])
@@ -55,7 +55,7 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_output_that_does_not_bend_has_no_interactions():
+def test_a_linear_output_has_no_interactions():
     model = tiny.llama()
     seen = {}
     model.model.norm.register_forward_pre_hook(lambda module, arguments: seen.update(hidden=arguments[0]))
@@ -67,7 +67,7 @@ def test_an_output_that_does_not_bend_has_no_interactions():
 
 
 @pytest.mark.parametrize("kind", ["run", "glue_run"])
-def test_of_a_run_it_is_that_of_its_first_test_rows(kind, request):
+def test_a_run_is_measured_on_its_first_test_rows(kind, request):
     trained_run = request.getfixturevalue(kind)
     strength = run_interaction(trained_run, examples=3, features=4)
     kept = json.loads(trained_run.interaction_file.read_text())
@@ -76,6 +76,6 @@ def test_of_a_run_it_is_that_of_its_first_test_rows(kind, request):
     assert strength.max() > 0
 
 
-def test_a_block_that_does_not_exist_is_refused():
+def test_an_unknown_block_is_rejected():
     with pytest.raises(UserError, match="layer=7"):
         interaction_strength(tiny.llama(), {"input_ids": tiny.tokens()}, layer=7, features=[0])

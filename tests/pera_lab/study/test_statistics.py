@@ -1,4 +1,4 @@
-"""Statistics against scipy on known data; no difference where there is none, a difference where one was planted."""
+"""Statistics against scipy on known data; planted differences are found, and no others."""
 
 import math
 
@@ -13,8 +13,10 @@ GAUSS = np.random.default_rng(0).normal(size=(3, 50))
 
 
 def simulated(rng, gain=0.0, seeds=3, examples=800, between=0.006):
-    """Right and wrong answers of two methods: examples of different difficulty, and runs that differ from seed to
-    seed; ``gain`` is planted for the first."""
+    """Right and wrong answers of two methods, with examples of varying difficulty and runs that vary with the seed.
+
+    The first method is better by ``gain``.
+    """
     difficulty = rng.beta(4, 1, size=examples)
 
     def answers(shift):
@@ -31,7 +33,7 @@ def test_describe_is_mean_and_standard_deviation():
     assert math.isnan(describe([0.5]).deviation)
 
 
-def test_where_examples_do_not_vary_it_is_the_paired_t_test_over_seeds():
+def test_without_variance_over_examples_it_equals_the_paired_t_test_over_seeds():
     a, b = np.tile([[0.6], [0.9], [0.7]], 40), np.tile([[0.5], [0.6], [0.75]], 40)
     found = compare(a, b)
     expected = stats.ttest_rel(a[:, 0], b[:, 0])
@@ -39,7 +41,7 @@ def test_where_examples_do_not_vary_it_is_the_paired_t_test_over_seeds():
     assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, interval.low, interval.high))
 
 
-def test_where_seeds_do_not_vary_it_is_the_paired_t_test_over_examples():
+def test_without_variance_over_seeds_it_equals_the_paired_t_test_over_examples():
     a, b = np.tile(GAUSS[0], (3, 1)), np.tile(GAUSS[1], (3, 1))
     found = compare(a, b)
     expected = stats.ttest_rel(GAUSS[0], GAUSS[1])
@@ -47,7 +49,7 @@ def test_where_seeds_do_not_vary_it_is_the_paired_t_test_over_examples():
     assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, interval.low, interval.high))
 
 
-def test_the_error_of_two_sources_is_larger_than_that_of_each():
+def test_the_error_combines_seeds_and_examples():
     a, b = simulated(np.random.default_rng(1))
     found = compare(a, b)
     by_seed, by_example = stats.sem((a - b).mean(1)), stats.sem((a - b).mean(0))
@@ -73,7 +75,7 @@ def test_a_correlation_is_compared_by_resampled_examples():
     assert compare(a, a[::-1], expected, pearson).verdict() == "no difference shown"
 
 
-def test_correlations_are_those_of_scipy_and_scikit_learn():
+def test_correlations_equal_scipy_and_scikit_learn():
     assert pearson(GAUSS[0], GAUSS[1]) == pytest.approx(stats.pearsonr(GAUSS[0], GAUSS[1])[0])
     labels = (GAUSS[:2] > 0.2).astype(float)
     assert pearson(*labels) == pytest.approx(matthews_corrcoef(*labels))
@@ -81,16 +83,15 @@ def test_correlations_are_those_of_scipy_and_scikit_learn():
 
 
 @pytest.mark.parametrize("between", [0.006, 0.02])
-def test_no_difference_is_found_where_there_is_none(between):
-    """Methods that differ in nothing but their seeds are told apart in at most about 5 % of studies."""
+def test_methods_that_differ_only_in_their_seeds_are_rarely_told_apart(between):
+    """At most about 5 % of studies find a difference."""
     rng = np.random.default_rng(4)
     found = [compare(*simulated(rng, between=between)).verdict() for _ in range(400)]
     assert found.count("no difference shown") >= 0.93 * 400
 
 
-def test_a_test_by_example_alone_would_find_differences_between_seeds():
-    """Why seeds are part of the error: with runs that differ, McNemar's test is right about two models and wrong about
-    two methods."""
+def test_mcnemar_alone_would_find_differences_between_seeds():
+    """Seeds are part of the error because McNemar's test is right about two models and wrong about two methods."""
     rng = np.random.default_rng(5)
     pairs = [simulated(rng, between=0.04, seeds=3, examples=3000) for _ in range(200)]
     by_example = sum(mcnemar(a[0], b[0])[2] < 0.05 for a, b in pairs)
@@ -114,12 +115,12 @@ def test_two_seeds_decide_nothing(seeds):
     assert math.isnan(compare(a, a).high)
 
 
-def test_runs_that_are_equal_do_not_differ():
+def test_equal_runs_do_not_differ():
     a, _ = simulated(np.random.default_rng(8))
     assert (compare(a, a).p, compare(a, a).mean) == (1.0, 0.0)
 
 
-def test_the_average_over_tasks_is_surer_than_each_task():
+def test_the_average_over_tasks_has_a_smaller_error():
     rng = np.random.default_rng(9)
     single = [compare(*simulated(rng, gain=0.03, examples=400)) for _ in range(6)]
     together = average(single)
@@ -129,13 +130,13 @@ def test_the_average_over_tasks_is_surer_than_each_task():
     assert (together.tasks, together.examples) == (6, 2400)
 
 
-def test_mcnemar_is_the_binomial_test_of_the_discordant():
+def test_mcnemar_equals_the_binomial_test_of_discordant_pairs():
     a, b = np.array([1, 1, 1, 1, 1, 0, 0, 1.0]), np.array([0, 0, 0, 0, 0, 1, 0, 1.0])
     assert mcnemar(a, b) == (5, 1, pytest.approx(stats.binomtest(5, 6).pvalue))
     assert mcnemar(a, a) == (0, 0, 1.0)
 
 
-def test_many_comparisons_are_adjusted():
+def test_p_values_are_adjusted_for_their_number():
     p = [0.01, math.nan, 0.04, 0.03]
     found = adjusted(p)
     assert [found[i] for i in (0, 2, 3)] == pytest.approx(list(stats.false_discovery_control([0.01, 0.04, 0.03])))
@@ -143,6 +144,6 @@ def test_many_comparisons_are_adjusted():
     assert adjusted([]) == []
 
 
-def test_the_pareto_front():
+def test_pareto_returns_the_front():
     points = [(1, 0.8), (2, 0.9), (3, 0.85), (1, 0.7), (4, math.nan), (2, 0.9)]
     assert pareto(points) == [0, 1, 5]
