@@ -51,7 +51,7 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("build/bench/adapters.json"),
     dtype: Annotated[tuple[str, str], typer.Option(help="float32, bfloat16, float16.")] = ("float32", "bfloat16"),
     rounds: Annotated[int, typer.Option(help="Rounds of a language model; layers take three times as many.")] = 7,
-    only: Annotated[str, typer.Option(help="Measure only subjects whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Measure only subjects whose name starts with this.")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of a training step of the language model.")] = 1024,
     candidate: Annotated[
         list[str] | None, typer.Option(help="Measure only this candidate and its baseline. Repeatable.")
@@ -82,7 +82,7 @@ def main(
                 language_model, name, T, rounds, short, decodes=False
             )
     for title, measure in subjects.items():
-        if only in title:
+        if title.startswith(only):
             results["subjects"][title] = rows = measure()
             print_table(title, rows)
             output.parent.mkdir(parents=True, exist_ok=True)
