@@ -1,10 +1,12 @@
-"""Time and memory of PERA beside PEFT's LoRA, DoRA and HiRA, measured side by side in one run.
+"""Time and memory of PERA next to PEFT's LoRA, DoRA and HiRA, measured in one run.
 
-    python benchmarks/adapters.py --output FILE.json          # or `make bench`
+    python benchmarks/adapters.py --output FILE.json                  # or `make bench`: everything, about an hour
+    python benchmarks/adapters.py --only "short steps"                # steps of 16, 64, 256 and 1,024 tokens, merging
+    python benchmarks/adapters.py --only "short steps" --other DIR    # next to the operator of another checkout
 
-Candidates share one frozen base and take turns, round by round; a ratio is taken within a round, and its median and
-quartiles over the rounds are reported, beside the ratio that arithmetic alone gives (benchmarks/cost.py). Adapters
-compute in the dtype of the base, so that the operators are compared, not casts.
+Candidates share one frozen base and take turns in every round. A ratio is taken within a round; its median and
+quartiles over the rounds are reported next to the ratio of the arithmetic (benchmarks/cost.py). Adapters compute in the
+dtype of the base, so the figures compare operators, not casts.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ import cost
 from measure import against, interleaved, peak_bytes, saved_bytes
 from pera_lab.environment import device
 from pera_lab.models import DTYPES, load_model
-from subjects import BASE, Candidate, Subject, candidates, shapes, shared
+from subjects import BASE, Candidate, Subject, candidates, others, shapes, shared
 
 LAYERS = ((4096, 4096, 2048), (14336, 4096, 512), (576, 576, 1024), (1536, 576, 1024))
 """out_features, in_features, tokens"""
+SHORT_LAYERS = ((64, 64), (576, 576), (1536, 576))
+SHORT_STEPS = (16, 64, 256, 1024)
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 PERA = "pera r=8"
@@ -47,30 +51,46 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("build/bench/adapters.json"),
     dtype: Annotated[tuple[str, str], typer.Option(help="float32, bfloat16, float16.")] = ("float32", "bfloat16"),
     rounds: Annotated[int, typer.Option(help="Rounds of a language model; layers take three times as many.")] = 7,
-    only: Annotated[str, typer.Option(help="Measure only subjects whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Measure only subjects whose name starts with this.")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of a training step of the language model.")] = 1024,
-    candidate: Annotated[list[str] | None, typer.Option(help="Measure only this and its baseline; repeat it.")] = None,
+    candidate: Annotated[
+        list[str] | None, typer.Option(help="Measure only this candidate and its baseline. Repeatable.")
+    ] = None,
+    other: Annotated[Path | None, typer.Option(help="Checkout whose operator joins the short steps.")] = None,
 ) -> None:
-    """Measure all subjects, print a table for each, and write everything to a file as it comes."""
+    """Measure all subjects, print a table for each, and write each result to the file at once."""
     torch.manual_seed(0)
+    short = [*candidates(ranks=(8,), neighbours=(), variants=()), *others(other)]
     results: dict[str, Any] = {"environment": environment(), "subjects": {}}
     subjects: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in dtype:
         for m, n, T in LAYERS:
+            full = candidates(ranks=(4, 8, 16, 32), neighbours=(4, 8, 16), variants=(8, 16))
             subjects[f"layer {m} x {n}, {T} tokens, {name}"] = partial(
-                layer, m, n, T, DTYPES[name], 3 * rounds, candidate
+                layer, m, n, T, DTYPES[name], 3 * rounds, only_these(full, candidate)
             )
-        subjects[f"smollm2-135m, {tokens} tokens, {name}"] = partial(language_model, name, tokens, rounds, candidate)
+        full = candidates(ranks=(4, 8, 16), neighbours=(8,), variants=(8,))
+        subjects[f"smollm2-135m, {tokens} tokens, {name}"] = partial(
+            language_model, name, tokens, rounds, only_these(full, candidate)
+        )
+        for T in SHORT_STEPS:
+            for m, n in SHORT_LAYERS:
+                subjects[f"short steps, layer {m} x {n}, {T} tokens, {name}"] = partial(
+                    layer, m, n, T, DTYPES[name], 30 * rounds, short
+                )
+            subjects[f"short steps, smollm2-135m, {T} tokens, {name}"] = partial(
+                language_model, name, T, rounds, short, decodes=False
+            )
     for title, measure in subjects.items():
-        if only in title:
+        if title.startswith(only):
             results["subjects"][title] = rows = measure()
             print_table(title, rows)
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def layer(m: int, n: int, tokens: int, dtype: torch.dtype, rounds: int, names: list[str] | None) -> dict[str, Any]:
-    """One ``nn.Linear`` in the middle of a model: its input needs a gradient."""
+def layer(m: int, n: int, tokens: int, dtype: torch.dtype, rounds: int, found: list[Candidate]) -> dict[str, Any]:
+    """Measure one ``nn.Linear`` in the middle of a model: its input needs a gradient."""
     base = nn.Sequential()
     base.add_module("layer", nn.Linear(n, m, bias=False, dtype=dtype, device=device()))
     x = torch.randn(tokens, n, dtype=dtype, device=device(), requires_grad=True)
@@ -81,12 +101,13 @@ def layer(m: int, n: int, tokens: int, dtype: torch.dtype, rounds: int, names: l
         x.grad = None
         model.zero_grad()
 
-    found = candidates(ranks=(4, 8, 16, 32), neighbours=(4, 8, 16), variants=(8, 16))
-    return compare(Subject(base, ["layer"], tokens, lambda model: model(x), step), only_these(found, names), rounds)
+    return compare(Subject(base, ["layer"], tokens, lambda model: model(x), step), found, rounds)
 
 
-def language_model(dtype: str, tokens: int, rounds: int, names: list[str] | None) -> dict[str, Any]:
-    """SmolLM2-135M: a training step with AdamW, a forward, and generation of one token after another."""
+def language_model(
+    dtype: str, tokens: int, rounds: int, found: list[Candidate], decodes: bool = True
+) -> dict[str, Any]:
+    """Measure SmolLM2-135M: a training step with AdamW, a forward, and with ``decodes`` token-by-token generation."""
     base = load_model("smollm2-135m", dtype=dtype)
     ids = torch.randint(base.config.vocab_size, (4, tokens // 4), device=base.device)
     optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
@@ -104,12 +125,11 @@ def language_model(dtype: str, tokens: int, rounds: int, names: list[str] | None
     def decode(model: nn.Module) -> None:
         model.generate(input_ids=ids[:1, :8], max_new_tokens=32, min_new_tokens=32, do_sample=False)
 
-    found = candidates(ranks=(4, 8, 16), neighbours=(8,), variants=(8,))
-    return compare(Subject(base, TARGETS, tokens, forward, step, decode), only_these(found, names), rounds)
+    return compare(Subject(base, TARGETS, tokens, forward, step, decode if decodes else None), found, rounds)
 
 
 def only_these(found: list[Candidate], names: list[str] | None) -> list[Candidate]:
-    """The candidates of these names, the base, and what they are divided by; all without names."""
+    """Return the candidates with these names, the base and their baselines; all candidates without names."""
     if not names:
         return found
     if unknown := set(names) - {c.name for c in found}:
@@ -120,7 +140,7 @@ def only_these(found: list[Candidate], names: list[str] | None) -> list[Candidat
 
 
 def compare(subject: Subject, found: list[Candidate], rounds: int) -> dict[str, Any]:
-    """All measurements of all candidates on one base, by candidate."""
+    """Measure all candidates on one base, and return the figures by candidate."""
     subject.base.requires_grad_(False)
     models = {c.name: c.adapt(shared(subject.base), subject.targets) for c in found}
     own = {p.untyped_storage().data_ptr() for p in subject.base.parameters()}
@@ -132,6 +152,8 @@ def compare(subject: Subject, found: list[Candidate], rounds: int) -> dict[str, 
     for name, model in trained.items():
         rows[name]["saved_bytes"] = saved_bytes(partial(subject.forward, model), own)
         rows[name]["peak_bytes"] = peak_bytes(partial(subject.step, model))
+    merging = {n: partial(merge_and_unmerge, m) for n, m in trained.items() if hasattr(m, "merge_adapter")}
+    record("merge", rows, interleaved(merging, rounds))
     for row in rows.values():
         for key in ("saved_bytes", "peak_bytes"):
             if key in row:
@@ -150,25 +172,32 @@ def compare(subject: Subject, found: list[Candidate], rounds: int) -> dict[str, 
     return rows
 
 
+def merge_and_unmerge(model: Any) -> None:
+    """Merge the adapter into the base, and take it out again."""
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
 def evaluate(call: Callable[[nn.Module], Any], model: nn.Module) -> None:
-    """Without gradients."""
+    """Call ``call`` without gradients."""
     with torch.no_grad():
         call(model)
 
 
 def flops(subject: Subject, rank: int) -> dict[str, int]:
-    """The cost model's figures for a base with adapters of rank K = ``rank``."""
+    """Return the figures of the cost model for a base with adapters of rank K = ``rank``."""
     matrices = shapes(subject.base, subject.targets, rank)
     size = next(subject.base.parameters()).element_size()
     return {
         "train": cost.training_flops(matrices, subject.tokens),
         "forward": cost.forward_flops(matrices, subject.tokens),
+        "merge": cost.merging_flops(matrices),
         "decode": cost.forward_bytes(matrices, 1, size),
     }
 
 
 def record(kind: str, rows: dict[str, Any], seconds: dict[str, list[float]]) -> None:
-    """Add the ratios of one kind of measurement, each beside its bound."""
+    """Add the ratios of one kind of measurement to ``rows``, with their bounds."""
     for name in seconds:
         row, baseline = rows[name], rows[rows[name]["baseline"]]
         bound = row["flops"][kind] / baseline["flops"][kind]
@@ -176,8 +205,8 @@ def record(kind: str, rows: dict[str, Any], seconds: dict[str, list[float]]) -> 
 
 
 def print_table(title: str, rows: dict[str, Any]) -> None:
-    """Ratios over the baseline: median [quartiles] (bound)."""
-    kinds = [kind for kind in ("train", "forward", "decode") if any(kind in row for row in rows.values())]
+    """Print the ratios over the baseline: median [quartiles] (bound)."""
+    kinds = [kind for kind in ("train", "forward", "decode", "merge") if any(kind in row for row in rows.values())]
     table = Table(title=title, title_justify="left")
     for heading in ("", "K", "over", *kinds, "saved for backward", "peak memory"):
         table.add_column(heading, justify="left" if heading in ("", "over") else "right")
@@ -195,7 +224,7 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What made the figures."""
+    """Return the command, the commit, the hardware and the versions behind the figures."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "command": " ".join(["python", *sys.argv]),

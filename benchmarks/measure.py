@@ -1,4 +1,4 @@
-"""Measuring: interleaved repetitions, peak memory, and what is kept for backward."""
+"""Measure time in interleaved rounds, peak memory, and what is kept for backward."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class Timing(NamedTuple):
 def interleaved(
     candidates: dict[str, Callable[[], object]], repetitions: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each candidate. Every round runs all of them, each time from another start, so that
-    a slower minute of the machine falls on all alike."""
+    """Return the seconds of each call of each candidate.
+
+    Every round calls all candidates, starting at a different one, so a slow minute of the machine affects all of them.
+    """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-warm_up, repetitions):
@@ -41,17 +43,17 @@ def interleaved(
 
 
 def against(seconds: dict[str, list[float]], name: str, baseline: str) -> Timing:
-    """The ratio is taken round by round."""
+    """Return the timing of ``name`` over ``baseline``, with the ratio taken round by round."""
     ratios = sorted(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True))
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Timing(statistics.median(seconds[name]), statistics.median(ratios), low, high)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that is allocated at once during a call, above what is there before it.
+    """Return the peak of allocated bytes during a call, above what was allocated before it.
 
-    On the CPU from the events of torch's allocator, so it is exact and repeatable, and leaves out what libraries
-    allocate for themselves."""
+    On the CPU it comes from the events of torch's allocator: exact and repeatable, without what libraries allocate.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -71,12 +73,12 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def saved_bytes(call: Callable[[], object], own: set[int]) -> int:
-    """What a forward keeps for backward, every storage once, without those at the addresses in ``own``: the weights
-    of the base, which are there anyway."""
+    """Return the bytes a forward keeps for backward, each storage once, without those at the addresses in ``own``
+    (the weights of the base)."""
     saved: dict[int, Any] = {}
 
-    def pack(t: Tensor) -> None:  # what is saved is never used; a tensor would hold the graph that holds it
-        storage = t.untyped_storage()  # kept, lest its address be used again
+    def pack(t: Tensor) -> None:  # a kept tensor would hold the graph that holds it
+        storage = t.untyped_storage()  # kept, so that its address is not reused
         saved.setdefault(storage.data_ptr(), storage)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):

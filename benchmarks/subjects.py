@@ -1,10 +1,14 @@
-"""What is measured: adapters on a single layer or on a language model, all on one and the same frozen base."""
+"""What is measured: adapters on a single layer or on a language model, on one shared frozen base."""
 
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
+import types
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +19,17 @@ from torch.nn.functional import linear
 from cost import Shape
 from pera import PeraConfig
 from pera.polynomial import coefficient_pairs, expanded_rank
+from pera.tuner import PeraLinear
 
 BASE = "base"
 
 
 class Subject(NamedTuple):
-    """A base model and what is done with a model made of it."""
+    """A base model and the calls to time on its adapted models."""
 
     base: nn.Module
     targets: list[str]
-    """Last part of the names of the layers that are adapted."""
+    """Last component of the names of the adapted layers."""
     tokens: int
     forward: Callable[[nn.Module], Any]
     step: Callable[[nn.Module], None]
@@ -36,28 +41,31 @@ class Candidate(NamedTuple):
 
     name: str
     adapt: Callable[[nn.Module, list[str]], Any]
-    """Changes a model in place and gives the adapted one, from the model and ``Subject.targets``."""
+    """Adapts a model in place and returns it, given the model and ``Subject.targets``."""
     rank: int
-    """The K of the cost model, 0 for the base alone."""
+    """K of the cost model, 0 for the base."""
     baseline: str
-    """What it is divided by: PEFT's LoRA of the same r."""
+    """The candidate it is divided by: PEFT's LoRA of the same r."""
 
 
 def candidates(*, ranks: tuple[int, ...], neighbours: tuple[int, ...], variants: tuple[int, ...]) -> list[Candidate]:
-    """The base; LoRA and PERA at every rank; at ``neighbours`` LoRA of rank K, DoRA, HiRA and the plain reference;
-    at ``variants`` PERA's options."""
+    """Return the base and, for each rank, LoRA, PERA and PERA with rms.
+
+    Args:
+        ranks: all values of r.
+        neighbours: the r that also have LoRA of rank K, DoRA, HiRA and the plain reference.
+        variants: the r that also have PERA with squares only.
+    """
     found = [Candidate(BASE, lambda model, targets: model, 0, f"lora r={min(ranks)}")]
     for r in ranks:
         lora, K = f"lora r={r}", expanded_rank(r)
         rows: list[tuple[str, Any, int]] = [
             (lora, LoraConfig(r=r, lora_alpha=r), r),
             (f"pera r={r}", PeraConfig(r=r), K),
+            (f"pera r={r}, rms", PeraConfig(r=r, normalization="rms"), K),
         ]
         if r in variants:
-            rows += [
-                (f"pera r={r}, rms", PeraConfig(r=r, normalization="rms"), K),
-                (f"pera r={r}, squares", PeraConfig(r=r, terms="square"), 2 * r),
-            ]
+            rows.append((f"pera r={r}, squares", PeraConfig(r=r, terms="square"), 2 * r))
         if r in neighbours:
             rows += [
                 (f"lora r={K} (K of {r})", LoraConfig(r=K, lora_alpha=K), K),
@@ -69,13 +77,54 @@ def candidates(*, ranks: tuple[int, ...], neighbours: tuple[int, ...], variants:
     return found
 
 
+def others(checkout: Path | None) -> list[Candidate]:
+    """Return PERA of r = 8 with the operator of another checkout of pera, without and with rms."""
+    if checkout is None:
+        return []
+    operator = _operator_of(checkout)
+    rows = (("", PeraConfig(r=8)), (", rms", PeraConfig(r=8, normalization="rms")))
+    return [
+        Candidate(f"other r=8{name}", partial(_adapt_with, operator, config), expanded_rank(8), "lora r=8")
+        for name, config in rows
+    ]
+
+
+def _operator_of(checkout: Path) -> Callable[..., Tensor]:
+    """Import ``pera.linear`` of a checkout next to the installed one, and return its ``pera_linear``."""
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "pera"}
+    package = types.ModuleType("pera")  # without the package's own imports, which would register it with PEFT
+    package.__path__ = [str(checkout / "src" / "pera")]
+    sys.modules["pera"] = package
+    try:
+        operator: Callable[..., Tensor] = importlib.import_module("pera.linear").pera_linear
+        return operator
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "pera"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+
+
+def _adapt_with(operator: Callable[..., Tensor], config: PeraConfig, model: nn.Module, targets: list[str]) -> nn.Module:
+    class Layer(PeraLinear):
+        def _applied(self, adapter_name: str, x: Tensor, base: Tensor | None) -> Tensor:
+            terms, normalization = self.expansion[adapter_name]
+            options = {"terms": terms, "normalization": normalization, "scaling": self.scaling[adapter_name]}
+            return operator(x, *self.factors(adapter_name), base=base, **options)
+
+    adapted = _adapt(config, model, targets)
+    for module in adapted.modules():
+        if isinstance(module, PeraLinear):
+            module.__class__ = Layer
+    return adapted
+
+
 def shared(base: nn.Module) -> nn.Module:
-    """A copy of a model that shares all weights with it."""
+    """Return a copy of a model that shares all weights with it."""
     return copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
 
 
 def shapes(model: nn.Module, targets: list[str], rank: int) -> list[Shape]:
-    """The frozen matrices of a base model for the cost model, ``rank`` on those that are adapted."""
+    """Return the frozen matrices of a base model for the cost model, with ``rank`` on the adapted ones."""
     return [
         Shape(*module.weight.shape, rank if name.rpartition(".")[2] in targets else 0)
         for name, module in model.named_modules()
@@ -84,7 +133,7 @@ def shapes(model: nn.Module, targets: list[str], rank: int) -> list[Shape]:
 
 
 def _adapt(config: PeftConfig, model: nn.Module, targets: list[str]) -> nn.Module:
-    """Adapt with PEFT, factors in the dtype of the base, at a point where no product is zero."""
+    """Adapt with PEFT, with factors in the dtype of the base and no product at zero."""
     config = copy.deepcopy(config)
     config.target_modules = set(targets)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -102,8 +151,8 @@ def _plain(r: int, model: nn.Module, targets: list[str]) -> nn.Module:
 
 
 class PlainPera(nn.Module):
-    """The equation as one would first write it: every forward builds all r × r products of rows and takes the upper
-    triangle, and autograd keeps what it made on the way. It stands here to compare with."""
+    """The textbook implementation, for comparison: every forward builds all r × r products and takes the upper
+    triangle. Autograd keeps the intermediate results."""
 
     def __init__(self, base: nn.Linear, r: int) -> None:
         super().__init__()

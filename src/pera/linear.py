@@ -109,6 +109,8 @@ def _autocasts(device: str) -> bool:
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
     """Give ``y`` the leading shape of ``x`` without making it a view: autograd then sums gradients in place, and users
     may write into an output."""
+    if x.ndim == 2:
+        return y
     shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return shaped
 
@@ -144,8 +146,8 @@ class _Form(NamedTuple):
         self, A: Tensor, B_T: Tensor, h: Tensor | None, dtype: torch.dtype, known: _Known = (None, None)
     ) -> Expansions:
         weights: Tensor | float = float(self.scaling)
-        if h is not None and len(h):
-            weights = pad(working(h), (len(A), 0), value=1.0)
+        if h is not None and h.numel():
+            weights = pad(working(h), (A.shape[0], 0), value=1.0)
             weights = (weights if self.scaling == 1 else weights * self.scaling).to(dtype)
         return Expansions(self._expand(A, known[0]).to(dtype), weights, self._expand(B_T, known[1]).to(dtype))
 
@@ -192,11 +194,11 @@ class _PeraLinear(torch.autograd.Function):
             z = flat @ A_hat.T if z is None else z
             grad_weighted = grad @ B_hat_T.T
             if need_h or known[0] is not None:
-                grad_weights = (grad_weighted * z).sum(0, dtype=working(A).dtype)
+                grad_weights, r = (grad_weighted * z).sum(0, dtype=working(A).dtype), A.shape[0]
                 if need_h:
-                    grad_h = (form.scaling * grad_weights[len(A) :]).to(h.dtype)
-                if known[0] is not None:  # the gradient through ρ_A, as that through ρ_B
-                    inner = (grad_weights * weights)[len(A) :].sum()
+                    grad_h = (form.scaling * grad_weights[r:]).to(h.dtype)
+                if known[0] is not None:  # c of expand_backward, the same for both factors
+                    inner = (grad_weights * weights)[r:].sum()
             if need_B:
                 grad_B = form.backward(_weighted(z, weights).T @ grad, B_T, known[1], inner).T
             grad_z = _weighted(grad_weighted, weights)

@@ -192,8 +192,8 @@ def expand_backward(
         ``(r, d)``, float32 or better.
     """
     X, grad = working(X), working(grad)
-    r = len(X)
-    if len(grad) == r:
+    r = X.shape[0]
+    if grad.shape[0] == r:
         return grad
     products = grad[r:]
     if normalization == "centred" and squares_and_crosses(terms)[0]:
@@ -261,7 +261,7 @@ def delta_weight(
 
 def working(X: Tensor) -> Tensor:
     """Return ``X`` in the dtype of the computation: float64 stays, anything smaller becomes float32."""
-    return X.to(torch.promote_types(X.dtype, torch.float32))
+    return X if X.dtype in (torch.float32, torch.float64) else X.float()
 
 
 def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> None:

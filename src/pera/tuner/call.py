@@ -1,8 +1,8 @@
-"""What is kept for the length of one call of a model.
+"""A cache for the duration of one call of a model.
 
-In generation every step needs the same expansions, and in evaluation mode nothing changes them between
-two steps. They are kept from the second step to the end of the call, and belong to the call, not to a
-layer: the next call starts with nothing, so whatever happens to an adapter between two calls is seen.
+In generation every step needs the same expansions, and in evaluation mode they do not change between steps. The cache
+keeps them from the second step to the end of the call. It belongs to the call and not to a layer, so the next call
+starts empty and sees every change to an adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _kept: ContextVar[dict[Hashable, Any] | None] = ContextVar("pera_kept", default=
 
 @contextmanager
 def one_call() -> Iterator[None]:
-    """A call of a model, of this thread; a call within a call belongs to the outer one."""
+    """Mark a call of a model in this thread. A call within a call belongs to the outer one."""
     if _kept.get() is not None:
         yield
         return
@@ -31,8 +31,10 @@ def one_call() -> Iterator[None]:
 
 
 def keep(key: Hashable, compute: Callable[[], T]) -> T:
-    """``compute()``, kept under ``key`` if it is asked for a second time in one call, so that a single forward
-    pass keeps nothing; outside a call, computed every time."""
+    """Return ``compute()``, and from its second use in a call on keep it under ``key``.
+
+    A single forward pass therefore keeps nothing. Outside a call the value is always computed.
+    """
     kept = _kept.get()
     if kept is None:
         return compute()

@@ -67,7 +67,7 @@ def test_any_geometry(geometry, r, terms, coefficients, normalization):
     ("base", "plain"), [(ParakeetEncoderCTCHead(3, 7, 1), "Conv1d"), (WeightStandardizedConv2d(3, 7, 3), "Conv2d")]
 )
 def test_a_convolution_with_rules_of_its_own_is_refused(base, plain):
-    refusal = rf"^target_modules: '0' is a {type(base).__name__}, .* than torch\.nn\.{plain}, .*; leave it out\.$"
+    refusal = rf"^target_modules: '0' is a {type(base).__name__}, .* from torch\.nn\.{plain}, .*; leave it out\.$"
     with pytest.raises(UserError, match=refusal):
         adapted(base)
 

@@ -231,7 +231,7 @@ def test_a_table_that_changes_in_every_forward_is_refused():
 def test_a_table_with_rules_of_its_own_is_refused():
     """Positions, here: the base counts them and adds an offset, whatever the tokens are."""
     refusal = (
-        r"^target_modules: '0' is a BartLearnedPositionalEmbedding, .* than torch\.nn\.Embedding, .*; leave it out\.$"
+        r"^target_modules: '0' is a BartLearnedPositionalEmbedding, .* from torch\.nn\.Embedding, .*; leave it out\.$"
     )
     with pytest.raises(UserError, match=refusal):
         adapted(BartLearnedPositionalEmbedding(9, 7))

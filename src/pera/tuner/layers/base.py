@@ -1,4 +1,4 @@
-"""What all adapted layers have in common: parameters, several adapters, forward, merging."""
+"""The base class of the adapted layers: parameters, several adapters, forward, merging."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pera.tuner.call import keep
 from pera.tuner.config import PeraConfig
 
 BASE = "__base__"
-"""The name that stands for no adapter in ``adapter_names``, as in PEFT."""
+"""The name in ``adapter_names`` that means no adapter, as in PEFT."""
 
 
 def require_one_name_each(adapter_names: Sequence[str], samples: int) -> None:
@@ -41,10 +41,9 @@ class Expansion(NamedTuple):
 class PeraLayer(nn.Module, BaseTunerLayer):
     """Base class of the adapted layers: y = base(x) + Σ s · x ΔWᵀ over the active adapters.
 
-    For each adapter: ``pera_A`` ``(r, columns)``, ``pera_B`` ``(rows, r)`` and, for learned coefficients,
-    ``pera_h`` ``(num_coefficients,)``, squares first, then crosses lexicographically; rows and columns are
-    :attr:`delta_shape`. An adapter in ``tied`` has no parameters here: its update is the transpose of that of
-    another layer.
+    Each adapter has the parameters ``pera_A`` ``(r, columns)``, ``pera_B`` ``(rows, r)`` and, for learned coefficients,
+    ``pera_h`` ``(num_coefficients,)``: squares first, then crosses lexicographically. Rows and columns are
+    :attr:`delta_shape`. An adapter in ``tied`` has no parameters here; it uses the transposed ΔW of another layer.
     """
 
     adapter_layer_names = ("pera_A", "pera_B", "pera_h")
@@ -87,17 +86,17 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     @property
     def delta_shape(self) -> tuple[int, int]:
-        """Rows and columns of the product B̂ Â."""
+        """Rows and columns of B̂ Â."""
         return self.out_features, self.in_features
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """Leading dimensions of the factors: how many such products there are; none for a layer with one."""
+        """Leading dimensions of the factors, one entry per ΔW; empty for a layer with a single ΔW."""
         return ()
 
     @staticmethod
     def check_config(config: PeraConfig) -> None:
-        """Raise UserError for an adapter that this kind of layer cannot have."""
+        """Raise UserError if this kind of layer does not support ``config``."""
 
     def update_layer(
         self,
@@ -108,7 +107,18 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         tied_to: PeraLayer | None = None,
         **_: Any,
     ) -> None:
-        """Add the adapter ``adapter_name`` of rank ``r``, or replace it. Raises as :meth:`check_config`."""
+        """Add an adapter, or replace it.
+
+        Args:
+            adapter_name: name of the adapter.
+            r: rank.
+            alpha: α, which sets the scale; None means r.
+            config: the other options.
+            tied_to: layer whose parameters the adapter shares.
+
+        Raises:
+            UserError: this kind of layer does not support ``config``.
+        """
         self.check_config(config)
         rows, columns = self.delta_shape
         if r > min(rows, columns):
@@ -137,7 +147,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, config: PeraConfig) -> None:
-        """ΔW = 0 and h constant, but for its signs; without ``init_weights`` a random update."""
+        """Initialize with ΔW = 0 and constant h. With ``init_weights=False``, initialize with a random ΔW."""
         self._reset_factors(self.pera_A[adapter_name], self.pera_B[adapter_name], config.init_weights)
         if adapter_name in self.pera_h:
             if config.init_weights:
@@ -146,8 +156,10 @@ class PeraLayer(nn.Module, BaseTunerLayer):
                 nn.init.normal_(self.pera_h[adapter_name])
 
     def _reset_factors(self, A: Tensor, B: Tensor, init_weights: bool | str) -> None:
-        """A as LoRA's, Kaiming-uniform with a = √5, which is ±1/√columns, or "gaussian", normal of deviation 1 / r; B
-        zero or, without ``init_weights``, likewise."""
+        """Initialize A with Kaiming-uniform(a=√5), that is U(−1/√n, 1/√n), and B with zeros.
+
+        With "gaussian", A is N(0, 1/r²). With ``init_weights=False``, B is U(−1/√r, 1/√r).
+        """
         if init_weights == "gaussian":
             nn.init.normal_(A, std=1 / A.shape[-2])
         else:
@@ -158,11 +170,11 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             nn.init.uniform_(B, -1 / math.sqrt(B.shape[-1]), 1 / math.sqrt(B.shape[-1]))
 
     def has(self, adapter_name: str) -> bool:
-        """Whether the adapter changes this layer."""
+        """Return whether the adapter changes this layer."""
         return adapter_name in self.pera_A or adapter_name in self.tied
 
     def coefficients(self, adapter_name: str) -> Tensor:
-        """h of the adapter, learned or fixed, ``(num_coefficients,)``."""
+        """Return h of the adapter, learned or fixed, ``(num_coefficients,)``."""
         if adapter_name in self.tied:
             return self.tied[adapter_name].coefficients(adapter_name)
         if adapter_name in self.pera_h:
@@ -172,10 +184,10 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         return fixed_coefficients(self.r[adapter_name], terms, dtype=A.dtype, device=A.device)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, B, h) of the adapter, ``(r, columns)``, ``(rows, r)``, ``(num_coefficients,)``.
+        """Return (A, B, h) of the adapter: ``(r, columns)``, ``(rows, r)``, ``(num_coefficients,)``.
 
         Raises:
-            UserError: this layer has no adapter of that name.
+            UserError: the layer has no adapter of this name.
         """
         if adapter_name in self.tied:
             source = self.tied[adapter_name]
@@ -200,45 +212,47 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         return keep((self, adapter_name, dtype, terms, normalization, scaling), compute)
 
     def _unchanging(self) -> bool:
-        """Whether the adapter's weights stay as they are for the length of a call."""
+        """Return whether the weights of the adapter stay the same during a call."""
         return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """ΔW of the adapter in the layout of the base weight, float32 or better."""
+        """Return ΔW of the adapter in the layout of the base weight, float32 or better."""
         factors = self.factors(adapter_name)
         with without_autocast(factors[0]):
             delta = delta_weight(*factors, *self.expansion[adapter_name], self.scaling[adapter_name])
         return self._to_base_layout(delta)
 
     def _to_base_layout(self, delta: Tensor) -> Tensor:
-        """:attr:`delta_shape` in the layout in which the base layer stores its weight."""
+        """Convert ΔW from :attr:`delta_shape` to the layout of the base weight."""
         return delta
 
     @staticmethod
     def check_lora(base_layer: Any, name: str) -> None:
-        """Raise UserError, with the layer's ``name``, if PEFT's LoRA would compute something else for this layer."""
+        """Raise UserError, naming the layer, if PEFT's LoRA computes something different for this kind of layer."""
 
     def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """The factors ``(K, columns)`` and ``(rows, K)`` of ΔW = B A as PEFT's LoRA names and shapes them."""
+        """Return the factors ``(K, columns)`` and ``(rows, K)`` of ΔW = B A, named and shaped as in PEFT's LoRA."""
         return {"lora_A.weight": A, "lora_B.weight": B}
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
-        """What the adapter adds to the output of the base layer for the input ``x``."""
+        """Return what the adapter adds to the output of the base layer for the input ``x``."""
         raise NotImplementedError
 
     def add_adapter_output(self, result: Tensor, adapter_name: str, x: Tensor) -> Tensor:
-        """``result`` plus :meth:`adapter_output`, in the dtype of ``result``."""
+        """Return ``result`` plus :meth:`adapter_output`, in the dtype of ``result``."""
         return result + self.adapter_output(adapter_name, x).to(result.dtype)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The output of the base layer, in its dtype, plus that of the active adapters that are not merged.
+        """Return the output of the base layer plus the outputs of the active adapters, in the dtype of the base.
+
+        Merged adapters are part of the base layer and are not added again.
 
         Args:
-            x: the input of the base layer, the batch first.
-            adapter_names: instead of the active adapters, one adapter for each sample; "__base__" for none.
+            x: the input of the base layer, with the batch first.
+            adapter_names: one adapter per sample, which replaces the active ones; "__base__" means none.
 
         Raises:
-            UserError: there is not one name for each sample.
+            UserError: the number of names differs from the number of samples.
         """
         offloaded = self._offloaded()
         if not offloaded:
@@ -252,10 +266,12 @@ class PeraLayer(nn.Module, BaseTunerLayer):
                 factors._hf_hook.post_forward(factors, None)
 
     def _offloaded(self) -> list[Any]:
-        """The dictionaries of factors that accelerate keeps elsewhere. It brings modules back when they are called, and
-        these never are."""
+        """Return the dictionaries of factors that accelerate has offloaded.
+
+        accelerate loads a module when it is called, but a dictionary of parameters is never called.
+        """
         dictionaries = (d for layer in (self, *self.tied.values()) for d in (layer.pera_A, layer.pera_B, layer.pera_h))
-        return [dictionary for dictionary in dictionaries if hasattr(dictionary, "_hf_hook")]
+        return [dictionary for dictionary in dictionaries if "_hf_hook" in vars(dictionary)]
 
     def _forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -281,23 +297,23 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW of the given, or else of the active, adapters to the base weight.
+        """Add ΔW of the active adapters to the base weight, in place.
 
-        The addition is made in float32 or better; the base weight keeps its dtype.
+        The sum is computed in float32 or better; the base weight keeps its dtype. A quantized weight is replaced.
 
         Args:
-            safe_merge: leave the weight as it was if the sum is not finite.
+            safe_merge: check the sum first, and leave the weight unchanged if it is not finite.
             adapter_names: adapters to merge; None means the active ones.
 
         Raises:
-            ValueError: ``safe_merge`` and a merged weight would not be finite.
+            ValueError: ``safe_merge`` is set and the merged weight would not be finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
         self._add_to_base_weight(names, 1, safe_merge)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Subtract all merged adapters from the base weight again, in float32 or better."""
+        """Subtract all merged adapters from the base weight, in place, in float32 or better."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -307,7 +323,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _add_to_base_weight(self, adapter_names: list[str], sign: int, check: bool = False) -> None:
-        """Add ``sign`` times the sum of ΔW to the base weight, in place unless that is quantised."""
+        """Add ``sign`` times the sum of ΔW to the base weight, in place unless it is quantized."""
         names = [name for name in adapter_names if not self._merged_with_another(name)]
         if not names:
             return
@@ -323,7 +339,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             weight.copy_(total)
 
     def _merged_with_another(self, adapter_name: str) -> bool:
-        """Whether the layer that the adapter is tied to has the same weight, so that merging there is enough."""
+        """Return whether the adapter is tied to a layer with the same weight, which merges it for both."""
         other = self.tied.get(adapter_name)
         return other is not None and other.get_base_layer().weight is self.get_base_layer().weight
 
@@ -331,20 +347,20 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         bias = getattr(self.get_base_layer(), "bias", None)
         super().set_base_weight(weight_data)
         if bias is not None:
-            self.get_base_layer().bias = bias  # PEFT makes a new layer for HQQ, and forgets its bias
+            self.get_base_layer().bias = bias  # PEFT creates a new layer for HQQ and drops its bias
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's ``convert_to_lora`` applies, which knows linear layers alone; ``pera.to_lora`` is exact."""
+        """Return whether PEFT's ``convert_to_lora`` applies, which supports linear layers. ``to_lora`` is exact."""
         return False
 
     def rescale(self, adapter_name: str, alpha: float, scaling: float) -> None:
-        """Give the adapter another α, and the scale s that follows from it."""
+        """Set α of the adapter and the scale s that follows from it."""
         self._change_scaling({adapter_name: scaling})
         self.pera_alpha[adapter_name] = alpha
         self._initial_scaling[adapter_name] = scaling
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Scale the adapter by ``scale`` times its own s."""
+        """Set the scale of the adapter to ``scale`` times its own s."""
         if adapter in self.scaling:
             self._change_scaling({adapter: scale * self._initial_scaling[adapter]})
 
@@ -354,12 +370,12 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self._change_scaling({name: self.scaling[name] * scale for name in active})
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scale of the active adapters by ``scale``, or set it back to α / r."""
+        """Divide the scale of the active adapters by ``scale``; without ``scale``, reset it to α / r."""
         before = self._initial_scaling if scale is None else {n: s / scale for n, s in self.scaling.items()}
         self._change_scaling({name: before[name] for name in self.active_adapters if name in self.scaling})
 
     def _change_scaling(self, scaling: dict[str, float]) -> None:
-        for name in scaling.keys() & set(self.merged_adapters):  # else unmerge would subtract another update
+        for name in scaling.keys() & set(self.merged_adapters):  # otherwise unmerge would subtract a different ΔW
             raise UserError(f"adapter {name!r} is merged; call unmerge_adapter before you change its scale.")
         self.scaling.update(scaling)
 

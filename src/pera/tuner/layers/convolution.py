@@ -1,4 +1,4 @@
-"""PERA on a convolution: a kernel is a row of a matrix, and ΔW is added to that matrix."""
+"""PERA on a convolution: the flattened kernels are the rows of a matrix, and ΔW is added to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pera.tuner.layers.base import PeraLayer
 class PeraConvolution(PeraLayer):
     """An ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d`` with PERA adapters.
 
-    With the kernels flattened the weight is a matrix ``(out_channels, in_channels / groups · kernel size)``,
-    ``pera_A`` is ``(r, in_channels / groups · kernel size)`` and ``pera_B`` ``(out_channels, r)``. The update is a
-    convolution with the K kernels of Â, which takes stride, padding, dilation and groups from the base, and one
-    with B̂ at each position; with groups, every group of channels has all K kernels.
+    With flattened kernels the weight is a matrix ``(out_channels, in_channels / groups · kernel size)``. ``pera_A`` is
+    ``(r, in_channels / groups · kernel size)`` and ``pera_B`` is ``(out_channels, r)``. The adapter convolves with the
+    K kernels of Â, with the stride, padding, dilation and groups of the base. A convolution of size 1 with B̂ follows.
+    Every group of channels uses all K kernels.
     """
 
     @property
@@ -48,7 +48,7 @@ class PeraConvolution(PeraLayer):
         return {"lora_A.weight": A.reshape(-1, *kernel), "lora_B.weight": mixing}
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
-        """``(batch, in_channels, ...)`` → ``(batch, out_channels, ...)``, in the dtype of the computation."""
+        """Map ``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``, in the dtype of the computation."""
         base: Any = self.get_base_layer()
         dtype = computation_dtype(x)
         A_hat, weights, B_hat_T = self.expansions(adapter_name, dtype)

@@ -16,22 +16,24 @@ from pera.tuner.layers.base import PeraLayer
 class PeraEmbedding(PeraLayer):
     """An ``nn.Embedding`` with PERA adapters.
 
-    ``pera_A`` is ``(r, num_embeddings)`` and ``pera_B`` ``(embedding_dim, r)``; ΔW is transposed to the table,
-    ``(num_embeddings, embedding_dim)``. Products of A are computed for the rows looked up alone; with
-    normalization "rms", ρ is still that of the whole A. Dropout drops the whole update of a position.
+    ``pera_A`` is ``(r, num_embeddings)`` and ``pera_B`` is ``(embedding_dim, r)``. The table,
+    ``(num_embeddings, embedding_dim)``, receives ΔW transposed. Only the columns of A that are looked up are expanded.
+    With normalization "rms", ρ is still taken over the whole A. Dropout drops the whole update of a position.
     """
 
     @staticmethod
     def check_config(config: PeraConfig) -> None:
         if config.normalization == "centred":
             raise UserError(
-                "normalization='centred' is not for embeddings: the mean over the vocabulary would change tokens that "
-                "were never seen; use 'rms', or leave the embedding out of target_modules."
+                "normalization='centred' is not for embeddings, because the mean would change tokens that never occur; "
+                "use 'rms', or leave the embedding out of target_modules."
             )
 
     def _reset_factors(self, A: Tensor, B: Tensor, init_weights: bool | str) -> None:
-        """A zero, or, without ``init_weights``, normal; B normal, as LoRA's for embeddings: a row that was never looked
-        up keeps its value."""
+        """Initialize A with zeros (with ``init_weights=False``, N(0, 1)) and B with N(0, 1), as LoRA does.
+
+        Rows of the table that are never looked up then keep their values.
+        """
         nn.init.normal_(B)
         if init_weights:
             nn.init.zeros_(A)
@@ -45,7 +47,7 @@ class PeraEmbedding(PeraLayer):
         return {"lora_embedding_A": A, "lora_embedding_B": B}
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Indices ``(...)`` → ``(..., embedding_dim)``, in the dtype of the factors, or autocast's."""
+        """Map indices ``(...)`` to ``(..., embedding_dim)``, in the dtype of the factors or of autocast."""
         base: Any = self.get_base_layer()
         A, B, h = self.factors(adapter_name)
         terms, normalization = self.expansion[adapter_name]

@@ -1,4 +1,4 @@
-"""PERA on a linear layer: y = x Wᵀ + s · x (B̂ Â)ᵀ."""
+"""PERA on a linear layer: y = x Wᵀ + s · x (B̂ Â)ᵀ, and on transformers' ``Conv1D``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pera.tuner.layers.base import PeraLayer
 
 
 class PeraLinear(PeraLayer):
-    """An ``nn.Linear``, plain or quantised, with PERA adapters."""
+    """An ``nn.Linear``, plain or quantized, with PERA adapters."""
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
-        """s · dropout(x) ΔWᵀ, ``(..., in_features)`` → ``(..., out_features)``, in the dtype of the computation."""
+        """Return s · dropout(x) ΔWᵀ, ``(..., out_features)``, in the dtype of the computation."""
         return self._applied(adapter_name, x, None)
 
     def add_adapter_output(self, result: Tensor, adapter_name: str, x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class PeraLinear(PeraLayer):
 
     def _applied(self, adapter_name: str, x: Tensor, base: Tensor | None) -> Tensor:
         dtype = computation_dtype(x)
-        x = self.pera_dropout[adapter_name](x)  # which may be switched on by itself
+        x = self.pera_dropout[adapter_name](x)  # users may switch it on in evaluation
         if self._unchanging() and (base is None or base.dtype == dtype):
             return expanded_linear(x.to(dtype), self.expansions(adapter_name, dtype), base)
         terms, normalization = self.expansion[adapter_name]
@@ -35,3 +35,10 @@ class PeraLinear(PeraLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+
+class PeraConv1DLinear(PeraLinear):
+    """A ``Conv1D`` with PERA adapters: the linear layer of GPT-2, which stores its weight as (in, out)."""
+
+    def _to_base_layout(self, delta: Tensor) -> Tensor:
+        return delta.T

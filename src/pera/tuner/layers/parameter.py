@@ -1,4 +1,4 @@
-"""PERA on a parameter of a module that is no layer of its own, such as the weights of fused experts."""
+"""PERA on a single parameter of a module, such as the weights of fused experts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class ParamWrapper(PeraLayer):
     """A module with PERA adapters on one of its parameters (``target_parameters``).
 
-    The parameter is a matrix ``(out, in)`` or a stack of them, one for each expert: ``(experts, out, in)``, or
-    ``(experts, in, out)`` where the module says ``is_transposed``. ``pera_A`` ``(experts, r, in)``, ``pera_B``
-    ``(experts, out, r)`` and ``pera_h`` ``(experts, num_coefficients)`` then hold factors for each.
+    The parameter is a matrix ``(out, in)`` or one matrix per expert: ``(experts, out, in)``, or ``(experts, in, out)``
+    if the module sets ``is_transposed``. With experts, ``pera_A`` is ``(experts, r, in)``, ``pera_B`` is
+    ``(experts, out, r)`` and ``pera_h`` is ``(experts, num_coefficients)``.
 
-    How a module uses a parameter is not known, so every forward builds the update and calls the module with
-    the sum in the place of the parameter; that takes the memory of the parameter once more, as in PEFT's LoRA.
-    Several parameters of one module are wrappers in one another. PEFT knows the class by its name.
+    Every forward builds ΔW and calls the module with the sum instead of the parameter, because any module may use its
+    parameter in its own way. This takes the memory of the parameter a second time, as in PEFT's LoRA. If several
+    parameters of a module are adapted, the wrappers are nested. PEFT recognizes the class by its name.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, parameter_name: str, **options: Any) -> None:
@@ -44,7 +44,7 @@ class ParamWrapper(PeraLayer):
         if self.parameter.ndim not in (2, 3) or self.parameter.dtype not in _FLOATING:
             raise UserError(
                 f"target_parameters: {self.parameter_name!r} of shape {tuple(self.parameter.shape)} and dtype "
-                f"{self.parameter.dtype} cannot be adapted; it should have two or three dimensions and be plain."
+                f"{self.parameter.dtype} cannot be adapted; it should have 2 or 3 dimensions and a floating dtype."
             )
         rows, columns = self.parameter.shape[-2:]
         return (rows, columns) if self._transposed else (columns, rows)
@@ -71,10 +71,10 @@ class ParamWrapper(PeraLayer):
         return self.parameter.device, self.parameter.dtype
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """What the base module gives with W + Σ ΔW of the active adapters in the place of its parameter.
+        """Return the output of the base module with W + Σ ΔW of the active adapters as its parameter.
 
         Raises:
-            UserError: ``adapter_names`` are given; a parameter is the same for all samples.
+            UserError: ``adapter_names`` is given, but a parameter is the same for all samples.
         """
         if adapter_names is not None:
             raise UserError("Cannot pass `adapter_names` with adapters on target_parameters; run one at a time.")
@@ -88,7 +88,7 @@ class ParamWrapper(PeraLayer):
         return functional_call(self.base_layer, {self._path(): weight}, args, kwargs)
 
     def _path(self) -> str:
-        """The name of the parameter below ``base_layer``, which may be a wrapper itself."""
+        """Return the name of the parameter relative to ``base_layer``, which may be a wrapper itself."""
         depth, inner = 0, self.base_layer
         while isinstance(inner, ParamWrapper):
             depth, inner = depth + 1, inner.base_layer
@@ -97,7 +97,7 @@ class ParamWrapper(PeraLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module without this wrapper and those in it; PEFT calls it to unload."""
+        """Return the module without this wrapper and the wrappers inside it. PEFT calls this to unload."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         inner: nn.Module = self.base_layer

@@ -1,4 +1,4 @@
-"""What a quantised base needs before it can be adapted."""
+"""What a quantized base needs before it is adapted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import nn
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Keep the weights of bitsandbytes' 4-bit layers in the layout in which they are trained, merged and saved.
+    """Keep the weights of bitsandbytes' 4-bit layers in the layout for training, merging and saving.
 
-    On a CPU with avx512_bf16, a layer's first evaluation packs its weight for a kernel that passes no gradient to
-    its input; and PEFT's merge reads the packed bytes as if they were not packed (bitsandbytes 0.50.2, peft
-    0.21.2). So this is switched off, and what an earlier evaluation has packed is unpacked: the 4-bit codes come
-    back as they were, the scales of their blocks rounded to bfloat16.
+    On a CPU with avx512_bf16, the first evaluation of a layer packs its weight for a kernel that has no gradient with
+    respect to its input. PEFT's merge then reads the packed bytes as if they were not packed (bitsandbytes 0.50.2, peft
+    0.21.2). This function switches packing off and unpacks weights that are already packed. Their 4-bit codes are
+    restored exactly; the scales of the blocks are rounded to bfloat16.
     """
     layer: Any
     for layer in model.modules():
@@ -23,5 +23,5 @@ def keep_unpacked(model: nn.Module) -> None:
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             layer.state_dict()  # unpacks the weight
             state = layer.weight.quant_state
-            if state.absmax.ndim == 2:  # but leaves the scales transposed, unless they are quantised themselves
+            if state.absmax.ndim == 2:  # but leaves the scales transposed, unless they are quantized
                 state.absmax = state.absmax.T.flatten().float()
