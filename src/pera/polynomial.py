@@ -29,7 +29,7 @@ dimensions, such as one for experts; :func:`expand_backward` takes one factor at
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ def expand(
     if not num_coefficients(r, terms):
         return X
     X = X.contiguous()  # rows that lie apart are slow to gather
-    left, right, *_ = _indices(r, terms, X.device)
+    left, right, *_ = _indices(X, terms)
     whole, divided = X if whole is None else working(whole), X
     if normalization != "none":
         divisor = (rms(whole) if rho is None else rho)[..., None, None]
@@ -199,7 +199,7 @@ def expand_backward(
     if normalization == "centred" and squares_and_crosses(terms)[0]:
         squares = products[:r] - products[:r].mean(-1, keepdim=True)
         products = torch.cat([squares, products[r:]])
-    left, right, partners, selection = _indices(r, terms, X.device)
+    left, right, partners, selection = _indices(X, terms)
     linear, divided = grad[:r], X
     if normalization != "none":
         rho, energy = normalizer(X) if known is None else known
@@ -289,17 +289,21 @@ class _Indices(NamedTuple):
 _known_indices: dict[tuple[int, Terms, torch.device], _Indices] = {}
 
 
-def _indices(r: int, terms: Terms, device: torch.device) -> _Indices:
-    key = (r, terms, device)
-    if torch.compiler.is_compiling():
-        return _make_indices(*key)
-    if key not in _known_indices:
+def _indices(X: Tensor, terms: Terms) -> _Indices:
+    """Return the indices for a factor ``(..., r, d)``, from an earlier call unless this one is traced."""
+    key = (X.shape[-2], terms, X.device)
+    found = None if torch.compiler.is_compiling() else _known_indices.get(key)
+    if found is None:
         with torch.inference_mode(False):
-            made = _Indices(*(torch.func.debug_unwrap(t) for t in _make_indices(*key)))
-        if any(type(t) is not Tensor for t in made):  # a fake tensor does not outlive its trace
-            return made
-        _known_indices[key] = made
-    return _known_indices[key]
+            found = _make_indices(*key)
+        if not torch.compiler.is_compiling():
+            found = _Indices(*(torch.func.debug_unwrap(t) for t in found))
+            if all(type(t) is Tensor for t in found):  # no fake tensors
+                _known_indices[key] = found
+    if hasattr(X, "device_mesh"):  # a DTensor, which only DTensors can index
+        sharded: Any = type(X)
+        found = _Indices(*(sharded.from_local(t, X.device_mesh) for t in found))
+    return found
 
 
 def _make_indices(r: int, terms: Terms, device: torch.device) -> _Indices:

@@ -546,6 +546,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_sentence_and_keeps_existing_files(
     python, pera, run, recipe_file, tree, tmp_path, finished_run
 ):

@@ -101,7 +101,7 @@ def test_a_compiled_model_gives_the_same_logits(make):
 # One graph
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
 def test_a_model_is_one_graph_in_training_and_one_in_evaluation(make):
     model = language_model(make)
     check_language_model(model, compiled(model))

@@ -125,6 +125,7 @@ def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
     assert first[f"{LORA}-report-lr0.001-seed42"] != first[f"{LORA}-report-lr0.001-seed43"]
 
 
+@pytest.mark.slow
 def test_dropout_does_not_change_the_order_of_rows_in_later_epochs(study_file, tmp_path):
     """At a learning rate near zero every loss is that of the base model on its batch."""
     small = ["training.max_steps=null", "training.epochs=2", "training.logging_steps=1", "choose.learning_rate=[1e-9]"]
