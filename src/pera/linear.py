@@ -58,7 +58,7 @@ def pera_linear(
 
 
 def computation_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype :func:`pera_linear` computes in: that of x, or autocast's unless x is float64."""
+    """Return the dtype that :func:`pera_linear` computes in: autocast's (not for float64), else the dtype of x."""
     device = x.device.type
     if x.dtype != torch.float64 and _autocasts(device):
         return torch.get_autocast_dtype(device)

@@ -1,7 +1,7 @@
 r"""The algebra of PERA: polynomial expansion of low-rank factors (arXiv 2604.11841).
 
 A low-rank update of a frozen weight W₀ ∈ ℝ^{m×n} has the factors B ∈ ℝ^{m×r} with columns b_i and A ∈ ℝ^{r×n} with
-rows a_i. PERA appends the element-wise products of the columns of B to B, and those of the rows of A to A:
+rows a_i. PERA appends to B the element-wise products of its columns, and to A the products of its rows:
 
 .. math::
 
@@ -169,7 +169,7 @@ def expand_backward(
     known: Normalizer | None = None,
     inner: Tensor | None = None,
 ) -> Tensor:
-    r"""Return the gradient of ``X``, given that of ``expand(X, None, terms, normalization)``.
+    r"""Return the gradient of ``X`` from the gradient of ``expand(X, None, terms, normalization)``.
 
     With G_i and G_ij the gradients of the rows x_i and (x_i ⊙ x_j)/ρ,
 
@@ -254,7 +254,7 @@ def delta_weight(
     normalization: Normalization = "none",
     scaling: float = 1.0,
 ) -> Tensor:
-    """Return ΔW = s B̂ Â, eq. 9, ``(out_features, in_features)``. The arguments are those of :func:`lora_factors`."""
+    """Return ΔW = s B̂ Â, eq. 9, ``(out_features, in_features)``. It takes the arguments of :func:`lora_factors`."""
     lora_A, lora_B = lora_factors(A, B, h, terms, normalization, scaling)
     return lora_B @ lora_A
 

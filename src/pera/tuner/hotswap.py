@@ -1,4 +1,4 @@
-"""Replace the values of a loaded adapter by those of a saved one, without rebuilding the model."""
+"""Load the values of a saved adapter into a loaded one, without rebuilding the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, EOFError,
 
 
 def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", **kwargs: Any) -> None:
-    """Replace the weights and the scale of a loaded PERA adapter by those of a saved one, in place.
+    """Load the weights and the scale of a saved PERA adapter into a loaded one, in place.
 
     Modules and parameters stay the same objects, so a compiled model stays compiled and an optimizer keeps its
     parameters. Dropout stays as it is::

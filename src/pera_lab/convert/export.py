@@ -52,7 +52,7 @@ def export(
     server: str | None = None,
     dtype: str = "float32",
 ) -> Export:
-    """Write a PERA adapter as a LoRA, and compare its outputs with those of the adapter.
+    """Write a PERA adapter as a LoRA, and compare its outputs with the adapter's.
 
     The export is exact. h, normalization and scale are folded into the factors in float64. Every layer has
     r = lora_alpha = K, without patterns; layers of smaller expanded rank are padded with zeros.
@@ -66,7 +66,7 @@ def export(
         location: the adapter and its base model.
         output: folder to write. It holds PEFT's ``adapter_config.json`` and weights for "lora" or ``adapter.gguf`` for
             "gguf", and ``verification.json`` and a model card.
-        to: the format. By default the one that the server reads, or "lora".
+        to: the format. By default the server's format, or "lora".
         max_rank: the largest rank of the export.
         energy: the smallest share of ‖ΔW‖_F² to keep in each layer. It determines the rank.
         server: a key of :data:`pera_lab.convert.servers.SERVERS`. The export keeps the limits of this server.

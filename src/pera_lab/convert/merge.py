@@ -54,7 +54,7 @@ def merge(location: Location, output: Path, *, dtype: str = "stored", dequantise
     Args:
         location: the adapter and its base model.
         output: folder to write the model, the tokenizer, ``verification.json`` and a model card to.
-        dtype: dtype of the merged model, a key of :data:`pera_lab.models.DTYPES`, or "stored" for that of the base.
+        dtype: dtype of the merged model, a key of :data:`pera_lab.models.DTYPES`, or "stored" for the base's dtype.
             The additions are made in float32 or better.
         dequantised: dequantise a quantised base first.
 

@@ -104,9 +104,9 @@ class StudyMethod(_Named):
     """A method. Further keys are its options, or ``lr_ratio`` and ``weight_decay`` of its parameter groups."""
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field([])
-    """Learning rates to try for this method (default: those of ``choose``)."""
+    """Learning rates to try for this method (default: ``choose.learning_rate``)."""
     seeds: list[Seed] = Field([])
-    """Seeds to report, paired in order with those of the other methods (default: those of ``report``). LoRA against
+    """Seeds to report, paired in order with the seeds of the other methods (default: ``report.seeds``). LoRA against
     LoRA with other seeds shows the size of a difference by chance."""
 
     @property
@@ -126,7 +126,7 @@ class Grid(Section):
     task: Annotated[list[StudyTask], BeforeValidator(_as_list), Field(min_length=1)]
     r: list[Annotated[int, Field(ge=1)]] = Field([8])
     placement: dict[str, list[str] | str] = Field({})
-    """Target modules by name of the placement (default: those of the base recipe)."""
+    """Target modules by name of the placement (default: the base recipe's)."""
     train_share: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0])
 
     @model_validator(mode="after")
