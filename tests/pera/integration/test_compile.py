@@ -101,6 +101,16 @@ def test_a_compiled_model_gives_the_same_logits(make):
 # One graph
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_gradients():
+    """All layers at once: only a whole model makes the compiler reuse buffers between layers."""
+    model = language_model(target_modules="all-linear").train()
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    expected = gradients(model, model(**batch).loss)
+    check_equal(gradients(model, torch.compile(model)(**batch).loss), expected)
+
+
 @pytest.mark.parametrize("make", [llama, pytest.param(gpt2, marks=pytest.mark.slow)])
 def test_a_model_is_one_graph_in_training_and_one_in_evaluation(make):
     model = language_model(make)
