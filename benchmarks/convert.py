@@ -139,7 +139,7 @@ def in_plain_peft(run: Run, problems: int, folder: Path) -> dict[str, Any]:
 
 
 def in_llama_cpp(run: Run, problems: int, folder: Path) -> dict[str, Any]:
-    """Greedy answers from the HTTP endpoint of llama.cpp, against those of transformers.
+    """Greedy answers from the HTTP endpoint of llama.cpp, compared with the answers of transformers.
 
     An F32 GGUF of the same weights is compared token by token. The shipped file is compared by accuracy, with and
     without the adapter.

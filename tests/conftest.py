@@ -67,7 +67,7 @@ def _sentences():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level tokenizer with a chat template, trained on sentences like those of family_relationships."""
+    """A byte-level tokenizer with a chat template, trained on sentences like the problems of family_relationships."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""hotswap_adapter: the values of a saved adapter replace those of a loaded one."""
+"""hotswap_adapter: a saved adapter's values replace the values of a loaded adapter."""
 
 import copy
 import json

@@ -114,7 +114,7 @@ def test_the_parameters_leave_out_a_head_except_for_full_fine_tuning(config, cou
 
 
 def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
-    """ΔW starts at zero, so the first loss is that of the base model on the first batch."""
+    """ΔW starts at zero, so the first loss is the base model's on the first batch."""
     small = ["training.max_steps=1", "training.logging_steps=1", "choose.learning_rate=[1e-3]"]
     folder, study = StudyFolder(tmp_path / "first"), study_of(study_file, *small)
     run_study(study, folder)
@@ -127,7 +127,7 @@ def test_methods_see_the_same_data_in_the_same_order(study_file, tmp_path):
 
 @pytest.mark.slow
 def test_dropout_does_not_change_the_order_of_rows_in_later_epochs(study_file, tmp_path):
-    """At a learning rate near zero every loss is that of the base model on its batch."""
+    """At a learning rate near zero every loss is the base model's on its batch."""
     small = ["training.max_steps=null", "training.epochs=2", "training.logging_steps=1", "choose.learning_rate=[1e-9]"]
     methods = "grid.method=[{name: lora, dropout: 0},{name: lora, label: dropped, dropout: 0.5}]"
     folder = StudyFolder(tmp_path / "epochs")
