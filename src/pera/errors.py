@@ -28,6 +28,11 @@ class CheckFailed(PeraError):
     exit_code = 1
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error of another library on one line."""
+    return " ".join(str(error).split())
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """End of a message about an unknown ``name``: the closest known name, or all known names if none is close.
 

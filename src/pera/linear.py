@@ -159,8 +159,10 @@ class _Form(NamedTuple):
 
 
 def _pera_linear(x: Tensor, A: Tensor, B: Tensor, h: Tensor | None, base: Tensor | None, form: _Form) -> Tensor:
+    # torch.compile and torch.func differentiate the operations themselves. Compiled, the Function below gives wrong
+    # gradients: inductor (torch 2.13) reuses a buffer of it too early.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        with without_autocast(x):  # torch.compile and torch.func differentiate the operations themselves
+        with without_autocast(x):
             return _product(x, form.expansions(A, B.T, h, x.dtype), base)[0]
     y: Tensor = _PeraLinear.apply(x, A, B, h, base, form)
     return y

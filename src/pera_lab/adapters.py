@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pera.errors import UserError
+from pera.errors import UserError, one_line
 from pera.tuner import PeraConfig, check_lists
 from pera_lab.files import read_json
 
@@ -180,7 +180,7 @@ class Adapter:
                 f"{str(self.path)!r} does not fit its own configuration: the weights file lacks {error}."
             ) from error
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            first, *others = " ".join(str(error).split()).split(" size mismatch for ")
+            first, *others = one_line(error).split(" size mismatch for ")
             reason = " size mismatch for ".join([first, *others[:1]])
             reason += f" ({len(others)} such)" if len(others) > 1 else ""
             raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from pera.errors import UserError
+from pera.errors import UserError, one_line
 from pera_lab.card import write_card
 from pera_lab.files import Journal, checked, json_line, write_atomic, write_json
 from pera_lab.opening import locate_run, open_model
@@ -25,7 +25,7 @@ def read_predictions(file: Path) -> list[Prediction]:
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
-        raise UserError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{str(file)!r} cannot be read: {one_line(error)}.") from error
     return checked(lines, list[Prediction], repr(str(file)))
 
 
@@ -58,8 +58,10 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     journal = Journal(run.predictions / f"{name}.partial.jsonl", key)
     if journal.found and console is not None:
         console.print(f"resuming after {len(journal.found)} of {len(splits.test)} answers", soft_wrap=True)
-    options: dict[str, Any] = {"journal": journal, "max_length": task.prompt_limit(recipe.training.max_length)}
-    score, predictions = evaluate(model, tokenizer, task, splits, spec, which, console, **options)
+    max_length = task.prompt_limit(recipe.training.max_length)
+    score, predictions = evaluate(
+        model, tokenizer, task, splits, spec, which, console, journal=journal, max_length=max_length
+    )
     write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
     write_json(run.scores_file, {**run.scores(), name: asdict(score)})
     journal.close()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from pera.errors import UserError
+from pera.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -220,5 +220,5 @@ class Journal:
 
 def cannot_write(path: Path, error: Exception) -> UserError:
     """The error for a path that cannot be written."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    reason = getattr(error, "strerror", None) or one_line(error)
     return UserError(f"output: {str(path)!r} cannot be written: {reason}; the files that were complete are kept.")

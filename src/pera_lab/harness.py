@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pera.errors import UserError, missing_extra, nearest
+from pera.errors import UserError, missing_extra, nearest, one_line
 from pera_lab.files import read_object, write_json
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
@@ -63,7 +63,7 @@ def run_harness(
             harness, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
         )
     except (OSError, ValueError, ConnectionError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise UserError(f"--lm-eval={','.join(tasks)}: the data of a task cannot be loaded: {reason}.") from error
     results = {
         task: {

@@ -11,7 +11,7 @@ from peft import DeloraConfig, HiraConfig, LoraConfig, PeftConfig, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from pera.errors import UserError, nearest
+from pera.errors import UserError, nearest, one_line
 from pera.polynomial import expanded_rank
 from pera.tuner import PeraConfig, check_alpha, check_names, check_rank
 from pera_lab.plugins import check_unique, load_plugins
@@ -179,7 +179,7 @@ REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, LookupEr
 
 def refusal(method: dict[str, Any], error: Exception) -> UserError:
     """The error to raise when PEFT or pera raised one of :data:`REFUSALS` for the recipe's section ``method``."""
-    said = " ".join(str(error).split())
+    said = one_line(error)
     if not isinstance(error, ValueError):  # such a message does not name the option
         said = f"PEFT cannot use {method}: {type(error).__name__}: {said}"
     return UserError(f"method: {said}")

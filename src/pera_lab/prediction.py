@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from pera.errors import UserError
-from pera_lab.files import Journal, disk_errors, json_line, write_atomic
+from pera_lab.files import Journal, json_line, write_atomic
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 from pera_lab.scorers import Output, answer_batches, make_scorer
@@ -72,8 +72,7 @@ def predict(
     for outputs in answer_batches(scorer, "predicting", console):
         journal.add({todo[row]: _columns(output) for row, output in outputs.items()})
     lines = [{**row, **answer} for row, answer in zip(content.rows, journal.rows(), strict=True)]
-    with disk_errors(target):
-        write_atomic(target, "".join(map(json_line, lines)))
+    write_atomic(target, "".join(map(json_line, lines)))
     journal.close()
     return len(lines)
 

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from pera.errors import UserError
+from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
 from pera_lab import methods, models
 from pera_lab.adapters import Adapter
@@ -123,7 +123,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
             optimizer_cls_and_kwargs=optimizer,
         )
     except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
-        raise UserError(f"training.report_to={spec.report_to}: {' '.join(str(error).split())}") from error
+        raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     if checkpoint is not None and _ended(checkpoint):  # only the adapter was not saved yet

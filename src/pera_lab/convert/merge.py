@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pera.errors import UserError
+from pera.errors import UserError, one_line
 from pera.tuner import ParamWrapper, PeraConfig
 from pera.tuner.tying import separate_shared_weights
 from pera_lab.adapters import base_name
@@ -242,7 +242,7 @@ def _refusal(location: Location) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{location.name!r} cannot be merged: {' '.join(str(error).split()).rstrip('.')}.") from error
+        raise UserError(f"{location.name!r} cannot be merged: {one_line(error).rstrip('.')}.") from error
 
 
 def _finish(folder: Path, location: Location, agreement: Agreement) -> Agreement:

@@ -25,9 +25,9 @@ from pera_lab import methods
 from pera_lab.embedded import EMBEDDED
 from pera_lab.recipe.training import TrainingSection
 from pera_lab.recipe.yaml import apply_override, parse, read_yaml, shipped_files
-from pera_lab.sections import Section, absolute_path, name_alone
+from pera_lab.sections import Section, absolute_path, flatten, name_alone
 from pera_lab.tasks import EvaluationSection, Splits, Task, known_names, parse_task, subsample
-from pera_lab.tasks.registry import is_declared
+from pera_lab.tasks.registry import declared_names
 
 
 class ModelSection(Section):
@@ -137,7 +137,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(by_task, dict) or not all(isinstance(section, dict) for section in by_task.values()):
         raise UserError(f"recipe: by_task in {source!r} should hold sections of a recipe, by the name of a task.")
     for key in by_task:
-        if not is_declared(key) and key not in (known := known_names()):
+        if key not in declared_names() and key not in (known := known_names()):
             raise UserError(f"recipe: by_task.{key} in {source!r} is not the name of a task; {nearest(key, known)}")
     task = name_alone(_overridden(content, overrides).get("task"))
     if isinstance(task, dict) and str(task.get("name")) in by_task:
@@ -167,13 +167,10 @@ def parse_recipe(content: dict[str, Any]) -> Recipe:
 
 def difference(a: Recipe, b: Recipe) -> str | None:
     """The first key in which two recipes differ, not counting their names; None if they are equal."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {k: v for key, below in value.items() for k, v in flat(below, f"{prefix}.{key}".lstrip(".")).items()}
-
-    x, y = flat(a.model_dump(exclude={"name"})), flat(b.model_dump(exclude={"name"}))
+    x, y = (
+        {key: value for key, value in flatten(recipe.model_dump(exclude={"name"})).items() if value != {}}
+        for recipe in (a, b)
+    )
     return next((key for key in {**x, **y} if x.get(key) != y.get(key)), None)
 
 

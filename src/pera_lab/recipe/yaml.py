@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pera.errors import UserError, nearest
+from pera.errors import UserError, nearest, one_line
 from pera_lab.sections import name_alone
 from pera_lab.tasks import Task, family_of
 
@@ -44,7 +44,7 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{kind}: {source!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{kind}: {source!r} is not valid YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         example = "model: smollm2-135m" if kind == "recipe" else "base: quickstart"
         raise UserError(f"{kind}: {source!r} should hold keys and values, such as {example}.")

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pera.errors import UserError
+from pera.errors import UserError, one_line
 from pera.tuner import PeraConfig
 from pera_lab.convert.verify import Agreement
 from pera_lab.diagnose import Effects, Layer, diagnose_adapter, place_layers
@@ -100,7 +100,7 @@ class Contents:
         try:
             lines = self.run.metrics()
         except (OSError, ValueError) as error:
-            return Missing(f"metrics.jsonl cannot be read: {_line(error)}.")
+            return Missing(f"metrics.jsonl cannot be read: {one_line(error).rstrip('.')}.")
         steps = [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
         if not steps:
             return self._missing("metrics.jsonl has no logged steps.", "" if self.trained else "adapter")
@@ -245,7 +245,3 @@ class Contents:
 def number_or_nan(value: Any) -> float:
     """Return the value if it is a number, else NaN."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -17,7 +17,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from rich.console import Console
 from rich.progress import TimeElapsedColumn
 
-from pera.errors import PeraError, UserError
+from pera.errors import PeraError, UserError, one_line
 from pera.tuner import PeraConfig
 from pera_lab.adapters import HEAD
 from pera_lab.diagnose import run_effects
@@ -139,7 +139,7 @@ def _perform(trial: Trial, folder: StudyFolder) -> None:
         outcome = Outcome("diverged", str(error))
     except Exception as error:  # one failed run must not stop the others
         kind = "" if isinstance(error, PeraError) else f"{type(error).__name__}: "
-        outcome = Outcome("failed", f"{kind}{' '.join(str(error).split())}")
+        outcome = Outcome("failed", f"{kind}{one_line(error)}")
     run.path.mkdir(parents=True, exist_ok=True)
     outcome = replace(outcome, wall_seconds=round(time.perf_counter() - start, 2))
     write_json(run.path / "outcome.json", asdict(outcome))

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pera.errors import UserError, nearest
 from pera_lab.methods import find_method
 from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml
-from pera_lab.sections import Section
+from pera_lab.sections import Section, flatten
 
 Phase = Literal["choose", "report"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -45,7 +45,7 @@ def _check_reserved(key: str, settings: dict[str, Any]) -> None:
     """Raise ValueError if ``settings`` hold a key that the study sets."""
     if isinstance(settings.get("task"), str):
         raise ValueError(f"{key}.task={settings['task']!r} cannot be set here; {_RESERVED['task.name']}")
-    for name, _ in _flatten(settings):
+    for name in flatten(settings):
         for reserved, remedy in _RESERVED.items():
             if name == reserved or name.startswith(f"{reserved}."):
                 raise ValueError(f"{key}.{name} cannot be set here; {remedy}")
@@ -59,17 +59,6 @@ def _check_distinct(key: str, seeds: list[int]) -> None:
 def _check_label(key: str, label: Any) -> None:
     if not re.fullmatch(r"[\w.+-]+", str(label)):
         raise ValueError(f"{key}={label!r} is part of folder names; use only letters, digits and . _ + -")
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings as pairs of a dotted key and a value."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            pairs += _flatten(value, f"{prefix}{key}.")
-        else:
-            pairs.append((f"{prefix}{key}", value))
-    return pairs
 
 
 class _Named(Section):
@@ -293,7 +282,7 @@ class Trial:
         """
         study, cell, method = self.study, self.cell, self.cell.method
         options = {key: value for key, value in method.more.items() if key not in _TRAINING_OPTIONS}
-        setting = [("task", cell.task.name), *_flatten(study.settings), *_flatten(cell.task.more)]
+        setting = [("task", cell.task.name), *flatten(study.settings).items(), *flatten(cell.task.more).items()]
         common = _common_options(study.base, _overrides(setting)) if method.has_rank else {}
         if cell.placement is not None:
             common["target_modules"] = study.grid.placement[cell.placement]

@@ -10,7 +10,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from pera.errors import UserError
+from pera.errors import UserError, one_line
 from pera_lab.tasks.examples import Example
 
 IGNORED = -100
@@ -69,7 +69,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
-        roles, reason = ", ".join(m["role"] for m in messages), " ".join(str(error).split()).rstrip(".")
+        roles, reason = ", ".join(m["role"] for m in messages), one_line(error).rstrip(".")
         raise UserError(
             f"messages with the roles {roles}: the model's chat template rejects them: {reason}."
         ) from error
@@ -174,7 +174,7 @@ class AnswerCollator:
     """Makes batches for a causal language model, padded on the left so that the answers end together.
 
     A vocabulary is large and an answer is short. The batch therefore asks for logits of the answers only, if the model
-    has ``logits_to_keep``. Loss and gradients equal those of whole sequences.
+    has ``logits_to_keep``. Loss and gradients are the same as for whole sequences.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

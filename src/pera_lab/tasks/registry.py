@@ -36,9 +36,9 @@ def families() -> dict[str, type[Task]]:
     return found
 
 
-def is_declared(name: str) -> bool:
-    """Whether a family lists ``name`` in its ``task_names``."""
-    return any(name in family.task_names for family in families().values())
+def declared_names() -> set[str]:
+    """All names that a family lists in its ``task_names``."""
+    return {name for family in families().values() for name in family.task_names}
 
 
 def known_names() -> set[str]:
@@ -82,7 +82,6 @@ def parse_task(value: Any) -> Task:
         raise PydanticCustomError("task", "Input should be the name of a task, or a section with name and options")
     name = _Name.model_validate({key: value[key] for key in value if key == "name"}).name
     family = family_of(name)
-    if "data" in value and "data" not in family.model_fields and not is_declared(name):
-        declared = {name for family in families().values() for name in family.task_names}
-        raise ValueError(f"name={name!r} is not a task with data; {nearest(name, declared)}")
+    if "data" in value and "data" not in family.model_fields and name not in declared_names():
+        raise ValueError(f"name={name!r} is not a task with data; {nearest(name, declared_names())}")
     return family.model_validate(value)

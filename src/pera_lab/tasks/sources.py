@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pera.errors import UserError, missing_extra
+from pera.errors import UserError, missing_extra, one_line
 from pera_lab.sections import absolute_path
 from pera_lab.tasks.examples import Example
 
@@ -140,7 +140,7 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
     except (ArrowInvalid, OSError) as error:
-        raise UserError(f"data: {str(file)!r} is not a Parquet file: {' '.join(str(error).split())}.") from error
+        raise UserError(f"data: {str(file)!r} is not a Parquet file: {one_line(error)}.") from error
     return rows
 
 
@@ -179,7 +179,7 @@ def _load(what: str, *arguments: Any, **options: Any) -> Any:
     try:
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # the library raises anything, from no network to an unknown split
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        reason = one_line(error).rstrip(".") or type(error).__name__
         raise UserError(
             f"task.data: {what} cannot be loaded: {reason}; offline, give a folder: data=FOLDER."
         ) from error
