@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera.errors import UserError, missing_extra
 from pera_lab.environment import out_of_memory
-from pera_lab.files import atomic_folder, disk_errors
+from pera_lab.files import atomic_folder, disk_errors, lock_of, locked
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _converted(gguf: Path, key: str) -> Path:
         raise missing_extra("gguf", "gguf")
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{folder.name}.lock"):
+        with locked(lock_of(folder), folder, wait=True):
             if not folder.is_dir():
                 with atomic_folder(folder) as partial:
                     _convert(gguf, partial)
