@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from pera_lab.cli.console import facts, out, progress, refreshed_report
 from pera_lab.cli.options import Overrides, RunFolder
 from pera_lab.report.formatting import duration, percent, size
+from pera_lab.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,7 +91,7 @@ def train(
     table.add_row("training", _cost(run, summary))
     table.add_row("report", refreshed_report(run))
     out.print(table)
-    out.print(f"Next: pera evaluate {run.path}")
+    out.print(f"Next: pera evaluate {run.path}", soft_wrap=True)
 
 
 def evaluate(
@@ -183,12 +185,12 @@ def _summary(
     table = facts(f"{recipe.name}: done in {duration(seconds)}")
     table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
     table.add_row("base model", _value(base))
-    table.add_row("with adapter", f"[bold]{_value(adapter)}[/bold]")
+    table.add_row("with adapter", Text(_value(adapter), "bold"))
     table.add_row("training", _cost(run, summary))
     table.add_row("adapter", str(run.adapter.path))
     for name, check in checks.items():
-        mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
-        table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")
+        mark = ("same outputs", "green") if check.agree else ("outputs differ", "red")
+        table.add_row(name, Text.assemble(visible(f"{run.path / name}\n"), mark, f": {check.sentence()}"))
     table.add_row("loss picture", str(run.path / "loss.svg"))
     table.add_row("report", refreshed_report(run))
     return table
