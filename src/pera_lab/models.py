@@ -27,7 +27,7 @@ from pera.errors import UserError, nearest
 from pera.tuner.layers import keep_unpacked
 from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
 from pera_lab.environment import device, fast_dtype, out_of_memory
-from pera_lab.files import read_object
+from pera_lab.files import expanded, read_object
 
 _ANY = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 _UNREADABLE = (*_ANY, SafetensorError, StrictDataclassError)
@@ -160,7 +160,7 @@ def reading(name: str) -> Iterator[None]:
 
 def saved_labels(name: str) -> int | None:
     """Number of outputs of a local model's classification head from its ``config.json``; None if it has no head."""
-    file = Path(name).expanduser() / "config.json"
+    file = expanded(name) / "config.json"
     config = read_object(file) if file.is_file() else {}
     if not any(str(each).endswith("ForSequenceClassification") for each in config.get("architectures") or []):
         return None
@@ -177,7 +177,7 @@ def resolve(name: str) -> str:
     """
     if name in EMBEDDED:
         return str(embedded_folder(name))
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model: folder {name!r} has no config.json; give the folder of a transformers model.")

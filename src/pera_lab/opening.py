@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pera.errors import UserError
 from pera_lab import models
 from pera_lab.adapters import Adapter, token_rows
+from pera_lab.files import expanded
 from pera_lab.runs import Run
 
 
@@ -76,7 +77,7 @@ def locate_run(run: Run, *, base: bool = False) -> Location:
 
 
 def _located(name: str) -> Location:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if (path / "recipe.yaml").is_file():
         run = Run(path)
         if not run.finished:

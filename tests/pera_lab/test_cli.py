@@ -415,13 +415,66 @@ def test_out_of_memory_is_one_sentence(where, error, refused, recipe_file, monke
     refused("train", recipe_file, "--output", "run", words=words)
 
 
-def test_other_runtime_errors_are_raised(pera, recipe_file, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError,
+     OSError, EOFError, BrokenPipeError, UnicodeError, AssertionError],
+)  # fmt: skip
+def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recipe_file, monkeypatch):
     def fail(*_, **__):
-        raise RuntimeError("a defect")
+        raise error("a defect\n  of two lines " + "x" * 5000)
 
     monkeypatch.setattr("pera_lab.training.get_peft_model", fail)
-    with pytest.raises(RuntimeError, match="a defect"):
-        pera("train", recipe_file, "--output", "run")
+    words = [f"unexpected {error.__name__}: ", "a defect", "two lines x", " … ", "PERA_DEBUG=1 shows the traceback"]
+    line = refused("train", recipe_file, "--output", "run", words=words)
+    assert "Traceback" not in line
+    assert len(line) < 1100
+
+
+def test_pera_debug_shows_the_traceback_of_every_error(pera, recipe_file, monkeypatch):
+    monkeypatch.setenv("PERA_DEBUG", "1")
+    outcome = pera("train", recipe_file, "method.terms=cubes", "--output", "run")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("pera: method: terms='cubes'")
+
+
+def test_an_interrupt_is_quiet(pera, recipe_file, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pera_lab.training.get_peft_model", interrupt)
+    assert pera("train", recipe_file, "--output", "run") == (130, "", "")
+
+
+WARNING_COMMAND = """
+import logging, sys, warnings
+from pera.errors import CheckFailed, UserError
+from pera_lab import environment
+from pera_lab.cli import main
+
+def report():
+    warnings.warn("the adapter is old", UserWarning)
+    warnings.warn("the adapter is old", UserWarning)
+    warnings.warn("renamed in version 9", FutureWarning)
+    logging.getLogger("some.library").warning("kernel not found")
+    if ends in ERRORS:
+        raise ERRORS[ends]("no")
+    return {"versions": {}}
+
+ERRORS = {"failed": CheckFailed, "refused": UserError}
+ends, environment.environment = sys.argv[1], report
+sys.argv = ["pera", "env"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("ends", "code"), [("done", 0), ("failed", 1), ("refused", 2)])
+def test_warnings_come_after_a_success_and_not_with_a_refusal(ends, code, python):
+    result = python(WARNING_COMMAND, ends, check=False)
+    lines = {0: [], 1: ["pera: no"], 2: ["pera: no"]}[code]
+    warned = ["warning: the adapter is old"] if code < 2 else []
+    assert (result.returncode, result.stderr.splitlines()) == (code, warned + lines)
 
 
 def test_evaluate_needs_a_run_folder(refused, finished_run, tiny_llama):
@@ -500,10 +553,9 @@ def test_mistake_is_one_line_without_a_traceback(recipe_file, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
-    said = [line for line in result.stderr.splitlines() if not line.startswith(("Failed to load", "W1", "W0"))]
-    assert len(said) == 1, "apart from the messages of torchao and bitsandbytes at import"
-    assert said[0].startswith("pera: ")
-    assert "'nope'" in said[0]
+    (said,) = result.stderr.splitlines()
+    assert said.startswith("pera: ")
+    assert "'nope'" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,7 @@ from pera.errors import UserError
 from pera_lab import embedded, models
 from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
-from pera_lab.files import write_json
+from pera_lab.files import expanded, write_json
 from pera_lab.opening import Location, locate, open_model
 from pera_lab.tasks.encoding import encode_prompt
 
@@ -149,7 +149,7 @@ def _side(name: str, other: str, base: str | None, trust_remote_code: bool) -> _
 
 def _gguf_adapter(name: str) -> Path | None:
     """The GGUF adapter at a path or in an export folder; None if there is none."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if (path / ADAPTER).is_file():
         return path / ADAPTER
     return path if path.suffix == ".gguf" and path.is_file() and is_adapter(path) else None
