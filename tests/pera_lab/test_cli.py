@@ -1,10 +1,12 @@
 """The command line: what each command does, and the one sentence it prints for each mistake."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import pera as package
 from pera import PeraConfig
-from pera.errors import UserError
+from pera.errors import CheckFailed, UserError
 from pera_lab.__main__ import PACKAGES
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
@@ -424,7 +426,7 @@ def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recip
     def fail(*_, **__):
         raise error("a defect\n  of two lines " + "x" * 5000)
 
-    monkeypatch.setattr("pera_lab.training.get_peft_model", fail)
+    monkeypatch.setattr("pera_lab.training.set_seed", fail)
     words = [f"unexpected {error.__name__}: ", "a defect", "two lines x", " … ", "PERA_DEBUG=1 shows the traceback"]
     line = refused("train", recipe_file, "--output", "run", words=words)
     assert "Traceback" not in line
@@ -447,34 +449,21 @@ def test_an_interrupt_is_quiet(pera, recipe_file, monkeypatch):
     assert pera("train", recipe_file, "--output", "run") == (130, "", "")
 
 
-WARNING_COMMAND = """
-import logging, sys, warnings
-from pera.errors import CheckFailed, UserError
-from pera_lab import environment
-from pera_lab.cli import main
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_warnings_come_after_a_success_and_not_with_a_refusal(code, pera, monkeypatch, caplog):
+    def work():
+        for category in (UserWarning, UserWarning, FutureWarning):
+            warnings.warn(f"the adapter\nis old: {category.__name__}", category, stacklevel=1)
+        logging.getLogger("some.library").warning("no kernel")
+        if code:
+            raise [CheckFailed, UserError][code - 1]("no")
+        return {"versions": {}}
 
-def report():
-    warnings.warn("the adapter is old", UserWarning)
-    warnings.warn("the adapter is old", UserWarning)
-    warnings.warn("renamed in version 9", FutureWarning)
-    logging.getLogger("some.library").warning("kernel not found")
-    if ends in ERRORS:
-        raise ERRORS[ends]("no")
-    return {"versions": {}}
-
-ERRORS = {"failed": CheckFailed, "refused": UserError}
-ends, environment.environment = sys.argv[1], report
-sys.argv = ["pera", "env"]
-main()
-"""
-
-
-@pytest.mark.parametrize(("ends", "code"), [("done", 0), ("failed", 1), ("refused", 2)])
-def test_warnings_come_after_a_success_and_not_with_a_refusal(ends, code, python):
-    result = python(WARNING_COMMAND, ends, check=False)
-    lines = {0: [], 1: ["pera: no"], 2: ["pera: no"]}[code]
-    warned = ["warning: the adapter is old"] if code < 2 else []
-    assert (result.returncode, result.stderr.splitlines()) == (code, warned + lines)
+    monkeypatch.setattr("pera_lab.environment.environment", work)
+    outcome = pera("env")
+    warned = ["warning: the adapter is old: UserWarning"] if code < 2 else []
+    assert (outcome.code, outcome.err.splitlines()) == (code, warned + ["pera: no"] * (code > 0))
+    assert caplog.messages == []
 
 
 def test_evaluate_needs_a_run_folder(refused, finished_run, tiny_llama):
