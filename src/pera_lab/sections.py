@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pera_lab.files import expanded
+from pera_lab.files import user_path
 
 
 class Section(BaseModel):
@@ -48,8 +48,8 @@ def absolute_path(*words: str) -> AfterValidator:
     """
 
     def convert(name: str) -> str:
-        path = expanded(name)
-        return os.path.abspath(path) if name not in words and os.path.exists(path) else name
+        path = user_path(name)
+        return os.path.abspath(path) if name and name not in words and os.path.exists(path) else name
 
     return AfterValidator(convert)
 

@@ -32,6 +32,7 @@ def inspect(
         Path | None,
         typer.Option(help="Draw the high-order ratio by block and kind into this .svg or .png file (default: none)."),
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Show the norms, high-order ratio and effective rank of an adapter, computed from its factors."""
     from dataclasses import asdict
@@ -40,7 +41,7 @@ def inspect(
     from pera_lab.diagnose import diagnose_adapter, run_effects
     from pera_lab.opening import locate_adapter
 
-    location = locate_adapter(source)
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
     adapter = location.require_adapter()
     if effect and location.run is None:
         raise UserError(f"--effect needs a run folder, which records the data; {source!r} is an adapter folder.")
@@ -77,7 +78,7 @@ def report(
     from pera_lab.runs import Run
 
     for name in runs:
-        if not (Path(name) / "recipe.yaml").is_file():
+        if not os.path.isfile(Path(name) / "recipe.yaml"):
             raise UserError(f"{name!r} is not a run folder.")
     file = output or Path(runs[0]) / "report.html"
     write_report([Run(Path(name)) for name in runs], file)
