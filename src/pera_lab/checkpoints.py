@@ -165,7 +165,7 @@ def _load(file: Path) -> dict[str, Any]:
         raise FileNotFoundError
     if not is_zipfile(file):
         raise ValueError("it is truncated")
-    with safe_globals():
+    with safe_globals():  # type: ignore[no-untyped-call]
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -33,10 +34,17 @@ from pera_lab.recipe import Recipe, difference, load_recipe
 
 
 class Run:
-    """A run folder; docs/architecture.md lists its files."""
+    """A run folder; docs/architecture.md lists its files.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the folder.
+        trust_remote_code: run code that comes with the base model. The recipe in the folder cannot allow it, because
+            the folder may come from somebody else.
+    """
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
+        self.trust_remote_code = trust_remote_code
         self._made: list[Path] | None = None
         self.lock_file = path / ".lock"
         self.recipe_file = path / "recipe.yaml"
@@ -58,7 +66,7 @@ class Run:
         """Create a run folder that holds ``recipe``.
 
         Args:
-            recipe: the recipe to train.
+            recipe: the recipe to train. It decides whether code that comes with the base model may run.
             output: the folder (default: ``runs/<recipe>-<time>``).
 
         Raises:
@@ -69,7 +77,7 @@ class Run:
         if output is None:
             path = _new_folder(path)
             made.insert(0, path)
-        run = cls(path)
+        run = cls(path, trust_remote_code=recipe.model.trust_remote_code)
         run._require_free()
         try:
             with disk_errors(path):
@@ -143,7 +151,12 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
-        return load_recipe(str(self.recipe_file))
+        return load_recipe(str(self.recipe_file), recorded=True)
+
+    @property
+    def new(self) -> bool:
+        """Whether this process created the folder, so that its recipe is the user's."""
+        return self._made is not None
 
     @property
     def finished(self) -> bool:
@@ -264,24 +277,26 @@ def _new_folder(path: Path) -> Path:
                 return new
 
 
-def resumable(source: str, overrides: list[str] | None, output: Path | None) -> Run:
+def resumable(source: str, overrides: list[str] | None, output: Path | None, *, trust_remote_code: bool = False) -> Run:
     """The unfinished run to resume.
 
     Args:
         source: a run folder, or a recipe.
         overrides: overrides of the recipe's keys.
         output: the run folder, if ``source`` is a recipe (default: the newest unfinished run of it in ``runs/``).
+        trust_remote_code: run code that comes with the base model. A recipe that is given can allow it too.
 
     Raises:
         UserError: there is no such run, it is finished, or it was started with another recipe.
     """
-    if (Path(source) / "recipe.yaml").is_file():
+    if os.path.isfile(Path(source) / "recipe.yaml"):
         run = Run(Path(source))
-        given = load_recipe(str(run.recipe_file), overrides)
+        given = load_recipe(str(run.recipe_file), overrides, recorded=True)
         if output is not None:
             raise UserError(f"--output={str(output)!r} has no effect when a run folder is resumed; leave it out.")
     else:
         given = load_recipe(source, overrides)
+        trust_remote_code |= given.model.trust_remote_code
         run = Run(output) if output is not None else Run.latest_unfinished(given)
     if not run.recipe_file.is_file():
         raise UserError(f"--resume: {str(run.path)!r} is not a run folder; start one without --resume.")
@@ -292,6 +307,7 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None) -> 
             f"--resume: {changed} differs from the recipe of {str(run.path)!r}; "
             "resume with the same recipe, or start a new run."
         )
+    run.trust_remote_code = trust_remote_code
     return run
 
 

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
-from rich.markup import escape
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import (
@@ -91,6 +90,7 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
     encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)
+    models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
     _check_validation(spec, splits, validation)
     base = run.check_base(model)
 
@@ -132,9 +132,6 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         )
     except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
         raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
-    for note in splits.notes:
-        if console is not None:
-            console.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     if kept is not None and checkpoint is not None and checkpoints.ended(checkpoint):  # the adapter was not saved yet
@@ -142,6 +139,9 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
     else:
         if console is not None:
+            for note in splits.notes:
+                console.print("warning:", style="yellow", end=" ")
+                console.print(note, soft_wrap=True)
             console.print(f"run folder {run.path}", soft_wrap=True)
         with progress, disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -286,7 +286,7 @@ class _Trainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(Path(checkpoint or "") / OPTIMIZER_NAME):
             super()._load_optimizer_and_scheduler(checkpoint)
-            checkpoints.check_optimizer(self.optimizer)
+            checkpoints.check_optimizer(cast(torch.optim.Optimizer, self.optimizer))
 
 
 class _Progress(TrainerCallback):
@@ -317,6 +317,12 @@ class _Progress(TrainerCallback):
                 write_atomic(file, "".join(json_line(line) for line in lines if line["step"] <= kept))
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        interval = self._run.recipe.training.eval_steps
+        if isinstance(interval, int) and interval > state.max_steps:
+            raise UserError(
+                f"training.eval_steps={interval} has no effect, because the training has {state.max_steps} steps; "
+                "give fewer, or 'epoch'."
+            )
         if self._since is not None and (kept := checkpoints.best(self._since)) is not None:
             state.best_model_checkpoint = str(kept)  # the folder may have moved since
         self._begin()
