@@ -203,10 +203,8 @@ def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
         legend(figure)
     changes = (f"{kind} {number(values[0], 3)} → {number(values[-1], 3)}" for kind, values in first)
     finding = f"High-order ratio from step {steps[0]} to step {steps[-1]}: {', '.join(changes)}."
-    rows = [
-        [str(steps[i]), *(number(values[i], 3) for values in series.values())]
-        for i in _thinned(list(range(len(steps))))
-    ]
+    shown = _thinned(list(range(len(steps))))
+    rows = [[str(steps[i]), *(number(values[i], 3) for values in series.values())] for i in shown]
     return Picture(figure, "Lines: high-order ratio during training", finding, Table(["step", *kinds], rows))
 
 

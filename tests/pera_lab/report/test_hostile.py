@@ -21,11 +21,11 @@ from pera_lab.study import load_study
 
 PLAIN = "text"
 MARKUP = (
-    '"><meta http-equiv="refresh" content="0;url=https://elsewhere.example/"><script>document.title=1;alert(1)</script>'
-    "'><img src=https://elsewhere.example/i onerror=alert(2)> </script></style></title></pre></svg></text>--> ]]>"
-    '<svg onload=alert(3)><a href="javascript:alert(4)" xlink:href="javascript:alert(4)">a</a> url(#x) href="#y" id="z" '
-    "<b> &lt;b&gt; [a](javascript:alert(5)) ![i](https://elsewhere.example/j) `` ` ``` | \\| --- # *b* $x$ www.a.example "
-    "{{ 7*7 }} ${7*7} #0b62a4 #000000 \x1b[31m\x07\u202e\x9b\ud800\n---\n# a\n~~~\n| a |\n\n- b\n"
+    '"><meta http-equiv="refresh" content="0;url=https://elsewhere.example/"><script>document.title=1;alert(1)'
+    "</script>'><img src=https://elsewhere.example/i onerror=alert(2)></style></title></pre></svg></text>--> ]]>"
+    '<svg onload=alert(3)><a href="javascript:alert(4)" xlink:href="javascript:alert(4)">a</a> url(#x) href="#y" '
+    'id="z" <b> &lt;b&gt; [a](javascript:alert(5)) ![i](https://elsewhere.example/j) `` ` ``` | \\| --- # *b* $x$ '
+    "www.a.example {{ 7*7 }} ${7*7} #0b62a4 #000000 \x1b[31m\x07\u202e\x9b\ud800\n---\n# a\n~~~\n| a |\n\n- b\n"
 )
 
 
@@ -155,8 +155,11 @@ def test_markup_in_a_model_card_adds_no_element(form, markup_run, tmp_path, adap
     assert found["markup"] == found["plain"]
 
 
-SINKS = (r"\|\s*safe\b", r"\bMarkup\(", "innerHTML", "insertAdjacentHTML", r"document\.write", r"autoescape\s+(?!true)",
-         "autoescape=(?!True)", r"""f["'].*<[a-z/!]""", r"""["']<[a-z/!].*["']\s*[+%]""", r"""<[a-z].*["']\.format\(""")  # fmt: skip
+SINKS = (
+    *(r"\|\s*safe\b", r"\bMarkup\(", "innerHTML", "insertAdjacentHTML", r"document\.write"),
+    *(r"autoescape\s+(?!true)", "autoescape=(?!True)"),
+    *(r"""f["'].*<[a-z/!]""", r"""["']<[a-z/!].*["']\s*[+%]""", r"""<[a-z].*["']\.format\("""),
+)
 """What puts text into HTML or SVG without escaping it."""
 
 
