@@ -129,7 +129,7 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
             elif message:
                 talks[names[0]].answer(message, _Streamer(tokenizer, console))
         except UserError as error:
-            console.print(Text(str(error)), style="yellow")
+            console.print(Text(visible(str(error))), style="yellow")
 
 
 class _Streamer(TextStreamer):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera.errors import UserError, missing_extra
 from pera_lab.environment import out_of_memory
-from pera_lab.files import atomic_folder, disk_errors
+from pera_lab.files import atomic_folder, disk_errors, user_path
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def resolve_gguf(name: str) -> Path | None:
     if known := embedded_name(name):
         file = Path(_embedded_location(known))
         return file if file.is_file() else None
-    path = Path(name).expanduser()
-    return path if path.is_file() and path.suffix == ".gguf" else None
+    path = user_path(name)
+    return path if path.suffix == ".gguf" and os.path.isfile(path) else None
 
 
 def hub_name(name: str) -> str:
@@ -169,7 +169,7 @@ def cannot_load(name: str, error: Exception) -> UserError:
     if "the argument `trust_remote_code=True`" in str(error):
         return UserError(
             f"model: {name!r} needs its own code to load; if you trust that code, add --trust-remote-code, or set "
-            "model.trust_remote_code=true in the recipe."
+            "model.trust_remote_code=true in the recipe that you train."
         )
     reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
     return UserError(f"model: {name!r} cannot be loaded: {'it lacks the key ' * isinstance(error, KeyError)}{reason}")

@@ -21,6 +21,18 @@ from pera.errors import UserError, one_line
 T = TypeVar("T")
 
 
+def user_path(name: str) -> Path:
+    """``name`` as a path, with ``~`` replaced by the home folder where there is one.
+
+    A user's text can be too long for a file name or hold characters that no file name has. ``os.path.isdir`` and the
+    like then return False, while the methods of :class:`~pathlib.Path` raise.
+    """
+    try:
+        return Path(os.path.expanduser(name))
+    except ValueError:  # a null byte or a lone surrogate after "~"
+        return Path(name)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors that the libraries raise when a write below ``path`` fails into one :class:`UserError`."""

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from pera_lab.text import visible
+
 
 class ProgressBar:
     """A bar with a label, a count, a note and a time. Use it as a context manager.
@@ -20,15 +22,15 @@ class ProgressBar:
     def __init__(self, label: str, console: Console | None, time: ProgressColumn | None = None) -> None:
         self.hidden = console is None
         self._bar = Progress(
-            TextColumn(label),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             time or TimeRemainingColumn(),
             console=console or Console(quiet=True),
             disable=self.hidden,
         )
-        self._task = self._bar.add_task("", total=None, note="")
+        self._task = self._bar.add_task(visible(label), total=None, note="")
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -39,5 +41,5 @@ class ProgressBar:
 
     def update(self, completed: int | None = None, total: int | None = None, note: str | None = None) -> None:
         """Set what is given, and keep the rest."""
-        fields: dict[str, Any] = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": visible(note)}
         self._bar.update(self._task, completed=completed, total=total, **fields)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import (
@@ -17,6 +16,8 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from pera_lab.files import user_path
 
 
 class Section(BaseModel):
@@ -41,8 +42,8 @@ def absolute_path(*words: str) -> AfterValidator:
     """
 
     def convert(name: str) -> str:
-        path = Path(name).expanduser()
-        return os.path.abspath(path) if name not in words and path.exists() else name
+        path = user_path(name)
+        return os.path.abspath(path) if name and name not in words and os.path.exists(path) else name
 
     return AfterValidator(convert)
 

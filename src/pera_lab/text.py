@@ -6,12 +6,13 @@ import re
 import unicodedata
 
 
-def visible(text: str) -> str:
+def visible(text: str, *, inline: bool = False) -> str:
     r"""The text with control, direction and line-separator characters replaced by their codes: ESC becomes \x1b.
 
-    Newlines, tabs and the joiners that some scripts need are kept.
+    The joiners that some scripts need are kept, and so are newlines and tabs unless the text is ``inline``.
     """
-    return re.sub(r"[^\n\t -~\u200c\u200d]", lambda match: _code(match[0]), text)
+    kept = "" if inline else "\n\t"
+    return re.sub(rf"[^{kept} -~\u200c\u200d]", lambda match: _code(match[0]), text)
 
 
 def _code(character: str) -> str:

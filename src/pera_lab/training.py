@@ -14,7 +14,6 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
-from rich.markup import escape
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
@@ -92,7 +91,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     write_json(run.data_file, {**splits.manifest, "notes": notes})
     for note in notes:
         if console is not None:
-            console.print(f"[yellow]warning:[/yellow] {escape(note)}", soft_wrap=True)
+            console.print("warning:", style="yellow", end=" ")
+            console.print(note, soft_wrap=True)
 
     set_seed(spec.seed)
     try:

@@ -97,7 +97,8 @@ def _mistake(error: Exception) -> tuple[str, int]:
 
 def _exit(message: str, code: int) -> None:
     if message:
-        from pera_lab.cli.console import escape, progress
+        from pera_lab.cli.console import progress
 
-        progress.print(f"[red]pera:[/red] {escape(message)}", soft_wrap=True)
+        progress.print("pera:", style="red", end=" ")
+        progress.print(" ".join(message.splitlines()), soft_wrap=True)
     sys.exit(code)

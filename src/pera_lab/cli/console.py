@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from pera_lab.text import visible
 
 if TYPE_CHECKING:
     from pera_lab.convert.verify import Agreement
     from pera_lab.runs import Run
 
-__all__ = ["escape", "facts", "out", "print_agreement", "progress", "refreshed_report"]
+__all__ = ["facts", "out", "print_agreement", "progress", "refreshed_report"]
 
-out = Console(highlight=False)
-progress = Console(stderr=True, highlight=False)
+
+class _Plain(Console):
+    """A console that prints strings as they are: without markup, and with control characters as their codes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn each printed string, also in the cell of a table, into text."""
+        return super().render_str(visible(text), **options)
+
+
+_AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+out = _Plain(**_AS_IT_IS)
+progress = _Plain(stderr=True, **_AS_IT_IS)
 
 
 def facts(title: str | None = None) -> Table:
@@ -34,8 +46,8 @@ def print_agreement(agreement: Agreement, done: str) -> None:
     """
     from pera.errors import CheckFailed
 
-    out.print(escape(done))
-    out.print(agreement.sentence())
+    out.print(done, soft_wrap=True)
+    out.print(agreement.sentence(), soft_wrap=True)
     if not agreement.agree:
         raise CheckFailed("the outputs differ.")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pera_lab.cli.console import escape, out, print_agreement
+from pera_lab.cli.console import out, print_agreement
 from pera_lab.cli.options import Dtype, Output, Source, Trust
 
 
@@ -62,14 +62,16 @@ def export(
 
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
     done = export_adapter(location, output, to=to, max_rank=max_rank, energy=energy, server=server)
-    out.print(escape(f"{'GGUF adapter' if (output / 'adapter.gguf').is_file() else 'LoRA'} written to {output}"))
+    out.print(
+        f"{'GGUF adapter' if (output / 'adapter.gguf').is_file() else 'LoRA'} written to {output}", soft_wrap=True
+    )
     if done.truncation:
-        out.print(escape(done.truncation.sentence()), soft_wrap=True)
+        out.print(done.truncation.sentence(), soft_wrap=True)
     out.print(done.agreement.sentence(), soft_wrap=True)
     if not done.good:
         raise CheckFailed("the outputs differ.")
     if done.start:
-        out.print(f"start: {escape(done.start)}", soft_wrap=True)
+        out.print(f"start: {done.start}", soft_wrap=True)
 
 
 def import_(

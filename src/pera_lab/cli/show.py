@@ -10,6 +10,7 @@ import typer
 
 from pera_lab.cli.console import facts, out
 from pera_lab.cli.options import Source, Trust
+from pera_lab.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +32,7 @@ def inspect(
         Path | None,
         typer.Option(help="Draw the high-order ratio by block and kind into this .svg or .png file (default: none)."),
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Show the norms, high-order ratio and effective rank of an adapter, computed from its factors."""
     from dataclasses import asdict
@@ -39,7 +41,7 @@ def inspect(
     from pera_lab.diagnose import diagnose_adapter, run_effects
     from pera_lab.opening import locate_adapter
 
-    location = locate_adapter(source)
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
     adapter = location.require_adapter()
     if effect and location.run is None:
         raise UserError(f"--effect needs a run folder, which records the data; {source!r} is an adapter folder.")
@@ -76,7 +78,7 @@ def report(
     from pera_lab.runs import Run
 
     for name in runs:
-        if not (Path(name) / "recipe.yaml").is_file():
+        if not os.path.isfile(Path(name) / "recipe.yaml"):
             raise UserError(f"{name!r} is not a run folder.")
     file = output or Path(runs[0]) / "report.html"
     write_report([Run(Path(name)) for name in runs], file)
@@ -111,9 +113,9 @@ def env() -> None:
 
     found = environment()
     for package, version in found.pop("versions").items():
-        print(f"{package}: {version or 'not installed'}")  # noqa: T201
+        out.print(f"{package}: {version or 'not installed'}", soft_wrap=True)
     for key, value in found.items():
-        print(f"{key}: {value}")  # noqa: T201
+        out.print(f"{key}: {value}", soft_wrap=True)
 
 
 def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
@@ -143,7 +145,7 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
             str(len(layers[0].singular_values)),
             *(f"{median(getattr(d, key) for d in layers):.1f}" for key in ("stable_rank", "entropy_rank")),
         ]
-        table.add_row(name if by_layer else f"{name} ({len(layers)})", *values)
+        table.add_row(visible(name if by_layer else f"{name} ({len(layers)})", inline=True), *values)
     return table
 
 
@@ -154,5 +156,5 @@ def _effects(effects: Effects) -> Table:
         table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")
     table.add_row("every ΔW truncated to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")
     for group, change in effects.without_high_order.items():
-        table.add_row(f"without high-order terms in {group}", f"{change:+.5f}")
+        table.add_row(visible(f"without high-order terms in {group}", inline=True), f"{change:+.5f}")
     return table

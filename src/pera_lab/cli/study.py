@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pera_lab.cli.console import escape, facts, out, progress
+from pera_lab.cli.console import facts, out, progress
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
         ended = folder.outcomes(spec)
         for trial in known_trials(spec, ended):
             status = ended[trial.name].status if trial.name in ended else "to do"
-            out.print(f"{status:9} {trial.name}", soft_wrap=True, markup=False)
+            out.print(f"{status:9} {trial.name}", soft_wrap=True)
         return
     outcomes = run_study(spec, folder, workers=workers, budget=budget, retry=retry, console=progress)
     counts = Counter(outcome.status for outcome in outcomes.values())
@@ -50,11 +50,11 @@ def run(
     table.add_row("runs", ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "none finished")
     for name, outcome in outcomes.items():
         if outcome.status == "failed":
-            table.add_row("failed", f"{escape(name)}: {escape(outcome.error)}")
+            table.add_row("failed", f"{name}: {outcome.error}")
     left = len(folder.remaining(spec))
     table.add_row("remaining", f"{left} runs (run this command again to continue)" if left else "none")
     out.print(table)
-    out.print(f"Next: pera study report {folder.path}")
+    out.print(f"Next: pera study report {folder.path}", soft_wrap=True)
     if counts["failed"]:
         raise typer.Exit(1)
 

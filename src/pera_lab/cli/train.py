@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from pera_lab.cli.console import facts, out, progress, refreshed_report
-from pera_lab.cli.options import Overrides, RunFolder
+from pera_lab.cli.options import Overrides, RunFolder, Trust
 from pera_lab.report.formatting import duration, percent, size
+from pera_lab.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,13 +77,18 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an unfinished run from its last complete checkpoint.")
     ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a recipe and write a run folder."""
     from pera_lab.recipe import load_recipe
     from pera_lab.runs import Run, resumable
     from pera_lab.training import train as train_recipe
 
-    run = resumable(recipe, overrides, output) if resume else Run.create(load_recipe(recipe, overrides), output)
+    if resume:
+        run = resumable(recipe, overrides, output, trust_remote_code=trust_remote_code)
+    else:
+        run = Run.create(load_recipe(recipe, overrides), output)
+        run.trust_remote_code |= trust_remote_code
     with run.discarded_on_error():
         summary = train_recipe(run.recipe, run, resume=resume, console=progress)
     table = facts()
@@ -89,7 +96,7 @@ def train(
     table.add_row("training", _cost(run, summary))
     table.add_row("report", refreshed_report(run))
     out.print(table)
-    out.print(f"Next: pera evaluate {run.path}")
+    out.print(f"Next: pera evaluate {run.path}", soft_wrap=True)
 
 
 def evaluate(
@@ -106,6 +113,7 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with your own lm-eval tasks (default: none).")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
     from pera.errors import UserError
@@ -124,7 +132,7 @@ def evaluate(
             "only --lm-eval uses it; the number of test rows is task.test_size of the recipe, set before training.",
             param_hint="--limit" if limit is not None else "--include-path",
         )
-    location = locate(run)
+    location = locate(run, trust_remote_code=trust_remote_code)
     if location.run is None:
         raise UserError(f"{run!r} is not a run folder; only a run folder records its task.")
     which = "base" if base else "adapter"
@@ -150,13 +158,14 @@ def predict(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows answered at a time (default: evaluation.batch_size).")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Answer the rows of a file. After an interruption, the same command answers the remaining rows."""
     from pera.errors import UserError
     from pera_lab.opening import locate
     from pera_lab.prediction import predict as answer
 
-    location = locate(run)
+    location = locate(run, trust_remote_code=trust_remote_code)
     if location.run is None:
         raise UserError(f"{run!r} is not a run folder; only a run folder records how its model is prompted.")
     rows = answer(
@@ -183,12 +192,12 @@ def _summary(
     table = facts(f"{recipe.name}: done in {duration(seconds)}")
     table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
     table.add_row("base model", _value(base))
-    table.add_row("with adapter", f"[bold]{_value(adapter)}[/bold]")
+    table.add_row("with adapter", Text(_value(adapter), "bold"))
     table.add_row("training", _cost(run, summary))
     table.add_row("adapter", str(run.adapter.path))
     for name, check in checks.items():
-        mark = "[green]same outputs[/green]" if check.agree else "[red]outputs differ[/red]"
-        table.add_row(name, f"{run.path / name}\n{mark}: {check.sentence()}")
+        mark = ("same outputs", "green") if check.agree else ("outputs differ", "red")
+        table.add_row(name, Text.assemble(visible(f"{run.path / name}\n"), mark, f": {check.sentence()}"))
     table.add_row("loss picture", str(run.path / "loss.svg"))
     table.add_row("report", refreshed_report(run))
     return table

@@ -31,8 +31,8 @@ from pera_lab.convert.checkpoint import (
 )
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, read_object, require_free, write_json
-from pera_lab.models import DTYPES, dequantise, local_folder, tokenizer_files
-from pera_lab.opening import Location, check_fingerprint, copy_tokenizer, open_model, open_tokenizer
+from pera_lab.models import DTYPES, dequantise, tokenizer_files
+from pera_lab.opening import Location, base_folder, check_fingerprint, copy_tokenizer, open_model, open_tokenizer
 
 
 def merge(location: Location, output: Path, *, dtype: str = "stored", dequantised: bool = False) -> Agreement:
@@ -69,7 +69,7 @@ def merge(location: Location, output: Path, *, dtype: str = "stored", dequantise
     adapter = location.require_adapter()
     if adapter.config.is_prompt_learning:
         raise UserError(f"{location.name!r} is a {adapter.method} adapter, which does not change weights to merge.")
-    folder = local_folder(location.base, location.revision)
+    folder = base_folder(location)
     quantised = "quantization_config" in read_object(folder / "config.json")
     if quantised and not dequantised:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pera.errors import UserError
 from pera_lab import embedded, models
 from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
-from pera_lab.files import write_json
+from pera_lab.files import user_path, write_json
 from pera_lab.opening import Location, locate, open_model
 from pera_lab.tasks.encoding import encode_prompt
 
@@ -110,7 +111,7 @@ def verify(
         base: the base model of a GGUF adapter, such as a .gguf file. None takes the base of the other side.
         in_llama_cpp: compute B, a GGUF adapter or model, with llama.cpp over HTTP, and compare log-probabilities at
             the last tokens of each prompt. On a quantised base llama.cpp also rounds activations.
-        trust_remote_code: run code that comes with either model, even if no recipe says so.
+        trust_remote_code: run code that comes with either model.
 
     Raises:
         UserError: a model cannot be opened, or their vocabularies differ.
@@ -149,10 +150,10 @@ def _side(name: str, other: str, base: str | None, trust_remote_code: bool) -> _
 
 def _gguf_adapter(name: str) -> Path | None:
     """The GGUF adapter at a path or in an export folder; None if there is none."""
-    path = Path(name).expanduser()
-    if (path / ADAPTER).is_file():
+    path = user_path(name)
+    if os.path.isfile(path / ADAPTER):
         return path / ADAPTER
-    return path if path.suffix == ".gguf" and path.is_file() and is_adapter(path) else None
+    return path if path.suffix == ".gguf" and os.path.isfile(path) and is_adapter(path) else None
 
 
 def _compare_with_llama_cpp(reference: list[Tensor], prompts: list[list[int]], side: _Side, name: str) -> Agreement:

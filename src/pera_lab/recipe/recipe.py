@@ -23,6 +23,7 @@ from pera.errors import UserError, nearest
 from pera.tuner import PeraConfig
 from pera_lab import methods
 from pera_lab.embedded import EMBEDDED
+from pera_lab.files import user_path
 from pera_lab.recipe.training import TrainingSection
 from pera_lab.recipe.yaml import apply_override, parse, read_yaml, shipped_files
 from pera_lab.sections import Section, absolute_path, flatten, name_alone
@@ -44,7 +45,7 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check_revision(self) -> ModelSection:
-        if self.revision is not None and (self.name in EMBEDDED or Path(self.name).expanduser().exists()):
+        if self.revision is not None and (self.name in EMBEDDED or os.path.exists(user_path(self.name))):
             raise ValueError(f"revision={self.revision!r} needs a Hub id, and {self.name!r} is not one; leave it out")
         return self
 

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from pera_lab.sections import Section
+from pera_lab.tasks.conversations import example_of
 from pera_lab.tasks.encoding import CHAT, AnswerCollator, Encoded, Frame, encode_example, encode_texts
 from pera_lab.tasks.examples import Example, Splits, Verdict
-from pera_lab.tasks.sources import example_of
 
 
 class EvaluationSection(Section):

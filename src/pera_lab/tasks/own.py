@@ -9,13 +9,13 @@ from pydantic import Field
 
 from pera.errors import UserError
 from pera_lab.tasks.base import GenerationTask
+from pera_lab.tasks.conversations import example_of
 from pera_lab.tasks.encoding import CHAT, PLAIN, Frame
 from pera_lab.tasks.examples import Example, Splits
 from pera_lab.tasks.sources import (
     SUFFIXES,
     DataPath,
     Rows,
-    example_of,
     read_file,
     read_hub_splits,
     split_file,
