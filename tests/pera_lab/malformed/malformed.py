@@ -1,21 +1,22 @@
 """Runs malformed inputs and judges what the commands do with them.
 
-``python tests/pera_lab/malformed/malformed.py NAME…`` runs families, or single inputs such as recipes-17, which also
-print their output.
+``python tests/pera_lab/malformed/malformed.py`` runs all of them and prints the table of docs/results/reliability.md.
+With names it runs these families, or single inputs such as recipes-17, whose output it prints.
 """
 
+import argparse
 import json
 import os
 import re
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 from families import FAMILIES, Input, inputs
+from mutations import short
 from server import BYTES, SECONDS, Outcome, Server
 
 CHECK_FAILED = re.compile(r"the outputs differ|the outputs of the merged model or of the LoRA export differ")
@@ -53,8 +54,20 @@ def run(server: Server, given: Input, *, fresh: bool = False) -> dict:
     """Run one input. Returns a record of it."""
     outcome = server.run(given.arguments, given.prepare, given.stdin, fresh=fresh)
     return {
-        **{"name": given.name, "command": given.command, "arguments": given.arguments, "what": outcome.what},
-        **{"code": outcome.code, "seconds": outcome.seconds, "peak": outcome.peak, "out": outcome.out, "err": outcome.err},
+        **{
+            "name": given.name,
+            "family": given.family,
+            "command": given.command,
+            "arguments": given.arguments,
+            "what": outcome.what,
+        },
+        **{
+            "code": outcome.code,
+            "seconds": outcome.seconds,
+            "peak": outcome.peak,
+            "out": outcome.out,
+            "err": outcome.err,
+        },
         "faults": faults(given, outcome) + (results(server.work, given, outcome) if outcome.code == 0 else []),
     }
 
@@ -131,15 +144,55 @@ def _tensor_fault(file: Path) -> str:
     return f"{bad[0]} is not finite" if bad else ""
 
 
-def main(names: Iterable[str]) -> None:
-    """Run families and single inputs, and print one JSON object for each."""
+def records(names: Iterable[str], *, fresh: bool = False) -> Iterator[dict]:
+    """Run families and single inputs."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))
         for name in names:
             family, _, number = name.rpartition("-")
             for given in inputs(name) if name in FAMILIES else [inputs(family)[int(number)]]:
-                print(json.dumps(run(server, given)), flush=True)
+                yield run(server, given, fresh=fresh)
+
+
+def table(found: list[dict], key: str) -> str:
+    """Counts as a Markdown table, with one row for each value of ``key``."""
+    rows = [f"| {key} | inputs | exit 0 | exit 2 | exit 1 | slowest | largest peak memory |", "|" + " --- |" * 7]
+    for name in [*dict.fromkeys(record[key] for record in found), "all"]:
+        group = [record for record in found if name in (record[key], "all")]
+        codes = Counter(record["code"] for record in group)
+        slowest, peak = max(record["seconds"] for record in group), max(record["peak"] for record in group)
+        counts = " | ".join(str(n) for n in (len(group), codes[0], codes[2], codes[1]))
+        rows.append(f"| {name} | {counts} | {slowest:.1f} s | {peak / 1e9:.2f} GB |")
+    return "\n".join(rows)
+
+
+def report(found: list[dict]) -> str:
+    """Every input with a fault, and how to run it again."""
+    bad = [record for record in found if record["faults"]]
+    return "\n".join(
+        f"{record['name']}: pera {' '.join(map(short, record['arguments']))} | {record['what']} | "
+        f"{'; '.join(record['faults'])} | {record['err'].strip()[-300:]!a}"
+        for record in bad
+    )
+
+
+def main() -> None:
+    """Run the families and inputs that the command line names, by default all families."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("names", nargs="*", default=list(FAMILIES))
+    options.add_argument("--json", action="store_true", help="print one JSON object for each input")
+    options.add_argument("--fresh", action="store_true", help="run every command in a process of its own")
+    chosen = options.parse_args()
+    found = []
+    for record in records(chosen.names, fresh=chosen.fresh):
+        found.append(record)
+        if chosen.json:
+            print(json.dumps(record), flush=True)
+        elif record["name"] in chosen.names:
+            print(*(f"{key}: {value}" for key, value in record.items()), "", sep="\n")
+    if not chosen.json:
+        print(table(found, "family"), table(found, "command"), report(found), sep="\n\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -88,10 +88,12 @@ def change_text(file: Path, random: Random):
     """Change the text of a JSON or YAML file in a way that no value can hold."""
     text = file.read_text()
     deep_json = '{"a":' * DEEP + "1" + "}" * DEEP
-    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
     changes = {
         "UTF-16": text.encode("utf-16"),
-        "latin-1": ("# é\n" + text + "\n\"é\": 1").encode("latin-1"),
+        "latin-1": ("# é\n" + text + '\n"é": 1').encode("latin-1", "replace"),
         "byte-order mark": b"\xef\xbb\xbf" + text.encode(),
         "NUL at the end": text.encode() + b"\0",
         "twice": (text + text).encode(),
@@ -124,7 +126,9 @@ def change_bytes(file: Path, random: Random):
     content = bytearray(file.read_bytes())
     size = len(content)
     at = random.randrange(size + 1)
-    kind = random.choice(["flip", "flip", "flip many", "truncate", "insert", "zeros", "remove", "swap halves", "append"])
+    kind = random.choice(
+        ["flip", "flip", "flip many", "truncate", "insert", "zeros", "remove", "swap halves", "append"]
+    )
     if kind == "flip" and size:
         content[min(at, size - 1)] ^= 1 << random.randrange(8)
     elif kind == "flip many":
@@ -148,7 +152,9 @@ def change_bytes(file: Path, random: Random):
 
 def change_kind(file: Path, random: Random):
     """Put something else in the place of a file."""
-    kind = random.choice(["missing", "empty", "folder", "pipe", "link to itself", "dangling link", "noise", "zeros", "device"])
+    kind = random.choice(
+        ["missing", "empty", "folder", "pipe", "link to itself", "dangling link", "noise", "zeros", "device"]
+    )
     if file.is_dir():
         shutil.rmtree(file)
     else:
@@ -183,6 +189,12 @@ def replace_by_other(file: Path, random: Random):
     return f"by {other.relative_to(root)}"
 
 
+TENSOR_CHANGES = (
+    *("dtype", "dtype", "shape", "shape", "transpose", "offsets", "rename", "drop", "only", "numbers", "numbers"),
+    *("empty", "length", "metadata", "swap", "escapes", "extra", "huge", "scalar", "all dtypes", "cast"),
+)
+
+
 def change_safetensors(file: Path, random: Random):
     """Change the header of a safetensors file, or its numbers."""
     content = file.read_bytes()
@@ -191,20 +203,21 @@ def change_safetensors(file: Path, random: Random):
     names = [name for name in header if name != "__metadata__"]
     name = random.choice(names)
     entry, other = header[name], header[random.choice(names)]
-    kind = random.choice(
-        ["dtype", "dtype", "shape", "shape", "transpose", "offsets", "rename", "drop", "only", "numbers", "numbers", "empty"]
-        + ["length", "metadata", "swap", "escapes", "extra", "huge", "scalar", "all dtypes", "cast"]
-    )
+    kind = random.choice(TENSOR_CHANGES)
     done = kind
     if kind == "dtype":
-        entry["dtype"] = random.choice(["F64", "F16", "BF16", "I8", "U8", "BOOL", "I64", "I32", "F8_E4M3", "F4", "X9", 3])
+        entry["dtype"] = random.choice(
+            ["F64", "F16", "BF16", "I8", "U8", "BOOL", "I64", "I32", "F8_E4M3", "F4", "X9", 3]
+        )
         done = f"dtype {entry['dtype']} of {name}"
     elif kind == "all dtypes":
         for each in names:
             header[each]["dtype"] = random.choice(["I32", "U32"])
     elif kind == "cast":  # every number in fewer bits, consistently
         data, at, kept = bytearray(), 0, bytes(data)
-        dtype, size = random.choice([("F16", 2), ("BF16", 2), ("I8", 1), ("BOOL", 1), ("U8", 1), ("F8_E4M3", 1), ("I64", 8), ("F64", 8)])
+        dtype, size = random.choice(
+            [("F16", 2), ("BF16", 2), ("I8", 1), ("BOOL", 1), ("U8", 1), ("F8_E4M3", 1), ("I64", 8), ("F64", 8)]
+        )
         for each in names:
             begin, end = header[each]["data_offsets"]
             count = (end - begin) // 4
@@ -214,7 +227,9 @@ def change_safetensors(file: Path, random: Random):
         data = bytes(byte & 1 for byte in data) if dtype == "BOOL" else data
         done = f"cast to {dtype}"
     elif kind == "shape":
-        entry["shape"] = random.choice([[0], [1], [2**62, 4], [-1], [], entry["shape"][::-1], [*entry["shape"], 1], "x", None])
+        entry["shape"] = random.choice(
+            [[0], [1], [2**62, 4], [-1], [], entry["shape"][::-1], [*entry["shape"], 1], "x", None]
+        )
         done = f"shape {entry['shape']} of {name}"
     elif kind == "transpose":
         for each in names:
@@ -239,7 +254,9 @@ def change_safetensors(file: Path, random: Random):
         file.write_bytes(struct.pack("<Q", length) + content[8:])
         return f"length {length}"
     elif kind == "metadata":
-        header["__metadata__"] = random.choice([{}, {"format": "tf"}, {"format": 3}, [], "x", {"total_parameters": "-1"}])
+        header["__metadata__"] = random.choice(
+            [{}, {"format": "tf"}, {"format": 3}, [], "x", {"total_parameters": "-1"}]
+        )
     elif kind == "swap":
         other["data_offsets"], entry["data_offsets"] = entry["data_offsets"], other["data_offsets"]
     elif kind == "escapes":
@@ -258,7 +275,10 @@ def change_safetensors(file: Path, random: Random):
 
 def change_any(file: Path, random: Random):
     """A change that fits the kind of file, or a blind one."""
-    fitting = {".json": [change_json, change_json, change_json, change_text], ".jsonl": [change_json, change_json, change_text]}
+    fitting = {
+        ".json": [change_json, change_json, change_json, change_text],
+        ".jsonl": [change_json, change_json, change_text],
+    }
     fitting |= {".yaml": [change_yaml, change_yaml, change_yaml, change_text], ".safetensors": [change_safetensors] * 3}
     function = random.choice([*fitting.get(file.suffix, []), change_bytes, change_kind, replace_by_other])
     if file.is_dir():

@@ -37,7 +37,9 @@ def write_texts(folder: Path):
     """Write recipes, data, prompts and a study."""
     rows = [{"prompt": f"say {i}", "completion": f"word {i % 3}"} for i in range(16)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    talk = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": "ok"}]} for r in rows]
+    talk = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": "ok"}]} for r in rows
+    ]
     (folder / "glue" / "sst2").mkdir(parents=True)
     sentences = [{"sentence": f"a {'dull' if i % 2 else 'fine'} film {i}", "label": i % 2} for i in range(12)]
     texts = {
@@ -51,7 +53,10 @@ def write_texts(folder: Path):
         "prompts.txt": "say 1\nsay 2\n",
         "questions.jsonl": "".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(3)),
         "sentences.jsonl": "".join(json.dumps({"sentence": s["sentence"]}) + "\n" for s in sentences[:3]),
-        **{f"glue/sst2/{split}.jsonl": "".join(json.dumps(s) + "\n" for s in sentences) for split in ("train", "validation")},
+        **{
+            f"glue/sst2/{split}.jsonl": "".join(json.dumps(s) + "\n" for s in sentences)
+            for split in ("train", "validation")
+        },
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -71,7 +76,9 @@ def write_models(folder: Path):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special, alphabet = ["<s>", "</s>", "<pad>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=270, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(["say word user assistant film"] * 3, trainer)
     names = dict(zip(("bos_token", "eos_token", "pad_token"), special, strict=True))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=TEMPLATE, padding_side="left", **names)
@@ -129,7 +136,6 @@ COMMANDS = (
     "evaluate run",
     "evaluate run --base",
     "report run",
-
     "train classify.yaml --output classifier",
     "evaluate classifier",
     "merge run --output merged",

@@ -57,8 +57,8 @@ class Server:
         self.work.mkdir()
         originals.write_texts(self.work)
         self._fork(lambda: originals.write_models(self.work), expected=0)
+        modules = self._logs / "modules.json"
         for command in originals.COMMANDS:
-            modules = self._logs / "modules.json"
             self._fork(lambda command=command: _main(command.split(), modules), expected=0)
             _import(*json.loads(modules.read_text()))
         (self.work / "run" / "report.html").unlink()
