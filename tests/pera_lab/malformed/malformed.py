@@ -97,7 +97,7 @@ def results(folder: Path, given: Input, outcome: Outcome) -> list[str]:
 
 
 WRITTEN = {
-    "evaluate": r"[^/]+/(scores|lm_eval)\.json|[^/]+/report\.html|[^/]+/predictions/",
+    "evaluate": r"[^/]+/(scores|lm_eval)\.json|[^/]+/report\.html|[^/]+/predictions/|[^/]+/adapter/README\.md",
     "inspect": r"[^/]+/(effect\.json|report\.html)|out\.svg",
     "train": r"unfinished/",
     "report": r"[^/]+/report\.html",

@@ -180,9 +180,7 @@ def change_kind(file: Path, random: Random):
 
 def replace_by_other(file: Path, random: Random):
     """Replace a file by another one of the working folder."""
-    root = file.parent
-    while not (root / "recipe.yaml").is_file() or (root / "adapter").is_dir():
-        root = root.parent
+    root = next(parent for parent in file.parents if (parent / "classify.yaml").is_file())
     others = sorted(other for other in root.rglob("*") if other.is_file() and other.suffix == file.suffix)
     other = random.choice([other for other in others if other.read_bytes() != file.read_bytes()] or others)
     shutil.copyfile(other, file) if other != file else None

@@ -416,7 +416,10 @@ $HOME
 ]
 """Paths and names in arguments. Some are made by ``odd_files``."""
 
-NUMBERS = [*lines("0\n-1\n1e400\nnan\ninf\n-inf\n1e308\n0.5\nx\n99999999999999999999\n1e-320\n0x10\n1_0\n"), "1" * 400, ""]
+NUMBERS = [
+    *lines("0\n-1\n1e400\nnan\ninf\n-inf\n1e308\n0.5\nx\n99999999999999999999\n1e-320\n0x10\n1_0\n"),
+    *("1" * 400, ""),
+]
 """Numbers of options."""
 
 WITH_PATH = lines(
