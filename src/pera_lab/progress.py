@@ -36,7 +36,8 @@ class ProgressBar:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        self._bar.live.transient = kind is not None  # after an error only its message is left
         self._bar.stop()
 
     def update(self, completed: int | None = None, total: int | None = None, note: str | None = None) -> None:

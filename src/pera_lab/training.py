@@ -117,7 +117,8 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         write_json(run.data_file, {**splits.manifest, "notes": splits.notes})
         progress.keep_metrics()
 
-    progress = _Progress(run, console, checkpoint, begin)
+    notes = [f"run folder {run.path}: {recipe.method['name']} on {recipe.model.name}, task {task.name}"]
+    progress = _Progress(run, console, checkpoint, begin, [*(f"warning: {note}" for note in splits.notes), *notes])
     try:
         trainer = _Trainer(
             order,
@@ -138,11 +139,6 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         begin()
         set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
     else:
-        if console is not None:
-            for note in splits.notes:
-                console.print("warning:", style="yellow", end=" ")
-                console.print(note, soft_wrap=True)
-            console.print(f"run folder {run.path}", soft_wrap=True)
         with progress, disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -291,10 +287,13 @@ class _Trainer(Trainer):
 
 class _Progress(TrainerCallback):
     """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is not
-    finite. ``begin`` is called when everything of the checkpoint was loaded."""
+    finite. ``begin`` is called when everything of the checkpoint was loaded. ``notes`` are printed then on a terminal,
+    and elsewhere with the first loss, so that a refusal is a single line."""
 
-    def __init__(self, run: Run, console: Console | None, since: Path | None, begin: Callable[[], None]) -> None:
-        self._run, self._since, self._begin = run, since, begin
+    def __init__(
+        self, run: Run, console: Console | None, since: Path | None, begin: Callable[[], None], notes: list[str]
+    ) -> None:
+        self._run, self._console, self._since, self._begin, self._notes = run, console, since, begin, notes
         self._bar = ProgressBar("training", console)
         self._start = 0.0
         self.tokens_before = self.steps_before = 0
@@ -303,8 +302,12 @@ class _Progress(TrainerCallback):
         self._bar.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._bar.__exit__()
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def _print_notes(self) -> None:
+        while self._notes and self._console is not None:
+            self._console.print(self._notes.pop(0), soft_wrap=True)
 
     def keep_metrics(self) -> None:
         """Remove the lines that were logged after the checkpoint."""
@@ -328,6 +331,8 @@ class _Progress(TrainerCallback):
         self._begin()
         self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
         self.steps_before = state.global_step
+        if self._console is not None and self._console.is_terminal:
+            self._print_notes()
         self._bar.update(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -362,6 +367,7 @@ class _Progress(TrainerCallback):
                 f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
                 "lower the learning rate."
             )
+        self._print_notes()
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
         speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")

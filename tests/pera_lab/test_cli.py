@@ -433,6 +433,11 @@ def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recip
     assert len(line) < 1100
 
 
+def test_a_refusal_of_the_first_step_is_one_line_and_leaves_nothing(refused, glue_recipe):
+    """The recipe's data also give a warning, which a training that begins prints."""
+    refused(*("train", glue_recipe, "--output", "run", "training.eval_steps=1000"), words=["has no effect, because"])
+
+
 def test_an_error_of_the_system_names_the_file(refused):
     line = refused("study", "report", "a/" * 2500, words=["File name too long"])
     assert line.startswith("pera: 'a/a/")
