@@ -117,10 +117,8 @@ class PeraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The weights of a saved file by their names in the model. PEFT only warns of weights that have no place."""
         own = model.state_dict()
-        places = {plain_name(key): key for key in own}
-        places |= {
-            cls._remove_adapter_name_from_key(key, adapter_name): key for key in own if is_factor(key, adapter_name)
-        }
+        places = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
+        places |= {plain_name(key): key for key in own}
         loaded = {}
         for key, weight in state_dict.items():
             name = plain_name(key)  # a model outside PeftModel has no prefix

@@ -92,10 +92,10 @@ def check_loaded(weights: Mapping[str, Tensor], model: Mapping[str, Tensor], ada
     """
     remedy = "load the adapter on the base model that it was trained on."
     if unplaced := sorted(weights.keys() - model.keys()):
-        raise UserError(f"the base model has no place for {_counted(unplaced, len(weights))}; {remedy}")
+        raise UserError(f"the base model has no place for {_counted(unplaced, adapter_name)}; {remedy}")
     factors = {key for key in model if is_factor(key, adapter_name)}
     if missing := sorted(factors - weights.keys()):
-        raise UserError(f"the saved adapter lacks {_counted(missing, len(factors))}; {remedy}")
+        raise UserError(f"the weights file lacks {_counted(missing, adapter_name)}; {remedy}")
     check_values({key: weight for key, weight in weights.items() if model[key].is_floating_point()})
 
 
@@ -104,5 +104,6 @@ def is_factor(key: str, adapter_name: str) -> bool:
     return key.endswith(tuple(f".{factor}.{adapter_name}" for factor in ("pera_A", "pera_B", "pera_h")))
 
 
-def _counted(keys: list[str], count: int) -> str:
-    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more of {count} weights"
+def _counted(keys: list[str], adapter_name: str) -> str:
+    more = f" and {len(keys) - 1} more weights" if len(keys) > 1 else ""
+    return repr(keys[0].removesuffix(f".{adapter_name}")) + more
