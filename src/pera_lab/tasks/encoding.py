@@ -111,8 +111,8 @@ def encode_question(
 
     if max_length is None:
         return Prompt(encode(example.prompt), example.prompt, False)
-    most = CHARACTERS * max_length
-    question = example.prompt[-most:]
+    most = CHARACTERS * max(max_length, 0)
+    question = example.prompt[max(len(example.prompt) - most, 0) :]
 
     def fits() -> list[int] | None:
         if sum(len(message["content"]) for message in earlier) + len(question) > most:
