@@ -337,8 +337,8 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(state.global_step)
-        if state.global_step == state.max_steps:  # log the last loss whatever logging_steps is
-            control.should_log = True
+        if state.global_step == state.max_steps:
+            control.should_log = True  # whatever logging_steps is
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -363,10 +363,10 @@ class _Progress(TrainerCallback):
         note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
         self._bar.update(note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise LossNotFinite(
-                f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
-                "lower the learning rate."
-            )
+            raise _diverged(args, "loss is", state)
+        trained = (p for p in kwargs["model"].parameters() if p.requires_grad)
+        if state.global_step == state.max_steps and not all(p.isfinite().all() for p in trained):
+            raise _diverged(args, "weights are", state)
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
         speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -376,3 +376,10 @@ class _Progress(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def _diverged(args: TrainingArguments, what: str, state: TrainerState) -> LossNotFinite:
+    return LossNotFinite(
+        f"training.learning_rate={args.learning_rate:g}: the {what} not finite at step {state.global_step}; "
+        "lower the learning rate."
+    )
