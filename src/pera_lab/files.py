@@ -33,6 +33,12 @@ def user_path(name: str) -> Path:
         return Path(name)
 
 
+def check_folder_name(name: str) -> None:
+    """Raise UserError if the ``name`` of a recipe or study cannot begin the name of its output folder."""
+    if not name.strip(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0"):
+        raise UserError(f"name={name[:60]!r} cannot be the name of a folder; change it or give --output.")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors that the libraries raise when a write below ``path`` fails into one :class:`UserError`."""
@@ -96,8 +102,11 @@ def require_free(target: Path, *, replaced: bool = True) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old or the new content, never a part. Text is written as UTF-8."""
-    data = content.encode() if isinstance(content, str) else content
+    """Replace a file in one step: readers see the old or the new content, never a part.
+
+    Text is written as UTF-8. A byte of a file name that is not UTF-8 is written as its code, such as \\udcff.
+    """
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with disk_errors(path):
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:

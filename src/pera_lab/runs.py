@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import time
@@ -63,6 +64,8 @@ class Run:
         Raises:
             UserError: the folder is not empty or cannot be created.
         """
+        if output is None:
+            check_folder_name(recipe.name)
         path = output or _unused(Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         require_free(path, replaced=False)
         run = cls(path, trust_remote_code=recipe.model.trust_remote_code)
@@ -95,7 +98,7 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        candidates = [cls(p.parent) for p in Path("runs").glob(f"{recipe.name}-*/recipe.yaml")]
+        candidates = [cls(p.parent) for p in Path("runs").glob(f"{glob.escape(recipe.name)}-*/recipe.yaml")]
         unfinished = [run for run in candidates if not run.finished and run.recipe.name == recipe.name]
         if not unfinished:
             raise UserError(f"--resume: runs/ has no unfinished run of {recipe.name!r}; start one without --resume.")

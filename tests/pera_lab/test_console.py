@@ -1,6 +1,7 @@
 """What the commands print: names from files stay text, in tables, messages and progress bars."""
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -109,6 +110,17 @@ def test_what_nobody_reads_does_not_stop_a_command(streams, recipe_file, tmp_pat
     assert streams("train", *small, "closed", stdout=None, stderr=None) == 0
     for name in ("broken", "closed"):
         assert (tmp_path / name / "report.html").is_file()
+
+
+def test_file_names_that_are_not_text_work(pera, recipe_file, tmp_path):
+    run = "run\udcff"
+    trained = pera("train", recipe_file, "training.max_steps=1", "--output", run)
+    assert trained.code == 0
+    assert "Next: pera evaluate run\\udcff" in trained.out
+    assert json.loads((tmp_path / run / "environment.json").read_text())["command"][-1] == run
+    for arguments in (["evaluate"], ["inspect"], ["merge", "--output", "merged\udcff"], ["report"]):
+        assert pera(arguments[0], run, *arguments[1:]).code == 0
+    assert (tmp_path / run / "report.html").read_text()
 
 
 def test_facts_are_aligned_and_not_wrapped(capsys):
