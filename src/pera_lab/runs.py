@@ -19,7 +19,15 @@ from pera.errors import UserError
 from pera_lab import models
 from pera_lab.adapters import Adapter
 from pera_lab.environment import environment
-from pera_lab.files import disk_errors, read_lines, read_object, require_free, write_atomic, write_json
+from pera_lab.files import (
+    check_folder_name,
+    disk_errors,
+    read_lines,
+    read_object,
+    require_free,
+    write_atomic,
+    write_json,
+)
 from pera_lab.recipe import Recipe, difference, load_recipe
 
 COMPLETE = "complete"

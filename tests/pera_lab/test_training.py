@@ -338,9 +338,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_no_adapter(logging_ste
 
 def test_weights_that_are_not_finite_are_an_error_even_if_every_loss_is(train_run, tmp_path):
     overrides = ["training.learning_rate=3e38", "training.weight_decay=3e38", "training.max_steps=1"]
-    with pytest.raises(
-        UserError, match=r"^training\.learning_rate=3e\+38: the weights are not finite at step 1; lower"
-    ):
+    with pytest.raises(UserError, match=r"^training\.learning_rate=3e\+38: the weights are not finite at step 1"):
         train_run(tmp_path / "run", *overrides)
     assert not (tmp_path / "run" / "adapter").exists()
 
