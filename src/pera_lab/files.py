@@ -33,6 +33,11 @@ def user_path(name: str) -> Path:
         return Path(name)
 
 
+def is_text(name: str) -> bool:
+    """Whether a file name is valid Unicode. In Python, its other bytes become lone surrogates."""
+    return not re.search("[\ud800-\udfff]", name)
+
+
 def check_folder_name(name: str) -> None:
     """Raise UserError if the ``name`` of a recipe or study cannot begin the name of its output folder."""
     if not name.strip(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0"):
@@ -88,8 +93,10 @@ def require_free(target: Path, *, replaced: bool = True) -> None:
         replaced: whether another folder will replace it, as in :func:`atomic_folder`. A mount point is then an error.
 
     Raises:
-        UserError: ``target`` is not free.
+        UserError: ``target`` is not free, or its name is not text.
     """
+    if not is_text(str(target)):  # safetensors reads no such path
+        raise UserError(f"output: {str(target)!r} is not UTF-8, so no model could be loaded from it; rename it.")
     if target.is_dir():
         if any(target.iterdir()):
             raise UserError(f"output: {str(target)!r} exists and is not empty; give another folder or remove it.")

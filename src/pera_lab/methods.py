@@ -156,6 +156,7 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
         check_rank("r", renamed.get("r", 8))
         check_alpha("lora_alpha", renamed.get("lora_alpha", 1))
         _check_dropout(method, renamed)
+        _check_booleans(method, renamed)
         if issubclass(method.config, LoraConfig) and method.has_rank:
             renamed |= _lora_ranks(method, renamed)
         return method.config(task_type=TaskType(task_type), **renamed, **fixed)
@@ -171,6 +172,13 @@ def _check_dropout(method: Method, options: dict[str, Any]) -> None:
         raise UserError(f"{key}={value!r} should be at least 0 and less than 1.")
 
 
+def _check_booleans(method: Method, options: dict[str, Any]) -> None:
+    """Raise UserError for a text such as 'no', which would count as true."""
+    for field_ in fields(method.config):
+        if field_.type in (bool, "bool") and not isinstance(options.get(field_.name, True), bool):
+            raise UserError(f"{field_.name}={options[field_.name]!r} should be true or false.")
+
+
 def _lora_ranks(method: Method, options: dict[str, Any]) -> dict[str, Any]:
     """Ranks and alphas of a LoRA, with an alpha that gives every layer the scale 1 unless the options set one."""
     r, ranks = options.get("r", LoraConfig().r), dict(options.get("rank_pattern") or {})
@@ -182,7 +190,7 @@ def _lora_ranks(method: Method, options: dict[str, Any]) -> dict[str, Any]:
     return {"r": r, "rank_pattern": ranks, "lora_alpha": r, "alpha_pattern": {**alphas, **ranks, **alphas}}
 
 
-REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
+REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, LookupError, ArithmeticError, ImportError)
 """What PEFT raises for options that it cannot use."""
 
 

@@ -105,7 +105,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         if not _ended(checkpoint):
             _check_whole(checkpoint, OPTIMIZER_NAME, SCHEDULER_NAME)
     order = _ByLength(encoded.rows, arguments) if spec.group_by_length else None
-    progress = _Progress(run, console, since=checkpoint)
+    progress = _Progress(run, console, notes, since=checkpoint)
     try:
         trainer = _Trainer(
             order,
@@ -127,11 +127,6 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         _check_whole(kept)
         set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
     else:
-        if console is not None:
-            for note in notes:
-                console.print("warning:", style="yellow", end=" ")
-                console.print(note, soft_wrap=True)
-            console.print(f"run folder {run.path}", soft_wrap=True)
         with progress, disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -304,11 +299,12 @@ class _Trainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is not
-    finite."""
+    """Shows notes and a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is
+    not finite."""
 
-    def __init__(self, run: Run, console: Console | None, since: Path | None) -> None:
+    def __init__(self, run: Run, console: Console | None, notes: list[str], since: Path | None) -> None:
         self._run = run
+        self._console, self._notes = console, notes
         self._bar = ProgressBar("training", console)
         kept = int(since.name.rpartition("-")[2]) if since else 0
         for file, lines in ((run.metrics_file, run.metrics()), (run.validation_file, run.validation())):
@@ -321,8 +317,8 @@ class _Progress(TrainerCallback):
         self._bar.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._bar.__exit__()
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         interval = self._run.recipe.training.eval_steps
@@ -337,6 +333,11 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(state.global_step)
+        if state.global_step == self.steps_before + 1 and self._console is not None:  # nothing was refused before
+            for note in self._notes:
+                self._console.print("warning:", style="yellow", end=" ")
+                self._console.print(note, soft_wrap=True)
+            self._console.print(f"run folder {self._run.path}", soft_wrap=True)
         if state.global_step == state.max_steps:
             control.should_log = True  # whatever logging_steps is
 

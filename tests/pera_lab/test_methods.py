@@ -242,3 +242,10 @@ def test_a_dropout_outside_its_range_is_rejected(name, value):
 def test_hira_has_no_ranks_by_layer():
     with pytest.raises(UserError, match=r"^method\.rank_pattern is an option of pera, not of hira"):
         peft_config("hira", rank_pattern={"q_proj": 4})
+
+
+@pytest.mark.parametrize(("name", "key"), [("lora", "use_rslora"), ("lora", "use_dora"), ("lora", "fan_in_fan_out")])
+def test_text_is_no_boolean(name, key):
+    assert getattr(peft_config(name, **{key: True}), key) is True
+    with pytest.raises(UserError, match=f"^method: {key}='no' should be true or false"):
+        peft_config(name, **{key: "no"})

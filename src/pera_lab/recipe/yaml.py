@@ -155,7 +155,7 @@ def _sentence(error: Any, model: type[BaseModel], content: Any, kind: str) -> st
         return f"{where} is not a key of a {kind}; {nearest(str(location[-1]), _known_keys(model, content, location))}"
     if error["type"] == "missing":
         return f"{where} is missing in the {kind}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
     if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
