@@ -116,8 +116,8 @@ def test_file_names_that_are_not_text_work(pera, recipe_file, tmp_path):
     rows = "rows\udcff.jsonl"
     content = "".join(json.dumps({"prompt": f"{i}", "completion": "a"}) + "\n" for i in range(9))
     (tmp_path / rows).write_text(content)
-    task = f"task={{name: own, data: {rows}, test_size: 2}}"
-    trained = pera("train", recipe_file, task, "training.max_steps=1", "--output", "run")
+    task = ["task={name: own, test_size: 2}", f"data={rows}"]
+    trained = pera("train", recipe_file, *task, "training.max_steps=1", "--output", "run")
     assert trained.code == 0, trained.err
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"][-1] == "run"
     for arguments in (["predict", "run", "--input", rows, "--output", "answers\udcff.jsonl"], ["evaluate", "run"]):

@@ -9,8 +9,8 @@ import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 from threading import Thread
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
