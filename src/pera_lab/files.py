@@ -34,8 +34,11 @@ def user_path(name: str) -> Path:
 
 
 def is_text(name: str) -> bool:
-    """Whether a file name is valid Unicode. In Python, its other bytes become lone surrogates."""
-    return not re.search("[\ud800-\udfff]", name)
+    """Whether the bytes of a file name are UTF-8. In Python, other bytes become lone surrogates."""
+    try:
+        return bool(os.fsencode(name).decode())
+    except UnicodeError:
+        return False
 
 
 def check_folder_name(name: str) -> None:
