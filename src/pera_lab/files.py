@@ -43,7 +43,8 @@ def is_text(name: str) -> bool:
 
 def check_folder_name(name: str) -> None:
     """Raise UserError if the ``name`` of a recipe or study cannot begin the name of its output folder."""
-    if not name.strip(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0"):
+    too_long = len(name.encode(errors="replace")) > 200  # numbers, such as the time, are appended
+    if not name.strip(".") or too_long or not is_text(name) or set(name) & set("/\\\0"):
         raise UserError(f"name={name[:60]!r} cannot be the name of a folder; change it or give --output.")
 
 
