@@ -206,7 +206,7 @@ def test_missing_or_truncated_json_is_reported(tmp_path):
 def test_deeply_nested_json_is_an_error_and_ends_a_journal(tmp_path):
     file, deep = tmp_path / "scores.json", "[" * 100_000
     file.write_text(deep)
-    with pytest.raises(UserError, match=r"scores\.json' is nested too deeply"):
+    with pytest.raises(UserError, match=r"scores\.json' is not valid JSON \(it is nested too deeply"):
         read_json(file)
     file.write_text(f'{{"step": 1}}\n{deep}\n{{"step": 2}}\n')
     assert read_lines(file) == [{"step": 1}]
