@@ -90,6 +90,7 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
     encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)
+    task.check(tokenizer, splits.test)
     models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
     _check_validation(spec, splits, validation)
     base = run.check_base(model)
@@ -117,8 +118,7 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         write_json(run.data_file, {**splits.manifest, "notes": splits.notes})
         progress.keep_metrics()
 
-    notes = [f"run folder {run.path}: {recipe.method['name']} on {recipe.model.name}, task {task.name}"]
-    progress = _Progress(run, console, checkpoint, begin, [*(f"warning: {note}" for note in splits.notes), *notes])
+    progress = _Progress(run, console, splits.notes, checkpoint, begin)
     try:
         trainer = _Trainer(
             order,
@@ -166,11 +166,16 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+_LONG = 1_000_000
+
+
 def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     encoded = recipe.task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
-        shortest = min(len(row["input_ids"]) for row in recipe.task.encode(tokenizer, splits.train).rows)
-        raise UserError(f"training.max_length={max_length} leaves no example: the shortest has {shortest} tokens.")
+        tried = recipe.task.encode(tokenizer, [row for row in splits.train if len(row.prompt) <= _LONG]).rows
+        shortest = min((len(row["input_ids"]) for row in tried), default=None)
+        reason = f"the shortest has {shortest} tokens" if shortest else f"all have more than {_LONG:,} characters"
+        raise UserError(f"training.max_length={max_length} leaves no example: {reason}.")
     return encoded
 
 
@@ -286,14 +291,19 @@ class _Trainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is not
-    finite. ``begin`` is called when everything of the checkpoint was loaded. ``notes`` are printed then on a terminal,
-    and elsewhere with the first loss, so that a refusal is a single line."""
+    """Shows notes and a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is
+    not finite. ``begin`` is called when everything of the checkpoint was loaded."""
 
     def __init__(
-        self, run: Run, console: Console | None, since: Path | None, begin: Callable[[], None], notes: list[str]
+        self,
+        run: Run,
+        console: Console | None,
+        notes: list[str],
+        since: Path | None,
+        begin: Callable[[], None],
     ) -> None:
-        self._run, self._console, self._since, self._begin, self._notes = run, console, since, begin, notes
+        self._console, self._notes = console, notes
+        self._run, self._since, self._begin = run, since, begin
         self._bar = ProgressBar("training", console)
         self._start = 0.0
         self.tokens_before = self.steps_before = 0
@@ -304,10 +314,6 @@ class _Progress(TrainerCallback):
 
     def __exit__(self, *error: Any) -> None:
         self._bar.__exit__(*error)
-
-    def _print_notes(self) -> None:
-        while self._notes and self._console is not None:
-            self._console.print(self._notes.pop(0), soft_wrap=True)
 
     def keep_metrics(self) -> None:
         """Remove the lines that were logged after the checkpoint."""
@@ -331,14 +337,17 @@ class _Progress(TrainerCallback):
         self._begin()
         self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
         self.steps_before = state.global_step
-        if self._console is not None and self._console.is_terminal:
-            self._print_notes()
         self._bar.update(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(state.global_step)
-        if state.global_step == state.max_steps:  # log the last loss whatever logging_steps is
-            control.should_log = True
+        if state.global_step == self.steps_before + 1 and self._console is not None:  # nothing was refused before
+            for note in self._notes:
+                self._console.print("warning:", style="yellow", end=" ")
+                self._console.print(note, soft_wrap=True)
+            self._console.print(f"run folder {self._run.path}", soft_wrap=True)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # whatever logging_steps is
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -363,11 +372,10 @@ class _Progress(TrainerCallback):
         note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
         self._bar.update(note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise LossNotFinite(
-                f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
-                "lower the learning rate."
-            )
-        self._print_notes()
+            raise _diverged(args, "loss is", state)
+        trained = (p for p in kwargs["model"].parameters() if p.requires_grad)
+        if state.global_step == state.max_steps and not all(p.isfinite().all() for p in trained):
+            raise _diverged(args, "weights are", state)
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
         speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -377,3 +385,10 @@ class _Progress(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoints.COMPLETE).touch()
+
+
+def _diverged(args: TrainingArguments, what: str, state: TrainerState) -> LossNotFinite:
+    return LossNotFinite(
+        f"training.learning_rate={args.learning_rate:g}: the {what} not finite at step {state.global_step}; "
+        "lower the learning rate."
+    )
