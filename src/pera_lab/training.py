@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -43,7 +44,7 @@ from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import COMPLETE, Run
 from pera_lab.tasks import Splits
-from pera_lab.tasks.encoding import Encoded
+from pera_lab.tasks.encoding import Encoded, check_lengths
 
 
 class LossNotFinite(UserError):
@@ -86,8 +87,11 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)
     _check_validation(spec, splits, validation)
+    _check_batch(model, "training.batch_size", spec.batch_size, encoded)
+    if spec.eval_steps:
+        _check_batch(model, "evaluation.batch_size", recipe.evaluation.batch_size, validation)
     run.write_environment(model, command_line())
-    notes = splits.notes
+    notes = [*splits.notes, *task.tokenizer_notes(tokenizer, splits)]
     write_json(run.data_file, {**splits.manifest, "notes": notes})
     for note in notes:
         if console is not None:
@@ -173,6 +177,15 @@ def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded
         return
     reason = "they are all longer than training.max_length" if splits.validation else "the task has none"
     raise UserError(f"training.eval_steps={spec.eval_steps!r} needs validation rows, and {reason}.")
+
+
+def _check_batch(model: PreTrainedModel, key: str, size: int, encoded: Encoded) -> None:
+    """Raise UserError before training if it would put rows into one batch that the model cannot read together."""
+    rows = sorted(encoded.rows, key=lambda row: len(row["input_ids"]))
+    try:
+        check_lengths(model, [rows[0], rows[-1]] if size > 1 else [])
+    except UserError as error:
+        raise UserError(f"{key}={size}: {error} Give 1.") from error
 
 
 def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
