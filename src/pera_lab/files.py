@@ -21,6 +21,18 @@ from pera.errors import UserError, one_line
 T = TypeVar("T")
 
 
+def user_path(name: str) -> Path:
+    """``name`` as a path, with ``~`` replaced by the home folder where there is one.
+
+    A user's text can be too long for a file name or hold characters that no file name has. ``os.path.isdir`` and the
+    like then return False, while the methods of :class:`~pathlib.Path` raise.
+    """
+    try:
+        return Path(os.path.expanduser(name))
+    except ValueError:  # a null byte or a lone surrogate after "~"
+        return Path(name)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors that the libraries raise when a write below ``path`` fails into one :class:`UserError`."""
@@ -110,6 +122,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    except RecursionError as error:
+        raise UserError(f"{str(path)!r} is nested too deeply; restore or remove it.") from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not valid JSON ({error}); it may be truncated.") from error
 
@@ -175,7 +189,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if isinstance(content, dict):
             lines.append(content)

@@ -52,9 +52,9 @@ def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     plain = base_model(model)
     own, config = getattr(plain, "generation_config", None), getattr(plain, "config", None)
     rows = getattr(config, "vocab_size", None) or len(tokenizer)
-    declared = [*_listed(own), *_listed(config)]
+    declared = [*end_ids(own), *end_ids(config)]
     known = [i for i in declared if isinstance(i, int) and 0 <= i < rows]
-    wrong = [] if getattr(own, "_from_model_config", False) else [i for i in _listed(own) if i not in known]
+    wrong = [] if getattr(own, "_from_model_config", False) else [i for i in end_ids(own) if i not in known]
     if wrong:
         warnings.warn(
             f"eos_token_id={wrong[0]!r} in the base model's generation_config.json is ignored: the vocabulary has the "
@@ -65,7 +65,8 @@ def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys([*known, *taught]))
 
 
-def _listed(config: Any) -> list[Any]:
+def end_ids(config: Any) -> list[Any]:
+    """The end-of-sequence ids in a configuration, which may hold one, several or none."""
     ids = getattr(config, "eos_token_id", None)
     return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
 
@@ -132,9 +133,7 @@ def generate(
         num_beams: beams of the search; 1 is greedy.
     """
     batch: Any = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(next(model.parameters()).device)
-    config = generation_settings(
-        model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False
-    )
+    config = generation_settings(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
     return [text_of(tokenizer, ids) for ids in write(model, dict(batch), config)]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from pera.errors import UserError, nearest, one_line
 from pera.polynomial import expanded_rank
-from pera.tuner import PeraConfig, check_alpha, check_names, check_rank
+from pera.tuner import PeraConfig, check_alpha, check_names, check_rank, resolve_all_linear
 from pera_lab.plugins import check_unique, load_plugins
 
 GROUP = "pera.methods"
@@ -201,7 +201,8 @@ def resolve_targets(model: nn.Module, config: PeftConfig) -> PeftConfig:
     """``config`` with its targets resolved for ``model``.
 
     For "full" they become every module that holds parameters. If modules share a parameter, the first of them is
-    taken. A head that is tied to the embeddings stays tied. Every other configuration is only checked.
+    taken. A head that is tied to the embeddings stays tied. Every other configuration is checked, and "all-linear" is
+    resolved.
 
     Raises:
         UserError: as :func:`pera.tuner.check_names`.
@@ -211,4 +212,5 @@ def resolve_targets(model: nn.Module, config: PeftConfig) -> PeftConfig:
         vars(config)["modules_to_save"] = sorted({name.rpartition(".")[2] for name in names})
     else:
         check_names(model, config)
+        resolve_all_linear(model, config)
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils._validators import validate_repo_id
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -22,16 +24,31 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
 from pera.tuner.layers import keep_unpacked
 from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
 from pera_lab.environment import device, fast_dtype, out_of_memory
-from pera_lab.files import read_object
+from pera_lab.files import read_object, user_path
 
 _ANY = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 _UNREADABLE = (*_ANY, SafetensorError, StrictDataclassError)
 """What transformers raises on a broken folder, an impossible configuration or a missing quantiser."""
+
+
+class MissingModel(UserError):
+    """There is no model of this name. ``problem`` is the message without what would be right."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}; {remedy}")
+        self.problem = problem
+
+
+ADAPTER_CONFIG = CONFIG_NAME
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""The file that a folder with the weights of a model has one of."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,6 +77,7 @@ def load_model(
         UserError: there is no such model, it cannot be read, or it lacks weights other than the head's.
     """
     location = resolve(name)
+    _check_plain(name, location, revision)
     torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
     auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     head = {} if labels is None else {"num_labels": labels}
@@ -84,6 +102,17 @@ def load_model(
         _keep_head_in_float32(model)
     loaded: PreTrainedModel = model.to(device()).eval()
     return loaded
+
+
+def _check_plain(name: str, location: str, revision: str | None) -> None:
+    """Raise UserError if an adapter lies next to the weights of a model, because transformers would load it too."""
+    with reading(name):
+        found = find_adapter_config_file(location, revision=revision)
+    if found is not None:
+        raise UserError(
+            f"model: {name!r} also holds an adapter ({ADAPTER_CONFIG}), which would change the base model; move the "
+            "adapter to a folder of its own."
+        )
 
 
 def _keep_head_in_float32(model: PreTrainedModel) -> None:
@@ -155,13 +184,16 @@ def reading(name: str) -> Iterator[None]:
     except _UNREADABLE as error:
         if out_of_memory(error):
             raise
-        raise cannot_load(name, error) from error
+        message = str(cannot_load(name, error))
+        if isinstance(error, OSError) and not os.path.isdir(user_path(name)) and not embedded_name(name):
+            raise MissingModel(message.rstrip("."), "give a folder, a .gguf file or a hub id.") from error
+        raise UserError(message) from error
 
 
 def saved_labels(name: str) -> int | None:
     """Number of outputs of a local model's classification head from its ``config.json``; None if it has no head."""
-    file = Path(name).expanduser() / "config.json"
-    config = read_object(file) if file.is_file() else {}
+    file = user_path(name) / "config.json"
+    config = read_object(file) if os.path.isfile(file) else {}
     if not any(str(each).endswith("ForSequenceClassification") for each in config.get("architectures") or []):
         return None
     return len(config.get("id2label") or "01")  # transformers omits id2label for two labels
@@ -177,24 +209,34 @@ def resolve(name: str) -> str:
     """
     if name in EMBEDDED:
         return str(embedded_folder(name))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model: folder {name!r} has no config.json; give the folder of a transformers model.")
-        return str(path)
-    if path.is_file():
+    path, shown = user_path(name), repr(name if len(name) <= 200 else f"{name[:200]}…")
+    if name and os.path.isdir(path):
+        if os.path.isfile(path / "config.json"):
+            return str(path)
+        if os.path.isfile(path / ADAPTER_CONFIG):
+            raise MissingModel(f"model: {shown} is an adapter, not a base model", "merge it with: pera merge")
+        raise MissingModel(f"model: folder {shown} has no config.json", "give the folder of a transformers model.")
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
-            raise UserError(f"model: {name!r} is a file; give a folder, or a file ending in .gguf.")
+            raise MissingModel(f"model: {shown} is a file", "give a folder, or a file ending in .gguf.")
         return str(gguf_folder(path))
     if known := embedded_name(name):
         return resolve(known)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not path.parent.is_dir():
+    if _is_hub_id(name) and not os.path.isdir(path.parent):
         return name
     if "/" in name or name.startswith((".", "~")):
-        raise UserError(f"model: folder {name!r} does not exist; give a folder, a .gguf file or a hub id.")
-    raise UserError(
-        f"model: {name!r} is not an embedded model, a folder, a .gguf file or a hub id; {nearest(name, EMBEDDED)}"
+        raise MissingModel(f"model: folder {shown} does not exist", "give a folder, a .gguf file or a hub id.")
+    raise MissingModel(
+        f"model: {shown} is not an embedded model, a folder, a .gguf file or a hub id", nearest(name, EMBEDDED)
     )
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not name.startswith((".", "~"))
 
 
 def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -236,7 +278,8 @@ def local_folder(name: str, revision: str | None = None) -> Path:
         UserError: as :func:`resolve`, or the download fails.
     """
     location = resolve(name)
-    if Path(location).is_dir():
+    _check_plain(name, location, revision)
+    if os.path.isdir(location):
         return Path(location)
     with reading(name):
         wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken"]

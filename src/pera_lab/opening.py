@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pera.errors import UserError
 from pera_lab import models
 from pera_lab.adapters import Adapter, token_rows
+from pera_lab.files import user_path
 from pera_lab.runs import Run
 
 
@@ -49,13 +52,13 @@ def locate(name: str, *, trust_remote_code: bool = False) -> Location:
 
     Args:
         name: a path, or the name of a model.
-        trust_remote_code: run code that comes with the model, even if no recipe says so.
+        trust_remote_code: run code that comes with the model. The recipe of a run cannot allow it.
 
     Raises:
         UserError: nothing is there, the run is unfinished, or the adapter does not name its base model.
     """
-    location = _located(name)
-    return location._replace(trust_remote_code=True) if trust_remote_code else location
+    location = _located(name, trust_remote_code)
+    return location._replace(trust_remote_code=trust_remote_code)
 
 
 def locate_adapter(name: str, *, trust_remote_code: bool = False) -> Location:
@@ -72,25 +75,56 @@ def locate_adapter(name: str, *, trust_remote_code: bool = False) -> Location:
 def locate_run(run: Run, *, base: bool = False) -> Location:
     """The adapter of a run on its base model, or with ``base`` the base model alone. The adapter may not exist yet."""
     model, adapter = run.recipe.model, None if base else run.adapter
-    return Location(run, adapter, model.name, model.revision, model.trust_remote_code, run.adapter.tokenizer)
+    return Location(run, adapter, model.name, model.revision, run.trust_remote_code, run.adapter.tokenizer)
 
 
-def _located(name: str) -> Location:
-    path = Path(name).expanduser()
-    if (path / "recipe.yaml").is_file():
-        run = Run(path)
+def _located(name: str, trust_remote_code: bool) -> Location:
+    path = user_path(name)
+    held = {kind: file for kind, file in _KINDS.items() if os.path.isfile(path / file)}
+    if "adapter" in held and not any(os.path.isfile(path / file) for file in models.WEIGHTS):
+        held.pop("model", None)  # some trainers save the configuration of the base with the adapter
+    if len(held) > 1:
+        what = " and ".join(f"{kind} ({file})" for kind, file in held.items())
+        raise UserError(f"{name!r} holds more than one of a run, an adapter and a model: {what}; separate them.")
+    if "run" in held:
+        run = Run(path, trust_remote_code=trust_remote_code)
         if not run.finished:
             raise UserError(f"{name!r} is an unfinished run; resume it with: pera train {name} --resume")
         return locate_run(run)
-    if (path / "adapter_config.json").is_file():
+    if "adapter" in held:
         adapter = Adapter(path)
         base, revision = adapter.config.base_model_name_or_path, adapter.config.revision
         if not base:
             raise UserError(f"{name!r}: adapter_config.json has no base_model_name_or_path; add it.")
         return Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if name and os.path.isdir(path) and "model" not in held:
         raise UserError(f"{name!r} is not a run folder, an adapter folder or a model folder.")
     return Location(None, None, name)
+
+
+_KINDS = {"run": "recipe.yaml", "adapter": models.ADAPTER_CONFIG, "model": "config.json"}
+"""The file that tells what a folder holds."""
+
+
+@contextmanager
+def _where_the_base_is_named(location: Location) -> Iterator[None]:
+    """Add the file and the key that name the base model to the message if there is no such model."""
+    try:
+        yield
+    except models.MissingModel as error:
+        if location.run is not None:
+            key, file = "model.name", "the recipe" if location.run.new else repr(str(location.run.recipe_file))
+        elif location.adapter is not None:
+            key, file = "base_model_name_or_path", repr(str(location.adapter.path / models.ADAPTER_CONFIG))
+        else:
+            raise
+        raise UserError(f"{error.problem}; set {key} in {file} to a folder, a .gguf file or a hub id.") from error
+
+
+def base_folder(location: Location) -> Path:
+    """The local folder of the base model of a :class:`Location`; see :func:`pera_lab.models.local_folder`."""
+    with _where_the_base_is_named(location):
+        return models.local_folder(location.base, location.revision)
 
 
 def open_model(
@@ -116,7 +150,8 @@ def open_model(
         labels = location.adapter.labels
     elif labels is None:
         labels = models.saved_labels(location.base)
-    base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
+    with _where_the_base_is_named(location):
+        base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
     check_fingerprint(location, base)
     model = base if location.adapter is None else location.adapter.load_on(base)
     tokenizer = open_tokenizer(location)

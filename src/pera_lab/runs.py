@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -25,10 +26,17 @@ COMPLETE = "complete"
 
 
 class Run:
-    """A run folder; docs/architecture.md lists its files."""
+    """A run folder; docs/architecture.md lists its files.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the folder.
+        trust_remote_code: run code that comes with the base model. The recipe in the folder cannot allow it, because
+            the folder may come from somebody else.
+    """
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
+        self.trust_remote_code = trust_remote_code
         self._made: list[Path] | None = None
         self.recipe_file = path / "recipe.yaml"
         self.environment_file = path / "environment.json"
@@ -49,7 +57,7 @@ class Run:
         """Create a run folder that holds ``recipe``.
 
         Args:
-            recipe: the recipe to train.
+            recipe: the recipe to train. It decides whether code that comes with the base model may run.
             output: the folder (default: ``runs/<recipe>-<time>``).
 
         Raises:
@@ -57,7 +65,7 @@ class Run:
         """
         path = output or _unused(Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         require_free(path, replaced=False)
-        run = cls(path)
+        run = cls(path, trust_remote_code=recipe.model.trust_remote_code)
         run._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -96,7 +104,12 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
-        return load_recipe(str(self.recipe_file))
+        return load_recipe(str(self.recipe_file), recorded=True)
+
+    @property
+    def new(self) -> bool:
+        """Whether this process created the folder, so that its recipe is the user's."""
+        return self._made is not None
 
     @property
     def finished(self) -> bool:
@@ -216,24 +229,26 @@ def _unused(path: Path) -> Path:
     return next(p for p in chain([path], numbered) if not p.exists())
 
 
-def resumable(source: str, overrides: list[str] | None, output: Path | None) -> Run:
+def resumable(source: str, overrides: list[str] | None, output: Path | None, *, trust_remote_code: bool = False) -> Run:
     """The unfinished run to resume.
 
     Args:
         source: a run folder, or a recipe.
         overrides: overrides of the recipe's keys.
         output: the run folder, if ``source`` is a recipe (default: the newest unfinished run of it in ``runs/``).
+        trust_remote_code: run code that comes with the base model. A recipe that is given can allow it too.
 
     Raises:
         UserError: there is no such run, it is finished, or it was started with another recipe.
     """
-    if (Path(source) / "recipe.yaml").is_file():
+    if os.path.isfile(Path(source) / "recipe.yaml"):
         run = Run(Path(source))
-        given = load_recipe(str(run.recipe_file), overrides)
+        given = load_recipe(str(run.recipe_file), overrides, recorded=True)
         if output is not None:
             raise UserError(f"--output={str(output)!r} has no effect when a run folder is resumed; leave it out.")
     else:
         given = load_recipe(source, overrides)
+        trust_remote_code |= given.model.trust_remote_code
         run = Run(output) if output is not None else Run.latest_unfinished(given)
     if not run.recipe_file.is_file():
         raise UserError(f"--resume: {str(run.path)!r} is not a run folder; start one without --resume.")
@@ -244,4 +259,5 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None) -> 
             f"--resume: {changed} differs from the recipe of {str(run.path)!r}; "
             "resume with the same recipe, or start a new run."
         )
+    run.trust_remote_code = trust_remote_code
     return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import (
@@ -18,6 +17,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pera_lab.files import user_path
+
 
 class Section(BaseModel):
     """A part of a recipe or of a study. Unknown keys are errors, and so are booleans in place of numbers."""
@@ -28,9 +29,15 @@ class Section(BaseModel):
     @classmethod
     def _reject_booleans_as_numbers(cls, value: Any, known: ValidatorFunctionWrapHandler) -> Any:
         found = known(value)
-        if isinstance(value, bool) and found is not value:
+        if _boolean_became_number(value, found):
             raise PydanticCustomError("number", "Input should be a number")
         return found
+
+
+def _boolean_became_number(given: Any, found: Any) -> bool:
+    if isinstance(given, list) and isinstance(found, list):
+        return any(map(_boolean_became_number, given, found))
+    return isinstance(given, bool) and found is not given
 
 
 def absolute_path(*words: str) -> AfterValidator:
@@ -41,8 +48,8 @@ def absolute_path(*words: str) -> AfterValidator:
     """
 
     def convert(name: str) -> str:
-        path = Path(name).expanduser()
-        return os.path.abspath(path) if name not in words and path.exists() else name
+        path = user_path(name)
+        return os.path.abspath(path) if name and name not in words and os.path.exists(path) else name
 
     return AfterValidator(convert)
 

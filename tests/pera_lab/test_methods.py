@@ -187,6 +187,17 @@ def test_a_named_variant_fixes_its_options(name, terms, normalization, h):
         peft_config(name, init_coefficients=0.1)
 
 
+@pytest.mark.parametrize("name", ["pera", "lora", "dora", "hira", "delora"])
+def test_all_linear_leaves_out_subclasses_that_compute_something_else(name):
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(-1), x
+
+    model = torch.nn.ModuleDict({"router": Router(4, 4), "up_proj": torch.nn.Linear(4, 4)})
+    config = resolve_targets(model, peft_config(name, target_modules="all-linear"))
+    assert config.target_modules == {"up_proj"}
+
+
 def test_an_installed_package_adds_a_method(install):
     install("acme", "from peft import VeraConfig\nMETHODS = {'vera': Method(VeraConfig, {'dropout': 'vera_dropout'})}")
     config = peft_config("vera", r=16, dropout=0.5)

@@ -161,9 +161,9 @@ def test_a_broken_folder_is_rejected_in_one_sentence(name, damage, copy):
     ],
 )
 def test_the_reason_is_given_on_one_line(error, reason):
-    with pytest.raises(UserError) as caught, reading("x"):
+    with pytest.raises(UserError) as caught, reading("."):
         raise error
-    assert str(caught.value) == f"model: 'x' cannot be loaded: {reason}"
+    assert str(caught.value) == f"model: '.' cannot be loaded: {reason}"
 
 
 def test_weights_missing_from_the_file_are_not_initialized(copy, change_weights):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from pera.errors import UserError
 from pera_lab.evaluation import evaluate
 from pera_lab.files import Journal
-from pera_lab.inference import Branches, log_likelihoods
+from pera_lab.inference import Branches, log_likelihoods, takes_padding
 from pera_lab.intervals import wilson_interval
 from pera_lab.scorers import answer_batches, make_scorer
 from pera_lab.tasks import EvaluationSection, Example, subsample
@@ -251,6 +251,7 @@ def test_a_question_of_the_shared_data_is_ranked_in_one_forward(tiny_llama, toke
     """Options that differ in their last token alone need no second forward."""
     task = CommonsenseTask(name="ARC-Easy", data=str(DATA / "commonsense"), test_size=8)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    assert takes_padding(model)  # which runs the model twice, once for all
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     spec = EvaluationSection(scorer="likelihood", batch_size=8)

@@ -1,5 +1,6 @@
 """The PEFT plug-in: configuration, layers, model and registration."""
 
+from pera.tuner.behaviour import resolve_all_linear
 from pera.tuner.checks import check_alpha, check_lists, check_names, check_rank
 from pera.tuner.config import PeraConfig
 from pera.tuner.hotswap import hotswap_adapter
@@ -31,4 +32,5 @@ __all__ = [
     "check_rank",
     "hotswap_adapter",
     "register",
+    "resolve_all_linear",
 ]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pera.errors import UserError
+from pera.tuner.behaviour import resolve_all_linear
 from pera.tuner.call import one_call
 from pera.tuner.checks import check_names
 from pera.tuner.layers import ParamWrapper, PeraLayer, keep_unpacked, layer_class
@@ -88,6 +89,9 @@ class PeraModel(BaseTuner):
         if peft_config.target_modules is None and peft_config.target_parameters and not known:
             return peft_config  # it targets parameters only
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        resolve_all_linear(model, peft_config)
 
     def _create_and_replace(
         self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pera_lab.cli.console import facts, out
+from pera_lab.cli.console import Facts, out
 from pera_lab.cli.options import Source, Trust
 from pera_lab.text import visible
 
@@ -32,6 +32,7 @@ def inspect(
         Path | None,
         typer.Option(help="Draw the high-order ratio by block and kind into this .svg or .png file (default: none)."),
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Show the norms, high-order ratio and effective rank of an adapter, computed from its factors."""
     from dataclasses import asdict
@@ -40,7 +41,7 @@ def inspect(
     from pera_lab.diagnose import diagnose_adapter, run_effects
     from pera_lab.opening import locate_adapter
 
-    location = locate_adapter(source)
+    location = locate_adapter(source, trust_remote_code=trust_remote_code)
     adapter = location.require_adapter()
     if effect and location.run is None:
         raise UserError(f"--effect needs a run folder, which records the data; {source!r} is an adapter folder.")
@@ -58,11 +59,11 @@ def inspect(
             "layers": {n: {**asdict(d), **{key: getattr(d, key) for key in derived}} for n, d in found.items()},
             **({"effect": asdict(effects)} if effects else {}),
         }
-        print(writer.dumps(content, indent=2))  # noqa: T201
+        out.out(writer.dumps(content, indent=2), highlight=False)
         return
     out.print(_diagnosis(found, layers))
     if effects is not None:
-        out.print(_effects(effects))
+        out.print(_effects(effects), soft_wrap=True)
 
 
 def report(
@@ -77,7 +78,7 @@ def report(
     from pera_lab.runs import Run
 
     for name in runs:
-        if not (Path(name) / "recipe.yaml").is_file():
+        if not os.path.isfile(Path(name) / "recipe.yaml"):
             raise UserError(f"{name!r} is not a run folder.")
     file = output or Path(runs[0]) / "report.html"
     write_report([Run(Path(name)) for name in runs], file)
@@ -152,8 +153,8 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
     return table
 
 
-def _effects(effects: Effects) -> Table:
-    table = facts()
+def _effects(effects: Effects) -> Facts:
+    table = Facts()
     table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out labels")
     for part, change in effects.without.items():
         table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")

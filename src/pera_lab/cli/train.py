@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from pera_lab.cli.console import facts, out, progress, refreshed_report
-from pera_lab.cli.options import Overrides, RunFolder
+from pera_lab.cli.console import Facts, out, progress, refreshed_report
+from pera_lab.cli.options import Overrides, RunFolder, Trust
 from pera_lab.report.formatting import duration, percent, size
 from pera_lab.text import visible
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from pera_lab.convert.verify import Agreement
     from pera_lab.recipe import Recipe
     from pera_lab.runs import Run
@@ -59,7 +57,7 @@ def quickstart(
         "lora": export(location, run.path / "lora").agreement,
     }
     loss_picture(run, run.path / "loss.svg")
-    out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
+    out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start), soft_wrap=True)
     out.print(_next_steps(run), soft_wrap=True)
     if not all(check.agree for check in checks.values()):
         raise CheckFailed("the outputs of the merged model or of the LoRA export differ from the adapter's, see above.")
@@ -77,20 +75,25 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an unfinished run from its last complete checkpoint.")
     ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a recipe and write a run folder."""
     from pera_lab.recipe import load_recipe
     from pera_lab.runs import Run, resumable
     from pera_lab.training import train as train_recipe
 
-    run = resumable(recipe, overrides, output) if resume else Run.create(load_recipe(recipe, overrides), output)
+    if resume:
+        run = resumable(recipe, overrides, output, trust_remote_code=trust_remote_code)
+    else:
+        run = Run.create(load_recipe(recipe, overrides), output)
+        run.trust_remote_code |= trust_remote_code
     with run.discarded_on_error():
         summary = train_recipe(run.recipe, run, resume=resume, console=progress)
-    table = facts()
+    table = Facts()
     table.add_row("adapter", str(run.adapter.path))
     table.add_row("training", _cost(run, summary))
     table.add_row("report", refreshed_report(run))
-    out.print(table)
+    out.print(table, soft_wrap=True)
     out.print(f"Next: pera evaluate {run.path}", soft_wrap=True)
 
 
@@ -108,6 +111,7 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with your own lm-eval tasks (default: none).")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
     from pera.errors import UserError
@@ -126,7 +130,7 @@ def evaluate(
             "only --lm-eval uses it; the number of test rows is task.test_size of the recipe, set before training.",
             param_hint="--limit" if limit is not None else "--include-path",
         )
-    location = locate(run)
+    location = locate(run, trust_remote_code=trust_remote_code)
     if location.run is None:
         raise UserError(f"{run!r} is not a run folder; only a run folder records its task.")
     which = "base" if base else "adapter"
@@ -134,11 +138,11 @@ def evaluate(
         from pera_lab.harness import run_harness
 
         results = run_harness(location.run, names, base=base, limit=limit, include_path=include_path)
-        out.print(_harness(which, results))
+        out.print(_harness(which, results), soft_wrap=True)
         out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
         return
     score = evaluate_run(location.run, base=base, scorer=scorer, console=progress)
-    out.print(_scores(which, score, location.run))
+    out.print(_scores(which, score, location.run), soft_wrap=True)
 
 
 def predict(
@@ -152,13 +156,14 @@ def predict(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows answered at a time (default: evaluation.batch_size).")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Answer the rows of a file. After an interruption, the same command answers the remaining rows."""
     from pera.errors import UserError
     from pera_lab.opening import locate
     from pera_lab.prediction import predict as answer
 
-    location = locate(run)
+    location = locate(run, trust_remote_code=trust_remote_code)
     if location.run is None:
         raise UserError(f"{run!r} is not a run folder; only a run folder records how its model is prompted.")
     rows = answer(
@@ -181,8 +186,8 @@ def _summary(
     summary: TrainingSummary,
     checks: dict[str, Agreement],
     seconds: float,
-) -> Table:
-    table = facts(f"{recipe.name}: done in {duration(seconds)}")
+) -> Facts:
+    table = Facts(f"{recipe.name}: done in {duration(seconds)}")
     table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
     table.add_row("base model", _value(base))
     table.add_row("with adapter", Text(_value(adapter), "bold"))
@@ -208,8 +213,8 @@ def _next_steps(run: Run) -> str:
     )
 
 
-def _scores(which: str, score: Score, run: Run) -> Table:
-    table = facts()
+def _scores(which: str, score: Score, run: Run) -> Facts:
+    table = Facts()
     table.add_row(which, _value(score))
     for name, part in score.parts.items():
         table.add_row(name, _part(part))
@@ -226,8 +231,8 @@ def _scores(which: str, score: Score, run: Run) -> Table:
     return table
 
 
-def _harness(which: str, results: dict[str, dict[str, Any]]) -> Table:
-    table = facts(f"lm-eval, {which}: not comparable with pera's own scores")
+def _harness(which: str, results: dict[str, dict[str, Any]]) -> Facts:
+    table = Facts(f"lm-eval, {which}: not comparable with pera's own scores")
     for task, metrics in results.items():
         apart = ("n", "shots", "lm_eval")
         values = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in metrics.items() if k not in apart)

@@ -100,6 +100,8 @@ def export(
         _check_gguf(lora, weights, base)
     with atomic_folder(output) as folder:
         if form == "lora":
+            if location.run is not None:  # the run may name another folder than its adapter, after the base was moved
+                lora.base_model_name_or_path = models.resolve(location.base)
             _write_lora(folder, lora, weights)
             copy_tokenizer(location, folder)
         else:

@@ -148,6 +148,7 @@ def _perform(trial: Trial, folder: StudyFolder) -> None:
 
 def _run(trial: Trial, run: Run) -> Outcome:
     recipe = trial.recipe()
+    run.trust_remote_code = recipe.model.trust_remote_code  # the user's study decides, not the run folder
     if not run.recipe_file.is_file():
         shutil.rmtree(run.path, ignore_errors=True)  # killed before the recipe was written
         run = Run.create(recipe, run.path)

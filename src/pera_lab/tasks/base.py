@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pera_lab.sections import Section
+from pera_lab.tasks.conversations import example_of
 from pera_lab.tasks.encoding import (
     CHAT,
     AnswerCollator,
@@ -26,7 +27,6 @@ from pera_lab.tasks.encoding import (
     encode_texts,
 )
 from pera_lab.tasks.examples import Example, Splits, Verdict
-from pera_lab.tasks.sources import example_of
 
 
 class EvaluationSection(Section):
@@ -36,11 +36,11 @@ class EvaluationSection(Section):
     """"exact_match": the task judges the text that the model writes. "generation": the first of the task's answers that
     occurs in that text counts. "likelihood": the option with the highest log-probability counts. "classification": the
     class, or the number, from the head. Scores of different scorers are not comparable."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=10**6)
     """Prompts answered at a time."""
-    max_new_tokens: int | None = Field(16, ge=1)
+    max_new_tokens: int | None = Field(16, ge=1, le=10**6)
     """Longest answer in tokens. None for classification."""
-    num_beams: int | None = Field(1, ge=1)
+    num_beams: int | None = Field(1, ge=1, le=1000)
     """Beams of the search for an answer; 1 is greedy. None for classification."""
 
 
@@ -223,8 +223,8 @@ class GenerationTask(Task):
                 for answer, found in changed[:1]
             ),
             *(
-                f"{len(lost)} of {len(answers)} answers have characters that the tokenizer does not know or the text of "
-                f"a special token, such as {answer!a:.60}; no output can be right."
+                f"{len(lost)} of {len(answers)} answers hold unknown characters or the text of a special token, such "
+                f"as {answer!a:.60}; the tokenizer cannot write them."
                 for answer in lost[:1]
             ),
             *(f"the tokenizer writes two of the options {each!a:.60} alike; no scorer can tell." for each in same[:1]),

@@ -12,6 +12,7 @@ from pydantic import Field
 from pera.errors import UserError, nearest
 from pera_lab.sections import one_message
 from pera_lab.tasks.base import GenerationTask
+from pera_lab.tasks.conversations import example_of
 from pera_lab.tasks.encoding import Frame
 from pera_lab.tasks.examples import Example, Splits, Verdict
 from pera_lab.tasks.sources import (
@@ -19,11 +20,11 @@ from pera_lab.tasks.sources import (
     BadRow,
     DataPath,
     Rows,
-    example_of,
     field,
     folder_of,
     read_file,
     read_hub,
+    short,
     split_file,
     take,
     validation_split,
@@ -137,7 +138,7 @@ def _arc(row: dict[str, Any]) -> tuple[str, str]:
 def _number(row: dict[str, Any], name: str) -> int:
     value = field(row, name, (str, int), "a number")
     if not str(value).isdecimal():
-        raise BadRow(f"field {name!r}={value!r} should be a number.")
+        raise BadRow(f"field {name!r}={short(value)} should be a number.")
     return int(value)
 
 
@@ -345,15 +346,15 @@ def _example(row: dict[str, Any], member: str) -> Example:
     """A row in the fields of LLM-Adapters. Its options are at the end of the instruction."""
     instruction, answer = field(row, "instruction"), field(row, "answer")
     if row.get("input"):
-        raise BadRow(f"field 'input'={row['input']!r} should be empty.")
+        raise BadRow(f"field 'input'={short(row['input'])} should be empty.")
     _, mark, listed = instruction.rpartition("Answer format: ")
     options = tuple(listed.strip().split("/"))
     if not mark or len(options) < 2:
         raise BadRow("field 'instruction' should end with its options, as in 'Answer format: answer1/answer2'.")
     if answer not in options:
-        raise BadRow(f"field 'answer'={answer!r} should be one of {', '.join(options)}.")
+        raise BadRow(f"field 'answer'={short(answer)} should be one of {', '.join(options)}.")
     if "output" in row and row["output"] != TARGET + answer:
-        raise BadRow(f"field 'output'={row['output']!r} should be {TARGET + answer!r}, as the answer says.")
+        raise BadRow(f"field 'output'={short(row['output'])} should be {TARGET + answer!r}, as the answer says.")
     if member and not all(re.fullmatch(MEMBERS[member].pattern, option) for option in options):
         raise BadRow(f"field 'instruction' has the options {', '.join(options)}, which do not fit {member}.")
     return Example(instruction, TARGET + answer, group=member, options=tuple(TARGET + option for option in options))

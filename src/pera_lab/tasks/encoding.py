@@ -156,8 +156,8 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, frame: 
     if frame.end:
         if (end := end_token(tokenizer)) is None:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no end of sequence, so training cannot teach where an "
-                "answer ends; set eos_token in its tokenizer_config.json."
+                f"the tokenizer of {tokenizer.name_or_path!r} has no end of sequence to teach after an answer; set "
+                "eos_token in its tokenizer_config.json."
             )
         answer = [*answer, end]
     ids = prompt + answer
@@ -213,8 +213,8 @@ def check_lengths(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> Non
     lengths = sorted({len(row["input_ids"]) for row in rows})
     if len(lengths) > 1 and not takes_padding(model):
         raise UserError(
-            f"{type(model).__name__} ignores the attention mask, so rows of {lengths[0]} and {lengths[-1]} tokens cannot "
-            "share a batch: padding would change their results."
+            f"padding changes what {type(model).__name__} computes, so rows of {lengths[0]} and {lengths[-1]} tokens "
+            "cannot share a batch."
         )
 
 

@@ -25,6 +25,8 @@ class Example:
     """Possible answers, which the likelihood scorer ranks. Empty if the answer is free text."""
     messages: tuple[dict[str, str], ...] = ()
     """The conversation up to the answer, if it is longer than one prompt. ``prompt`` is its last message."""
+    place: str = field(default="", compare=False)
+    """Source and line of the example, for messages."""
 
 
 @dataclass(frozen=True)

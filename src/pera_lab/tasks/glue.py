@@ -21,6 +21,7 @@ from pera_lab.tasks.sources import (
     folder_of,
     read_file,
     read_hub,
+    short,
     split_file,
     take,
 )
@@ -118,15 +119,23 @@ class GlueTask(ClassificationTask):
     def _row(self, row: dict[str, Any]) -> LabelledText:
         texts = self.question(row).texts
         if not self.classes:
-            label = field(row, "label", (int, float), "a number from 0 to 5")
-            if not 0 <= label <= 5:
-                raise BadRow(f"field 'label'={label!r} should be a number from 0 to 5.")
-            return LabelledText(texts, float(label))
+            score = _number(field(row, "label", (int, float, str), "a number from 0 to 5"))
+            if score is None or not 0 <= score <= 5:
+                raise BadRow(f"field 'label'={short(row['label'])} should be a number from 0 to 5.")
+            return LabelledText(texts, score)
         known = f"one of {', '.join(f'{i} ({name})' for i, name in enumerate(self.classes))}"
-        label = field(row, "label", int, known)
-        if not 0 <= label < len(self.classes):
-            raise BadRow(f"field 'label'={label!r} should be {known}.")
-        return LabelledText(texts, label)
+        label = _number(field(row, "label", (int, str), known))
+        if label not in range(len(self.classes)):
+            raise BadRow(f"field 'label'={short(row['label'])} should be {known}.")
+        return LabelledText(texts, int(label))
+
+
+def _number(value: float | str) -> float | None:
+    """A label as a number; the fields of a CSV file are texts. None if the text is no number."""
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _scikit(function: str) -> Callable[[Sequence[float], Sequence[float]], float]:

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from pera_lab.tasks.base import GenerationTask
+from pera_lab.tasks.conversations import example_of
 from pera_lab.tasks.examples import Example, Splits, Verdict
 from pera_lab.tasks.sources import (
     HUB,
     BadRow,
     DataPath,
     Rows,
-    example_of,
     field,
     folder_of,
     read_file,
@@ -72,13 +72,13 @@ class Gsm8kTask(GenerationTask):
         question, answer = field(row, "question"), field(row, "answer")
         if final_number(answer) is None:
             raise BadRow("field 'answer' should end with '#### ' and a number.")
-        return Example(question, answer if self.annotations else re.sub(r"<<[^>]*>>", "", answer))
+        return Example(question, answer if self.annotations else re.sub(r"<<[^<>]*>>", "", answer))
 
 
 def final_number(text: str) -> str | None:
     """The number after the last ``####``, without thousands separators, currency and trailing zeros; None if there is
     none."""
-    found = re.findall(r"####\s*\$?\s*(-?\s*\$?[\d,]*\.?\d+)", text)
+    found = re.findall(r"####\s*(?:\$\s*)?((?:-\s*)?\$?[\d,]*\.?\d+)", text)
     if not found:
         return None
     number = re.sub(r"[,$\s]", "", found[-1])

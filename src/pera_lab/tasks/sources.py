@@ -1,19 +1,20 @@
-"""Reads rows from JSON, JSON Lines, CSV and Parquet files and from the Hub. Errors name the file and the line."""
+"""Reads rows from files and from the Hub. Errors name the file and the line."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pera.errors import UserError, missing_extra, one_line
+from pera_lab.files import user_path
 from pera_lab.sections import absolute_path
 from pera_lab.tasks.examples import Example
+from pera_lab.tasks.formats import parse_csv, parse_json, parse_json_lines, parse_parquet
 
 T = TypeVar("T")
 
@@ -38,23 +39,29 @@ class Rows(NamedTuple):
     unit: str = "row"
     """What rows are called in messages: "line" of a file, or "row"."""
     sha256: str | None = None
+    numbers: Sequence[int] | None = None
+    """Number of each row in messages; by default they count from 1."""
 
     def convert(self, function: Callable[[dict[str, Any]], T]) -> list[T]:
-        """``function`` of each row.
+        """``function`` of each row. An :class:`Example` learns where it comes from.
 
         Raises:
-            UserError: there are no rows, or ``function`` raises :class:`BadRow`. The message names source and line.
+            UserError: there are no rows, a row is not an object of valid text, or ``function`` raises :class:`BadRow`.
+                The message names source and line.
         """
         if not self.rows:
             raise UserError(f"{self.source} has no rows.")
-        found = []
-        for number, row in enumerate(self.rows, 1):
+        found: list[Any] = []
+        for number, row in zip(self.numbers or range(1, len(self.rows) + 1), self.rows, strict=True):
+            place = f"{self.source}, {self.unit} {number}"
             try:
                 if not isinstance(row, dict):
-                    raise BadRow(f"{row!r} should be an object with named fields.")
-                found.append(function(row))
+                    raise BadRow(f"{short(row)} should be an object with named fields.")
+                _check_text(row)
+                example = function(row)
             except BadRow as error:
-                raise UserError(f"{self.source}, {self.unit} {number}: {error}") from error
+                raise UserError(f"{place}: {error}") from error
+            found.append(replace(example, place=place) if isinstance(example, Example) else example)
         return found
 
     def record(self, used: int) -> dict[str, Any]:
@@ -75,12 +82,12 @@ def field(row: dict[str, Any], name: str, kind: type[T] | tuple[type, ...] = str
         BadRow: the field is missing, has another type, or is an empty text.
     """
     if not isinstance(row, dict):
-        raise BadRow(f"should be an object with fields, not {_short(row)}.")
+        raise BadRow(f"should be an object with fields, not {short(row)}.")
     if name not in row or row[name] is None:
-        raise BadRow(f"field {name!r} is missing; the fields are {', '.join(map(str, row)) or 'none'}.")
+        raise BadRow(f"field {name!r} is missing; the fields are {_listed(row)}.")
     value = row[name]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or value == "":
-        raise BadRow(f"field {name!r}={_short(value)} should be {what}.")
+        raise BadRow(f"field {name!r}={short(value)} should be {what}.")
     return value
 
 
@@ -93,55 +100,18 @@ def read_file(file: Path) -> Rows:
     if file.suffix not in SUFFIXES:
         raise UserError(f"data: {str(file)!r} should end in one of {', '.join(SUFFIXES)}.")
     try:
+        if file.exists() and not file.is_file():  # reading a pipe could wait for ever
+            raise UserError(f"data: {str(file)!r} is not a file.")
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"data: {str(file)!r} cannot be read: {error.strerror}.") from error
     digest = hashlib.sha256(content).hexdigest()
     if file.suffix == ".parquet":
-        return Rows(str(file), _parquet(file), "row", digest)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}, line {line}: is not UTF-8 text.") from error
+        return Rows(str(file), parse_parquet(file, content), sha256=digest)
     if file.suffix == ".json":
-        try:
-            rows = json.loads(text) if text.strip() else []
-        except ValueError as error:
-            raise UserError(f"{file}, line {getattr(error, 'lineno', 1)}: is not valid JSON ({error}).") from error
-        if not isinstance(rows, list):
-            raise UserError(f"{file}, line 1: should be an array of objects, [{{…}}, …].")
-        return Rows(str(file), rows, "row", digest)
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        try:
-            table = list(reader)
-        except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: is not valid CSV ({error}).") from error
-        for number, row in enumerate(table, 1):
-            if None in row or None in row.values():
-                raise UserError(f"{file}, row {number}: has another number of fields than the header.")
-        return Rows(str(file), table, "row", digest)
-    lines = text.rstrip().split("\n") if text.strip() else []
-    found = []
-    for number, content_of_line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(content_of_line))
-        except ValueError as error:
-            raise UserError(f"{file}, line {number}: is not valid JSON ({error}).") from error
-    return Rows(str(file), found, "line", digest)
-
-
-def _parquet(file: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError as error:
-        raise missing_extra("pyarrow", "data") from error
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(file).to_pylist()
-    except (ArrowInvalid, OSError) as error:
-        raise UserError(f"data: {str(file)!r} is not a Parquet file: {one_line(error)}.") from error
-    return rows
+        return Rows(str(file), parse_json(file, content), sha256=digest)
+    rows, lines = (parse_csv if file.suffix == ".csv" else parse_json_lines)(file, content)
+    return Rows(str(file), rows, "line", digest, lines)
 
 
 def read_hub(repository: str, configuration: str | None, split: str, revision: str | None = None) -> Rows:
@@ -187,7 +157,7 @@ def _load(what: str, *arguments: Any, **options: Any) -> Any:
 
 def folder_of(data: str) -> Path:
     """The folder or file that ``task.data`` names; UserError if it does not exist."""
-    path = Path(data).expanduser()
+    path = user_path(data)
     if not path.exists():
         raise UserError(f"task.data={data!r} does not exist; give a folder, or {HUB!r} for the data set on the Hub.")
     return path
@@ -252,59 +222,43 @@ def validation_split(rows: list[T], size: int, seed: int, key: str = "validation
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in drawn]
 
 
-def example_of(
-    row: dict[str, Any], columns: Mapping[str, str] | None = None, *, template: str = "chat", answered: bool = True
-) -> Example:
-    """A row with ``prompt`` and ``completion`` (texts or lists of messages), or with ``messages``, as an example.
-
-    Args:
-        row: the row.
-        columns: names of the columns in the row, by the names above.
-        template: "chat", or "plain" for a prompt without roles, which cannot be a list of messages.
-        answered: whether the row must have an answer.
-
-    Raises:
-        BadRow: a column is missing or has a wrong value.
-    """
-    names = {name: name for name in ("prompt", "completion", "messages")} | dict(columns or {})
-    conversation = row.get(names["messages"]) is not None
-    asked = names["messages" if conversation else "prompt"]
-    if template == "plain" and isinstance(row.get(asked), list):
-        raise BadRow(f"field {asked!r} holds messages, and template 'plain' has no roles; give texts, or use 'chat'.")
-    if conversation:
-        messages = _messages(row, names["messages"])
-        answer = ""
-        if answered or messages[-1]["role"] == "assistant":
-            *messages, last = messages
-            if last["role"] != "assistant" or not messages:
-                raise BadRow(f"field {names['messages']!r} should end with an assistant's message after a user's.")
-            answer = last["content"]
-        return Example(messages[-1]["content"], answer, row, messages=tuple(messages))
-    if isinstance(row.get(names["prompt"]), list):
-        messages = _messages(row, names["prompt"])
-        answer = _assistant_answer(row, names["completion"]) if answered else ""
-        return Example(messages[-1]["content"], answer, row, messages=tuple(messages))
-    prompt = field(row, names["prompt"])
-    return Example(prompt, field(row, names["completion"]) if answered else "", row)
-
-
-def _assistant_answer(row: dict[str, Any], name: str) -> str:
-    messages = _messages(row, name)
-    if [message["role"] for message in messages] != ["assistant"]:
-        raise BadRow(f"field {name!r} should hold one message, from the assistant.")
-    return messages[0]["content"]
-
-
-def _messages(row: dict[str, Any], name: str) -> list[dict[str, str]]:
-    messages = field(row, name, list, "a list of messages")
-    if not messages:
-        raise BadRow(f"field {name!r} has no messages.")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise BadRow(f"field {name!r} should hold messages such as {{'role': 'user', 'content': '…'}}.")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The value as Python writes it, for a message: at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _listed(row: dict[str, Any]) -> str:
+    """The names of the fields. Quotes show spaces at the ends and invisible characters."""
+    names = [name if name.isprintable() and name == name.strip() else repr(name) for name in map(str, row)]
+    listed = ", ".join(names) or "none"
+    return listed if len(listed) <= 200 else f"{listed[:197]}..."
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+_DEEPEST = 100
+
+
+def _check_text(row: dict[str, Any]) -> None:
+    """Check that all texts of a row can be encoded, and that its values can be walked.
+
+    Raises:
+        BadRow: a text holds half of a surrogate pair, or a value is nested too deeply.
+    """
+    for name, value in row.items():
+        pending: list[tuple[Any, int]] = [(name, 0), (value, 0)]
+        while pending:
+            part, depth = pending.pop()
+            if isinstance(part, str):
+                if half := _HALF.search(part):
+                    raise BadRow(
+                        f"field {name!r} holds {half[0]!r}, half of a surrogate pair, which is not valid text; "
+                        "remove it."
+                    )
+            elif not isinstance(part, (dict, list, tuple)):
+                continue
+            elif depth == _DEEPEST:
+                raise BadRow(f"field {name!r} is nested more than {_DEEPEST} levels deep.")
+            else:
+                parts = [*part, *part.values()] if isinstance(part, dict) else part
+                pending += [(inner, depth + 1) for inner in parts if isinstance(inner, (str, dict, list, tuple))]

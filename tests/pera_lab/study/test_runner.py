@@ -242,6 +242,26 @@ def test_a_failed_run_is_recorded_and_the_others_continue(study_file, tmp_path, 
     assert len(run_study(study, folder, retry=True)) == 8
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_study_decides_whether_code_of_its_base_may_run(trusted, study_file, tmp_path, monkeypatch):
+    seen = []
+
+    def look(_recipe, run, **_):
+        seen.append(run.trust_remote_code)
+        raise UserError("seen")
+
+    monkeypatch.setattr("pera_lab.study.runner.train", look)
+    study, folder = (
+        study_of(study_file, f"settings.model.trust_remote_code={json.dumps(trusted)}"),
+        StudyFolder(tmp_path),
+    )
+    resumed = next(iter(known_trials(study, {})))
+    Run.create(resumed.recipe(), folder.run(resumed).path)
+    run_study(study, folder)
+    assert set(seen) == {trusted}
+    assert len(seen) > 1  # a resumed run and new ones
+
+
 def test_a_non_finite_loss_is_recorded_as_diverged(study_file, tmp_path):
     overrides = ["choose.learning_rate=[1e-2,1e30]", "training.max_grad_norm=0", "grid.method=[lora]"]
     folder = StudyFolder(tmp_path / "diverging")

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from pera.errors import UserError
+from pera_lab.tasks.conversations import example_of
 from pera_lab.tasks.encoding import encode_example
 from pera_lab.tasks.own import OwnTask
-from pera_lab.tasks.sources import BadRow, example_of
+from pera_lab.tasks.sources import BadRow
 
 USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Zoe"}
 SYSTEM = {"role": "system", "content": "Be brief."}

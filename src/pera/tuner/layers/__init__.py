@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from peft.utils import resolve_quantization_backend
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from pera.errors import UserError
+from pera.tuner.behaviour import departure, layers_within
 from pera.tuner.layers.base import BASE, PeraLayer, require_one_name_each
 from pera.tuner.layers.convolution import PeraConvolution
 from pera.tuner.layers.embedding import PeraEmbedding
@@ -52,29 +52,9 @@ def layer_class(base_layer: nn.Module, name: str, quantization: dict[str, object
     Raises:
         UserError: this kind of layer is not supported, or its adapter would be ignored or wrong.
     """
-    if isinstance(base_layer, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)):
-        raise UserError(
-            f"target_modules: {name!r} belongs to torch.nn.MultiheadAttention, which never calls the layer, so an "
-            "adapter would be ignored; name its in_proj_weight in target_parameters instead."
-        )
-    if hasattr(base_layer, "weight") and "weight" not in base_layer._parameters:
-        raise UserError(
-            f"target_modules: {name!r} computes its weight in every forward, such as weight_norm does, so an adapter "
-            "could not be merged; leave it out."
-        )
-    for cls in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        own_forward = isinstance(base_layer, cls) and type(base_layer).forward is not cls.forward
-        if own_forward and not hasattr(base_layer, "embed_scale"):
-            raise UserError(
-                f"target_modules: {name!r} is a {type(base_layer).__name__}, whose forward is different from "
-                f"torch.nn.{cls.__name__}, so an adapter would be wrong; leave it out."
-            )
+    if (reason := departure(base_layer, quantization)) is not None:
+        raise UserError(f"target_modules: {name!r} {reason}")
     if isinstance(base_layer, nn.Embedding):
-        if base_layer.max_norm is not None:
-            raise UserError(
-                f"target_modules: {name!r} has max_norm={base_layer.max_norm}, which changes its weight in every "
-                "forward, so a merged adapter would differ; leave it out."
-            )
         return PeraEmbedding
     if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return PeraConvolution
@@ -85,6 +65,11 @@ def layer_class(base_layer: nn.Module, name: str, quantization: dict[str, object
     backend = resolve_quantization_backend(base_layer, **quantization)
     if backend is not None and backend.layer_type == "linear":
         return PeraLinear
+    if inside := layers_within(base_layer, name):
+        raise UserError(
+            f"target_modules: {name!r} is a {type(base_layer).__name__}, which is not a layer but holds layers; name "
+            f"{' and '.join(map(repr, inside[:3]))} instead."
+        )
     raise UserError(
         f"target_modules: {name!r} is a {type(base_layer).__name__}, which PERA does not support; supported are "
         "torch.nn.Linear, plain or quantised, Embedding, Conv1d, Conv2d, Conv3d, and transformers' Conv1D."
