@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from pera.errors import UserError, one_line
 from pera.tuner import PeraConfig, check_lists
 from pera_lab.files import read_json
+from pera_lab.models import token_rows
 
 HEAD = re.compile(r"\.(classifier|score)\.")
 """Matches the weights of a classification head, which PEFT trains and saves with an adapter."""
@@ -226,11 +227,6 @@ class Adapter:
 def base_name(key: str) -> str:
     """The name that a weight has in the base model, from its name in a PEFT model or in an adapter file."""
     return _WRAPPERS.sub("", key.removeprefix("base_model.model."))
-
-
-def token_rows(base: Any) -> int:
-    """Number of tokens that a model embeds."""
-    return len(base.get_input_embeddings().weight)
 
 
 def _embeddings(base: Any) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import METADATA_FIELDS
 
 from pera.errors import UserError, one_line
 from pera_lab.inference import base_model, generation_settings, text_of, write
-from pera_lab.models import longest_input
+from pera_lab.models import check_tokens, longest_input
 from pera_lab.opening import Location, open_model
 from pera_lab.tasks.encoding import encode_chat
 from pera_lab.text import visible
@@ -70,6 +70,7 @@ class Conversation:
             raise UserError(
                 f"the message has {len(encoded)} tokens, but the model reads at most {self._longest}; shorten it."
             )
+        check_tokens(self._model, self._tokenizer, [encoded])
         ids = torch.tensor([encoded], device=next(self._model.parameters()).device)
         config = copy(self.settings)
         config.max_new_tokens = min(self._max_new_tokens, self._longest - len(encoded))

@@ -262,7 +262,9 @@ def logits(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -
 
 
 def _ids(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    return encode_prompt(tokenizer, prompt)[-models.longest_input(model, tokenizer) :]
+    ids = encode_prompt(tokenizer, prompt)[-models.longest_input(model, tokenizer) :]
+    models.check_tokens(model, tokenizer, [ids])
+    return ids
 
 
 def compare(

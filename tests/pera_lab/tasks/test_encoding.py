@@ -1,7 +1,6 @@
 """From example to tokens, and a loss that is on the answer only."""
 
 import copy
-
 from types import SimpleNamespace
 
 import pytest
