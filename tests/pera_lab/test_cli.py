@@ -433,6 +433,12 @@ def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recip
     assert len(line) < 1100
 
 
+def test_an_error_of_the_system_names_the_file(refused):
+    line = refused("study", "report", "a/" * 2500, words=["File name too long"])
+    assert line.startswith("pera: 'a/a/")
+    assert "unexpected" not in line
+
+
 def test_pera_debug_shows_the_traceback_of_every_error(pera, recipe_file, monkeypatch):
     monkeypatch.setenv("PERA_DEBUG", "1")
     outcome = pera("train", recipe_file, "method.terms=cubes", "--output", "run")

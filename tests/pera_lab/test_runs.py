@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pera.errors import UserError
+from pera_lab.checkpoints import COMPLETE
 from pera_lab.models import fingerprint, load_model
 from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import load_recipe
-from pera_lab.runs import COMPLETE, Run, resumable
+from pera_lab.runs import Run, resumable
 from pera_lab.training import train
 
 
@@ -108,6 +109,7 @@ def test_incomplete_checkpoints_are_removed(recipe, workplace):
     (run.checkpoints / "checkpoint-8" / COMPLETE).touch()
     (run.checkpoints / "checkpoint-12" / COMPLETE).touch()
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-12"
+    run.remove_incomplete_checkpoints()
     assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-8", "checkpoint-12"}
 
 
@@ -116,6 +118,7 @@ def test_other_files_among_the_checkpoints_are_kept(recipe, workplace):
     (run.checkpoints / "checkpoint-1x").mkdir(parents=True)
     (run.checkpoints / "checkpoint-2").write_text("mine")
     assert run.last_checkpoint() is None
+    run.remove_incomplete_checkpoints()
     assert len(list(run.checkpoints.iterdir())) == 2
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from pera.errors import UserError
+from pera_lab.checkpoints import COMPLETE
 from pera_lab.recipe import load_recipe
-from pera_lab.runs import COMPLETE, Run
+from pera_lab.runs import Run
 from pera_lab.tasks.encoding import encode_example
 from pera_lab.training import _arguments, train
 

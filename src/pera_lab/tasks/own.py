@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -83,9 +84,9 @@ class OwnTask(GenerationTask):
 
 def _splits(data: str) -> dict[str, Rows]:
     path = user_path(data)
-    if path.is_file():
+    if os.path.isfile(path):
         return {"train": read_file(path)}
-    if path.is_dir():
+    if os.path.isdir(path):
         found = {"train": read_file(split_file(path, ["train"], (".jsonl", *SUFFIXES)))}
         for split in ("validation", "test"):
             if files := [path / f"{split}{suffix}" for suffix in SUFFIXES if (path / f"{split}{suffix}").is_file()]:
