@@ -132,7 +132,7 @@ class Run:
     def _discard(self, *, logs: bool) -> None:
         with self.in_use():
             saved = any(self.checkpoints.glob("*"))  # the folder itself exists before the first step
-            started = saved or self.scores_file.is_file() or not logs and (self.metrics() or self.validation())
+            started = saved or self.scores_file.is_file() or (not logs and (self.metrics() or self.validation()))
             if self._made is None or started:
                 return
             logged = (self.metrics_file, self.validation_file)

@@ -192,8 +192,9 @@ def test_a_journal_without_results_is_removed_if_the_work_is_refused(tmp_path):
     with pytest.raises(UserError), Journal(tmp_path / "new" / "a", {}):
         raise UserError("refused")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError), Journal(tmp_path / "new" / "a", {}) as journal:
-        journal.add({0: {"y": 2}})
+    journal = Journal(tmp_path / "new" / "a", {})
+    journal.add({0: {"y": 2}})
+    with pytest.raises(UserError), journal:
         raise UserError("refused")
     assert Journal(tmp_path / "new" / "a", {}).found == {0: {"y": 2}}
 
