@@ -90,6 +90,7 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
     encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)
+    task.check(tokenizer, splits.test)
     models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
     _check_validation(spec, splits, validation)
     base = run.check_base(model)
@@ -165,11 +166,16 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+_LONG = 1_000_000
+
+
 def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     encoded = recipe.task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
-        shortest = min(len(row["input_ids"]) for row in recipe.task.encode(tokenizer, splits.train).rows)
-        raise UserError(f"training.max_length={max_length} leaves no example: the shortest has {shortest} tokens.")
+        tried = recipe.task.encode(tokenizer, [row for row in splits.train if len(row.prompt) <= _LONG]).rows
+        shortest = min((len(row["input_ids"]) for row in tried), default=None)
+        reason = f"the shortest has {shortest} tokens" if shortest else f"all have more than {_LONG:,} characters"
+        raise UserError(f"training.max_length={max_length} leaves no example: {reason}.")
     return encoded
 
 
