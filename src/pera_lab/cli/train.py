@@ -186,6 +186,7 @@ def _summary(
     seconds: float,
 ) -> Facts:
     table = Facts(f"{recipe.name}: done in {duration(seconds)}")
+    table.add_row("model", recipe.model.name)
     table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
     table.add_row("base model", _value(base))
     table.add_row("with adapter", Text(_value(adapter), "bold"))
