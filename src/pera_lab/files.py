@@ -388,9 +388,8 @@ class Journal:
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path = path
         head = {"key": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}
+        check_journal(path)
         lines = read_lines(path)
-        if path.is_file() and path.stat().st_size and not (lines and set(lines[0]) == {"key"}):
-            raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
         kept = lines[1:] if lines[:1] == [head] else []
         self.found: dict[int, dict[str, Any]] = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
         with disk_errors(path):
@@ -411,6 +410,13 @@ class Journal:
     def close(self) -> None:
         """Remove the file. Call it when the results are saved elsewhere."""
         self.path.unlink(missing_ok=True)
+
+
+def check_journal(path: Path) -> None:
+    """Raise UserError if ``path`` exists but is no file of a :class:`Journal`, which would replace it."""
+    lines = read_lines(path)
+    if os.path.lexists(path) and not (lines and set(lines[0]) == {"key"}):
+        raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:

@@ -111,6 +111,11 @@ class Run:
         with locked(self.lock_file, self.path):
             yield
 
+    def remove_stale_lock(self) -> None:
+        """Remove the lock that a process left which was killed when training had ended."""
+        with suppress(UserError), self.in_use():
+            pass
+
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
         """Remove what :meth:`create` made if the block fails before anything is logged, saved or scored.
@@ -301,6 +306,7 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
     if not run.recipe_file.is_file():
         raise UserError(f"--resume: {str(run.path)!r} is not a run folder; start one without --resume.")
     if run.finished:
+        run.remove_stale_lock()
         raise _finished(run, given)
     if (changed := difference(run.recipe, given)) is not None:
         raise UserError(
@@ -313,10 +319,9 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
 
 def _finished(run: Run, given: Recipe) -> UserError:
     """The error for a finished run that should be resumed, for more steps or by mistake."""
-    message = f"--resume: {str(run.path)!r} is finished; "
-    if difference(run.recipe, given) is None:
-        return UserError(f"{message}score it with: pera evaluate {run.path}")
+    if (changed := difference(run.recipe, given)) is None:
+        return UserError(f"--resume: {str(run.path)!r} is finished; score it with: pera evaluate {run.path}")
     return UserError(
-        f"{message}to train further, merge it with: pera merge {run.path} --output MERGED, and start a run with "
-        "model.name=MERGED."
+        f"--resume: {str(run.path)!r} is finished, so {changed} cannot change; to train further, use "
+        f"pera merge {run.path} --output MERGED and start a run with model.name=MERGED."
     )
