@@ -164,6 +164,30 @@ def user_path(name: str) -> Path:
         return Path(name)
 
 
+def is_text(name: str) -> bool:
+    """Whether the bytes of a file name are UTF-8. In Python, other bytes become lone surrogates."""
+    try:
+        return bool(os.fsencode(name).decode())
+    except UnicodeError:
+        return False
+
+
+def check_folder_name(name: str) -> None:
+    """Raise UserError if the ``name`` of a recipe or study cannot begin the name of its output folder."""
+    too_long = len(name.encode(errors="replace")) > 200  # numbers, such as the time, are appended
+    if not name.strip(".") or too_long or not is_text(name) or set(name) & set("/\\\0"):
+        raise UserError(f"name={name[:60]!r} cannot be the name of a folder; change it or give --output.")
+
+
+def check_output_file(path: Path) -> None:
+    """:func:`check_output` of a file that may exist and is replaced; a folder is refused too."""
+    check_output(path)
+    if path.is_dir():
+        raise UserError(f"output: {str(path)!r} is a folder; give a file.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output: {str(path)!r} is not an ordinary file; give another file.")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors that the libraries raise when a write below ``path`` fails into one :class:`UserError`."""
@@ -222,9 +246,11 @@ def require_free(target: Path, *, replaced: bool = True, ignored: Collection[Pat
         ignored: files in the folder that do not count.
 
     Raises:
-        UserError: ``target`` is not free, or cannot be written.
+        UserError: ``target`` is not free, cannot be written, or its name is not text.
     """
     check_output(target)
+    if not is_text(str(target)):  # safetensors reads no such path
+        raise UserError(f"output: {str(target)!r} is not UTF-8, so no model could be loaded from it; rename it.")
     if target.is_dir():
         if set(target.iterdir()) - set(ignored):
             raise UserError(f"output: {str(target)!r} exists and is not empty; give another folder or remove it.")
@@ -239,8 +265,11 @@ def require_free(target: Path, *, replaced: bool = True, ignored: Collection[Pat
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old or the new content, never a part. Text is written as UTF-8."""
-    data = content.encode() if isinstance(content, str) else content
+    """Replace a file in one step: readers see the old or the new content, never a part.
+
+    Text is written as UTF-8. A byte of a file name that is not UTF-8 is written as its code, such as \\udcff.
+    """
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with locked(lock_of(path), path, wait=True):
         _replace(path, data)
 

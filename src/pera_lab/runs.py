@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import time
@@ -19,6 +20,8 @@ from pera_lab import checkpoints, models
 from pera_lab.adapters import Adapter
 from pera_lab.environment import environment
 from pera_lab.files import (
+    check_folder_name,
+    check_output,
     disk_errors,
     lock_of,
     locked,
@@ -72,7 +75,10 @@ class Run:
         Raises:
             UserError: the folder is not empty or cannot be created.
         """
+        if output is None:
+            check_folder_name(recipe.name)
         path = output or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        check_output(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         if output is None:
             path = _new_folder(path)
@@ -147,7 +153,7 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        candidates = [cls(p.parent) for p in Path("runs").glob(f"{recipe.name}-*/recipe.yaml")]
+        candidates = [cls(p.parent) for p in Path("runs").glob(f"{glob.escape(recipe.name)}-*/recipe.yaml")]
         unfinished = [run for run in candidates if not run.finished and run.recipe.name == recipe.name]
         if not unfinished:
             raise UserError(f"--resume: runs/ has no unfinished run of {recipe.name!r}; start one without --resume.")

@@ -89,6 +89,7 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
     encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)
+    task.check(tokenizer, splits.test)
     models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
     _check_validation(spec, splits, validation)
     base = run.check_base(model)
@@ -116,7 +117,7 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         write_json(run.data_file, {**splits.manifest, "notes": splits.notes})
         progress.keep_metrics()
 
-    progress = _Progress(run, console, checkpoint, begin)
+    progress = _Progress(run, console, splits.notes, checkpoint, begin)
     try:
         trainer = _Trainer(
             order,
@@ -139,11 +140,6 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         begin()
         set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
     else:
-        if console is not None:
-            for note in splits.notes:
-                console.print("warning:", style="yellow", end=" ")
-                console.print(note, soft_wrap=True)
-            console.print(f"run folder {run.path}", soft_wrap=True)
         with progress, disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -171,11 +167,16 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+_LONG = 1_000_000
+
+
 def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     encoded = recipe.task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
-        shortest = min(len(row["input_ids"]) for row in recipe.task.encode(tokenizer, splits.train).rows)
-        raise UserError(f"training.max_length={max_length} leaves no example: the shortest has {shortest} tokens.")
+        tried = recipe.task.encode(tokenizer, [row for row in splits.train if len(row.prompt) <= _LONG]).rows
+        shortest = min((len(row["input_ids"]) for row in tried), default=None)
+        reason = f"the shortest has {shortest} tokens" if shortest else f"all have more than {_LONG:,} characters"
+        raise UserError(f"training.max_length={max_length} leaves no example: {reason}.")
     return encoded
 
 
@@ -281,10 +282,18 @@ class _Trainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is not
-    finite. ``begin`` is called when everything of the checkpoint was loaded."""
+    """Shows notes and a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is
+    not finite. ``begin`` is called when everything of the checkpoint was loaded."""
 
-    def __init__(self, run: Run, console: Console | None, since: Path | None, begin: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        console: Console | None,
+        notes: list[str],
+        since: Path | None,
+        begin: Callable[[], None],
+    ) -> None:
+        self._console, self._notes = console, notes
         self._run, self._since, self._begin = run, since, begin
         self._bar = ProgressBar("training", console)
         self._start = 0.0
@@ -294,8 +303,8 @@ class _Progress(TrainerCallback):
         self._bar.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._bar.__exit__()
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
 
     def keep_metrics(self) -> None:
         """Remove the lines that were logged after the checkpoint."""
@@ -323,8 +332,13 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(state.global_step)
-        if state.global_step == state.max_steps:  # log the last loss whatever logging_steps is
-            control.should_log = True
+        if state.global_step == self.steps_before + 1 and self._console is not None:  # nothing was refused before
+            for note in self._notes:
+                self._console.print("warning:", style="yellow", end=" ")
+                self._console.print(note, soft_wrap=True)
+            self._console.print(f"run folder {self._run.path}", soft_wrap=True)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # whatever logging_steps is
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -349,10 +363,10 @@ class _Progress(TrainerCallback):
         note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
         self._bar.update(note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise LossNotFinite(
-                f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
-                "lower the learning rate."
-            )
+            raise _diverged(args, "loss is", state)
+        trained = (p for p in kwargs["model"].parameters() if p.requires_grad)
+        if state.global_step == state.max_steps and not all(p.isfinite().all() for p in trained):
+            raise _diverged(args, "weights are", state)
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
         speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -362,3 +376,10 @@ class _Progress(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoints.COMPLETE).touch()
+
+
+def _diverged(args: TrainingArguments, what: str, state: TrainerState) -> LossNotFinite:
+    return LossNotFinite(
+        f"training.learning_rate={args.learning_rate:g}: the {what} not finite at step {state.global_step}; "
+        "lower the learning rate."
+    )

@@ -215,12 +215,21 @@ def test_missing_or_truncated_json_is_reported(tmp_path):
             read_json(tmp_path / "cut.json")
 
 
+def test_deeply_nested_json_is_an_error_and_ends_a_journal(tmp_path):
+    file, deep = tmp_path / "scores.json", "[" * 100_000
+    file.write_text(deep)
+    with pytest.raises(UserError, match=r"scores\.json' is not valid JSON \(it is nested too deeply"):
+        read_json(file)
+    file.write_text(f'{{"step": 1}}\n{deep}\n{{"step": 2}}\n')
+    assert read_lines(file) == [{"step": 1}]
+
+
 FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
 def killed_while():
-    """Runs a function in another process and kills it once the function has touched the file that it is given."""
+    """Runs a function that kills its own process, in another process."""
 
     def kill(function, *arguments):
         process = FORK.Process(target=function, args=arguments)
@@ -233,11 +242,6 @@ def killed_while():
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_holding(lock):
-    with locked(lock, lock):
-        die()
 
 
 def die_writing_folder(target):

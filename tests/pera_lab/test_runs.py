@@ -53,6 +53,20 @@ def test_a_run_folder_is_named_after_recipe_and_time_and_holds_the_resolved_reci
     assert "weight_decay: 0.0" in run.recipe_file.read_text()
 
 
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../../a", "a\0b", "a\\b", "x" * 400])
+def test_a_name_that_no_folder_can_have_needs_an_output(name, recipe, workplace):
+    named = recipe.model_copy(update={"name": name})
+    with pytest.raises(UserError, match=r"^name='.*' cannot be the name of a folder; change it or give --output"):
+        Run.create(named)
+    assert list(workplace.iterdir()) == []
+    assert Run.create(named, Path("run")).recipe.name == name
+
+
+def test_an_unfinished_run_is_found_by_a_name_with_brackets(recipe, workplace):
+    run = Run.create(recipe.model_copy(update={"name": "llama[v1]*?"}))
+    assert Run.latest_unfinished(run.recipe).path == run.path
+
+
 def test_two_runs_started_in_the_same_second_get_different_folders(recipe, workplace):
     assert Run.create(recipe).path != Run.create(recipe).path
 

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -215,9 +216,9 @@ class _Bar:
         self.show("")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.show("")
-        self._bar.__exit__()
+        self._bar.__exit__(*error)
 
     def show(self, running: str) -> None:
         """Update the bar. ``running`` is the name of the running trial."""
