@@ -254,6 +254,16 @@ def test_a_missing_file_of_a_checkpoint_is_named(run):
         train(run.recipe, run, resume=True)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json"])
+def test_a_pipe_in_a_checkpoint_is_refused(name, run):
+    shutil.rmtree(run.adapter.path)
+    file = run.checkpoints / "checkpoint-12" / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=rf"^--resume: {str(file)!r} is broken \(it is missing\)"):
+        train(run.recipe, run, resume=True)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -83,7 +83,7 @@ class StudyFolder:
                 cannot be written.
         """
         check_output(self.path)
-        if not self.study_file.is_file():
+        if not (self.study_file.is_file() and self.runs.is_dir()):
             own = (self.runs, self.locks, lock_of(self.study_file), unfinished(self.study_file))  # left by a kill
             require_free(self.path, replaced=False, ignored=own)
         existing = self._existing(study)
@@ -98,10 +98,9 @@ class StudyFolder:
                     f"undo the change{forget} or give another folder with --output."
                 )
         with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.study_file, study.to_yaml())
             for folder in (self.runs, self.locks):
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.study_file, study.to_yaml())
         for trial in existing:
             with suppress(InUse), self.in_use(trial):
                 if retry and self._failed(trial):
