@@ -413,13 +413,15 @@ class Journal:
             raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
         kept = lines[1:] if lines[:1] == [head] else []
         self.found: dict[int, dict[str, Any]] = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        content: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in self.found.items())]
-        write_atomic(path, "".join(map(json_line, content)))
+        self._unwritten: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in self.found.items())]
 
     def add(self, rows: dict[int, dict[str, Any]]) -> None:
-        """Save results by their index."""
+        """Save results by their index. The first call creates the file, so that a refused command leaves none."""
+        if self._unwritten:
+            with disk_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, "".join(map(json_line, self._unwritten)))
+            self._unwritten = []
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as f:
             f.writelines(json_line({"index": i, "row": row}) for i, row in rows.items())
         self.found.update(rows)

@@ -188,6 +188,13 @@ def test_a_journal_ignores_lines_that_are_not_results(tmp_path):
     assert Journal(tmp_path / "a", {"x": 1}).found == {0: {"y": 2}}
 
 
+def test_a_journal_creates_its_file_with_the_first_results(tmp_path):
+    journal = Journal(tmp_path / "new" / "a", {"x": 1})
+    assert list(tmp_path.iterdir()) == []
+    journal.add({0: {"y": 2}})
+    assert Journal(tmp_path / "new" / "a", {"x": 1}).found == {0: {"y": 2}}
+
+
 def test_json_is_read_as_it_was_written(tmp_path):
     value = {"a": [1, 2.5, None, "ü"]}
     write_json(tmp_path / "file.json", value)
