@@ -282,8 +282,8 @@ def test_broken_adapter_folders_are_rejected(name, damage, words, commands, adap
     ("options", "words"),
     [
         ({"hidden_size": 64, "head_dim": 16}, ["'adapter'", "pera_A"]),
-        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit the base model", "layers.1."]),
-        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit the base model", "layers.2."]),
+        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit its base model", "layers.1."]),
+        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit its base model", "layers.2."]),
     ],
 )
 def test_adapter_of_another_base_is_rejected(options, words, commands, adapter, save_llama, tmp_path):
