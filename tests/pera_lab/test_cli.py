@@ -282,8 +282,8 @@ def test_broken_adapter_folders_are_rejected(name, damage, words, commands, adap
     ("options", "words"),
     [
         ({"hidden_size": 64, "head_dim": 16}, ["'adapter'", "pera_A"]),
-        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit the base model", "layers.1."]),
-        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit the base model", "layers.2."]),
+        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit", "layers.1."]),
+        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit", "layers.2."]),
     ],
 )
 def test_adapter_of_another_base_is_rejected(options, words, commands, adapter, save_llama, tmp_path):
@@ -453,6 +453,11 @@ def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recip
     line = refused("train", recipe_file, "--output", "run", words=words)
     assert "Traceback" not in line
     assert len(line) < 1100
+
+
+def test_a_refusal_of_the_first_step_is_one_line_and_leaves_nothing(refused, glue_recipe):
+    """The recipe's data also give a warning, which a training that begins prints."""
+    refused(*("train", glue_recipe, "--output", "run", "training.eval_steps=1000"), words=["has no effect, because"])
 
 
 def test_an_error_of_the_system_names_the_file(refused):
