@@ -108,3 +108,9 @@ def test_what_a_classifier_cannot_do(refused, glue_run, tmp_path):
     refused("predict", glue_run.path, *files, "--max-new-tokens", "3", words=["--max-new-tokens=3", "writes no text"])
     write(tmp_path / "in.jsonl", [{"text": "a"}])
     refused("predict", glue_run.path, *files, words=["in.jsonl, line 1: field 'sentence' is missing"])
+
+
+def test_a_refused_prediction_leaves_no_file(refused, run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    options = ["--input", "rows.jsonl", "--output", "new/answers.jsonl", "--max-new-tokens", 600]
+    refused("predict", "run", *options, words=["max_new_tokens=600", "leaves no room"])
