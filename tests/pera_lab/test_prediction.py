@@ -127,3 +127,9 @@ def test_a_file_that_looks_like_unfinished_answers_is_kept(refused, run, tmp_pat
         *("predict", "run", "--input", "rows.jsonl", "--output", "out.jsonl"),
         words=["out.jsonl.partial'", "was not written by pera"],
     )
+
+
+def test_a_refused_prediction_leaves_no_file(refused, run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    options = ["--input", "rows.jsonl", "--output", "new/answers.jsonl", "--max-new-tokens", 600]
+    refused("predict", "run", *options, words=["max_new_tokens=600", "leaves no room"])

@@ -255,6 +255,7 @@ def test_the_study_decides_whether_code_of_its_base_may_run(trusted, study_file,
         study_of(study_file, f"settings.model.trust_remote_code={json.dumps(trusted)}"),
         StudyFolder(tmp_path),
     )
+    folder.prepare(study)
     resumed = next(iter(known_trials(study, {})))
     Run.create(resumed.recipe(), folder.run(resumed).path)
     run_study(study, folder)
