@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from pera.errors import UserError, missing_extra
 from pera_lab.environment import out_of_memory
@@ -129,8 +129,11 @@ def _converted(gguf: Path, key: str) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        _check_size(gguf, AutoConfig.from_pretrained(**source))
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
+    except UserError:
+        raise
     except Exception as error:  # the parser raises errors of any kind on a broken file
         if out_of_memory(error):
             raise
@@ -138,6 +141,23 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain = unquantised(model)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_size(file: Path, config: PreTrainedConfig) -> None:
+    """Raise UserError if a GGUF file has too few numbers for its configuration.
+
+    transformers takes the sizes of LLaMA-7B where the file has none, as in an adapter, and draws the missing weights.
+    """
+    import gguf
+
+    found = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(file).tensors)
+    with torch.device("meta"):
+        expected = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if 2 * found < expected:
+        raise UserError(
+            f"model: {str(file)!r} holds {found:,} numbers, and its configuration asks for {expected:,}; give a whole "
+            "model, not an adapter."
+        )
 
 
 def unquantised(model: Any) -> Any:

@@ -445,6 +445,12 @@ def test_changed_base_is_rejected(refused, run, save_llama, tmp_path):
     refused("verify", "run", "run", words=words)
 
 
+def test_a_gguf_adapter_is_no_base(pera, refused, run):
+    assert pera("export", "run", "--to", "gguf", "--output", "gguf").code == 0
+    words = ["'gguf/adapter.gguf' holds", "give a whole model, not an adapter"]
+    refused("chat", "gguf/adapter.gguf", words=words)
+
+
 def test_gguf_base_of_another_architecture_is_rejected(pera, refused, run, tmp_path):
     assert pera("export", "run", "--to", "gguf", "--output", "gguf").code == 0
     writer = gguf.GGUFWriter(tmp_path / "qwen2.gguf", "qwen2")

@@ -50,6 +50,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.work, self._originals, self._logs = folder / "work", folder / "originals", folder / "logs"
         self._logs.mkdir()
+        os.environ["PERA_CACHE"] = str(folder / "cache")
         _import("pera_lab.cli.app", "pera_lab.cli.console", *LAZY)
         self._write_originals()
 
