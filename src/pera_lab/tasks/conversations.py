@@ -187,11 +187,10 @@ def render(
     """
     if tokenizer.chat_template is None:
         return "".join(f"{message['content']}\n" for message in messages)
-    options = {"tools": list(tools)} if tools else {}
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    options |= {"add_generation_prompt": asking, "tokenize": False}
     try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), add_generation_prompt=asking, tokenize=False, **options)
-        )
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         listed = ", ".join(message["role"] for message in messages)
         roles = listed if len(listed) <= 100 else f"{listed[:97]}..."
