@@ -23,6 +23,7 @@ from pera.errors import UserError, nearest
 from pera.polynomial import Normalization, Terms, lora_factors, num_coefficients
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, PeraModel, adapted_layers
 from pera.tuner.layers import layer_class
+from pera.tuner.names import is_wrapped
 from pera.tuner.tying import without
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -286,6 +287,10 @@ def _adapters(model: PeftModel, adapter_names: list[str] | None, tuner: type[Bas
     method = "LoRA" if tuner is LoraModel else "PERA"
     if not isinstance(getattr(model, "base_model", None), tuner):
         raise UserError(f"model is a {type(model).__name__}; give a PeftModel with {method} adapters.")
+    if is_wrapped(model.get_base_model()):
+        raise UserError(
+            "the base model is compiled or wrapped; load the adapter on the plain base and convert it there."
+        )
     if isinstance(adapter_names, str):
         raise UserError(f"adapter_names={adapter_names!r} should be a list of names.")
     if adapter_names == []:
@@ -331,7 +336,7 @@ def _as_pera(
 ) -> tuple[PeraConfig, dict[str, Tensor]]:
     """Configuration and weights of the PERA adapter with h = 0 that equals a LoRA."""
     lora: Any = copy.copy(model.peft_config[adapter_name])
-    if str(lora.init_lora_weights).startswith(_CHANGES_BASE):
+    if str(lora.init_lora_weights).lower().startswith(_CHANGES_BASE):
         raise UserError(
             f"init_lora_weights={lora.init_lora_weights!r} of adapter {adapter_name!r} also changed the base "
             "model; merge the adapter instead."
@@ -339,6 +344,7 @@ def _as_pera(
     if lora.target_parameters:
         raise UserError(f"target_parameters={lora.target_parameters!r} cannot be converted; merge the adapter instead.")
     lora.init_lora_weights, lora.inference_mode = True, False  # trained weights replace the initial ones
+    lora.eva_config = lora.corda_config = lora.lora_ga_config = None
     config = PeraConfig.from_lora(lora, terms=terms, normalization=normalization)
     quantization = get_quantization_kwargs(model.base_model)
     state = _other_state(model, adapter_name)
