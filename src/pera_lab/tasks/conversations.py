@@ -136,8 +136,8 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
     """The calls with their arguments as objects."""
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        arguments = inner.get("arguments", {}) if isinstance(inner, dict) else None
+        inner: Any = call.get("function", call) if isinstance(call, dict) else None
+        arguments: Any = inner.get("arguments", {}) if isinstance(inner, dict) else None
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
@@ -236,8 +236,8 @@ def with_reply(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example:
     if not whole.startswith(prompt) or not answer.strip():
         keys = ", ".join(key for key in example.reply if key not in ("role", "content"))
         raise UserError(
-            f"{example.place}: the model's chat template does not write the assistant's {keys} behind its prompt, so "
-            "they cannot be learned; use a model whose template does."
+            f"{example.place or 'messages'}: the model's chat template does not write the assistant's {keys} behind "
+            "its prompt, so they cannot be learned; use a model whose template does."
         )
     return replace(example, answer=answer)
 
