@@ -70,7 +70,7 @@ def merge(location: Location, output: Path, *, dtype: str = "stored", dequantise
     if adapter.config.is_prompt_learning:
         raise UserError(f"{location.name!r} is a {adapter.method} adapter, which does not change weights to merge.")
     folder = base_folder(location)
-    quantised = "quantization_config" in read_object(folder / "config.json")
+    quantised = bool(read_object(folder / "config.json").get("quantization_config"))
     if quantised and not dequantised:
         raise UserError(
             f"the base of {location.name!r}, {location.base!r}, is quantised, and rounding would lose most of the "
@@ -109,6 +109,8 @@ def _stream(location: Location, folder: Path, dtype: str) -> _Streamed | None:
     computed = DTYPES[dtype] if dtype in DTYPES else checkpoint.read(stored[0]).dtype
     base = empty_model(checkpoint, computed, trust_remote_code=location.trust_remote_code)
     shared, found = _shared(base), sources(base, checkpoint)
+    if len(shared & set(stored)) > 1:  # stored twice, perhaps with different values
+        return None
     if found is None or not set(stored) <= set(base.state_dict()):
         return None
     check_fingerprint(location, base, lambda name: checkpoint.read(found[name]))
@@ -203,6 +205,8 @@ def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, location: Loc
     if not weight.is_floating_point():
         return weight
     result = weight.to(DTYPES.get(dtype, stored))
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{location.name!r} cannot be merged: {key} holds NaN or infinity.")
     if result.dtype != weight.dtype and not torch.isfinite(result).all():
         raise UserError(
             f"{location.name!r} cannot be merged: {key} is beyond the range of {str(result.dtype)[6:]}; "

@@ -68,12 +68,15 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
         return _without_end(tokenizer, "".join(f"{m['content']}\n" for m in messages))
     try:
         text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        roles, reason = ", ".join(m["role"] for m in messages), one_line(error).rstrip(".")
+    except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, MemoryError, RecursionError) as error:
+        roles, reason = ", ".join(m["role"] for m in messages), (one_line(error) or type(error).__name__).rstrip(".")
         raise UserError(
             f"messages with the roles {roles}: the model's chat template rejects them: {reason}."
         ) from error
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    if not ids:
+        raise UserError("the model's chat template turns the messages into an empty text; correct the template.")
+    return ids
 
 
 def _without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
