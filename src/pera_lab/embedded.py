@@ -112,12 +112,16 @@ def _converted(gguf: Path, key: str) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise missing_extra("gguf", "gguf")
-    with disk_errors(folder):
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{folder.name}.lock"):
-            if not folder.is_dir():
-                with atomic_folder(folder) as partial:
-                    _convert(gguf, partial)
+    except OSError as error:
+        raise UserError(
+            f"the cache {str(folder.parent)!r} cannot be written: {error.strerror}; set PERA_CACHE to another folder."
+        ) from error
+    with disk_errors(folder), FileLock(folder.parent / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            with atomic_folder(folder) as partial:
+                _convert(gguf, partial)
     return folder
 
 
@@ -150,10 +154,20 @@ def unquantised(model: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """The folder of converted models: ``$PERA_CACHE``, else ``pera`` in the user's cache directory."""
-    if "PERA_CACHE" in os.environ:
-        return Path(os.environ["PERA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pera"
+    """The folder of converted models: ``$PERA_CACHE``, else ``pera`` in the user's cache directory.
+
+    Raises:
+        UserError: there is no home folder to put the cache in.
+    """
+    if chosen := os.environ.get("PERA_CACHE"):
+        return user_path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(cache):  # other values are to be ignored by its specification
+        return Path(cache) / "pera"
+    folder = user_path("~/.cache/pera")
+    if not folder.is_absolute():
+        raise UserError("PERA_CACHE is not set, and there is no home folder; set it to a folder for converted models.")
+    return folder
 
 
 def _digest(path: Path) -> str:

@@ -122,6 +122,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    except RecursionError as error:
+        raise UserError(f"{str(path)!r} is nested too deeply; restore or remove it.") from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not valid JSON ({error}); it may be truncated.") from error
 
@@ -187,7 +189,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if isinstance(content, dict):
             lines.append(content)

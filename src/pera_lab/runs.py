@@ -104,7 +104,7 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
-        return load_recipe(str(self.recipe_file))
+        return load_recipe(str(self.recipe_file), recorded=True)
 
     @property
     def new(self) -> bool:
@@ -243,7 +243,7 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
     """
     if os.path.isfile(Path(source) / "recipe.yaml"):
         run = Run(Path(source))
-        given = load_recipe(str(run.recipe_file), overrides)
+        given = load_recipe(str(run.recipe_file), overrides, recorded=True)
         if output is not None:
             raise UserError(f"--output={str(output)!r} has no effect when a run folder is resumed; leave it out.")
     else:

@@ -29,9 +29,15 @@ class Section(BaseModel):
     @classmethod
     def _reject_booleans_as_numbers(cls, value: Any, known: ValidatorFunctionWrapHandler) -> Any:
         found = known(value)
-        if isinstance(value, bool) and found is not value:
+        if _boolean_became_number(value, found):
             raise PydanticCustomError("number", "Input should be a number")
         return found
+
+
+def _boolean_became_number(given: Any, found: Any) -> bool:
+    if isinstance(given, list) and isinstance(found, list):
+        return any(map(_boolean_became_number, given, found))
+    return isinstance(given, bool) and found is not given
 
 
 def absolute_path(*words: str) -> AfterValidator:

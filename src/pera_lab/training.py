@@ -89,10 +89,6 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     run.write_environment(model, command_line())
     notes = splits.notes
     write_json(run.data_file, {**splits.manifest, "notes": notes})
-    for note in notes:
-        if console is not None:
-            console.print("warning:", style="yellow", end=" ")
-            console.print(note, soft_wrap=True)
 
     set_seed(spec.seed)
     try:
@@ -132,6 +128,9 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
     else:
         if console is not None:
+            for note in notes:
+                console.print("warning:", style="yellow", end=" ")
+                console.print(note, soft_wrap=True)
             console.print(f"run folder {run.path}", soft_wrap=True)
         with progress, disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -326,6 +325,12 @@ class _Progress(TrainerCallback):
         self._bar.__exit__()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        interval = self._run.recipe.training.eval_steps
+        if isinstance(interval, int) and interval > state.max_steps:
+            raise UserError(
+                f"training.eval_steps={interval} has no effect, because the training has {state.max_steps} steps; "
+                "give fewer, or 'epoch'."
+            )
         self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
         self.steps_before = state.global_step
         self._bar.update(state.global_step, state.max_steps)

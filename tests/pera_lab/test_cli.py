@@ -1,10 +1,12 @@
 """The command line: what each command does, and the one sentence it prints for each mistake."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import pera as package
 from pera import PeraConfig
-from pera.errors import UserError
+from pera.errors import CheckFailed, UserError
 from pera_lab.__main__ import PACKAGES
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
@@ -415,13 +417,53 @@ def test_out_of_memory_is_one_sentence(where, error, refused, recipe_file, monke
     refused("train", recipe_file, "--output", "run", words=words)
 
 
-def test_other_runtime_errors_are_raised(pera, recipe_file, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError,
+     OSError, EOFError, BrokenPipeError, UnicodeError, AssertionError],
+)  # fmt: skip
+def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recipe_file, monkeypatch):
     def fail(*_, **__):
-        raise RuntimeError("a defect")
+        raise error("a defect\n  of two lines " + "x" * 5000)
 
-    monkeypatch.setattr("pera_lab.training.get_peft_model", fail)
-    with pytest.raises(RuntimeError, match="a defect"):
-        pera("train", recipe_file, "--output", "run")
+    monkeypatch.setattr("pera_lab.training.set_seed", fail)
+    words = [f"unexpected {error.__name__}: ", "a defect", "two lines x", " … ", "PERA_DEBUG=1 shows the traceback"]
+    line = refused("train", recipe_file, "--output", "run", words=words)
+    assert "Traceback" not in line
+    assert len(line) < 1100
+
+
+def test_pera_debug_shows_the_traceback_of_every_error(pera, recipe_file, monkeypatch):
+    monkeypatch.setenv("PERA_DEBUG", "1")
+    outcome = pera("train", recipe_file, "method.terms=cubes", "--output", "run")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("pera: method: terms='cubes'")
+
+
+def test_an_interrupt_is_quiet(pera, recipe_file, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pera_lab.training.get_peft_model", interrupt)
+    assert pera("train", recipe_file, "--output", "run") == (130, "", "")
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_warnings_come_after_a_success_and_not_with_a_refusal(code, pera, monkeypatch, caplog):
+    def work():
+        for category in (UserWarning, UserWarning, FutureWarning):
+            warnings.warn(f"the adapter\nis old: {category.__name__}", category, stacklevel=1)
+        logging.getLogger("some.library").warning("no kernel")
+        if code:
+            raise [CheckFailed, UserError][code - 1]("no")
+        return {"versions": {}}
+
+    monkeypatch.setattr("pera_lab.environment.environment", work)
+    outcome = pera("env")
+    warned = ["warning: the adapter is old: UserWarning"] if code < 2 else []
+    assert (outcome.code, outcome.err.splitlines()) == (code, warned + ["pera: no"] * (code > 0))
+    assert caplog.messages == []
 
 
 def test_evaluate_needs_a_run_folder(refused, finished_run, tiny_llama):
@@ -500,10 +542,9 @@ def test_mistake_is_one_line_without_a_traceback(recipe_file, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
-    said = [line for line in result.stderr.splitlines() if not line.startswith(("Failed to load", "W1", "W0"))]
-    assert len(said) == 1, "apart from the messages of torchao and bitsandbytes at import"
-    assert said[0].startswith("pera: ")
-    assert "'nope'" in said[0]
+    (said,) = result.stderr.splitlines()
+    assert said.startswith("pera: ")
+    assert "'nope'" in said
     assert not (tmp_path / "run").exists()
 
 

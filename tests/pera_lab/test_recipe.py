@@ -214,6 +214,9 @@ def test_several_errors_are_reported_together():
         ("model: [a", r"recipe: '.*mine\.yaml' is not valid YAML: "),
         ("- model", r"recipe: '.*mine\.yaml' should hold keys and values"),
         ("", r"recipe: '.*mine\.yaml' should hold keys and values"),
+        ("- " * 5000, r"recipe: '.*mine\.yaml' is not valid YAML: it is more than 50 levels deep"),
+        (b"a: caf\xe9", r"recipe: '.*mine\.yaml' is not a text file in UTF-8"),
+        (b"#" * 5_000_000, r"recipe: '.*mine\.yaml' has 5,000,000 bytes"),
         (b"\xff\xfe\x00", r"recipe: '.*mine\.yaml' is not "),
         ("model: !!python/object/apply:os.getcwd []", r"recipe: '.*mine\.yaml' is not valid YAML: "),
     ],
@@ -251,6 +254,78 @@ def test_an_unknown_shipped_recipe_suggests_the_nearest():
 def test_the_first_difference_of_two_recipes_is_named(change, key):
     assert difference(parse_recipe(SMALL), parse_recipe({**SMALL, **change})) == key
     assert difference(parse_recipe({**SMALL, **change}), parse_recipe(SMALL)) == key
+
+
+@pytest.mark.parametrize(
+    "name", ["1e-4", "0x1F", "1_000", "no", "null", "12:30:45", "2024-01-01", "=", "a #b", "\u2028"]
+)
+def test_a_recipe_may_have_any_name(name, file):
+    recipe = load_recipe(file({key: value for key, value in SMALL.items() if key != "name"}, f"{name}.yaml"))
+    assert recipe.name == name
+    assert load_recipe(file(recipe.to_yaml(), "written.yaml")) == recipe
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_may_have_a_byte_order_mark(encoding, file):
+    text = yaml.safe_dump({**SMALL, "name": "caf\xe9"}, allow_unicode=True)
+    assert load_recipe(file(text.encode(encoding))).name == "caf\xe9"
+
+
+SPECIAL = "my #1 @set: 'a' \"b\" {c} [d] *e &f !g %h `i` = ~ \N{GRINNING FACE}"
+
+
+def test_a_path_in_an_override_is_taken_as_it_is(file, tmp_path, monkeypatch):
+    (tmp_path / SPECIAL).mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("glue-minilm", [f"data={SPECIAL}", f"model=./{SPECIAL}", "task=mrpc"])
+    assert recipe.task.data == recipe.model.name == str(tmp_path / SPECIAL)
+    assert load_recipe(file(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("override", ["data=[v1]/rows.jsonl", "data={a}b", "data='a'b", "data=2024", "data=yes"])
+def test_an_override_that_looks_like_another_value_says_how_to_quote(override):
+    with pytest.raises(UserError, match=r"""[Pp]ut quotes around .*'"…"'"""):
+        load_recipe("glue-minilm", [override, "task=mrpc"])
+
+
+def test_a_quoted_override_is_text():
+    assert load_recipe("glue-minilm", ['data="2024"', "task=mrpc"]).task.data == "2024"
+
+
+NUMBERS = [
+    *(f"training.{key}" for key in ("learning_rate", "max_steps", "batch_size", "gradient_accumulation_steps")),
+    *(f"training.{key}" for key in ("warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm", "train_share")),
+    *(f"training.{key}" for key in ("held_out", "max_length", "seed", "logging_steps", "save_steps", "eval_steps")),
+    *("training.epochs", "training.lr_ratio.B", "evaluation.batch_size", "evaluation.max_new_tokens"),
+    *("evaluation.num_beams", "task.train_size", "task.test_size", "task.seed", "method.r", "method.alpha"),
+    *("method.dropout", "method.init_coefficients"),
+]
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e308", ".inf", "-.inf", ".nan", "-1e39", "true", "[1]", "{a: 1}"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_numbers_out_of_range_are_named(key, value, file):
+    with pytest.raises(UserError) as caught:
+        load_recipe(file(SMALL), [f"{key}={value}"])
+    assert key.rpartition(".")[2] in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            ["training.keep=best", "training.eval_steps=2", "training.save_steps=5"],
+            "training.save_steps=5 has no effect",
+        ),
+        (["task={name: own, data: a/b, validation_size: 5}"], "task.validation_size=5 takes rows out of the training"),
+    ],
+)
+def test_a_key_without_effect_is_refused_for_a_new_run_only(changes, words, file):
+    with pytest.raises(UserError, match=f"^{re.escape(words)}"):
+        load_recipe(file(SMALL), changes)
+    assert load_recipe(file(SMALL), changes[:-1])
+    assert load_recipe(file(SMALL), changes, recorded=True)
 
 
 def test_1e_3_is_a_number(recipe_file):
@@ -424,5 +499,5 @@ def test_another_scorer_must_fit_the_task():
 
 def test_recipes_saved_by_pera_0_1_0_resolve_to_the_same_text(saved):
     files = sorted((saved / "runs").glob("*/recipe.yaml"))
-    assert [load_recipe(str(file)).to_yaml() for file in files] == [file.read_text() for file in files]
+    assert [load_recipe(str(file), recorded=True).to_yaml() for file in files] == [file.read_text() for file in files]
     assert len(files) == 3

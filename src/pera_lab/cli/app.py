@@ -1,12 +1,16 @@
 """The command line: its commands, its version, and one sentence for each mistake.
 
-Exit codes: 0 done, 1 a check failed, 2 a mistake in the call, the recipe or the data.
+Exit codes: 0 done, 1 a check failed, 2 a mistake in the call, the recipe or the data, 130 interrupted.
+With PERA_DEBUG=1 errors are printed with a traceback, and the messages of the libraries are shown.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -22,18 +26,24 @@ UsageError: Any = typer.BadParameter.__base__
 """The parent of typer's errors about options and arguments, which typer does not export."""
 
 
+LONGEST = 1000
+"""Maximum number of characters of a message, which may quote a value of any length."""
+
+
 class Command(TyperCommand):
-    """A command that silences the messages of the libraries, then runs. Its help and its usage errors come before."""
+    """A command that holds back the messages of the libraries, then runs. Its help and its usage errors come before."""
 
     def invoke(self, ctx: Any) -> Any:
-        import warnings
+        from pera_lab.cli.console import held_warnings
 
-        from transformers.utils import logging
+        try:
+            with nullcontext() if _debugging() else held_warnings():
+                from transformers.utils import logging
 
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        return super().invoke(ctx)
+                logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+                return super().invoke(ctx)
+        except (EOFError, OSError) as error:  # typer would print nothing
+            return error
 
 
 app = typer.Typer(
@@ -65,9 +75,15 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """Run the ``pera`` command and exit. A mistake of the user is printed as one sentence, without a traceback."""
+    """Run the ``pera`` command and exit. Every error is printed as one sentence."""
+    from pera_lab.cli.console import accept_any_text
+
+    accept_any_text()
     try:
-        sys.exit(app(prog_name="pera", standalone_mode=False) or 0)
+        result = app(prog_name="pera", standalone_mode=False)
+        if isinstance(result, Exception):
+            raise result
+        sys.exit(result or 0)
     except UsageError as error:
         message = " ".join(error.format_message().split()).replace("Value error, ", "")
         if error.ctx is not None and message:
@@ -76,29 +92,35 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
-        message, code = _mistake(error)
-        if not message:
-            raise
-        _exit(message, code)
+        if _debugging():
+            traceback.print_exc()
+        _exit(*_mistake(error))
+
+
+def _debugging() -> bool:
+    return os.environ.get("PERA_DEBUG", "0") not in ("", "0")
 
 
 def _mistake(error: Exception) -> tuple[str, int]:
-    """Message and exit code of an error of the user, or an empty message for any other error.
+    """Message and exit code of an error.
 
-    The modules that define these errors import torch, so they are looked up only if a command has imported them.
+    The modules that define the errors import torch, so they are looked up only if a command has imported them.
     """
     errors, environment = sys.modules.get("pera.errors"), sys.modules.get("pera_lab.environment")
     if errors is not None and isinstance(error, errors.PeraError):
         return str(error), error.exit_code
     if environment is not None and environment.out_of_memory(error):
         return OUT_OF_MEMORY, 2
-    return "", 1
+    return f"unexpected {type(error).__name__}: {error}; PERA_DEBUG=1 shows the traceback.", 2
 
 
 def _exit(message: str, code: int) -> None:
     if message:
         from pera_lab.cli.console import progress
 
+        message = " ".join(line.strip() for line in message.splitlines())
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
         progress.print("pera:", style="red", end=" ")
-        progress.print(" ".join(message.splitlines()), soft_wrap=True)
+        progress.print(message, soft_wrap=True)
     sys.exit(code)

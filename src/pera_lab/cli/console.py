@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from pera_lab.text import visible
@@ -14,15 +20,23 @@ if TYPE_CHECKING:
     from pera_lab.convert.verify import Agreement
     from pera_lab.runs import Run
 
-__all__ = ["facts", "out", "print_agreement", "progress", "refreshed_report"]
+__all__ = ["Facts", "accept_any_text", "held_warnings", "out", "print_agreement", "progress", "refreshed_report"]
 
 
 class _Plain(Console):
-    """A console that prints strings as they are: without markup, and with control characters as their codes."""
+    """A console that prints strings as they are: without markup, and with control characters as their codes.
+
+    A command continues if nobody reads what it prints, as in ``pera inspect RUN | head -1``.
+    """
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Turn each printed string, also in the cell of a table, into text."""
         return super().render_str(visible(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Drop what is printed from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 _AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
@@ -30,12 +44,59 @@ out = _Plain(**_AS_IT_IS)
 progress = _Plain(stderr=True, **_AS_IT_IS)
 
 
-def facts(title: str | None = None) -> Table:
-    """A table without a head, whose rows are a name and a value."""
-    table = Table(title=title, show_header=False, box=None, title_justify="left", title_style="bold")
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
+def accept_any_text() -> None:
+    """Print question marks for characters that the encoding of the console lacks, and read any bytes as text."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a closed stream is None
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def held_warnings() -> Iterator[None]:
+    """Silence what libraries log, and print warnings after the block. If the block is refused, print none."""
+    held: dict[str, None] = {}
+
+    def hold(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if not issubclass(category, (FutureWarning, DeprecationWarning, PendingDeprecationWarning)):
+            held.setdefault(" ".join(str(message).split()))
+
+    show, level = warnings.showwarning, logging.root.manager.disable
+    warnings.showwarning = hold
+    logging.disable(logging.WARNING)
+    code = 0
+    try:
+        yield
+    except BaseException as error:
+        code = getattr(error, "exit_code", 2)
+        raise
+    finally:
+        warnings.showwarning = show
+        logging.disable(level)
+        for message in held if code < 2 else ():
+            progress.print("warning:", style="yellow", end=" ")
+            progress.print(message, soft_wrap=True)
+
+
+class Facts:
+    """Lines of a name and a value, below an optional title. Values are not wrapped, so that a path can be copied."""
+
+    def __init__(self, title: str | None = None) -> None:
+        self._title = title
+        self._rows: list[tuple[str, str | Text]] = []
+
+    def add_row(self, name: str, value: str | Text) -> None:
+        """Add a line. Further lines of the value are indented."""
+        self._rows.append((name, value))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = [(visible(name, inline=True), value) for name, value in self._rows]
+        width = max((cell_len(name) for name, _ in rows), default=0)
+        if self._title is not None:
+            yield console.render_str(self._title, style="bold")
+        for name, value in rows:
+            for line in (console.render_str(value) if isinstance(value, str) else value).split("\n"):
+                yield Text.assemble((name, "dim"), " " * (width + 2 - cell_len(name)), line)
+                name = ""
 
 
 def print_agreement(agreement: Agreement, done: str) -> None:

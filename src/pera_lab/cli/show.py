@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pera_lab.cli.console import facts, out
+from pera_lab.cli.console import Facts, out
 from pera_lab.cli.options import Source, Trust
 from pera_lab.text import visible
 
@@ -59,11 +59,11 @@ def inspect(
             "layers": {n: {**asdict(d), **{key: getattr(d, key) for key in derived}} for n, d in found.items()},
             **({"effect": asdict(effects)} if effects else {}),
         }
-        print(writer.dumps(content, indent=2))  # noqa: T201
+        out.out(writer.dumps(content, indent=2), highlight=False)
         return
     out.print(_diagnosis(found, layers))
     if effects is not None:
-        out.print(_effects(effects))
+        out.print(_effects(effects), soft_wrap=True)
 
 
 def report(
@@ -149,8 +149,8 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
     return table
 
 
-def _effects(effects: Effects) -> Table:
-    table = facts()
+def _effects(effects: Effects) -> Facts:
+    table = Facts()
     table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out labels")
     for part, change in effects.without.items():
         table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pera_lab.cli.console import facts, out, progress
+from pera_lab.cli.console import Facts, out, progress
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
         return
     outcomes = run_study(spec, folder, workers=workers, budget=budget, retry=retry, console=progress)
     counts = Counter(outcome.status for outcome in outcomes.values())
-    table = facts()
+    table = Facts()
     table.add_row("study", str(folder.path))
     table.add_row("runs", ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "none finished")
     for name, outcome in outcomes.items():
@@ -53,7 +53,7 @@ def run(
             table.add_row("failed", f"{name}: {outcome.error}")
     left = len(folder.remaining(spec))
     table.add_row("remaining", f"{left} runs (run this command again to continue)" if left else "none")
-    out.print(table)
+    out.print(table, soft_wrap=True)
     out.print(f"Next: pera study report {folder.path}", soft_wrap=True)
     if counts["failed"]:
         raise typer.Exit(1)

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from pera_lab.cli.console import facts, out, progress, refreshed_report
+from pera_lab.cli.console import Facts, out, progress, refreshed_report
 from pera_lab.cli.options import Overrides, RunFolder, Trust
 from pera_lab.report.formatting import duration, percent, size
 from pera_lab.text import visible
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from pera_lab.convert.verify import Agreement
     from pera_lab.recipe import Recipe
     from pera_lab.runs import Run
@@ -59,7 +57,7 @@ def quickstart(
         "lora": export(location, run.path / "lora").agreement,
     }
     loss_picture(run, run.path / "loss.svg")
-    out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
+    out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start), soft_wrap=True)
     out.print(_next_steps(run), soft_wrap=True)
     if not all(check.agree for check in checks.values()):
         raise CheckFailed("the outputs of the merged model or of the LoRA export differ from the adapter's, see above.")
@@ -91,11 +89,11 @@ def train(
         run.trust_remote_code |= trust_remote_code
     with run.discarded_on_error():
         summary = train_recipe(run.recipe, run, resume=resume, console=progress)
-    table = facts()
+    table = Facts()
     table.add_row("adapter", str(run.adapter.path))
     table.add_row("training", _cost(run, summary))
     table.add_row("report", refreshed_report(run))
-    out.print(table)
+    out.print(table, soft_wrap=True)
     out.print(f"Next: pera evaluate {run.path}", soft_wrap=True)
 
 
@@ -140,11 +138,11 @@ def evaluate(
         from pera_lab.harness import run_harness
 
         results = run_harness(location.run, names, base=base, limit=limit, include_path=include_path)
-        out.print(_harness(which, results))
+        out.print(_harness(which, results), soft_wrap=True)
         out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
         return
     score = evaluate_run(location.run, base=base, scorer=scorer, console=progress)
-    out.print(_scores(which, score, location.run))
+    out.print(_scores(which, score, location.run), soft_wrap=True)
 
 
 def predict(
@@ -188,8 +186,8 @@ def _summary(
     summary: TrainingSummary,
     checks: dict[str, Agreement],
     seconds: float,
-) -> Table:
-    table = facts(f"{recipe.name}: done in {duration(seconds)}")
+) -> Facts:
+    table = Facts(f"{recipe.name}: done in {duration(seconds)}")
     table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
     table.add_row("base model", _value(base))
     table.add_row("with adapter", Text(_value(adapter), "bold"))
@@ -215,8 +213,8 @@ def _next_steps(run: Run) -> str:
     )
 
 
-def _scores(which: str, score: Score, run: Run) -> Table:
-    table = facts()
+def _scores(which: str, score: Score, run: Run) -> Facts:
+    table = Facts()
     table.add_row(which, _value(score))
     for name, part in score.parts.items():
         table.add_row(name, _part(part))
@@ -233,8 +231,8 @@ def _scores(which: str, score: Score, run: Run) -> Table:
     return table
 
 
-def _harness(which: str, results: dict[str, dict[str, Any]]) -> Table:
-    table = facts(f"lm-eval, {which}: not comparable with pera's own scores")
+def _harness(which: str, results: dict[str, dict[str, Any]]) -> Facts:
+    table = Facts(f"lm-eval, {which}: not comparable with pera's own scores")
     for task, metrics in results.items():
         apart = ("n", "shots", "lm_eval")
         values = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in metrics.items() if k not in apart)

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from peft import PeftConfig
 from pydantic import (
     BeforeValidator,
@@ -24,6 +23,7 @@ from pera.tuner import PeraConfig
 from pera_lab import methods
 from pera_lab.embedded import EMBEDDED
 from pera_lab.files import user_path
+from pera_lab.recipe.syntax import write
 from pera_lab.recipe.training import TrainingSection
 from pera_lab.recipe.yaml import apply_override, parse, read_yaml, shipped_files
 from pera_lab.sections import Section, absolute_path, flatten, name_alone
@@ -113,21 +113,42 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe with every default filled in."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        return text
+        return write(self.model_dump(mode="json"))
+
+    def check_effects(self) -> None:
+        """Check that no key is set to a value that changes nothing.
+
+        The recipe of an existing run is not checked, so that a run of an earlier version can be read.
+
+        Raises:
+            UserError: a key has no effect.
+        """
+        training, keys = self.training, type(self.task).model_fields
+        if training.keep == "best" and training.save_steps != TrainingSection.model_fields["save_steps"].default:
+            raise UserError(
+                f"training.save_steps={training.save_steps} has no effect with training.keep='best', which saves a "
+                "checkpoint with each evaluation; leave it out."
+            )
+        rows = getattr(self.task, "validation_size", 0)
+        if training.eval_steps is None and rows and keys["validation_size"].default == 0:
+            raise UserError(
+                f"task.validation_size={rows} takes rows out of the training that nothing uses, because "
+                "training.eval_steps is not set; set it, or leave validation_size out."
+            )
 
 
-def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(source: str, overrides: list[str] | None = None, *, recorded: bool = False) -> Recipe:
     """Read a recipe.
 
     Args:
         source: path of a YAML file, or the name of a recipe that ships with pera.
         overrides: changes of single keys, as in :func:`apply_override`. Overrides come before the section of
             ``by_task`` for the chosen task, and that section comes before the rest of the file.
+        recorded: whether the file is the record of an existing run, in which a key without effect is no mistake.
 
     Raises:
         UserError: the recipe does not exist or is not YAML, a key or a task is unknown (the message suggests the
-            nearest one), or a value does not fit.
+            nearest one), a value does not fit, or a key has no effect.
     """
     if os.path.isfile(Path(source) / "recipe.yaml"):
         raise UserError(
@@ -143,7 +164,10 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     task = name_alone(_overridden(content, overrides).get("task"))
     if isinstance(task, dict) and str(task.get("name")) in by_task:
         content = _merged(content, by_task[str(task["name"])])
-    return parse_recipe({"name": name, **_overridden(content, overrides)})
+    recipe = parse_recipe({"name": name, **_overridden(content, overrides)})
+    if not recorded:
+        recipe.check_effects()
+    return recipe
 
 
 def _overridden(content: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:

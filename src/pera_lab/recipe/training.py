@@ -17,13 +17,13 @@ class TrainingSection(Section):
     """Peak learning rate."""
     lr_ratio: dict[str, float] = Field(default_factory=dict)
     """Learning rates of "B", "h" and "other" divided by the rate of A, as in :func:`pera.optim.parameter_groups`."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=10**9)
     """Optimizer steps."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=10**6)
     """Passes over the training rows."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, le=10**6)
     """Examples in a forward pass."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=10**6)
     """Forward passes for each optimizer step."""
     warmup_steps: int = Field(0, ge=0)
     """Steps in which the learning rate rises from zero."""
@@ -51,7 +51,7 @@ class TrainingSection(Section):
     logging_steps: int = Field(10, ge=1)
     """Steps between lines of ``metrics.jsonl``."""
     save_steps: int = Field(50, ge=1)
-    """Steps between checkpoints."""
+    """Steps between checkpoints, for ``keep: last``."""
     eval_steps: Annotated[
         Annotated[int, Field(ge=1)] | Literal["epoch"] | None,
         one_message("Input should be a whole number of at least 1, or 'epoch'"),

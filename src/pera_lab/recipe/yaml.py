@@ -1,21 +1,26 @@
-"""Recipes as YAML: reading, writing, overriding one key, and one sentence for each mistake."""
+"""Recipes and studies from their files: reading, overriding one key, and one sentence for each mistake."""
 
 from __future__ import annotations
 
+import codecs
+import math
 import os
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from pera.errors import UserError, nearest, one_line
+from pera.errors import UserError, nearest
+from pera_lab.recipe.syntax import DEEPEST, LONGEST, read, read_value, walk
 from pera_lab.sections import name_alone
 from pera_lab.tasks import Task, family_of
 
 M = TypeVar("M", bound=BaseModel)
+
+WHOLE = 2**63
+FLOAT32 = 3.4028234663852886e38
+"""Bounds of the numbers in a recipe: what PyTorch's tensors can hold."""
 
 
 def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]]:
@@ -31,6 +36,10 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
     """
     path = Path(source)
     known = shipped_files(shipped)
+    if os.path.isdir(path) and source not in known:
+        raise UserError(
+            f"{kind}: {source!r} is a folder; give a YAML file, or the name of a {kind} that ships with pera."
+        )
     if os.path.isfile(path):
         text, name = _read(path, kind), path.stem
     elif source in known:
@@ -42,9 +51,9 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
             f"{kind}: {source!r} is neither a file nor a {kind} that ships with pera; {nearest(source, known)}"
         )
     try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{kind}: {source!r} is not valid YAML: {one_line(error)}") from error
+        content = read(text)
+    except ValueError as error:
+        raise UserError(f"{kind}: {source!r} is not valid YAML: {error}.") from error
     if not isinstance(content, dict):
         example = "model: smollm2-135m" if kind == "recipe" else "base: quickstart"
         raise UserError(f"{kind}: {source!r} should hold keys and values, such as {example}.")
@@ -53,9 +62,13 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
 
 def _read(path: Path, kind: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        if (size := path.stat().st_size) > 4 * LONGEST:
+            raise UserError(f"{kind}: {str(path)!r} has {size:,} bytes, which no {kind} needs; give another file.")
+        data = path.read_bytes()
+        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if marked else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{kind}: {str(path)!r} is not a text file that can be read: {error}.") from error
+        raise UserError(f"{kind}: {str(path)!r} is not a text file in UTF-8 that can be read: {error}.") from error
 
 
 def parse(model: type[M], content: dict[str, Any], kind: str) -> M:
@@ -69,6 +82,8 @@ def parse(model: type[M], content: dict[str, Any], kind: str) -> M:
     Raises:
         UserError: one sentence for each mistake.
     """
+    for keys, value in walk(content):
+        _check_number(".".join(keys), value)
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -80,27 +95,16 @@ def shipped_files(folder: str) -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in (resources.files("pera_lab") / folder).iterdir())
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with three differences.
-
-    1e-3 is a number, as in YAML 1.2. A repeated key is an error. So is ``{boolq:1}``, which YAML reads as the key
-    "boolq:1" without a value.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key, value in node.value:
-            if value.value == "" and value.style is key.style is None and ":" in key.value:
-                raise yaml.YAMLError(f"{key.value!r} has no value; put a space after its colon")
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} is given twice")
-        return super().construct_mapping(node, deep)
+def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, int) and not -WHOLE <= value < WHOLE:
+        raise UserError(f"{key}={_short(value)}: input should be a whole number from -2^63 to 2^63 - 1.")
+    if isinstance(value, float) and not (math.isfinite(value) and abs(value) <= FLOAT32):
+        raise UserError(f"{key}={value!r}: input should be a finite number from -3.4e38 to 3.4e38.")
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]} … {text[-30:]}"
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
@@ -108,8 +112,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
     Args:
         content: the content, which is changed in place.
-        override: ``key.subkey=value``. The value is read as YAML. ``data=`` means ``task.data=``, and ``task=NAME``
-            means ``task.name=NAME``.
+        override: ``key.subkey=value``. The value is read by :func:`pera_lab.recipe.syntax.read_value`. ``data=`` means
+            ``task.data=``, and ``task=NAME`` means ``task.name=NAME``.
 
     Raises:
         UserError: the override has another form, or a parent of the key is not a section.
@@ -118,6 +122,8 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r} should have the form key.subkey=value.")
     *parents, last = ["task", "data"] if key == "data" else key.split(".")
+    if len(parents) > DEEPEST:
+        raise UserError(f"override {_short(override)}: the key is more than {DEEPEST} levels deep.")
     section = content
     for parent in parents:
         below = section.setdefault(parent, {})
@@ -127,10 +133,12 @@ def apply_override(content: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent} is a value, not a section.")
         section = below
     try:
-        new = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        reason = getattr(error, "problem", None) or error
-        raise UserError(f"override {override!r}: the value is not valid YAML: {reason}.") from error
+        new = read_value(value)
+    except ValueError as error:
+        raise UserError(
+            f"override {_short(override)}: the value is not valid YAML: {error}. Put quotes around a text: "
+            f"{key}='\"…\"'"
+        ) from error
     if key == "task" and isinstance(new, str) and isinstance(section.get("task"), dict):
         section["task"]["name"] = new  # another task of the same recipe
     else:
@@ -147,7 +155,9 @@ def _sentence(error: Any, model: type[BaseModel], content: Any, kind: str) -> st
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}={error['input']!r}: {message[0].lower()}{message[1:]}"
+    if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
+        message = f"{message}; put quotes around it: {where}='\"…\"'"
+    return f"{where}={_short(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(model: type[BaseModel], content: Any, location: tuple[Any, ...]) -> list[str]:

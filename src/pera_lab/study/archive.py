@@ -14,9 +14,9 @@ import tarfile
 from pathlib import Path
 
 import typer
-import yaml
 
 from pera_lab.files import json_line, read_lines
+from pera_lab.recipe import read_yaml
 
 LEFT_OUT = {"adapter", "checkpoints", "locks"}
 
@@ -31,7 +31,7 @@ def write_archive(study: Path, output: Path) -> None:
         output: the file to write, ending in ``.tar.xz``.
     """
     names = {str(study.resolve()): f"studies/{study.name}"}
-    described = yaml.safe_load((study / "study.yaml").read_text())
+    _, described = read_yaml(str(study / "study.yaml"), "study", "studies")
     if os.path.isabs(base := described["base"]):
         names[base] = os.path.relpath(base)
     if data := described["settings"].get("data"):
@@ -52,7 +52,7 @@ def _content(file: Path, names: dict[str, str]) -> bytes:
         return "".join(json_line({**row, "prompt": "", "scores": None}) for row in read_lines(file)).encode()
     if file.suffix not in {".json", ".yaml"}:
         return file.read_bytes()
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     for path, name in names.items():
         text = text.replace(path, name)
     return text.encode()

@@ -5,19 +5,17 @@ A cell is one method in one setting. A trial is one run of a cell, with its own 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pera.errors import UserError, nearest
 from pera_lab.methods import find_method
-from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml
+from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml, write, write_value
 from pera_lab.sections import Section, flatten
 
 Phase = Literal["choose", "report"]
@@ -228,9 +226,7 @@ class Study(Section):
 
     def to_yaml(self) -> str:
         """The study as YAML, with all defaults filled in."""
-        content = self.model_dump(mode="json")
-        text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-        return text
+        return write(self.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -329,8 +325,8 @@ def _digits(value: float) -> str:
 
 
 def _overrides(changes: list[tuple[str, Any]]) -> tuple[str, ...]:
-    """Pairs of a key and a value as overrides of a recipe. Values without a JSON form, such as dates, become text."""
-    return tuple(f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in changes)
+    """Pairs of a key and a value as overrides of a recipe."""
+    return tuple(f"{key}={write_value(value)}" for key, value in changes)
 
 
 def _common_options(base: str, overrides: tuple[str, ...]) -> dict[str, Any]:

@@ -27,11 +27,11 @@ class EvaluationSection(Section):
     """"exact_match": the task judges the text that the model writes. "generation": the first of the task's answers that
     occurs in that text counts. "likelihood": the option with the highest log-probability counts. "classification": the
     class, or the number, from the head. Scores of different scorers are not comparable."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=10**6)
     """Prompts answered at a time."""
-    max_new_tokens: int | None = Field(16, ge=1)
+    max_new_tokens: int | None = Field(16, ge=1, le=10**6)
     """Longest answer in tokens. None for classification."""
-    num_beams: int | None = Field(1, ge=1)
+    num_beams: int | None = Field(1, ge=1, le=1000)
     """Beams of the search for an answer; 1 is greedy. None for classification."""
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from pera.errors import UserError
+from pera_lab.files import user_path
 from pera_lab.tasks.base import GenerationTask
 from pera_lab.tasks.conversations import example_of
 from pera_lab.tasks.encoding import CHAT, PLAIN, Frame
@@ -82,7 +82,7 @@ class OwnTask(GenerationTask):
 
 
 def _splits(data: str) -> dict[str, Rows]:
-    path = Path(data).expanduser()
+    path = user_path(data)
     if path.is_file():
         return {"train": read_file(path)}
     if path.is_dir():

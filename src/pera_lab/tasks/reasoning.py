@@ -26,9 +26,9 @@ class ReasoningTask(GenerationTask):
 
     name: str
     """Name of a reasoning-gym data set, such as "family_relationships"."""
-    train_size: int = Field(2000, ge=1)
+    train_size: int = Field(2000, ge=1, le=10**7)
     """Number of training problems."""
-    test_size: int = Field(200, ge=1)
+    test_size: int = Field(200, ge=1, le=10**7)
     """Number of held-out problems."""
     seed: int = Field(0, ge=0)
     """Seed of the problems. It is independent of the training seed, so that runs are comparable."""

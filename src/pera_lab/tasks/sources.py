@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pera.errors import UserError, missing_extra, one_line
+from pera_lab.files import user_path
 from pera_lab.sections import absolute_path
 from pera_lab.tasks.examples import Example
 from pera_lab.tasks.formats import parse_csv, parse_json, parse_json_lines, parse_parquet
@@ -156,7 +157,7 @@ def _load(what: str, *arguments: Any, **options: Any) -> Any:
 
 def folder_of(data: str) -> Path:
     """The folder or file that ``task.data`` names; UserError if it does not exist."""
-    path = Path(data).expanduser()
+    path = user_path(data)
     if not path.exists():
         raise UserError(f"task.data={data!r} does not exist; give a folder, or {HUB!r} for the data set on the Hub.")
     return path
