@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
@@ -139,11 +140,7 @@ def load_tokenizer(
         UserError: there is no such tokenizer, or it cannot be read.
     """
     location = source if isinstance(source, Path) else resolve(source)
-    if not has_tokenizer(location):
-        raise UserError(
-            f"model: {str(source)!r} has no tokenizer; copy its files, such as tokenizer.json and "
-            "tokenizer_config.json, from the original model."
-        )
+    check_tokenizer(str(source), location)
     try:
         with reading(str(source)):
             tokenizer = AutoTokenizer.from_pretrained(
@@ -174,7 +171,9 @@ def _tokenizer_refusal(name: str, location: str | Path, error: UserError) -> Use
             f"model: the tokenizer of {name!r} has no tokenizer.json, and its other files need sentencepiece or "
             "tiktoken; add tokenizer.json, or install one of them."
         )
-    return error
+    if isinstance(error, MissingModel):
+        return error
+    return UserError(str(error).replace("model: ", "model: the tokenizer of ", 1))
 
 
 def has_tokenizer(location: str | Path) -> bool:
@@ -184,6 +183,15 @@ def has_tokenizer(location: str | Path) -> bool:
         return True
     names = [file.name for file in tokenizer_files(folder)]
     return any(name.startswith(TOKENIZER) or name.endswith((".model", ".tiktoken")) for name in names)
+
+
+def check_tokenizer(name: str, location: str | Path) -> None:
+    """Raise UserError if a folder has no tokenizer, with ``name`` in the message."""
+    if not has_tokenizer(location):
+        raise UserError(
+            f"model: {name!r} has no tokenizer; copy its files, such as tokenizer.json and tokenizer_config.json, from "
+            "the original model."
+        )
 
 
 def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
@@ -283,10 +291,11 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name and not name.startswith((".", "~"))
 
 
-def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """The longest input of a model, in tokens."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+    longest = VERY_LARGE_INTEGER if tokenizer is None else tokenizer.model_max_length
+    return min(positions or longest, longest)
 
 
 def fingerprint(

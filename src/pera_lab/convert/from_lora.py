@@ -47,7 +47,7 @@ def import_lora(
     adapter = location.require_adapter()
     if not isinstance(adapter.config, LoraConfig):
         raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a LoRA adapter can be imported.")
-    model, tokenizer = open_model(location, dtype)
+    model, tokenizer = open_model(location, dtype, needs_tokenizer=False)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)
     converted = from_lora(model, terms=terms, normalization=normalization)
@@ -56,7 +56,9 @@ def import_lora(
         copy_tokenizer(location, folder)
         del model, converted
         written = location._replace(run=None, adapter=Adapter(folder))
-        agreement = compare(before, logits(*open_model(written, dtype), prompts), models.DTYPES[dtype])
+        agreement = compare(
+            before, logits(*open_model(written, dtype, needs_tokenizer=False), prompts), models.DTYPES[dtype]
+        )
         agreement.save(folder, of="PERA adapter", against=location.name)
         write_card(folder, "adapter", written, agreement.sentence())
     return agreement

@@ -216,13 +216,15 @@ def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, location: Loc
 
 
 def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bool) -> Agreement:
-    model, tokenizer = open_model(location, "stored" if quantised else dtype)
+    model, tokenizer = open_model(location, "stored" if quantised else dtype, needs_tokenizer=False)
     prompts = prompts_of(location)
     if quantised:
         before = logits(model, tokenizer, prompts)
         del model
         adapter = location.require_adapter()
-        base, _ = open_model(location._replace(adapter=None, tokenizer=None), labels=adapter.labels)
+        base, _ = open_model(
+            location._replace(adapter=None, tokenizer=None), labels=adapter.labels, needs_tokenizer=False
+        )
         plain: Any = dequantise(base)
         model = adapter.load_on(plain.to(DTYPES.get(dtype, plain.dtype)))
     separate_shared_weights(model.base_model.model)
@@ -232,11 +234,12 @@ def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bo
         merged = model.merge_and_unload(safe_merge=True)
     with atomic_folder(output) as folder:
         merged.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
         computed = next(merged.parameters()).dtype
         del model, merged
         written = Location(None, None, str(folder), trust_remote_code=location.trust_remote_code)
-        after = logits(*open_model(written), prompts)
+        after = logits(*open_model(written, needs_tokenizer=False), prompts)
         return _finish(folder, location, compare(before, after, computed))
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError
 from pera_lab import embedded, models
+from pera_lab.adapters import token_rows
 from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
 from pera_lab.files import user_path, write_json
@@ -121,9 +122,14 @@ def verify(
         raise UserError(f"--base={base!r} is for a GGUF adapter, but neither {a!r} nor {b!r} is one; leave it out.")
     asked = prompts_in(prompts) if prompts else prompts_of(first.location, second.location)
     model, tokenizer = first.open(dtype)
+    if prompts and tokenizer is None:
+        raise UserError(f"--prompts={str(prompts)!r} needs a tokenizer, but the model of {a!r} has none; leave it out.")
     reference = logits(model, tokenizer, asked)
     if not in_llama_cpp:
-        return compare(reference, logits(*second.open(dtype), asked), models.DTYPES[dtype])
+        other, its_tokenizer = second.open(dtype)
+        if (tokenizer is None) != (its_tokenizer is None):
+            raise UserError(f"only one of {a!r} and {b!r} has a tokenizer to read the prompts with; add it.")
+        return compare(reference, logits(other, its_tokenizer, asked), models.DTYPES[dtype])
     return _compare_with_llama_cpp(reference, [_ids(model, tokenizer, prompt) for prompt in asked], second, b)
 
 
@@ -133,8 +139,8 @@ class _Side(NamedTuple):
     location: Location
     gguf: Path | None
 
-    def open(self, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
-        model, tokenizer = open_model(self.location, dtype)
+    def open(self, dtype: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
+        model, tokenizer = open_model(self.location, dtype, needs_tokenizer=False)
         return (model if self.gguf is None else read_adapter(self.gguf, model)), tokenizer
 
 
@@ -205,12 +211,12 @@ def prompts_of(*locations: Location, count: int = 6) -> list[str]:
 
 
 @torch.no_grad()
-def logits(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[Tensor]:
+def logits(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[str]) -> list[Tensor]:
     """Logits of every token of every prompt.
 
     Args:
         model: a causal language model or a classifier, in evaluation mode.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer. Without one, the bytes of a prompt are the numbers of its tokens.
         prompts: the prompts. A prompt that is too long for the model is cut at its beginning.
 
     Returns:
@@ -224,8 +230,12 @@ def logits(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -
     return results
 
 
-def _ids(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    return encode_prompt(tokenizer, prompt)[-models.longest_input(model, tokenizer) :]
+def _ids(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
+    if tokenizer is None:
+        ids = [byte % token_rows(model) for byte in prompt.encode()]
+    else:
+        ids = encode_prompt(tokenizer, prompt)
+    return ids[-models.longest_input(model, tokenizer) :]
 
 
 def compare(
