@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from pera_lab.embedded import hub_name
 from pera_lab.files import checked, write_atomic
 from pera_lab.opening import Location
+from pera_lab.text import markdown, visible
 
 Form = Literal["adapter", "merged", "lora", "gguf"]
 
@@ -64,7 +65,7 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
         ),
     ]
     if verification:
-        sections += ["## Verification", f"Compared with the adapter it was made from: {verification}."]
+        sections += ["## Verification", f"Compared with the adapter it was made from: {markdown(verification)}."]
     if location.run is not None:
         run = location.run
         scores = checked(run.scores(), dict[str, _Figure], repr(str(run.scores_file)))
@@ -91,14 +92,15 @@ def _scores(task: str, scores: dict[str, _Figure]) -> str:
     blocks = []
     for scorer in dict.fromkeys(s.scorer for s in scores.values()):
         rows = [
-            f"| {which.removesuffix(f'-{scorer}')} | {s.n} | {100 * s.value:.1f} % | "
+            f"| {markdown(which.removesuffix(f'-{scorer}'))} | {s.n} | {100 * s.value:.1f} % | "
             f"{100 * s.low:.1f} to {100 * s.high:.1f} % |"
             for which, s in scores.items()
             if s.scorer == scorer
         ]
         metric = next(s.metric for s in scores.values() if s.scorer == scorer)
-        head = f"Held-out rows of {_code(task)}, {_SCORERS.get(scorer, scorer)}."
-        blocks.append("\n".join([head, "", f"| | n | {metric} | 95 % interval |", "| --- | --- | --- | --- |", *rows]))
+        head = f"Held-out rows of {_code(task)}, {_SCORERS.get(scorer) or markdown(scorer)}."
+        columns = f"| | n | {markdown(metric)} | 95 % interval |"
+        blocks.append("\n".join([head, "", columns, "| --- | --- | --- | --- |", *rows]))
     return "\n\n".join(blocks)
 
 
@@ -112,11 +114,14 @@ _SCORERS = {
 
 def _code(text: str) -> str:
     """``text`` as inline code, with backticks in it kept as text."""
-    return f"{_ticks(text, 1)}{' '.join(text.split())}{_ticks(text, 1)}"
+    text = " ".join(visible(text).split()) or "–"
+    space = " " * ("`" in (text[0], text[-1]))  # Markdown drops it
+    return f"{_ticks(text, 1)}{space}{text}{space}{_ticks(text, 1)}"
 
 
 def _fence(text: str, language: str) -> str:
     """``text`` as a code block, with fences in it kept as text."""
+    text = visible(text)
     return f"{_ticks(text, 3)}{language}\n{text.rstrip()}\n{_ticks(text, 3)}"
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from pera.errors import UserError
-from pera_lab.models import longest_input
+from pera_lab.models import check_tokens, longest_input
 from pera_lab.opening import Location, open_model
 from pera_lab.tasks.encoding import encode_chat
 from pera_lab.text import visible
@@ -66,6 +66,7 @@ class Conversation:
             raise UserError(
                 f"the message has {len(encoded)} tokens, but the model reads at most {self._longest}; shorten it."
             )
+        check_tokens(self._model, self._tokenizer, [encoded])
         ids = torch.tensor([encoded], device=next(self._model.parameters()).device)
         with self._model.disable_adapter() if self._base else nullcontext():
             output = self._model.generate(

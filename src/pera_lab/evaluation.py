@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError, one_line
 from pera_lab.card import write_card
-from pera_lab.files import Journal, checked, json_line, write_atomic, write_json
+from pera_lab.files import Journal, checked, json_line, parse_json, write_atomic, write_json
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 from pera_lab.scorers import Prediction, Score, answer_batches, make_scorer
@@ -23,7 +22,7 @@ from pera_lab.tasks import EvaluationSection, Splits, Task
 def read_predictions(file: Path) -> list[Prediction]:
     """The answers in a file written by :func:`evaluate_run`; UserError if it cannot be read or holds something else."""
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        lines = [parse_json(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(f"{str(file)!r} cannot be read: {one_line(error)}.") from error
     return checked(lines, list[Prediction], repr(str(file)))

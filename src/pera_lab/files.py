@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -119,13 +120,28 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    except RecursionError as error:
-        raise UserError(f"{str(path)!r} is nested too deeply; restore or remove it.") from error
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not valid JSON ({error}); it may be truncated.") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Integers beyond 64 bits become floats, so that no arithmetic overflows on them.
+
+    Raises:
+        ValueError: the text is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def number_or_nan(value: Any) -> float:
+    """The value if it is a number, else NaN."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -188,8 +204,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
+            content = parse_json(line)
+        except ValueError:
             break
         if isinstance(content, dict):
             lines.append(content)

@@ -1,9 +1,15 @@
-"""95 % intervals of scores."""
+"""Means and 95 % intervals of scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean. Unlike ``statistics.fmean``, it takes infinite values."""
+    listed = list(values)
+    return sum(listed) / len(listed)
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
@@ -45,5 +51,5 @@ def mean_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
         math.hypot(*(accuracy - ends[i] for accuracy, ends in zip(accuracies, intervals, strict=True))) / len(counts)
         for i in (0, 1)
     )
-    mean = sum(accuracies) / len(accuracies)
-    return mean - below, mean + above
+    center = mean(accuracies)
+    return center - below, center + above

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
@@ -292,10 +291,87 @@ def _is_hub_id(name: str) -> bool:
 
 
 def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """The longest input of a model, in tokens."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    longest = VERY_LARGE_INTEGER if tokenizer is None else tokenizer.model_max_length
-    return min(positions or longest, longest)
+    """The longest input of a model, in tokens.
+
+    This is the smallest of three limits: the configuration's (with RoPE scaling), the tokenizer's, and the rows of a
+    table of learned positions. RoBERTa and its relatives count positions from ``padding_idx + 1``, so 514 rows are 512
+    tokens. A model without any limit is given :data:`NO_LIMIT`.
+    """
+    limits = [NO_LIMIT, None if tokenizer is None else tokenizer.model_max_length]
+    config = getattr(model, "config", None)
+    if config is not None:
+        text = config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None)
+        limits += [_extended(text, positions) if _is_length(positions) else None]
+        if text is config:  # the tables of a model for images as well count patches
+            limits += [_table_rows(module) for name, module in model.named_modules() if _is_table(name)]
+    return min(int(limit) for limit in limits if _is_length(limit))
+
+
+NO_LIMIT = 2**17
+"""Longest input in tokens of a model that declares no limit, such as one with relative positions."""
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+
+
+def _extended(config: Any, positions: float) -> float:
+    """The configuration's limit, extended by RoPE scaling if it states the length that is scaled."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    return max(positions, original * factor) if _is_length(original) and _is_length(factor) else positions
+
+
+def _is_table(name: str) -> bool:
+    """Whether a module is a table of positions, or inside it when an adapter wraps it."""
+    return bool({"position_embeddings", "embed_positions", "positions_embed", "wpe"} & set(name.split(".")[-3:]))
+
+
+def _table_rows(module: Any) -> int | None:
+    weight, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    return len(weight) - getattr(module, "offset", 0) - (0 if padding is None else padding + 1)
+
+
+def token_rows(model: Any) -> int | None:
+    """Number of tokens that a model embeds; None if it has no table of tokens."""
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    weight = getattr(getattr(table, "base_layer", table), "weight", None)
+    return None if weight is None else len(weight)
+
+
+def keep_padding_in_range(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad with another token if the model does not embed the tokenizer's. Padding is masked, so any token will do."""
+    rows = token_rows(model)
+    if rows is not None and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        known = [i for i in (tokenizer.eos_token_id, tokenizer.unk_token_id) if i is not None and i < rows]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known[0] if known else 0)
+
+
+def check_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]]) -> None:
+    """Check that a model embeds all tokens of some texts.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        rows: the token ids of each text.
+
+    Raises:
+        UserError: a token has an id above the model's embeddings.
+    """
+    size = token_rows(model)
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if size is not None and largest >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"model: the tokenizer gives {token!r} the id {largest}, but the model embeds {size} tokens; resize the "
+            "embeddings of the base model, or use its own tokenizer."
+        )
 
 
 def fingerprint(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pera.errors import UserError
 from pera_lab import models
-from pera_lab.adapters import Adapter, token_rows
+from pera_lab.adapters import Adapter
 from pera_lab.files import user_path
 from pera_lab.runs import Run
 
@@ -160,11 +160,12 @@ def open_model(
     tokenizer = open_tokenizer(location)
     if tokenizer is None:
         return model, None
-    if location.tokenizer is not None and len(tokenizer) > (rows := token_rows(base)):
+    if location.tokenizer is not None and len(tokenizer) > (rows := models.token_rows(base) or 0):
         raise UserError(
             f"{str(location.tokenizer)!r} has a tokenizer of {len(tokenizer)} tokens, but the model embeds {rows}; "
             "save the adapter with save_embedding_layers=True, or with its base model's tokenizer."
         )
+    models.keep_padding_in_range(base, tokenizer)
     if labels is not None:
         tokenizer.padding_side = "right"  # encoders count positions from the left, padding included
         base.config.pad_token_id = tokenizer.pad_token_id

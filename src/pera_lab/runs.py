@@ -128,7 +128,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``, without a last line that was truncated by a kill."""
-        return [line for line in read_lines(self.metrics_file) if "step" in line]
+        return [line for line in read_lines(self.metrics_file) if isinstance(line.get("step"), int)]
 
     def validation(self) -> list[dict[str, Any]]:
         """The lines of ``validation.jsonl``: loss and metrics on the rows that the checkpoint is chosen by."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pera.errors import UserError
 from pera_lab.inference import Branches, common_length, generate, log_likelihoods
 from pera_lab.intervals import bootstrap_interval, mean_interval, wilson_interval
-from pera_lab.models import longest_input
+from pera_lab.models import check_tokens, longest_input
 from pera_lab.progress import ProgressBar
 from pera_lab.tasks import ClassificationTask, EvaluationSection, Example, GenerationTask, LabelledText, Splits, Task
 from pera_lab.tasks.encoding import Prompt, encode_answered, encode_question, encode_texts
@@ -194,6 +194,7 @@ class GenerationScorer(Scorer):
                 f"evaluation.max_new_tokens={self.spec.max_new_tokens} leaves no room for the question in the "
                 f"{self.limit} tokens of the model; give fewer."
             )
+        check_tokens(self.model, self.tokenizer, (prompt.ids for prompt in self.prompts))
         self.lengths = [len(prompt.ids) for prompt in self.prompts]
 
     def answer(self, rows: list[int]) -> list[Output]:
@@ -219,6 +220,7 @@ class LikelihoodScorer(Scorer):
             raise UserError(f"evaluation.scorer='likelihood' needs options to rank, and {self.task.name!r} has none.")
         self.prompts = [encode_question(self.tokenizer, e, self.task.frame, self.limit - 16) for e in self.examples]
         self.branches = [self._branches(e, p) for e, p in zip(self.examples, self.prompts, strict=True)]
+        check_tokens(self.model, self.tokenizer, (ids for b in self.branches for ids in (b.shared, *b.suffixes)))
         self.lengths = [len(b.shared) for b in self.branches]
 
     def _branches(self, example: Example, prompt: Prompt) -> Branches:
@@ -255,6 +257,7 @@ class ClassificationScorer(Scorer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.encoded = [encode_texts(self.tokenizer, row.texts, self.limit) for row in self.examples]
+        check_tokens(self.model, self.tokenizer, (encoded["input_ids"] for encoded, _ in self.encoded))
         self.lengths = [len(encoded["input_ids"]) for encoded, _ in self.encoded]
 
     @torch.no_grad()

@@ -15,6 +15,21 @@ def visible(text: str, *, inline: bool = False) -> str:
     return re.sub(rf"[^{kept} -~\u200c\u200d]", lambda match: _code(match[0]), text)
 
 
+def markdown(text: str) -> str:
+    r"""The text for a line or a table cell of Markdown: shown as it is, without markup, HTML, links or maths.
+
+    Examples:
+        >>> markdown("[a](b) | <i>")
+        '\\[a](b) \\| \\<i\\>'
+    """
+    text = _ACTIVE.sub(r"\\\g<0>", " ".join(visible(text).split()))
+    return re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", text)  # else a list
+
+
+_ACTIVE = re.compile(r"[\\`*_\[\]<>|~&$#]|:(?=//|\w+:)|(?<=www)\.|^[-+=](?=[-=\s]|$)", re.IGNORECASE)
+"""Characters that begin markup, and those that turn an address or the start of a line into markup."""
+
+
 def _code(character: str) -> str:
     acts = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
     code = ord(character)

@@ -85,6 +85,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
     encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)
+    models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
     _check_validation(spec, splits, validation)
     run.write_environment(model, command_line())
     notes = splits.notes

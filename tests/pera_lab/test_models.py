@@ -3,17 +3,41 @@
 import json
 import re
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import BartConfig, BartModel, BertConfig, BertForMaskedLM, ViTConfig, ViTModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    ViTConfig,
+    ViTModel,
+)
 
+from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab import models
 from pera_lab.environment import fast_dtype
-from pera_lab.models import fingerprint, load_model, load_tokenizer, reading, resolve
+from pera_lab.models import (
+    NO_LIMIT,
+    check_tokens,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    longest_input,
+    reading,
+    resolve,
+)
+from pera_lab.opening import locate, open_model
 
 
 @pytest.fixture
@@ -313,3 +337,86 @@ def test_fingerprints_distinguish_base_models(tiny_llama, save_llama, tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     assert mark != fingerprint(model)
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+SEQ2SEQ = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+SHAPES = {
+    "bert": {**SIZES, "pad_token_id": 2},
+    "roberta": {**SIZES, "pad_token_id": 1},
+    "camembert": {**SIZES, "pad_token_id": 1},
+    "xlm-roberta": {**SIZES, "pad_token_id": 3},
+    "mpnet": {**SIZES, "pad_token_id": 1},
+    "esm": {**SIZES, "pad_token_id": 1, "mask_token_id": 2, "position_embedding_type": "absolute"},
+    "longformer": {**SIZES, "pad_token_id": 1, "attention_window": [4]},
+    "ibert": {**SIZES, "pad_token_id": 1},
+    "nystromformer": SIZES,
+    "bart": {**SEQ2SEQ, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 2, "eos_token_id": 2},
+}
+
+
+def tiny(name, **options):
+    """A model of a type that counts its positions from a table of 40."""
+    config = CONFIG_MAPPING[name](
+        **{"vocab_size": 64, "max_position_embeddings": 40, **SHAPES.get(name, {}), **options}
+    )
+    auto = AutoModelForCausalLM if name in ("opt", "gpt2", "llama") else AutoModelForSequenceClassification
+    return auto.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_longest_input_is_what_the_model_takes(name, tokenizer):
+    model = tiny(name)
+    longest = longest_input(model, tokenizer)
+    assert 32 < longest <= 40
+
+    def run(length):
+        ids = torch.full((1, length), 5)
+        ids[0, -1] = model.config.eos_token_id or 5
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    run(longest)
+    with pytest.raises((IndexError, RuntimeError)):
+        run(longest + 1)
+
+
+def test_an_adapter_on_the_positions_keeps_the_longest_input(tokenizer):
+    model = tiny("roberta")
+    adapted = get_peft_model(model, PeraConfig(r=2, target_modules=["position_embeddings"]))
+    assert longest_input(adapted, tokenizer) == 38
+
+
+@pytest.mark.parametrize("unset", [int(1e30), 0, -1])
+def test_a_tokenizer_without_a_length_leaves_it_to_the_model(unset, tokenizer):
+    silent = deepcopy(tokenizer)
+    silent.model_max_length = unset
+    assert longest_input(tiny("bert"), silent) == 40
+    no_limit = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+    assert longest_input(no_limit, silent) == NO_LIMIT
+    silent.model_max_length = 30
+    assert longest_input(tiny("bert"), silent) == 30
+    assert longest_input(no_limit, silent) == 30
+
+
+def test_scaled_positions_extend_the_longest_input(tokenizer):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
+    shape = {**SIZES, "num_key_value_heads": 2}
+    assert longest_input(tiny("llama", **shape, rope_scaling=scaling), tokenizer) == 160
+    stated = {**scaling, "original_max_position_embeddings": 10}
+    assert longest_input(tiny("llama", **shape, rope_scaling=stated), tokenizer) == 40
+
+
+def test_padding_outside_the_embeddings_is_replaced(tokenizer, tiny_llama, tmp_path):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "padded"))
+    larger = deepcopy(tokenizer)
+    larger.add_special_tokens({"pad_token": "[PAD]"})
+    larger.save_pretrained(folder)
+    model, found = open_model(locate(str(folder)))
+    assert found.pad_token_id == found.eos_token_id
+    check_tokens(model, found, [found("a text").input_ids, []])
+    with pytest.raises(
+        UserError, match=rf"^model: the tokenizer gives '\[PAD\]' the id {len(tokenizer)}, but the model"
+    ):
+        check_tokens(model, found, [[3], found("a [PAD]").input_ids])

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError
 from pera_lab import embedded, models
-from pera_lab.adapters import token_rows
 from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
 from pera_lab.files import user_path, write_json
@@ -232,10 +231,11 @@ def logits(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[
 
 def _ids(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
     if tokenizer is None:
-        ids = [byte % token_rows(model) for byte in prompt.encode()]
-    else:
-        ids = encode_prompt(tokenizer, prompt)
-    return ids[-models.longest_input(model, tokenizer) :]
+        ids = [byte % (models.token_rows(model) or 256) for byte in prompt.encode()]
+        return ids[-models.longest_input(model, tokenizer) :]
+    ids = encode_prompt(tokenizer, prompt)[-models.longest_input(model, tokenizer) :]
+    models.check_tokens(model, tokenizer, [ids])
+    return ids
 
 
 def compare(

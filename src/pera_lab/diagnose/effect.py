@@ -16,6 +16,7 @@ from pera.polynomial import coefficient_pairs, lora_factors
 from pera.tuner import PeraLayer, adapted_layers
 from pera_lab.diagnose.factors import kind
 from pera_lab.files import write_json
+from pera_lab.models import check_tokens, longest_input
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 from pera_lab.tasks.encoding import IGNORED
@@ -126,7 +127,9 @@ def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list
     model, tokenizer = open_model(locate_run(run), "float32")
     splits = recipe.build_splits()
     run.check_data(splits.manifest)
-    encoded = recipe.task.encode(tokenizer, splits.test[:examples], recipe.training.max_length).rows
+    limit = min(recipe.training.max_length, longest_input(model, tokenizer))
+    encoded = recipe.task.encode(tokenizer, splits.test[:examples], limit).rows
+    check_tokens(model, tokenizer, (row["input_ids"] for row in encoded))
     encoded.sort(key=lambda row: len(row["input_ids"]))
     collate = recipe.task.collator(tokenizer, model.get_base_model())
     device = next(model.parameters()).device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pera.tuner import PeraConfig
 from pera_lab.convert.verify import Agreement
 from pera_lab.diagnose import Effects, Layer, diagnose_adapter, place_layers
 from pera_lab.evaluation import read_predictions
-from pera_lab.files import checked, read_as
+from pera_lab.files import checked, number_or_nan, read_as
 from pera_lab.runs import Run
 from pera_lab.scorers import Prediction, Score
 from pera_lab.training import TrainingSummary
@@ -101,10 +100,9 @@ class Contents:
             lines = self.run.metrics()
         except (OSError, ValueError) as error:
             return Missing(f"metrics.jsonl cannot be read: {one_line(error).rstrip('.')}.")
-        steps = [x for x in lines if isinstance(x, dict) and isinstance(x.get("step"), int)]
-        if not steps:
+        if not lines:
             return self._missing("metrics.jsonl has no logged steps.", "" if self.trained else "adapter")
-        return Metrics(steps)
+        return Metrics(lines)
 
     @cached_property
     def is_pera(self) -> bool:
@@ -240,8 +238,3 @@ class Contents:
         if makes and not self.trained:  # every other part needs a trained adapter
             makes = "adapter"
         return Missing(reason, COMMANDS.get(makes, "").format(run=shlex.quote(str(self.run.path))))
-
-
-def number_or_nan(value: Any) -> float:
-    """Return the value if it is a number, else NaN."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element, fromstring
 
 from pera_lab.text import visible
 
@@ -62,15 +62,24 @@ class Picture:
     """What the figure shows."""
     table: Table
 
-    def svg(self, prefix: str) -> str:
+    def svg(self, prefix: str) -> Element:
         """Return an SVG element whose ids begin with ``prefix``. Its caption has the id ``<prefix>-caption``."""
-        return _inline(self.figure, prefix, self.label)
+        drawn = fromstring(svg_text(self.figure, metadata={"Date": None, "Creator": None}))
+        svg = _inline(drawn, prefix)
+        svg.attrib = {"viewBox": svg.attrib["viewBox"], "role": "img", "aria-label": self.label,
+                      "aria-describedby": f"{prefix}-caption"}  # fmt: skip
+        return svg
 
 
 def short(name: str, length: int = 20) -> str:
     """Shorten a name so that it fits next to an axis."""
-    name = visible(name)
+    name = visible(name, inline=True)
     return name if len(name) <= length else f"…{name[1 - length :]}"
+
+
+def drawable(value: float) -> float:
+    """The value, or NaN if it is not finite or too large for the arithmetic of matplotlib."""
+    return value if abs(value) < 1e30 else math.nan
 
 
 @contextmanager
@@ -80,6 +89,7 @@ def style() -> Iterator[None]:
 
     with warnings.catch_warnings(), context(["default", STYLE]):
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the page has other fonts
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")  # the labels are long
         yield
 
 
@@ -101,14 +111,14 @@ def shades(name: str) -> Colormap:
 
 
 def draw_line(axes: Axes, x: Iterable[int], y: list[float], index: int, label: str = "", mark: bool = True) -> None:
-    """Draw a line in the colour, dashes and marker of its index. Values that are not finite leave a gap."""
+    """Draw a line in the colour, dashes and marker of its index. Values that cannot be drawn leave a gap."""
     from matplotlib.ticker import MaxNLocator
 
-    values = [value if math.isfinite(value) else math.nan for value in y]
+    values = [drawable(value) for value in y]
     axes.plot(
         list(x),
         values,
-        label=label or None,
+        label=short(label) or None,
         color=COLORS[index % len(COLORS)],
         linestyle=DASHES[index % len(DASHES)],
         marker=MARKERS[index % len(MARKERS)] if mark and len(values) <= 60 else None,
@@ -123,7 +133,7 @@ def set_scale(axes: Axes, values: list[float], axis: str = "y") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     line = axes.yaxis if axis == "y" else axes.xaxis
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in map(drawable, values) if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) > 5 * min(finite):
         decades = math.log10(max(finite) / min(finite))
         axes.set(**{f"{axis}scale": "log"})
@@ -142,22 +152,38 @@ def legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=3, fontsize=8, handlelength=2.4, columnspacing=1.0)
 
 
-def _inline(figure: Figure, prefix: str, label: str) -> str:
+def svg_text(figure: Figure, **options: Any) -> str:
+    """Return the figure as an SVG document. Control characters, which XML forbids, become their codes."""
     buffer = StringIO()
     with style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    opening = re.search(r"<svg[^>]*>", text)
-    assert opening
-    box = re.search(r'viewBox="[^"]*"', opening[0])
-    assert box
-    body = text[opening.end() :]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
-    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", body)
-    body = body.replace('xlink:href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
-    for i, color in enumerate(COLORS, 1):
-        body = body.replace(color, f"var(--c{i})")
-    body = re.sub(r"\s*\n\s*", "\n", body.replace("#000000", "currentColor"))
-    described = f'role="img" aria-label="{label}" aria-describedby="{prefix}-caption"'
-    return f"<svg {box[0]} {described}>{body}"
+        figure.savefig(buffer, format="svg", **options)
+    return visible(buffer.getvalue())
+
+
+def _inline(drawn: Element, prefix: str) -> Element:
+    """Return a copy of an SVG element for a page: without namespaces, with the page's colours and with unique ids."""
+    tag = _local(drawn.tag)
+    attributes = {_local(key): value for key, value in drawn.items()}
+    if tag not in ("path", "clipPath"):  # nothing refers to other elements
+        attributes.pop("id", None)
+    copy = Element(tag, {key: _value(key, value, prefix) for key, value in attributes.items()})
+    copy.text = drawn.text if tag == "text" else None
+    copy.extend(_inline(child, prefix) for child in drawn if _local(child.tag) not in ("metadata", "style"))
+    return copy
+
+
+def _value(key: str, value: str, prefix: str) -> str:
+    if key == "id":
+        return f"{prefix}-{value}"
+    if key in ("href", "clip-path"):
+        return value.replace("#", f"#{prefix}-")
+    if key == "style":
+        for i, color in enumerate(COLORS, 1):
+            value = value.replace(color, f"var(--c{i})")
+        return value.replace("#000000", "currentColor")
+    return value
+
+
+def _local(name: str) -> str:
+    """The name of an element or attribute without its namespace."""
+    return name.rpartition("}")[2]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from statistics import fmean, median
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, TypeVar
 
 from pera_lab.diagnose import Effects, Layer, by_kind
-from pera_lab.report.contents import Metrics, number_or_nan
+from pera_lab.files import number_or_nan
+from pera_lab.intervals import mean
+from pera_lab.report.contents import Metrics
 from pera_lab.report.drawing import (
     COLORS,
     Picture,
     Table,
     draw_line,
+    drawable,
     legend,
     new_figure,
     set_scale,
@@ -24,13 +27,13 @@ from pera_lab.report.drawing import (
 )
 from pera_lab.report.formatting import ABSENT, count, number, percent, signed
 from pera_lab.scorers import Score
-from pera_lab.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROWS = 40
-"""Most rows of a table of numbers."""
+"""Most rows of a table of numbers, and most bars or lines of a figure."""
+T = TypeVar("T")
 
 
 def accuracy(scores: Mapping[str, Score]) -> Picture:
@@ -40,10 +43,11 @@ def accuracy(scores: Mapping[str, Score]) -> Picture:
     with style():
         figure, axes = new_figure(0.75 + 0.3 * len(scores))
         for i, (which, score) in enumerate(scores.items()):
-            axes.barh(i, 100 * score.value, height=0.6, color=COLORS[7 if which == "base" else 0])
-            axes.plot([100 * score.low, 100 * score.high], [i, i], color="black", marker="|", markersize=8)
-        lowest = min(0, *(100 * score.low for score in scores.values()))
-        axes.set(xlim=(lowest, 100), xlabel=f"{metric} in %, with 95 % interval")
+            value, *ends = (100 * drawable(x) for x in (score.value, score.low, score.high))
+            axes.barh(i, value, height=0.6, color=COLORS[7 if which == "base" else 0])
+            axes.plot(ends, [i, i], color="black", marker="|", markersize=8)
+        lowest = min(0, *(100 * low for score in scores.values() if math.isfinite(low := drawable(score.low))))
+        axes.set(xlim=(lowest, 100), xlabel=f"{short(metric, 40)} in %, with 95 % interval")
         axes.set_yticks(range(len(scores)), [names[which] for which in scores])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -66,10 +70,11 @@ def training(metrics: Metrics) -> Picture:
     label = "Lines: loss and learning rate over the training steps"
     head = ["step", "epoch", "loss", "learning rate", "gradient norm", "tokens/s"]
     keys = ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second")
-    values = [[line.get(key) for key in keys] for line in metrics.lines]
-    cells = [[ABSENT if x is None else number(number_or_nan(x)) for x in line] for line in values]
-    rows = [[str(step), *line] for step, line in zip(metrics.steps, cells, strict=True)]
-    return Picture(training_figure(metrics), label, _course(metrics).capitalize(), Table(head, _thinned(rows)))
+    rows = []
+    for line in _thinned(metrics.lines):
+        cells = (ABSENT if (x := line.get(key)) is None else number(number_or_nan(x)) for key in keys)
+        rows.append([str(line["step"]), *cells])
+    return Picture(training_figure(metrics), label, _course(metrics).capitalize(), Table(head, rows))
 
 
 def training_figure(metrics: Metrics, title: str = "") -> Figure:
@@ -78,7 +83,7 @@ def training_figure(metrics: Metrics, title: str = "") -> Figure:
         figure, (loss, rate) = new_figure(3.2, rows=2, sharex=True, height_ratios=[3, 1])
         draw_line(loss, metrics.steps, metrics.series("loss"), 0)
         draw_line(rate, metrics.steps, metrics.series("learning_rate"), 0, mark=False)
-        loss.set(ylabel="loss per label", title=visible(title))
+        loss.set(ylabel="loss per label", title=short(title, 60))
         rate.set(xlabel="step", ylabel="learning rate")
         set_scale(loss, metrics.series("loss"))
     return figure
@@ -94,10 +99,10 @@ def losses(runs: Mapping[str, Metrics]) -> Picture:
         set_scale(axes, [x for metrics in runs.values() for x in metrics.series("loss")])
         legend(figure)
     found = {name: dict(zip(m.steps, m.series("loss"), strict=True)) for name, m in runs.items()}
-    steps = sorted({step for m in runs.values() for step in m.steps})
+    steps = _thinned(sorted({step for m in runs.values() for step in m.steps}))
     rows = [[str(step), *(number(loss.get(step)) for loss in found.values())] for step in steps]
     finding = " ".join(f"{name}: {_course(metrics)}" for name, metrics in runs.items())
-    return Picture(figure, "Lines: loss of the runs over the steps", finding, Table(["step", *runs], _thinned(rows)))
+    return Picture(figure, "Lines: loss of the runs over the steps", finding, Table(["step", *runs], rows))
 
 
 def ratio_map(layers: list[Layer]) -> Picture | None:
@@ -160,7 +165,7 @@ def spectra(layers: list[Layer]) -> Picture | None:
         figure, axes = new_figure(3.2)
         for i, (kind, curve) in enumerate(curves.items()):
             seen = [value if value > floor else math.nan for value in curve]
-            draw_line(axes, range(1, len(curve) + 1), seen, i, short(kind), mark=False)
+            draw_line(axes, range(1, len(curve) + 1), seen, i, kind, mark=False)
         if len(ranks) == 1:
             axes.axvline(ranks[0], color="black", linewidth=0.8, alpha=0.6)
             at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
@@ -188,17 +193,19 @@ def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
     kinds = sorted({kind for _, ratios in recorded for kind in ratios})
     steps = [step for step, _ in recorded]
     series = {kind: [ratios.get(kind, math.nan) for _, ratios in recorded] for kind in kinds}
+    first = list(series.items())[:ROWS]
     with style():
         figure, axes = new_figure(3)
-        for i, (kind, values) in enumerate(series.items()):
-            draw_line(axes, steps, values, i, short(kind))
+        for i, (kind, values) in enumerate(first):
+            draw_line(axes, steps, values, i, kind)
         axes.set(xlabel="step", ylabel="high-order ratio")
         set_scale(axes, [value for values in series.values() for value in values])
         legend(figure)
-    changes = (f"{kind} {number(values[0], 3)} → {number(values[-1], 3)}" for kind, values in series.items())
+    changes = (f"{kind} {number(values[0], 3)} → {number(values[-1], 3)}" for kind, values in first)
     finding = f"High-order ratio from step {steps[0]} to step {steps[-1]}: {', '.join(changes)}."
-    rows = [[str(s), *(number(values[i], 3) for values in series.values())] for i, s in enumerate(steps)]
-    return Picture(figure, "Lines: high-order ratio during training", finding, Table(["step", *kinds], _thinned(rows)))
+    shown = _thinned(list(range(len(steps))))
+    rows = [[str(steps[i]), *(number(values[i], 3) for values in series.values())] for i in shown]
+    return Picture(figure, "Lines: high-order ratio during training", finding, Table(["step", *kinds], rows))
 
 
 def effect(effects: Effects) -> Picture:
@@ -208,14 +215,15 @@ def effect(effects: Effects) -> Picture:
     if effects.at_rank_r is not None:
         parts["ranks beyond r"] = effects.at_rank_r
     groups = {f"both in {group}": change for group, change in effects.without_high_order.items()}
-    bars = {**parts, **groups}
+    changes = {**parts, **groups}
+    bars = {name: drawable(change) for name, change in list(changes.items())[:ROWS]}
     with style():
         figure, axes = new_figure(0.8 + 0.25 * len(bars))
-        for i, change in enumerate(bars.values()):
-            value = change if math.isfinite(change) else 0.0
+        for i, (name, change) in enumerate(bars.items()):
+            value = 0.0 if math.isnan(change) else change
             axes.barh(i, value, height=0.65, color=COLORS[0 if value >= 0 else 1])
             beside = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 8}
-            axes.annotate(signed(change), (max(value, 0.0), i), (3, 0), **beside)
+            axes.annotate(signed(changes[name]), (max(value, 0.0), i), (3, 0), **beside)
         axes.set_yticks(range(len(bars)), [short(name, 24) for name in bars])
         axes.axvline(0, color="black", linewidth=0.8)
         if parts and groups:
@@ -232,10 +240,11 @@ def effect(effects: Effects) -> Picture:
     finding = (
         f"Over {effects.tokens:,} labels the loss is {number(effects.loss)}. Without the high-order terms it changes "
         f"by {signed(whole)}{share}."
+        + (f" The figure shows the first {ROWS} of {len(changes)} changes." if len(changes) > ROWS else "")
     )
     rows = [
         [name, signed(change), percent(change / effects.loss if effects.loss else None)]
-        for name, change in bars.items()
+        for name, change in changes.items()
     ]
     table = Table(["removed", "change of the loss", "relative"], rows)
     return Picture(figure, "Bars: change of the loss without the high-order terms", finding, table)
@@ -257,10 +266,10 @@ def _course(metrics: Metrics) -> str:
 
 def _mean(values: Iterable[float | None]) -> float:
     found = [value for value in values if value is not None]
-    return fmean(found) if found else math.nan
+    return mean(found) if found else math.nan
 
 
-def _thinned(rows: list[list[str]]) -> list[list[str]]:
+def _thinned(rows: list[T]) -> list[T]:
     """Select at most :data:`ROWS` rows at equal distances, including the last."""
     every = math.ceil(len(rows) / ROWS)
     return rows[(len(rows) - 1) % every :: every] if rows else rows

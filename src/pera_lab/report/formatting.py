@@ -20,7 +20,7 @@ def number(value: float | None, digits: int = 4) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else f"{_minus(value)}infinite"
     magnitude = abs(value)
-    return _minus(value) + (f"{magnitude:,.0f}" if magnitude >= 10000 else f"{magnitude:.{digits}g}")
+    return _minus(value) + (f"{magnitude:,.0f}" if 1e4 <= magnitude < 1e15 else f"{magnitude:.{digits}g}")
 
 
 def p_value(p: float) -> str:
@@ -35,12 +35,16 @@ def signed(value: float) -> str:
 
 def points(value: float) -> str:
     """Format a difference of two shares in percentage points: +0.42 or −1.30."""
-    return ABSENT if math.isnan(value) else f"{100 * value:+.2f}".replace("-", "−")
+    if math.isnan(value):
+        return ABSENT
+    return f"{100 * value:+.2f}".replace("-", "−") if abs(value) < 1e9 else number(100 * value)
 
 
 def percent(value: float | None, unit: str = "\N{NO-BREAK SPACE}%") -> str:
     """Format a share with one decimal: 79.5 %."""
-    return ABSENT if value is None or math.isnan(value) else f"{100 * value:.1f}{unit}".replace("-", "−")
+    if value is None or math.isnan(value):
+        return ABSENT
+    return (f"{100 * value:.1f}".replace("-", "−") if abs(value) < 1e9 else number(100 * value)) + unit
 
 
 def count(value: int | None) -> str:
@@ -50,7 +54,7 @@ def count(value: int | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """Format seconds: 12.3 s, 4 min 5 s or 2 h 10 min."""
-    if seconds is None or not math.isfinite(seconds):
+    if seconds is None or not abs(seconds) < 1e9:
         return ABSENT
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -65,20 +69,29 @@ def size(value: int | None) -> str:
     return f"{value / 2**30:.1f} GB" if value >= 2**30 else f"{value / 2**20:.1f} MB"
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+LEVELS = 20
+"""Deepest nesting of settings that is written out."""
+
+
+def flatten(value: Any, prefix: str = "", levels: int = LEVELS) -> dict[str, str]:
     """Return nested settings as ``{"section.key": text}``."""
-    if isinstance(value, dict) and value:
-        return {k: v for key, below in value.items() for k, v in flatten(below, f"{prefix}.{key}".lstrip(".")).items()}
-    return {prefix: setting(value)}
+    if isinstance(value, dict) and value and levels:
+        below = ((f"{prefix}.{key}".lstrip("."), content) for key, content in value.items())
+        return {k: v for path, content in below for k, v in flatten(content, path, levels - 1).items()}
+    return {prefix: setting(value, levels)}
 
 
-def setting(value: Any) -> str:
+def setting(value: Any, levels: int = LEVELS) -> str:
     """Format one value of a recipe or an environment."""
     if value is None or value in ({}, []):
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    return ", ".join(map(setting, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list | dict) and not levels:
+        return "…"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {setting(content, levels - 1)}' for key, content in value.items())}}}"
+    return ", ".join(setting(x, levels - 1) for x in value) if isinstance(value, list) else str(value)
 
 
 def _minus(value: float) -> str:

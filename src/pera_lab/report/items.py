@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
+from pera_lab.intervals import mean
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.results import Results, Setting
 from pera_lab.study.spec import Cell
@@ -43,7 +43,7 @@ def mean_over_tasks(results: Results, cells: list[Cell]) -> float:
     if any(map(results.num_diverged, cells)):
         return math.nan
     means = [results.mean(cell).mean for cell in cells if results.mean(cell).n]
-    return fmean(means) if means and len(means) == len(cells) else math.nan
+    return mean(means) if means and len(means) == len(cells) else math.nan
 
 
 def run_command(folder: StudyFolder) -> str:

@@ -11,7 +11,7 @@ from pera_lab.adapters import Adapter
 from pera_lab.diagnose import diagnose_adapter, place_layers
 from pera_lab.files import write_atomic
 from pera_lab.report.contents import Contents, Missing
-from pera_lab.report.drawing import style
+from pera_lab.report.drawing import style, svg_text
 from pera_lab.report.figures import ratio_map, training_figure
 from pera_lab.runs import Run
 
@@ -49,10 +49,14 @@ def save_figure(figure: Figure, file: Path) -> None:
     Raises:
         UserError: the format is unknown, or the file cannot be written.
     """
-    content, kind = io.BytesIO(), file.suffix.removeprefix(".")
+    kind = file.suffix.removeprefix(".")
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise UserError(f"{file.name!r} does not end in a known image format; use one of: {', '.join(sorted(known))}.")
+    if kind == "svg":
+        write_atomic(file, svg_text(figure, facecolor="white"))
+        return
+    content = io.BytesIO()
     with style():
         figure.savefig(content, format=kind, facecolor="white")
     write_atomic(file, content.getvalue())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import quote
 
 from pera import __version__
 from pera.errors import UserError
@@ -14,6 +15,7 @@ from pera_lab.report.pictures import save_figure
 from pera_lab.report.run import jinja, require_html
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.results import Results
+from pera_lab.text import markdown, visible
 
 
 def write_study_report(folder: StudyFolder, file: Path) -> list[Path]:
@@ -64,33 +66,27 @@ def study_sections(results: Results) -> list[Section]:
 
 def _markdown(title: str, sections: list[Section], pictures: Path) -> str:
     """Return the page as Markdown and save its pictures as files."""
-    lines = [f"# {title}", ""]
+    lines = [f"# {markdown(title)}", ""]
     for section in sections:
         lines += [f"## {section.title}", ""]
         for i, item in enumerate(section.items, 1):
             if item.kind in ("text", "note"):
-                lines += [_escaped(item.content), ""]
+                lines += [markdown(item.content), ""]
             elif item.kind == "heading":
-                lines += [f"### {_escaped(item.content)}", ""]
+                lines += [f"### {markdown(item.content)}", ""]
             elif item.kind == "table":
                 lines += [*_table(item.content), ""]
             elif item.kind == "picture":
                 file = pictures / f"{section.id}-{i}.svg"
                 save_figure(item.content.figure, file)
-                lines += [f"![{_escaped(item.content.label)}]({pictures.name}/{file.name})", ""]
-                lines += [_escaped(item.content.finding), ""]
+                lines += [f"![{markdown(item.content.label)}]({quote(pictures.name)}/{file.name})", ""]
+                lines += [markdown(item.content.finding), ""]
             else:
-                lines += [f"{item.label}:", "", *(f"    {line}" for line in item.content.splitlines()), ""]
+                lines += [f"{item.label}:", "", *(f"    {line}" for line in visible(item.content).splitlines()), ""]
     return "\n".join(lines)
 
 
 def _table(table: Table) -> list[str]:
-    head = "| " + " | ".join(map(_escaped, table.head)) + " |"
+    head = "| " + " | ".join(map(markdown, table.head)) + " |"
     rule = "| --- |" + " ---: |" * (len(table.head) - 1)
-    return [head, rule, *("| " + " | ".join(map(_escaped, row)) + " |" for row in table.rows)]
-
-
-def _escaped(text: str) -> str:
-    for character in "\\|*_<`[":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("\n", " ")
+    return [head, rule, *("| " + " | ".join(map(markdown, row)) + " |" for row in table.rows)]

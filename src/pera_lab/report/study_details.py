@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from itertools import chain
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from pera_lab import methods
 from pera_lab.diagnose import Part, place_layers
 from pera_lab.files import read_object
+from pera_lab.intervals import mean
 from pera_lab.report import figures, study_figures
 from pera_lab.report.contents import Contents, Metrics
 from pera_lab.report.drawing import Table
@@ -48,9 +49,9 @@ def terms(results: Results) -> list[Item]:
         cut = [e.at_rank_r for e in effects if e.at_rank_r is not None]
         labels = sorted({e.tokens for e in effects})
         ratio = number(median(d.high_order_ratio for d in layers.values()), 3) if layers else ABSENT
-        rows.append([cell.label, number(fmean(e.loss for e in effects)), signed(fmean(changes)),
-                     f"{signed(low)} to {signed(high)}", signed(fmean(squares)), signed(fmean(crosses)),
-                     signed(fmean(cut)) if len(cut) == len(effects) else ABSENT, ratio, str(len(changes)),
+        rows.append([cell.label, number(mean(e.loss for e in effects)), signed(mean(changes)),
+                     f"{signed(low)} to {signed(high)}", signed(mean(squares)), signed(mean(crosses)),
+                     signed(mean(cut)) if len(cut) == len(effects) else ABSENT, ratio, str(len(changes)),
                      " to ".join(map(count, dict.fromkeys([labels[0], labels[-1]])))])  # fmt: skip
     if not rows:
         return []
@@ -103,7 +104,7 @@ def sweeps(results: Results) -> list[Item]:
     """Mean scores along each axis of the grid that has several values, with the other axes fixed."""
     grid, items = results.study.grid, []
 
-    def mean(method: StudyMethod, setting: Setting) -> float:
+    def score(method: StudyMethod, setting: Setting) -> float:
         return mean_over_tasks(results, [c for c in results.cells_of(setting) if c.method == method])
 
     for i, name in enumerate(("rank r", "placement", "share of the training data")):
@@ -112,7 +113,7 @@ def sweeps(results: Results) -> list[Item]:
             fixed: Any = [*setting[:i], (None, None, 1.0)[i], *setting[i + 1 :]]
             along.setdefault(tuple(fixed), []).append(setting)
         for fixed, settings in along.items():
-            lines = {method.label: [mean(method, setting) for setting in settings] for method in grid.method}
+            lines = {method.label: [score(method, setting) for setting in settings] for method in grid.method}
             lines = {label: line for label, line in lines.items() if any(map(math.isfinite, line))}
             if len(settings) > 1 and lines:
                 values = [str(setting[i]) for setting in settings]
@@ -121,7 +122,7 @@ def sweeps(results: Results) -> list[Item]:
     kinds = {"lora": "none (LoRA)", "pera-crosses": "cross", "pera-squares": "square", "pera-published": "all (PERA)"}
     plain = [m for m in grid.method if m.name in kinds and m.label == m.name and not (m.more or m.seeds)]
     found = {
-        setting_label(s): {kinds[m.name]: x for m in plain if math.isfinite(x := mean(m, s))} for s in results.settings
+        setting_label(s): {kinds[m.name]: x for m in plain if math.isfinite(x := score(m, s))} for s in results.settings
     }
     most = max(found.values(), key=len, default={})
     if len(most) > 1:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
 from pera_lab.diagnose import Effects
+from pera_lab.intervals import mean
 from pera_lab.report.drawing import (
     COLORS,
     DASHES,
@@ -43,7 +43,7 @@ def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: s
             axes.plot([100 * gain.mean], [i], color=color, marker="o", markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(ordered)), [short(label, 36) for label, _ in ordered])
-        axes.set(xlabel=f"gain over {reference} in points, with 95 % interval", ylim=(len(ordered) - 0.5, -0.5))
+        axes.set(xlabel=f"gain over {short(reference)} in points, with 95 % interval", ylim=(len(ordered) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
     best = ordered[0]
@@ -82,7 +82,7 @@ def rate_curves(
             rate = chosen.get(label)
             if rate in line:
                 axes.plot([rate], [line[rate]], marker="o", markersize=9, fillstyle="none", color=look["color"])
-        axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=title)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=short(title, 60))
         rates = sorted({rate for curve in curves.values() for rate in curve})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
         axes.set_xticks([], minor=True)
@@ -111,7 +111,7 @@ def front(points: Mapping[str, tuple[float, float]], cost: str, title: str) -> P
             fill = "full" if label in best else "none"
             axes.plot([x], [100 * y], label=short(label), color=COLORS[i % len(COLORS)], marker=MARKERS[i % 8],
                       fillstyle=fill, linestyle="none")  # fmt: skip
-        axes.set(xlabel=cost, ylabel="mean score in %", title=title)
+        axes.set(xlabel=cost, ylabel="mean score in %", title=short(title, 60))
         axes.yaxis.set_major_formatter(tick)
         set_scale(axes, [x for x, _ in points.values()], axis="x")
         legend(figure)
@@ -126,7 +126,7 @@ def effect_by_group(effects: Sequence[Effects]) -> Picture | None:
     groups = list(effects[0].without_high_order) if effects else []
     if not groups:
         return None
-    means = {group: fmean(e.without_high_order.get(group, math.nan) for e in effects) for group in groups}
+    means = {group: mean(e.without_high_order.get(group, math.nan) for e in effects) for group in groups}
     with style():
         figure, axes = new_figure(0.8 + 0.25 * len(groups))
         for i, change in enumerate(means.values()):
@@ -169,12 +169,12 @@ def interaction_maps(strengths: Mapping[str, Sequence[Sequence[float]]]) -> Pict
         bar.outline.set_visible(False)
     pairs = {label: [x for i, row in enumerate(m) for x in row[i + 1 :]] for label, m in strengths.items()}
     squares = {label: [row[i] for i, row in enumerate(m)] for label, m in strengths.items()}
-    strongest = max(pairs, key=lambda label: fmean(pairs[label]))
+    strongest = max(pairs, key=lambda label: mean(pairs[label]))
     finding = (
-        f"Mean over pairs of features: {', '.join(f'{x} {number(fmean(p), 3)}' for x, p in pairs.items())}. "
+        f"Mean over pairs of features: {', '.join(f'{x} {number(mean(p), 3)}' for x, p in pairs.items())}. "
         f"Strongest: {strongest}."
     )
-    table = [[x, number(fmean(pairs[x]), 3), number(max(pairs[x]), 3), number(fmean(squares[x]), 3)] for x in strengths]
+    table = [[x, number(mean(pairs[x]), 3), number(max(pairs[x]), 3), number(mean(squares[x]), 3)] for x in strengths]
     return Picture(figure, "Maps: interaction strength of pairs of hidden features", finding,
                    Table(["method", "mean of pairs", "largest", "mean of the diagonal"], table))  # fmt: skip
 
@@ -192,8 +192,9 @@ def sweep(name: str, values: Sequence[str], lines: Mapping[str, Sequence[float]]
         figure, axes = new_figure(3)
         for i, (label, line) in enumerate(lines.items()):
             look = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
-            axes.plot(list(values), [100 * y for y in line], label=short(label), marker=MARKERS[i % 8], **look)
-        axes.set(ylabel="mean score in %", xlabel=name, title=title)
+            axes.plot(range(len(values)), [100 * y for y in line], label=short(label), marker=MARKERS[i % 8], **look)
+        axes.set_xticks(range(len(values)), [short(value) for value in values])
+        axes.set(ylabel="mean score in %", xlabel=name, title=short(title, 60))
         axes.yaxis.set_major_formatter(tick)
         legend(figure)
     rows = [[label, *(percent(y, unit="") for y in line)] for label, line in lines.items()]

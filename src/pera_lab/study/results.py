@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, combinations
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from pera.errors import UserError
 from pera.tuner import PeraConfig
 from pera_lab.diagnose import Effects, LayerDiagnosis, diagnose_adapter
 from pera_lab.evaluation import read_predictions
-from pera_lab.files import checked, read_as
+from pera_lab.files import checked, number_or_nan, read_as
+from pera_lab.intervals import mean
 from pera_lab.runs import Run
 from pera_lab.scorers import Prediction, Score
 from pera_lab.study.folder import StudyFolder
@@ -206,8 +207,8 @@ class Results:
         """Mean training loss over the seeds at each logged step."""
         curves = [scored.run.metrics() for scored in self.scored(cell)]
         steps = [line["step"] for line in curves[0]] if curves else []
-        shared = [{line["step"]: line.get("loss", math.nan) for line in curve} for curve in curves]
-        return steps, [fmean(curve.get(step, math.nan) for curve in shared) for step in steps]
+        shared = [{line["step"]: number_or_nan(line.get("loss")) for line in curve} for curve in curves]
+        return steps, [mean(curve.get(step, math.nan) for curve in shared) for step in steps]
 
     def reference(self, cell: Cell, setting: Setting) -> Cell | None:
         """The cell of the reference method that ``cell`` is compared with in a setting."""

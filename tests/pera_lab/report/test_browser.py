@@ -11,9 +11,11 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
+from test_hostile import MARKUP, told_run, told_study
 from test_run import FIGURES, HOSTILE, adapters, bare_run, full_run  # noqa: F401
 from test_study import STUDY, made_up
 
@@ -181,6 +183,28 @@ def test_listener_sees_requests(browser, proxy, tmp_path):
     browser.open(tmp_path / "leak.html")
     assert [b"GET http://page.invalid/x" in request for request in left(proxy)] == [True]
     proxy[1].clear()
+
+
+@pytest.mark.parametrize("kind", ["run", "runs", "study"])
+def test_markup_neither_runs_nor_asks_for_anything(browser, proxy, tmp_path, adapters, kind):  # noqa: F811
+    file = tmp_path / "page.html"
+    if kind == "study":
+        write_study_report(told_study(tmp_path / "study", adapters, MARKUP), file)
+    else:
+        run = told_run(tmp_path / "run", adapters, MARKUP)
+        write_report([run] if kind == "run" else [run, run], file)
+    browser.open(file)
+    title = browser.ask("document.title")
+    time.sleep(0.3)  # a refresh or a script would act by now
+    assert browser.ask("[document.title, location.href]") == [title, file.as_uri()]
+    assert title.endswith("· PERA report")
+    requests = {event["request"]["url"] for event in browser.happened("Network.requestWillBeSent")}
+    assert requests <= {file.as_uri(), "data:,"}
+    for event in ("Page.javascriptDialogOpening", "Page.frameRequestedNavigation", "Page.windowOpen", "Log.entryAdded"):
+        assert browser.happened(event) == []
+    assert len(browser.happened("Page.frameNavigated")) == 1
+    assert browser.ask("document.querySelectorAll('script, img, iframe, object, [onerror], [onload]').length") == 0
+    assert left(proxy) == []
 
 
 def test_every_figure_is_drawn(browser, pages):
