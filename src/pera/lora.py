@@ -23,6 +23,7 @@ from pera.errors import UserError, nearest
 from pera.polynomial import Normalization, Terms, lora_factors, num_coefficients
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, PeraModel, adapted_layers
 from pera.tuner.layers import layer_class
+from pera.tuner.names import is_wrapped
 from pera.tuner.tying import without
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -286,6 +287,10 @@ def _adapters(model: PeftModel, adapter_names: list[str] | None, tuner: type[Bas
     method = "LoRA" if tuner is LoraModel else "PERA"
     if not isinstance(getattr(model, "base_model", None), tuner):
         raise UserError(f"model is a {type(model).__name__}; give a PeftModel with {method} adapters.")
+    if is_wrapped(model.get_base_model()):
+        raise UserError(
+            "the base model is compiled or wrapped; load the adapter on the plain base and convert it there."
+        )
     if isinstance(adapter_names, str):
         raise UserError(f"adapter_names={adapter_names!r} should be a list of names.")
     if adapter_names == []:

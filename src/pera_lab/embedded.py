@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera.errors import UserError, missing_extra
 from pera_lab.environment import out_of_memory
-from pera_lab.files import atomic_folder, disk_errors, user_path
+from pera_lab.files import atomic_folder, disk_errors, lock_of, locked, user_path
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _converted(gguf: Path, key: str) -> Path:
         raise UserError(
             f"the cache {str(folder.parent)!r} cannot be written: {error.strerror}; set PERA_CACHE to another folder."
         ) from error
-    with disk_errors(folder), FileLock(folder.parent / f"{folder.name}.lock"):
+    with disk_errors(folder), locked(lock_of(folder), folder, wait=True):
         if not folder.is_dir():
             with atomic_folder(folder) as partial:
                 _convert(gguf, partial)

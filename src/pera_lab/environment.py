@@ -34,8 +34,9 @@ def fast_dtype() -> torch.dtype:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the accelerator or the machine has run out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Whether an error says that the accelerator or the machine has too little memory."""
+    said = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
 def environment() -> dict[str, Any]:

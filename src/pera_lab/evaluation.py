@@ -12,8 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError, one_line
 from pera_lab.card import write_card
-from pera_lab.files import Journal, checked, json_line, parse_json, write_atomic, write_json
+from pera_lab.files import (
+    Journal,
+    check_output,
+    checked,
+    json_line,
+    locked,
+    parse_json,
+    updated_object,
+    write_atomic,
+)
 from pera_lab.opening import locate_run, open_model
+from pera_lab.recipe import Recipe
 from pera_lab.runs import Run
 from pera_lab.scorers import Prediction, Score, answer_batches, make_scorer
 from pera_lab.tasks import EvaluationSection, Splits, Task
@@ -42,7 +52,8 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
         console: where to show progress; None shows nothing.
 
     Raises:
-        UserError: the scorer does not fit the task, the data changed since training, or the base model cannot answer.
+        UserError: the scorer does not fit the task, the data changed since training, the base model cannot answer, or
+            another process makes the same score.
     """
     recipe = run.recipe.with_scorer(scorer)
     task, splits, spec = recipe.task, recipe.build_splits(), recipe.evaluation
@@ -51,7 +62,16 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
         raise UserError(f"--base: {task.base_refusal}")
     which = "base" if base else "adapter"
     name = which if spec.scorer == run.recipe.evaluation.scorer else f"{which}-{spec.scorer}"
-    model, tokenizer = open_model(locate_run(run, base=base), recipe.model.dtype)
+    file = run.predictions / f"{name}.jsonl"
+    check_output(file)
+    with locked(run.path / f".{name}.lock", file):
+        return _evaluate_run(run, recipe, splits, which, name, console)
+
+
+def _evaluate_run(run: Run, recipe: Recipe, splits: Splits, which: str, name: str, console: Console | None) -> Score:
+    """:func:`evaluate_run` while no other process makes the same score."""
+    task, spec = recipe.task, recipe.evaluation
+    model, tokenizer = open_model(locate_run(run, base=which == "base"), recipe.model.dtype)
     content = recipe.model_dump(mode="json", exclude={"name"})
     key = {"which": which, "recipe": content, "data": dict(splits.manifest)}
     journal = Journal(run.predictions / f"{name}.partial.jsonl", key)
@@ -62,7 +82,8 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
         model, tokenizer, task, splits, spec, which, console, journal=journal, max_length=max_length
     )
     write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
-    write_json(run.scores_file, {**run.scores(), name: asdict(score)})
+    with updated_object(run.scores_file) as scores:
+        scores[name] = asdict(score)
     journal.close()
     if run.finished:
         write_card(run.adapter.path, "adapter", locate_run(run))

@@ -2,24 +2,154 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from pera.errors import UserError, one_line
+from pera.errors import PeraError, UserError, one_line
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 T = TypeVar("T")
+
+
+class InUse(UserError):
+    """Another process writes to the same place."""
+
+
+@contextmanager
+def locked(file: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock of the operating system while the block runs.
+
+    The system releases the lock when the process ends, also by a kill. The empty lock file is removed at the end. The
+    next holder takes over and removes one that a killed process left. A file system without locks gives none.
+
+    Args:
+        file: the lock file. Its folder must exist.
+        what: what the lock protects, for the message.
+        wait: wait for a process that holds the lock.
+
+    Raises:
+        InUse: another process holds the lock, and ``wait`` is False.
+        UserError: the lock file cannot be written.
+    """
+    descriptor = _acquired(file, what, wait)
+    while not _is_at(descriptor, file):  # the last holder removed the file after it was opened here
+        os.close(descriptor)
+        descriptor = _acquired(file, what, wait)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            file.unlink()
+        os.close(descriptor)
+
+
+def _acquired(file: Path, what: Path, wait: bool) -> int:
+    """Open and lock a file, and return its descriptor."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except (OSError, ValueError) as error:
+        raise cannot_write(what, error) from error
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            os.close(descriptor)
+            raise InUse(f"{str(what)!r} is in use by another process; wait until it ends, or stop it.") from error
+    return descriptor
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def reserved(target: Path) -> Iterator[None]:
+    """Keep other processes from writing the file or folder ``target`` while the block runs.
+
+    Missing parents are created. Those that are still empty at the end are removed.
+
+    Raises:
+        InUse: another process holds ``target``.
+        UserError: nothing can be written at ``target``.
+    """
+    check_output(target)
+    place = target.resolve()
+    made = [folder for folder in place.parents if not folder.exists()]
+    with disk_errors(target):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(_beside(place, ".", ".reserved-"), target):  # write_atomic has a lock of its own
+            yield
+    finally:
+        remove_empty(made)
+
+
+def remove_empty(folders: Collection[Path]) -> None:
+    """Remove the folders that are empty, in the given order."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _beside(path: Path, before: str, after: str) -> Path:
+    """A path next to ``path`` for something that pera makes while it writes ``path``.
+
+    It follows from the name of ``path``, so that the next call finds what a killed process left. It ends in a digest,
+    which tells it from a file of the user.
+    """
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    name = f"{before}{path.name}{after}{digest}"
+    return path.with_name(name if len(os.fsencode(name)) <= 255 else f"{before}{after}{digest}")
+
+
+def lock_of(path: Path) -> Path:
+    """The lock file next to ``path``."""
+    return _beside(path, ".", ".lock-")
+
+
+def unfinished(path: Path) -> Path:
+    """The file in which :func:`write_atomic` prepares the next content of ``path``."""
+    return _beside(path, ".", ".")
+
+
+def check_output(path: Path) -> None:
+    """Check that a file or folder could be written at ``path``, before anything is done for it.
+
+    Raises:
+        UserError: the name is too long or holds a NUL, a parent is a file, links form a loop, or a parent must not be
+            written to.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            path.stat()
+        parent = next(folder for folder in (path.absolute().parent, *path.absolute().parents) if folder.exists())
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"output: {str(path)!r} cannot be written: {_reason(error)}; give another path.") from error
 
 
 def user_path(name: str) -> Path:
@@ -34,32 +164,54 @@ def user_path(name: str) -> Path:
         return Path(name)
 
 
+def is_text(name: str) -> bool:
+    """Whether the bytes of a file name are UTF-8. In Python, other bytes become lone surrogates."""
+    try:
+        return bool(os.fsencode(name).decode())
+    except UnicodeError:
+        return False
+
+
+def check_folder_name(name: str) -> None:
+    """Raise UserError if the ``name`` of a recipe or study cannot begin the name of its output folder."""
+    too_long = len(name.encode(errors="replace")) > 200  # numbers, such as the time, are appended
+    if not name.strip(".") or too_long or not is_text(name) or set(name) & set("/\\\0"):
+        raise UserError(f"name={name[:60]!r} cannot be the name of a folder; change it or give --output.")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors that the libraries raise when a write below ``path`` fails into one :class:`UserError`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise cannot_write(path, error) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+    except PeraError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and not _FAILED_WRITE.search(str(error)):
             raise
         raise cannot_write(path, error) from error
+
+
+_FULL = re.compile(r"No space left on device|\d+ requested and \d+ written")  # the second is NumPy's
+_FAILED_WRITE = re.compile(f"{_FULL.pattern}|Disk quota exceeded|PytorchStreamWriter|inline_container")
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces ``target`` when the block ends without an error.
 
-    The temporary folder is created next to ``target``, or next to the folder that ``target`` links to.
+    The temporary folder is created next to ``target``, or next to the folder that ``target`` links to. Its name follows
+    from that of ``target``, so that the next call removes what a killed process left. The caller keeps other processes
+    away, with :func:`reserved` or :func:`locked`.
 
     Raises:
         UserError: ``target`` exists and is not an empty folder, or a file cannot be written.
     """
     require_free(target)
     target = target.resolve()
+    partial = _beside(target, "", ".partial-")
     try:
-        partial = target.with_name(f"{target.name}.partial-{uuid.uuid4().hex[:8]}")
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise cannot_write(target, error) from error
@@ -75,32 +227,47 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_free(target: Path, *, replaced: bool = True) -> None:
+def require_free(target: Path, *, replaced: bool = True, ignored: Collection[Path] = ()) -> None:
     """Check that ``target`` does not exist or is an empty folder.
 
     Args:
         target: the output folder.
-        replaced: whether another folder will replace it, as in :func:`atomic_folder`. A mount point is then an error.
+        replaced: whether another folder will replace it, as in :func:`atomic_folder`. A mount point and the current
+            folder are then errors.
+        ignored: files in the folder that do not count.
 
     Raises:
-        UserError: ``target`` is not free.
+        UserError: ``target`` is not free, cannot be written, or its name is not text.
     """
+    check_output(target)
+    if not is_text(str(target)):  # safetensors reads no such path
+        raise UserError(f"output: {str(target)!r} is not UTF-8, so no model could be loaded from it; rename it.")
     if target.is_dir():
-        if any(target.iterdir()):
+        if set(target.iterdir()) - set(ignored):
             raise UserError(f"output: {str(target)!r} exists and is not empty; give another folder or remove it.")
         if replaced and os.path.ismount(target.resolve()):
             raise UserError(
                 f"output: {str(target)!r} is a mount point, which cannot be replaced; give a folder inside it."
             )
+        if replaced and target.resolve() == Path.cwd():
+            raise UserError(f"output: {str(target)!r} is the current folder; give a folder inside it.")
     elif target.exists():
         raise UserError(f"output: {str(target)!r} is a file; give a folder.")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old or the new content, never a part. Text is written as UTF-8."""
-    data = content.encode() if isinstance(content, str) else content
+    """Replace a file in one step: readers see the old or the new content, never a part.
+
+    Text is written as UTF-8. A byte of a file name that is not UTF-8 is written as its code, such as \\udcff.
+    """
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    with locked(lock_of(path), path, wait=True):
+        _replace(path, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = unfinished(path)
     with disk_errors(path):
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
             partial.write_bytes(data)
             os.replace(partial, path)
@@ -110,7 +277,23 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """:func:`write_atomic` of ``value`` as indented JSON."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, _indented(value))
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def updated_object(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the object in a JSON file, empty if there is no file, and write it when the block ends without an error.
+
+    Other processes that update the file wait, so that no update is lost.
+    """
+    with locked(lock_of(path), path, wait=True):
+        content = read_object(path) if path.is_file() else {}
+        yield content
+        _replace(path, _indented(content).encode())
 
 
 def read_json(path: Path) -> Any:
@@ -226,6 +409,8 @@ class Journal:
         self.path = path
         head = {"key": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}
         lines = read_lines(path)
+        if path.is_file() and path.stat().st_size and not (lines and set(lines[0]) == {"key"}):
+            raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
         kept = lines[1:] if lines[:1] == [head] else []
         self.found: dict[int, dict[str, Any]] = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
         with disk_errors(path):
@@ -250,5 +435,11 @@ class Journal:
 
 def cannot_write(path: Path, error: Exception) -> UserError:
     """The error for a path that cannot be written."""
-    reason = getattr(error, "strerror", None) or one_line(error)
+    reason = _reason(error)
     return UserError(f"output: {str(path)!r} cannot be written: {reason}; the files that were complete are kept.")
+
+
+def _reason(error: Exception) -> str:
+    if _FULL.search(str(error)):
+        return "No space left on device"
+    return getattr(error, "strerror", None) or one_line(error)

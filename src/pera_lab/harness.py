@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pera.errors import UserError, missing_extra, nearest, one_line
-from pera_lab.files import read_object, write_json
+from pera_lab.files import check_output, read_object, updated_object
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 
@@ -48,10 +48,9 @@ def run_harness(
     recipe = run.recipe
     if recipe.task.text_refusal:
         raise UserError(f"--lm-eval: {recipe.task.text_refusal}; lm-eval scores language models only.")
-    before = read_object(run.lm_eval_file) if run.lm_eval_file.is_file() else {}
     which = "base" if base else "adapter"
-    if not isinstance(before.get(which, {}), dict):
-        raise UserError(f"{str(run.lm_eval_file)!r}: {which} should hold results by task; restore or remove the file.")
+    check_output(run.lm_eval_file)
+    _earlier(run, read_object(run.lm_eval_file) if run.lm_eval_file.is_file() else {}, which)
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     for task in tasks:
         if task not in manager.all_tasks:
@@ -74,5 +73,14 @@ def run_harness(
         }
         for task, metrics in found["results"].items()
     }
-    write_json(run.lm_eval_file, {**before, which: {**before.get(which, {}), **results}})
+    with updated_object(run.lm_eval_file) as saved:
+        saved[which] = {**_earlier(run, saved, which), **results}
     return results
+
+
+def _earlier(run: Run, saved: dict[str, Any], which: str) -> dict[str, Any]:
+    """The results of earlier calls; raises UserError if ``saved`` holds something else."""
+    found = saved.get(which, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{str(run.lm_eval_file)!r}: {which} should hold results by task; restore or remove the file.")
+    return found

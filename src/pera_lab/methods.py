@@ -77,7 +77,7 @@ BUILT_IN = {
     "lora-K": Method(LoraConfig, _LORA, rank=expanded_rank),  # the expanded rank of PERA: K = r + r (r + 1) / 2
     "rslora": Method(LoraConfig, _LORA, {"use_rslora": True}),
     "dora": Method(LoraConfig, _LORA, {"use_dora": True}),
-    "hira": Method(HiraConfig, {"dropout": "hira_dropout"}),
+    "hira": Method(HiraConfig, {"dropout": "hira_dropout"}, {"rank_pattern": None}),  # PEFT 0.21 ignores it
     "delora": Method(DeloraConfig, {"dropout": "module_dropout"}),
     "full": Method(LoraConfig, fixed={**_NOTHING_TO_SET, "target_modules": DUMMY_TARGET_MODULES}),
     # Variants of PERA. They keep their meaning when the defaults of PeraConfig change.
@@ -155,11 +155,28 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
     try:
         check_rank("r", renamed.get("r", 8))
         check_alpha("lora_alpha", renamed.get("lora_alpha", 1))
+        _check_dropout(method, renamed)
+        _check_booleans(method, renamed)
         if issubclass(method.config, LoraConfig) and method.has_rank:
             renamed |= _lora_ranks(method, renamed)
         return method.config(task_type=TaskType(task_type), **renamed, **fixed)
     except REFUSALS as error:
         raise refusal({"name": name, **options}, error) from error
+
+
+def _check_dropout(method: Method, options: dict[str, Any]) -> None:
+    """Raise UserError for a dropout that PEFT would ignore, such as -1."""
+    key = method.aliases.get("dropout", "dropout")
+    value = options.get(key, 0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UserError(f"{key}={value!r} should be at least 0 and less than 1.")
+
+
+def _check_booleans(method: Method, options: dict[str, Any]) -> None:
+    """Raise UserError for a text such as 'no', which would count as true."""
+    for field_ in fields(method.config):
+        if field_.type in (bool, "bool") and not isinstance(options.get(field_.name, True), bool):
+            raise UserError(f"{field_.name}={options[field_.name]!r} should be true or false.")
 
 
 def _lora_ranks(method: Method, options: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +190,7 @@ def _lora_ranks(method: Method, options: dict[str, Any]) -> dict[str, Any]:
     return {"r": r, "rank_pattern": ranks, "lora_alpha": r, "alpha_pattern": {**alphas, **ranks, **alphas}}
 
 
-REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
+REFUSALS = (ValueError, TypeError, AttributeError, NotImplementedError, LookupError, ArithmeticError, ImportError)
 """What PEFT raises for options that it cannot use."""
 
 

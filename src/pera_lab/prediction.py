@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from pera.errors import UserError
-from pera_lab.files import Journal, json_line, write_atomic
+from pera_lab.files import Journal, json_line, reserved, write_atomic
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 from pera_lab.scorers import Output, answer_batches, make_scorer
@@ -45,11 +45,26 @@ def predict(
         The number of rows.
 
     Raises:
-        UserError: the run is unfinished, a row lacks a field, ``target`` exists, or an option has no use.
+        UserError: the run is unfinished, a row lacks a field, ``target`` exists or another process
+            writes it, or an option has no use.
     """
+    with reserved(target):
+        if target.exists():
+            raise UserError(f"--output: {str(target)!r} exists; give another file or remove it.")
+        return _predict(run, source, target, base, max_new_tokens, batch_size, console)
+
+
+def _predict(
+    run: Run,
+    source: Path,
+    target: Path,
+    base: bool,
+    max_new_tokens: int | None,
+    batch_size: int | None,
+    console: Console | None,
+) -> int:
+    """:func:`predict` to a file that does not exist and that no other process writes."""
     recipe, task = run.recipe, run.recipe.task
-    if target.exists():
-        raise UserError(f"--output: {str(target)!r} exists; give another file or remove it.")
     if not base and not run.finished:
         raise UserError(f"{str(run.path)!r} is an unfinished run; resume it with: pera train {run.path} --resume")
     if base and task.base_refusal:

@@ -36,8 +36,12 @@ class ProgressBar:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+    def __exit__(self, error: type[BaseException] | None = None, *_: object) -> None:
+        if error is not None and not self._bar.console.is_terminal:
+            self._bar.live.transient = True  # a refusal is one line in a log
+            self._bar.live.stop()
+        else:
+            self._bar.stop()
 
     def update(self, completed: int | None = None, total: int | None = None, note: str | None = None) -> None:
         """Set what is given, and keep the rest."""

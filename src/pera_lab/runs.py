@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import time
@@ -15,14 +16,23 @@ from typing import Any
 import torch
 
 from pera.errors import UserError
-from pera_lab import models
+from pera_lab import checkpoints, models
 from pera_lab.adapters import Adapter
 from pera_lab.environment import environment
-from pera_lab.files import disk_errors, read_lines, read_object, require_free, write_atomic, write_json
+from pera_lab.files import (
+    check_folder_name,
+    disk_errors,
+    lock_of,
+    locked,
+    read_lines,
+    read_object,
+    remove_empty,
+    require_free,
+    unfinished,
+    write_atomic,
+    write_json,
+)
 from pera_lab.recipe import Recipe, difference, load_recipe
-
-COMPLETE = "complete"
-"""Empty file that marks a completely saved checkpoint."""
 
 
 class Run:
@@ -38,6 +48,7 @@ class Run:
         self.path = path
         self.trust_remote_code = trust_remote_code
         self._made: list[Path] | None = None
+        self.lock_file = path / ".lock"
         self.recipe_file = path / "recipe.yaml"
         self.environment_file = path / "environment.json"
         self.data_file = path / "data.json"
@@ -63,30 +74,70 @@ class Run:
         Raises:
             UserError: the folder is not empty or cannot be created.
         """
-        path = output or _unused(Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        require_free(path, replaced=False)
+        if output is None:
+            check_folder_name(recipe.name)
+        path = output or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        if output is None:
+            path = _new_folder(path)
+            made.insert(0, path)
         run = cls(path, trust_remote_code=recipe.model.trust_remote_code)
-        run._made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.recipe_file, recipe.to_yaml())
+        run._require_free()
+        try:
+            with disk_errors(path):
+                path.mkdir(parents=True, exist_ok=True)
+            with run.in_use():
+                run._require_free()
+                write_atomic(run.recipe_file, recipe.to_yaml())
+        except BaseException:
+            remove_empty(made)
+            raise
+        run._made = made
         return run
+
+    def _require_free(self) -> None:
+        if self.recipe_file.is_file():
+            raise UserError(
+                f"output: {str(self.path)!r} exists and is not empty: it holds a run; give another folder, or continue "
+                f"the run with: pera train {self.path} --resume"
+            )
+        own = (self.lock_file, lock_of(self.recipe_file), unfinished(self.recipe_file))  # a kill may leave them
+        require_free(self.path, replaced=False, ignored=own)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other processes from training this run while the block runs.
+
+        Raises:
+            InUse: another process trains it.
+            UserError: the folder cannot be written.
+        """
+        with locked(self.lock_file, self.path):
+            yield
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """Remove what :meth:`create` made if the block fails before anything is logged, saved or scored."""
+        """Remove what :meth:`create` made if the block fails before anything is logged, saved or scored.
+
+        A folder that another process uses is left to it.
+        """
         try:
             yield
         except BaseException:
+            with suppress(OSError, UserError):
+                self._discard()
+            raise
+
+    def _discard(self) -> None:
+        with self.in_use():
             saved = any(self.checkpoints.glob("*"))  # the folder itself exists before the first step
             started = saved or self.scores_file.is_file() or self.metrics() or self.validation()
-            if self._made is not None and not started:
-                for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
-                    file.unlink(missing_ok=True)
-                for folder in (self.checkpoints, *self._made):
-                    with suppress(OSError):  # a parent may hold another run
-                        folder.rmdir()
-            raise
+            if self._made is None or started:
+                return
+            for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
+                for path in (file, lock_of(file), unfinished(file)):
+                    path.unlink(missing_ok=True)
+        remove_empty([self.checkpoints, *self._made])  # a parent may hold another run
 
     @classmethod
     def latest_unfinished(cls, recipe: Recipe) -> Run:
@@ -95,7 +146,7 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        candidates = [cls(p.parent) for p in Path("runs").glob(f"{recipe.name}-*/recipe.yaml")]
+        candidates = [cls(p.parent) for p in Path("runs").glob(f"{glob.escape(recipe.name)}-*/recipe.yaml")]
         unfinished = [run for run in candidates if not run.finished and run.recipe.name == recipe.name]
         if not unfinished:
             raise UserError(f"--resume: runs/ has no unfinished run of {recipe.name!r}; start one without --resume.")
@@ -117,14 +168,15 @@ class Run:
         return self.adapter.path.is_dir()
 
     def last_checkpoint(self) -> Path | None:
-        """The last complete checkpoint, or None. Later, incomplete ones are deleted."""
-        found = ((p.name.removeprefix("checkpoint-"), p) for p in self.checkpoints.glob("checkpoint-*") if p.is_dir())
-        steps = {int(step): path for step, path in found if step.isdecimal()}
-        for step in sorted(steps, reverse=True):
-            if (steps[step] / COMPLETE).is_file():
-                return steps[step]
-            shutil.rmtree(steps[step])
-        return None
+        """The last complete checkpoint, or None."""
+        return next(iter(checkpoints.complete(self.checkpoints)), None)
+
+    def remove_incomplete_checkpoints(self) -> None:
+        """Remove the checkpoints that a killed process did not complete."""
+        kept = checkpoints.complete(self.checkpoints)
+        for checkpoint in checkpoints.saved(self.checkpoints):
+            if checkpoint not in kept:
+                shutil.rmtree(checkpoint)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``, without a last line that was truncated by a kill."""
@@ -175,8 +227,17 @@ class Run:
             )
         return recorded
 
-    def _check_base(self, base: dict[str, str]) -> None:
-        """Raise UserError if the base model or its dtype differs from the record."""
+    def check_base(self, model: torch.nn.Module) -> dict[str, str]:
+        """Return name, dtype and fingerprint of the base model.
+
+        Raises:
+            UserError: the run was started on another base model or in another dtype.
+        """
+        base = {
+            "name": self.recipe.model.name,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "fingerprint": models.fingerprint(self.body(model)),
+        }
         recorded = self.recorded_base()
         for key in ("dtype", "fingerprint"):
             if (was := recorded.get(key, base[key])) != base[key]:
@@ -184,31 +245,17 @@ class Run:
                     f"--resume: {str(self.path)!r} was started on {base['name']!r} with {key} {was}, which is "
                     f"{base[key]} now. Resume with the same model and kind of machine, or start a new run."
                 )
+        return base
 
-    def write_environment(self, model: torch.nn.Module, command: list[str]) -> None:
-        """Record versions, hardware, seed, and the dtype and fingerprint of the base model.
-
-        Args:
-            model: the base model.
-            command: the command line to record.
-
-        Raises:
-            UserError: the run was started on another base model or in another dtype.
-        """
-        recipe = self.recipe
-        base = {
-            "name": recipe.model.name,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "fingerprint": models.fingerprint(self.body(model)),
-        }
-        self._check_base(base)
+    def write_environment(self, base: dict[str, str], command: list[str]) -> None:
+        """Record versions, hardware, seed, the base model from :meth:`check_base`, and the command line."""
         write_json(
             self.environment_file,
             {
                 "command": command,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 **environment(),
-                "seed": recipe.training.seed,
+                "seed": self.recipe.training.seed,
                 "base_model": base,
             },
         )
@@ -223,10 +270,15 @@ def _hashes(manifest: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _unused(path: Path) -> Path:
-    """``path``, with a number appended if it exists."""
-    numbered = (path.with_name(f"{path.name}-{i}") for i in count(2))
-    return next(p for p in chain([path], numbered) if not p.exists())
+def _new_folder(path: Path) -> Path:
+    """Create the folder ``path``, with a number appended if it exists."""
+    names = chain([path.name], (f"{path.name}-{i}" for i in count(2)))
+    with disk_errors(path):
+        while True:
+            with suppress(FileExistsError):
+                new = path.with_name(next(names))
+                new.mkdir(parents=True)
+                return new
 
 
 def resumable(source: str, overrides: list[str] | None, output: Path | None, *, trust_remote_code: bool = False) -> Run:
@@ -253,7 +305,7 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
     if not run.recipe_file.is_file():
         raise UserError(f"--resume: {str(run.path)!r} is not a run folder; start one without --resume.")
     if run.finished:
-        raise UserError(f"--resume: {str(run.path)!r} is finished; score it with: pera evaluate {run.path}")
+        raise _finished(run, given)
     if (changed := difference(run.recipe, given)) is not None:
         raise UserError(
             f"--resume: {changed} differs from the recipe of {str(run.path)!r}; "
@@ -261,3 +313,14 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
         )
     run.trust_remote_code = trust_remote_code
     return run
+
+
+def _finished(run: Run, given: Recipe) -> UserError:
+    """The error for a finished run that should be resumed, for more steps or by mistake."""
+    message = f"--resume: {str(run.path)!r} is finished; "
+    if difference(run.recipe, given) is None:
+        return UserError(f"{message}score it with: pera evaluate {run.path}")
+    return UserError(
+        f"{message}to train further, merge it with: pera merge {run.path} --output MERGED, and start a run with "
+        "model.name=MERGED."
+    )

@@ -16,7 +16,7 @@ from pera_lab.intervals import bootstrap_interval, mean_interval, wilson_interva
 from pera_lab.models import check_tokens, longest_input
 from pera_lab.progress import ProgressBar
 from pera_lab.tasks import ClassificationTask, EvaluationSection, Example, GenerationTask, LabelledText, Splits, Task
-from pera_lab.tasks.encoding import Prompt, encode_answered, encode_question, encode_texts
+from pera_lab.tasks.encoding import Prompt, as_scored, encode_answered, encode_question, encode_texts
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ class GenerationScorer(Scorer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.examples = [as_scored(self.tokenizer, example) for example in self.examples]
         room = self.limit - (self.spec.max_new_tokens or 0)
         self.prompts = [encode_question(self.tokenizer, e, self.task.frame, room) for e in self.examples]
         if any(prompt.shortened and not prompt.text for prompt in self.prompts):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
-from zipfile import is_zipfile
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import (
@@ -27,12 +26,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
-from pera_lab import methods, models
+from pera_lab import checkpoints, methods, models
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
@@ -41,7 +40,7 @@ from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, 
 from pera_lab.opening import locate_run, open_model
 from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
-from pera_lab.runs import COMPLETE, Run
+from pera_lab.runs import Run
 from pera_lab.tasks import Splits
 from pera_lab.tasks.encoding import Encoded
 
@@ -74,9 +73,15 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
     Raises:
         UserError: the model, a target module or the task is not available, the data or the base model of a resumed run
-            changed, or the disk fails.
+            changed, another process trains the run, or the disk fails.
         LossNotFinite: the loss is not finite.
     """
+    with run.in_use():
+        return _train(recipe, run, resume, console)
+
+
+def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> TrainingSummary:
+    """:func:`train` in a run folder that no other process trains. The folder changes only after all checks."""
     spec, task = recipe.training, recipe.task
     splits = recipe.build_splits()
     run.check_data(splits.manifest)
@@ -85,11 +90,10 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
     encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)
+    task.check(tokenizer, splits.test)
     models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
     _check_validation(spec, splits, validation)
-    run.write_environment(model, command_line())
-    notes = splits.notes
-    write_json(run.data_file, {**splits.manifest, "notes": notes})
+    base = run.check_base(model)
 
     set_seed(spec.seed)
     try:
@@ -102,11 +106,19 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
     optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
     if checkpoint is not None:
-        _check_whole(checkpoint)
-        if not _ended(checkpoint):
-            _check_whole(checkpoint, OPTIMIZER_NAME, SCHEDULER_NAME)
+        checkpoints.check(checkpoint, adapted)
+    kept = checkpoints.best(checkpoint) if checkpoint is not None and spec.keep == "best" else checkpoint
+    if kept is not None:
+        checkpoints.check_weights(kept, adapted)
     order = _ByLength(encoded.rows, arguments) if spec.group_by_length else None
-    progress = _Progress(run, console, since=checkpoint)
+
+    def begin() -> None:
+        run.remove_incomplete_checkpoints()
+        run.write_environment(base, command_line())
+        write_json(run.data_file, {**splits.manifest, "notes": splits.notes})
+        progress.keep_metrics()
+
+    progress = _Progress(run, console, splits.notes, checkpoint, begin)
     try:
         trainer = _Trainer(
             order,
@@ -123,16 +135,10 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
-    if checkpoint is not None and _ended(checkpoint):  # only the adapter was not saved yet
-        kept = _best(checkpoint) if spec.keep == "best" else checkpoint
-        _check_whole(kept)
+    if kept is not None and checkpoint is not None and checkpoints.ended(checkpoint):  # the adapter was not saved yet
+        begin()
         set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
     else:
-        if console is not None:
-            for note in notes:
-                console.print("warning:", style="yellow", end=" ")
-                console.print(note, soft_wrap=True)
-            console.print(f"run folder {run.path}", soft_wrap=True)
         with progress, disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
@@ -160,11 +166,16 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+_LONG = 1_000_000
+
+
 def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     encoded = recipe.task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
-        shortest = min(len(row["input_ids"]) for row in recipe.task.encode(tokenizer, splits.train).rows)
-        raise UserError(f"training.max_length={max_length} leaves no example: the shortest has {shortest} tokens.")
+        tried = recipe.task.encode(tokenizer, [row for row in splits.train if len(row.prompt) <= _LONG]).rows
+        shortest = min((len(row["input_ids"]) for row in tried), default=None)
+        reason = f"the shortest has {shortest} tokens" if shortest else f"all have more than {_LONG:,} characters"
+        raise UserError(f"training.max_length={max_length} leaves no example: {reason}.")
     return encoded
 
 
@@ -237,41 +248,6 @@ def _optimizer(
     return optimizer, {**options, "params": groups}
 
 
-def _check_whole(checkpoint: Path, *needed: str) -> None:
-    """Raise UserError if a file of a complete checkpoint is missing or truncated, for example after a disk failure.
-
-    ``needed`` are the files, in addition to weights and state, that training resumes from.
-    """
-    found = {file.name: file for file in checkpoint.glob("*")}
-    for name in sorted({SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE_NAME, *needed, *found}):
-        try:
-            if name not in found:
-                raise FileNotFoundError("it is missing")
-            elif name == TRAINER_STATE_NAME:
-                TrainerState.load_from_json(str(checkpoint / name))
-            elif name.endswith(".safetensors"):
-                safe_open(checkpoint / name, framework="pt")
-            elif name.endswith((".pt", ".pth")) and not is_zipfile(found[name]):
-                raise ValueError("it is truncated")
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise UserError(
-                f"--resume: {str(checkpoint / name)!r} is broken ({error}); delete {str(checkpoint)!r} to resume from "
-                "the checkpoint before it, or from the start."
-            ) from error
-
-
-def _ended(checkpoint: Path) -> bool:
-    """Whether a checkpoint was saved at the last step."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return bool(state.global_step >= state.max_steps)
-
-
-def _best(checkpoint: Path) -> Path:
-    """The best checkpoint according to the state of the last one."""
-    best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_global_step
-    return checkpoint.with_name(f"checkpoint-{best}")
-
-
 def _checkpointing_option() -> str:
     """Name of the option in this version of transformers, which renames ``gradient_checkpointing`` before version 6."""
     names = {f.name for f in fields(TrainingArguments)}
@@ -294,7 +270,8 @@ class _ByLength(LengthGroupedSampler):
 
 
 class _Trainer(Trainer):
-    """A Trainer with the row order of a sampler, or with the default random order if there is none."""
+    """A Trainer with the row order of a sampler, or with the default random order if there is none. A broken file of a
+    checkpoint is an error of the user."""
 
     def __init__(self, order: Sampler[int] | None, **options: Any) -> None:
         self._order = order
@@ -303,18 +280,31 @@ class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return super()._get_train_sampler(train_dataset) if self._order is None else self._order
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with checkpoints.reading(Path(resume_from_checkpoint) / SAFETENSORS_WEIGHTS_NAME):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(Path(checkpoint or "") / OPTIMIZER_NAME):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            checkpoints.check_optimizer(cast(torch.optim.Optimizer, self.optimizer))
+
 
 class _Progress(TrainerCallback):
-    """Shows a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is not
-    finite."""
+    """Shows notes and a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is
+    not finite. ``begin`` is called when everything of the checkpoint was loaded."""
 
-    def __init__(self, run: Run, console: Console | None, since: Path | None) -> None:
-        self._run = run
+    def __init__(
+        self,
+        run: Run,
+        console: Console | None,
+        notes: list[str],
+        since: Path | None,
+        begin: Callable[[], None],
+    ) -> None:
+        self._console, self._notes = console, notes
+        self._run, self._since, self._begin = run, since, begin
         self._bar = ProgressBar("training", console)
-        kept = int(since.name.rpartition("-")[2]) if since else 0
-        for file, lines in ((run.metrics_file, run.metrics()), (run.validation_file, run.validation())):
-            if file == run.metrics_file or lines:
-                write_atomic(file, "".join(json_line(line) for line in lines if line["step"] <= kept))
         self._start = 0.0
         self.tokens_before = self.steps_before = 0
 
@@ -322,8 +312,18 @@ class _Progress(TrainerCallback):
         self._bar.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._bar.__exit__()
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+    def keep_metrics(self) -> None:
+        """Remove the lines that were logged after the checkpoint."""
+        kept = checkpoints.step_of(self._since) if self._since else 0
+        for file, lines in (
+            (self._run.metrics_file, self._run.metrics()),
+            (self._run.validation_file, self._run.validation()),
+        ):
+            if file == self._run.metrics_file or lines:
+                write_atomic(file, "".join(json_line(line) for line in lines if line["step"] <= kept))
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         interval = self._run.recipe.training.eval_steps
@@ -332,14 +332,22 @@ class _Progress(TrainerCallback):
                 f"training.eval_steps={interval} has no effect, because the training has {state.max_steps} steps; "
                 "give fewer, or 'epoch'."
             )
+        if self._since is not None and (kept := checkpoints.best(self._since)) is not None:
+            state.best_model_checkpoint = str(kept)  # the folder may have moved since
+        self._begin()
         self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
         self.steps_before = state.global_step
         self._bar.update(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(state.global_step)
-        if state.global_step == state.max_steps:  # log the last loss whatever logging_steps is
-            control.should_log = True
+        if state.global_step == self.steps_before + 1 and self._console is not None:  # nothing was refused before
+            for note in self._notes:
+                self._console.print("warning:", style="yellow", end=" ")
+                self._console.print(note, soft_wrap=True)
+            self._console.print(f"run folder {self._run.path}", soft_wrap=True)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # whatever logging_steps is
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -364,10 +372,10 @@ class _Progress(TrainerCallback):
         note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
         self._bar.update(note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
         if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise LossNotFinite(
-                f"training.learning_rate={args.learning_rate:g}: the loss is not finite at step {state.global_step}; "
-                "lower the learning rate."
-            )
+            raise _diverged(args, "loss is", state)
+        trained = (p for p in kwargs["model"].parameters() if p.requires_grad)
+        if state.global_step == state.max_steps and not all(p.isfinite().all() for p in trained):
+            raise _diverged(args, "weights are", state)
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
         speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -376,4 +384,11 @@ class _Progress(TrainerCallback):
             f.write(json_line({"step": state.global_step, "epoch": state.epoch, **values}))
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoints.COMPLETE).touch()
+
+
+def _diverged(args: TrainingArguments, what: str, state: TrainerState) -> LossNotFinite:
+    return LossNotFinite(
+        f"training.learning_rate={args.learning_rate:g}: the {what} not finite at step {state.global_step}; "
+        "lower the learning rate."
+    )

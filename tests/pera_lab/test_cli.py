@@ -402,6 +402,8 @@ def test_report_output_must_end_in_html(refused, run, tmp_path):
     ("where", "error"),
     [
         ("training.get_peft_model", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        ("training.get_peft_model", RuntimeError("Storage size calculation overflowed with sizes=[9, 9]")),
+        ("training.set_seed", MemoryError()),
         (
             "models.AutoModelForCausalLM.from_pretrained",
             RuntimeError("[enforce fail at alloc_cpu.cpp:126] . DefaultCPUAllocator: can't allocate memory: you"),
@@ -419,7 +421,7 @@ def test_out_of_memory_is_one_sentence(where, error, refused, recipe_file, monke
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError,
+    [RuntimeError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError,
      OSError, EOFError, BrokenPipeError, UnicodeError, AssertionError],
 )  # fmt: skip
 def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recipe_file, monkeypatch):
@@ -431,6 +433,12 @@ def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recip
     line = refused("train", recipe_file, "--output", "run", words=words)
     assert "Traceback" not in line
     assert len(line) < 1100
+
+
+def test_an_error_of_the_system_names_the_file(refused):
+    line = refused("study", "report", "a/" * 2500, words=["File name too long"])
+    assert line.startswith("pera: 'a/a/")
+    assert "unexpected" not in line
 
 
 def test_pera_debug_shows_the_traceback_of_every_error(pera, recipe_file, monkeypatch):

@@ -1,6 +1,7 @@
 """What the commands print: names from files stay text, in tables, messages and progress bars."""
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -109,6 +110,24 @@ def test_what_nobody_reads_does_not_stop_a_command(streams, recipe_file, tmp_pat
     assert streams("train", *small, "closed", stdout=None, stderr=None) == 0
     for name in ("broken", "closed"):
         assert (tmp_path / name / "report.html").is_file()
+
+
+def test_file_names_that_are_not_text_work(pera, recipe_file, tmp_path):
+    rows = "rows\udcff.jsonl"
+    content = "".join(json.dumps({"prompt": f"{i}", "completion": "a"}) + "\n" for i in range(9))
+    (tmp_path / rows).write_text(content)
+    task = ["task={name: own, test_size: 2}", f"data={rows}"]
+    trained = pera("train", recipe_file, *task, "training.max_steps=1", "--output", "run")
+    assert trained.code == 0, trained.err
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"][-1] == "run"
+    for arguments in (["predict", "run", "--input", rows, "--output", "answers\udcff.jsonl"], ["evaluate", "run"]):
+        assert pera(*arguments).code == 0
+    assert "report\\udcff.html" in pera("report", "run", "--output", "report\udcff.html").out
+    assert {path.suffix for path in tmp_path.glob("*\udcff*")} == {".html", ".jsonl"}
+
+
+def test_an_output_folder_that_is_not_text_is_refused(refused, recipe_file):
+    refused("train", recipe_file, "--output", "run\udcff", words=["output: 'run\\udcff' is not UTF-8"])
 
 
 def test_facts_are_aligned_and_not_wrapped(capsys):

@@ -201,3 +201,12 @@ def test_missing_or_truncated_json_is_reported(tmp_path):
         (tmp_path / "cut.json").write_bytes(content)
         with pytest.raises(UserError, match=r"'.*cut\.json' is not valid JSON"):
             read_json(tmp_path / "cut.json")
+
+
+def test_deeply_nested_json_is_an_error_and_ends_a_journal(tmp_path):
+    file, deep = tmp_path / "scores.json", "[" * 100_000
+    file.write_text(deep)
+    with pytest.raises(UserError, match=r"scores\.json' is not valid JSON \(it is nested too deeply"):
+        read_json(file)
+    file.write_text(f'{{"step": 1}}\n{deep}\n{{"step": 2}}\n')
+    assert read_lines(file) == [{"step": 1}]

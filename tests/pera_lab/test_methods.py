@@ -230,3 +230,22 @@ def test_without_an_installation_the_remedy_is_to_install(monkeypatch):
     known_methods.cache_clear()
     with pytest.raises(UserError, match="own entry points are not registered; reinstall pera"):
         known_methods()  # an error is not cached
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, True, "x", None])
+@pytest.mark.parametrize("name", ["pera", "lora", "dora", "hira", "delora"])
+def test_a_dropout_outside_its_range_is_rejected(name, value):
+    with pytest.raises(UserError, match=rf"^method: \w+_dropout={value!r} should be at least 0 and less than 1"):
+        peft_config(name, dropout=value)
+
+
+def test_hira_has_no_ranks_by_layer():
+    with pytest.raises(UserError, match=r"^method\.rank_pattern is an option of pera, not of hira"):
+        peft_config("hira", rank_pattern={"q_proj": 4})
+
+
+@pytest.mark.parametrize(("name", "key"), [("lora", "use_rslora"), ("lora", "use_dora"), ("lora", "fan_in_fan_out")])
+def test_text_is_no_boolean(name, key):
+    assert getattr(peft_config(name, **{key: True}), key) is True
+    with pytest.raises(UserError, match=f"^method: {key}='no' should be true or false"):
+        peft_config(name, **{key: "no"})

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pera.errors import UserError
+from pera_lab.checkpoints import COMPLETE
 from pera_lab.models import fingerprint, load_model
 from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import load_recipe
-from pera_lab.runs import COMPLETE, Run, resumable
+from pera_lab.runs import Run, resumable
 from pera_lab.training import train
 
 
@@ -48,6 +49,20 @@ def test_a_run_folder_is_named_after_recipe_and_time_and_holds_the_resolved_reci
     assert run.path.name.startswith("small-2")
     assert run.recipe == recipe
     assert "weight_decay: 0.0" in run.recipe_file.read_text()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../../a", "a\0b", "a\\b", "x" * 400])
+def test_a_name_that_no_folder_can_have_needs_an_output(name, recipe, workplace):
+    named = recipe.model_copy(update={"name": name})
+    with pytest.raises(UserError, match=r"^name='.*' cannot be the name of a folder; change it or give --output"):
+        Run.create(named)
+    assert list(workplace.iterdir()) == []
+    assert Run.create(named, Path("run")).recipe.name == name
+
+
+def test_an_unfinished_run_is_found_by_a_name_with_brackets(recipe, workplace):
+    run = Run.create(recipe.model_copy(update={"name": "llama[v1]*?"}))
+    assert Run.latest_unfinished(run.recipe).path == run.path
 
 
 def test_two_runs_started_in_the_same_second_get_different_folders(recipe, workplace):
@@ -108,6 +123,7 @@ def test_incomplete_checkpoints_are_removed(recipe, workplace):
     (run.checkpoints / "checkpoint-8" / COMPLETE).touch()
     (run.checkpoints / "checkpoint-12" / COMPLETE).touch()
     assert run.last_checkpoint() == run.checkpoints / "checkpoint-12"
+    run.remove_incomplete_checkpoints()
     assert {path.name for path in run.checkpoints.iterdir()} == {"checkpoint-8", "checkpoint-12"}
 
 
@@ -116,6 +132,7 @@ def test_other_files_among_the_checkpoints_are_kept(recipe, workplace):
     (run.checkpoints / "checkpoint-1x").mkdir(parents=True)
     (run.checkpoints / "checkpoint-2").write_text("mine")
     assert run.last_checkpoint() is None
+    run.remove_incomplete_checkpoints()
     assert len(list(run.checkpoints.iterdir())) == 2
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from pera.errors import UserError
+from pera_lab.checkpoints import COMPLETE
 from pera_lab.recipe import load_recipe
-from pera_lab.runs import COMPLETE, Run
+from pera_lab.runs import Run
 from pera_lab.tasks.encoding import encode_example
 from pera_lab.training import _arguments, train
 
@@ -334,6 +335,20 @@ def test_a_loss_that_is_not_finite_is_an_error_and_leaves_no_adapter(logging_ste
     with pytest.raises(UserError, match=r"^training\.learning_rate=1e\+30: the loss is not finite at step \d+"):
         train_run(tmp_path / "run", *overrides)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_weights_that_are_not_finite_are_an_error_even_if_every_loss_is(train_run, tmp_path):
+    overrides = ["training.learning_rate=3e38", "training.weight_decay=3e38", "training.max_steps=1"]
+    with pytest.raises(UserError, match=r"^training\.learning_rate=3e\+38: the weights are not finite at step 1"):
+        train_run(tmp_path / "run", *overrides)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_evaluations_that_never_come_are_an_error(glue_recipe, pera, refused):
+    for keep in ("best", "last"):
+        options = [f"training.keep={keep}", "training.eval_steps=100"]
+        words = ["training.eval_steps=100 has no effect, because the training has 24 steps"]
+        refused("train", glue_recipe, *options, "--output", "run", words=words)
 
 
 def test_the_recipe_in_the_folder_is_the_one_that_was_trained(finished_run, recipe_file):

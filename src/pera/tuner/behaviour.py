@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from pera.errors import UserError
+from pera.tuner.names import plain_name
 
 KINDS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The kinds of layers that can be adapted. Quantized linear layers are decided by PEFT."""
@@ -78,9 +79,12 @@ def resolve_all_linear(model: nn.Module, config: Any) -> None:
     targets = getattr(config, "target_modules", None)
     if not isinstance(targets, str) or targets.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
-    _maybe_include_all_linear_layers(config, model)
-    quantization = get_quantization_kwargs(model)
-    config.target_modules = {name for name in config.target_modules if _fits(model.get_submodule(name), quantization)}
+    plain: Any = getattr(model, "_orig_mod", model)  # PEFT looks for the head of a PreTrainedModel
+    _maybe_include_all_linear_layers(config, plain)
+    quantization = get_quantization_kwargs(plain)
+    config.target_modules = {
+        plain_name(name) for name in config.target_modules if _fits(plain.get_submodule(name), quantization)
+    }
     if not config.target_modules:
         raise UserError("target_modules='all-linear' finds no linear layer that an adapter fits; give a list of names.")
 

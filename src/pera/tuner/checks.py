@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pera.errors import UserError, nearest
 from pera.polynomial import Terms
+from pera.tuner.names import plain_name
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -100,12 +101,13 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     """
     check_lists(config)
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
-    modules = {name for name, _ in model.named_modules() if ".pera_" not in name and "base_layer" not in name}
-    _check_excluded(model, modules, config)
+    named = {plain_name(name): module for name, module in model.named_modules()}
+    modules = {name: module for name, module in named.items() if ".pera_" not in name and "base_layer" not in name}
+    _check_excluded(modules, config)
     for key, known, allowed in (
-        ("target_modules", modules, ()),
-        ("exclude_modules", modules, ()),
-        ("modules_to_save", modules, HEADS.get(config.task_type or "", ())),
+        ("target_modules", set(modules), ()),
+        ("exclude_modules", set(modules), ()),
+        ("modules_to_save", set(modules), HEADS.get(config.task_type or "", ())),
         ("target_parameters", parameters, ()),
     ):
         names = getattr(config, key, None)
@@ -119,8 +121,8 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
                 raise UserError(f"{key} lists {wanted!r} among names; give it alone, as a string.")
             if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
                 raise UserError(f"{key}: {wanted!r} not found in the base model; {_nearest_ending(wanted, known)}")
-    _check_patterns(modules | parameters if getattr(config, "target_parameters", None) else modules, config)
-    _check_layers(modules, config)
+    _check_patterns(modules.keys() | (parameters if getattr(config, "target_parameters", None) else set()), config)
+    _check_layers(set(modules), config)
     _check_tokens(model, config)
 
 
@@ -147,12 +149,12 @@ def _check_expression(key: str, pattern: str) -> None:
         raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
 
 
-def _check_excluded(model: nn.Module, modules: set[str], config: PeftConfig) -> None:
+def _check_excluded(modules: dict[str, nn.Module], config: PeftConfig) -> None:
     excluded = getattr(config, "exclude_modules", None) or ()
     adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     for wanted in [excluded] if isinstance(excluded, str) else sorted(excluded):
         pattern = wanted if isinstance(excluded, str) else rf"(.*\.)?{re.escape(wanted)}"  # PEFT's rule
-        found = [model.get_submodule(name) for name in modules if re.fullmatch(pattern, name)]
+        found = [module for name, module in modules.items() if re.fullmatch(pattern, name)]
         if found and all(_only_contains_layers(m) and not isinstance(m, adapted) for m in found):
             raise UserError(
                 f"exclude_modules: {wanted!r} contains layers but is not a layer, so nothing would be excluded; name "

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from pera.errors import UserError
 from pera.tuner.config import PeraConfig
 from pera.tuner.layers import adapted_layers
+from pera.tuner.names import plain_name
+from pera.tuner.saved import check_values
 
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 """Errors that PEFT raises for a folder that is missing, truncated or of an unknown method."""
@@ -40,9 +42,10 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
         raise UserError(f"adapter {adapter_name!r} is not in the model; load one before you swap it.")
     try:
         config: Any = PeftConfig.from_pretrained(path, **kwargs)
-        weights = load_peft_weights(path, device="cpu", **kwargs)
+        saved = load_peft_weights(path, device="cpu", **kwargs)
     except _UNREADABLE as error:
         raise UserError(f"{path!r} cannot be read as an adapter: {error}") from error
+    weights = {plain_name(key): weight for key, weight in saved.items()}
     before: Any = model.peft_config[adapter_name]
     for name, other in ((repr(path), config), (f"adapter {adapter_name!r}", before)):
         if not isinstance(other, PeraConfig):
@@ -61,8 +64,10 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
         there = base.get(key)
         if there is None or there.shape != shapes[key] or not torch.equal(there.cpu(), weights[key].to(there.dtype)):
             raise UserError(f"{path!r} has {key}, which the loaded adapter lacks; use load_adapter instead.")
-    if broken := [key for key in current if not torch.isfinite(weights[key]).all()]:
-        raise UserError(f"{path!r}: NaNs detected in the weights of {broken[0]}. The adapter seems to be broken.")
+    try:
+        check_values({key: weights[key] for key in current})
+    except UserError as error:
+        raise UserError(f"{path!r}: {error}") from error
     layers = adapted_layers(model.get_base_model(), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise UserError(f"adapter {adapter_name!r} is merged; call unmerge_adapter first.")

@@ -29,7 +29,9 @@ from pera.tuner.behaviour import resolve_all_linear
 from pera.tuner.call import one_call
 from pera.tuner.checks import check_names
 from pera.tuner.layers import ParamWrapper, PeraLayer, keep_unpacked, layer_class
+from pera.tuner.names import check_wrapped, plain_name
 from pera.tuner.routing import route_samples
+from pera.tuner.saved import check_loaded, is_factor
 from pera.tuner.tying import separate_shared_weights, sharing_the_embedding, with_name, without
 
 
@@ -63,6 +65,7 @@ class PeraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        check_wrapped(model, self.peft_config[adapter_name])
         if state_dict is None:  # otherwise its keys say what to adapt
             check_names(model, self.peft_config[adapter_name])
         keep_unpacked(model)
@@ -90,6 +93,39 @@ class PeraModel(BaseTuner):
             return peft_config  # it targets parameters only
         return super()._prepare_adapter_config(peft_config, model_config)
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return check_target_module_exists(peft_config, plain_name(key))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name of a weight in the saved file."""
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The weights to save. PEFT finds the factors by the names of modules, which can differ in a state."""
+        factors = {key: weight for key, weight in state_dict.items() if is_factor(key, adapter_name)}
+        others = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        return {**others, **factors}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The weights of a saved file by their names in the model. PEFT only warns of weights that have no place."""
+        own = model.state_dict()
+        places = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
+        places |= {plain_name(key): key for key in own}
+        loaded = {}
+        for key, weight in state_dict.items():
+            name = plain_name(key)  # a model outside PeftModel has no prefix
+            loaded[places.get(name) or places.get(name.removeprefix("base_model.model."), key)] = weight
+        check_loaded(loaded, own, adapter_name)
+        return loaded
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         resolve_all_linear(model, peft_config)
 
@@ -111,6 +147,7 @@ class PeraModel(BaseTuner):
                 f"target_modules: torch.nn.TransformerEncoderLayer does not call {current_key!r} in evaluation, so it "
                 "would ignore an adapter; call torch.backends.mha.set_fastpath_enabled(False) first."
             )
+        current_key = plain_name(current_key)
         source = None
         if current_key in (getattr(pera_config, "target_modules_to_tie", None) or ()):
             source = self.model.get_input_embeddings()

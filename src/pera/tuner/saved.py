@@ -1,9 +1,11 @@
-"""The layers of a saved PERA adapter, from its files alone, without the base model."""
+"""The weights of a saved PERA adapter: its layers without the base model, and checks before they are loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pera.errors import UserError
@@ -62,3 +64,46 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
     if not layers:
         raise UserError("the weights file has no PERA layer.")
     return layers
+
+
+def check_values(weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless every tensor holds finite floating-point numbers."""
+    for key, weight in weights.items():
+        if not weight.is_floating_point():
+            raise UserError(
+                f"{key} has dtype {str(weight.dtype).removeprefix('torch.')}; the weights of an adapter should be "
+                "floating-point numbers."
+            )
+        values = weight.float() if weight.itemsize == 1 else weight  # float8 has no isfinite
+        if not torch.isfinite(values).all():
+            raise UserError(f"NaNs detected in the weights of {key}. The adapter seems to be broken.")
+
+
+def check_loaded(weights: Mapping[str, Tensor], model: Mapping[str, Tensor], adapter_name: str) -> None:
+    """Check that every saved weight has a place in the model, and every factor of the adapter has a saved weight.
+
+    Args:
+        weights: the saved weights, by their names in the model.
+        model: the state of the model.
+        adapter_name: name of the adapter that is loaded.
+
+    Raises:
+        UserError: a weight has no place, is missing, or has values that cannot be loaded.
+    """
+    remedy = "load the adapter on the base model that it was trained on."
+    if unplaced := sorted(weights.keys() - model.keys()):
+        raise UserError(f"the base model has no place for {_counted(unplaced, adapter_name)}; {remedy}")
+    factors = {key for key in model if is_factor(key, adapter_name)}
+    if missing := sorted(factors - weights.keys()):
+        raise UserError(f"the weights file lacks {_counted(missing, adapter_name)}; {remedy}")
+    check_values({key: weight for key, weight in weights.items() if model[key].is_floating_point()})
+
+
+def is_factor(key: str, adapter_name: str) -> bool:
+    """Whether a key in the state of a model is a factor of the adapter, or its coefficients."""
+    return key.endswith(tuple(f".{factor}.{adapter_name}" for factor in ("pera_A", "pera_B", "pera_h")))
+
+
+def _counted(keys: list[str], adapter_name: str) -> str:
+    more = f" and {len(keys) - 1} more weights" if len(keys) > 1 else ""
+    return repr(keys[0].removesuffix(f".{adapter_name}")) + more

@@ -111,6 +111,8 @@ def _mistake(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if environment is not None and environment.out_of_memory(error):
         return OUT_OF_MEMORY, 2
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{str(error.filename)!r}: {error.strerror}.", 2
     return f"unexpected {type(error).__name__}: {error}; PERA_DEBUG=1 shows the traceback.", 2
 
 

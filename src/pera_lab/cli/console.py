@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import locale
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -45,7 +47,13 @@ progress = _Plain(stderr=True, **_AS_IT_IS)
 
 
 def accept_any_text() -> None:
-    """Print question marks for characters that the encoding of the console lacks, and read any bytes as text."""
+    """Print question marks for characters that the encoding of the console lacks, and read any bytes as text.
+
+    Libraries open their files in the encoding of the locale, so a locale that is not UTF-8 is replaced.
+    """
+    if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        with suppress(locale.Error):  # not every system has it
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a closed stream is None
             stream.reconfigure(errors="replace")

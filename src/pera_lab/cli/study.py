@@ -30,12 +30,15 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="List the runs in order and exit.")] = False,
 ) -> None:
     """Run the remaining runs of a study: the learning rates of each method first, then the reported seeds."""
+    from pera_lab.files import check_folder_name
     from pera_lab.study import load_study
     from pera_lab.study.folder import StudyFolder
     from pera_lab.study.plan import known_trials
     from pera_lab.study.runner import run_study
 
     spec = load_study(study, overrides)
+    if output is None:
+        check_folder_name(spec.name)
     folder = StudyFolder(output or Path("studies") / spec.name)
     if plan:
         ended = folder.outcomes(spec)

@@ -21,7 +21,7 @@ from pera_lab.convert.gguf import ADAPTER
 from pera_lab.convert.servers import Form, Server
 from pera_lab.convert.truncate import Truncation, measured, truncate
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
-from pera_lab.files import atomic_folder, require_free
+from pera_lab.files import atomic_folder, require_free, reserved
 from pera_lab.opening import Location, copy_tokenizer, open_model
 
 
@@ -74,12 +74,26 @@ def export(
 
     Raises:
         UserError: the adapter is broken, is not PERA or is for another base; the format or the server cannot hold a
-            part of it or its rank; the output exists.
+            part of it or its rank; the output exists or another process writes it.
     """
+    with reserved(output):
+        require_free(output)
+        return _export(location, output, to, max_rank, energy, server, dtype)
+
+
+def _export(
+    location: Location,
+    output: Path,
+    to: Form | None,
+    max_rank: int | None,
+    energy: float | None,
+    server: str | None,
+    dtype: str,
+) -> Export:
+    """:func:`export` to a folder that no other process writes."""
     target = None if server is None else servers.find(server)
     form = _form(to, target)
     _check_options(max_rank, energy)
-    require_free(output)
     adapter = location.require_adapter()
     if not adapter.is_pera:
         raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a PERA adapter can be exported.")

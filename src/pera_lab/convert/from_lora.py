@@ -13,7 +13,7 @@ from pera_lab import models
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
-from pera_lab.files import atomic_folder, require_free
+from pera_lab.files import atomic_folder, require_free, reserved
 from pera_lab.opening import Location, copy_tokenizer, open_model
 
 
@@ -41,9 +41,15 @@ def import_lora(
 
     Raises:
         UserError: the adapter is not a LoRA, is broken, or uses an option that PERA lacks, such as DoRA; ``terms``
-            leave no product; the output exists.
+            leave no product; the output exists or another process writes it.
     """
-    require_free(output)
+    with reserved(output):
+        require_free(output)
+        return _import_lora(location, output, terms, normalization, dtype)
+
+
+def _import_lora(location: Location, output: Path, terms: Terms, normalization: Normalization, dtype: str) -> Agreement:
+    """:func:`import_lora` to a folder that no other process writes."""
     adapter = location.require_adapter()
     if not isinstance(adapter.config, LoraConfig):
         raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a LoRA adapter can be imported.")

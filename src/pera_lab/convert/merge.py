@@ -30,7 +30,7 @@ from pera_lab.convert.checkpoint import (
     write_index,
 )
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
-from pera_lab.files import atomic_folder, read_object, require_free, write_json
+from pera_lab.files import atomic_folder, read_object, require_free, reserved, write_json
 from pera_lab.models import DTYPES, dequantise, tokenizer_files
 from pera_lab.opening import Location, base_folder, check_fingerprint, copy_tokenizer, open_model, open_tokenizer
 
@@ -63,9 +63,16 @@ def merge(location: Location, output: Path, *, dtype: str = "stored", dequantise
 
     Raises:
         UserError: the adapter is broken, is for another base or does not change weights; the base is quantised without
-            ``dequantised``, or is not quantised with it; a weight overflows in ``dtype``; the output exists.
+            ``dequantised``, or is not quantised with it; a weight overflows in ``dtype``; the output exists or another
+            process writes it.
     """
-    require_free(output)
+    with reserved(output):
+        require_free(output)
+        return _merge(location, output, dtype, dequantised)
+
+
+def _merge(location: Location, output: Path, dtype: str, dequantised: bool) -> Agreement:
+    """:func:`merge` to a folder that no other process writes."""
     adapter = location.require_adapter()
     if adapter.config.is_prompt_learning:
         raise UserError(f"{location.name!r} is a {adapter.method} adapter, which does not change weights to merge.")

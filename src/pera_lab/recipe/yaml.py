@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from pera.errors import UserError, nearest
+from pera_lab.files import user_path
 from pera_lab.recipe.syntax import DEEPEST, LONGEST, read, read_value, walk
 from pera_lab.sections import name_alone
 from pera_lab.tasks import Task, family_of
@@ -34,7 +35,7 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
     Raises:
         UserError: the file does not exist, is not YAML, or does not hold keys and values.
     """
-    path = Path(source)
+    path = user_path(source)
     known = shipped_files(shipped)
     if os.path.isdir(path) and source not in known:
         raise UserError(
@@ -44,6 +45,8 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
         text, name = _read(path, kind), path.stem
     elif source in known:
         text, name = (resources.files("pera_lab") / shipped / f"{source}.yaml").read_text(encoding="utf-8"), source
+    elif os.path.exists(path):
+        raise UserError(f"{kind}: {source!r} is not a regular file; save the {kind} in a file.")
     elif path.suffix in (".yaml", ".yml") or "/" in source:
         raise UserError(f"{kind}: file {source!r} does not exist.")
     else:
@@ -152,7 +155,7 @@ def _sentence(error: Any, model: type[BaseModel], content: Any, kind: str) -> st
         return f"{where} is not a key of a {kind}; {nearest(str(location[-1]), _known_keys(model, content, location))}"
     if error["type"] == "missing":
         return f"{where} is missing in the {kind}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
     if error["type"] == "string_type" and isinstance(error["input"], (int, float)):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import typer
 
-from pera_lab.files import json_line, read_lines
+from pera_lab.files import json_line, read_lines, write_atomic
 from pera_lab.recipe import read_yaml
 
 LEFT_OUT = {"adapter", "checkpoints", "locks"}
@@ -36,7 +36,8 @@ def write_archive(study: Path, output: Path) -> None:
         names[base] = os.path.relpath(base)
     if data := described["settings"].get("data"):
         names[str(Path(data).resolve())] = data
-    with tarfile.open(output, "w:xz") as archive:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz") as archive:
         for file in [study / "study.yaml", *sorted(study.glob("runs/*/**/*"))]:
             name = file.relative_to(study.parent)
             if file.is_file() and not LEFT_OUT & set(name.parts):
@@ -44,6 +45,7 @@ def write_archive(study: Path, output: Path) -> None:
                 entry = tarfile.TarInfo(str(name))
                 entry.size, entry.mode = len(content), 0o644
                 archive.addfile(entry, io.BytesIO(content))
+    write_atomic(output, packed.getvalue())
 
 
 def _content(file: Path, names: dict[str, str]) -> bytes:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pera.errors import UserError
-from pera_lab.files import disk_errors, read_as, write_atomic
+from pera_lab.files import InUse, disk_errors, lock_of, locked, read_as, require_free, unfinished, write_atomic
 from pera_lab.recipe import difference
 from pera_lab.runs import Run
 from pera_lab.study.plan import Outcome, known_trials
@@ -67,23 +69,44 @@ class StudyFolder:
             retry: remove the runs that failed.
 
         Raises:
-            UserError: a run in the folder has other settings, or the folder cannot be written.
+            UserError: a run in the folder has other settings, the folder holds something else than a study, or it
+                cannot be written.
         """
-        for trial in self._existing(study):
-            run, outcome = self.run(trial), self.outcome(trial)
-            failed = outcome is not None and outcome.status == "failed"
-            if retry and failed:
-                shutil.rmtree(run.path)
-            elif run.recipe_file.is_file() and (changed := difference(run.recipe, trial.recipe())) is not None:
+        if not self.study_file.is_file():
+            own = (lock_of(self.study_file), unfinished(self.study_file))  # a kill may leave them
+            require_free(self.path, replaced=False, ignored=own)
+        existing = self._existing(study)
+        for trial in existing:
+            run, failed = self.run(trial), self._failed(trial)
+            if (failed and retry) or not run.recipe_file.is_file():
+                continue
+            if (changed := difference(run.recipe, trial.recipe())) is not None:
                 forget = ", remove failed runs with --retry," if failed else ""
                 raise UserError(
                     f"study: {changed} differs from the recipe of {str(run.path)!r}; "
                     f"undo the change{forget} or give another folder with --output."
                 )
         with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.study_file, study.to_yaml())
             for folder in (self.runs, self.locks):
-                folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.study_file, study.to_yaml())
+                folder.mkdir(exist_ok=True)
+        for trial in existing:
+            with suppress(InUse), self.in_use(trial):
+                if retry and self._failed(trial):
+                    shutil.rmtree(self.run(trial).path)
+                elif self.outcome(trial) is not None:  # a worker may have been killed before it removed them
+                    shutil.rmtree(self.run(trial).checkpoints, ignore_errors=True)
+
+    @contextmanager
+    def in_use(self, trial: Trial) -> Iterator[None]:
+        """Keep other workers from running a trial while the block runs; raises InUse if one runs it."""
+        with locked(self.locks / f"{trial.name}.lock", self.run(trial).path):
+            yield
+
+    def _failed(self, trial: Trial) -> bool:
+        outcome = self.outcome(trial)
+        return outcome is not None and outcome.status == "failed"
 
     def _existing(self, study: Study) -> list[Trial]:
         """The trials of ``study`` that have a run folder, also if their turn has not come."""

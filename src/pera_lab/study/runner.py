@@ -10,9 +10,9 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from rich.console import Console
 from rich.progress import TimeElapsedColumn
@@ -23,7 +23,7 @@ from pera_lab.adapters import HEAD
 from pera_lab.diagnose import run_effects
 from pera_lab.diagnose.effect import run_loss
 from pera_lab.evaluation import evaluate_run
-from pera_lab.files import read_as, write_json
+from pera_lab.files import InUse, read_as, write_json
 from pera_lab.progress import ProgressBar
 from pera_lab.runs import Run
 from pera_lab.study.folder import StudyFolder
@@ -114,14 +114,13 @@ def work(study: Study, folder: StudyFolder, deadline: float, bar: _Bar | None = 
         remaining = [trial for trial in known_trials(study, outcomes) if trial.name not in outcomes]
         affordable = [trial for trial in remaining if time.time() + (expected(trial) or 0) < deadline]
         for trial in affordable:
-            lock = FileLock(folder.locks / f"{trial.name}.lock")
             try:
-                with lock.acquire(blocking=False):
+                with folder.in_use(trial):
                     if folder.outcome(trial) is None:
                         if bar is not None:
                             bar.show(trial.name)
                         _perform(trial, folder)
-            except Timeout:  # another worker runs it
+            except InUse:  # another worker runs it
                 continue
             break
         else:
@@ -135,6 +134,8 @@ def _perform(trial: Trial, folder: StudyFolder) -> None:
     run, start = folder.run(trial), time.perf_counter()
     try:
         outcome = _run(trial, run)
+    except InUse:  # by another command
+        raise
     except LossNotFinite as error:
         outcome = Outcome("diverged", str(error))
     except Exception as error:  # one failed run must not stop the others
@@ -213,9 +214,9 @@ class _Bar:
         self.show("")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.show("")
-        self._bar.__exit__()
+        self._bar.__exit__(*error)
 
     def show(self, running: str) -> None:
         """Update the bar. ``running`` is the name of the running trial."""

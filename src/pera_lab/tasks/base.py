@@ -15,8 +15,8 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from pera_lab.sections import Section
-from pera_lab.tasks.conversations import example_of
-from pera_lab.tasks.encoding import CHAT, AnswerCollator, Encoded, Frame, encode_example, encode_texts
+from pera_lab.tasks.conversations import example_of, fitted, with_reply
+from pera_lab.tasks.encoding import CHARACTERS, CHAT, AnswerCollator, Encoded, Frame, encode_example, encode_texts
 from pera_lab.tasks.examples import Example, Splits, Verdict
 
 
@@ -98,6 +98,13 @@ class Task(Section):
                 end; a classifier truncates them.
         """
         raise NotImplementedError
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any]) -> None:
+        """Check that examples can be encoded, before a training whose model would be scored on them.
+
+        Raises:
+            UserError: the chat template rejects an example, or leaves out a part of it.
+        """
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
         """The function that makes a batch of rows from :meth:`encode`."""
@@ -189,9 +196,15 @@ class GenerationTask(Task):
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any], max_length: int | None = None
     ) -> Encoded:
-        encoded = [encode_example(tokenizer, example, self.frame) for example in examples]
+        most = None if max_length is None else CHARACTERS * max_length
+        tried = [example for example in examples if most is None or example.characters <= most]
+        encoded = (encode_example(tokenizer, example, self.frame) for example in tried)
         rows = [row for row in encoded if max_length is None or len(row["input_ids"]) <= max_length]
-        return Encoded(rows, len(encoded) - len(rows), 0)
+        return Encoded(rows, len(examples) - len(rows), 0)
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Any]) -> None:
+        for example in examples:
+            with_reply(tokenizer, fitted(tokenizer, example))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
         return AnswerCollator(tokenizer, model)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from pera.errors import UserError, one_line
+from pera.errors import UserError
+from pera_lab.tasks.conversations import fitted, render, with_reply
 from pera_lab.tasks.examples import Example
 
 IGNORED = -100
 """Label of a token that the loss ignores (PyTorch's ``ignore_index``)."""
+
+
+CHARACTERS = 256
+"""Characters of a text that are tokenized for each token that fits. What is left out of a longer text would not fit."""
 
 
 class Frame(NamedTuple):
@@ -57,22 +62,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, frame: Frame 
     return _without_end(tokenizer, frame.text.replace("{prompt}", prompt))
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
     """Token ids of a conversation in the model's chat template, up to the beginning of the model's next answer. Without
     a template the messages are lines of text.
 
     Raises:
         UserError: the template rejects the messages.
     """
+    text = render(tokenizer, messages, tools)
     if tokenizer.chat_template is None:
-        return _without_end(tokenizer, "".join(f"{m['content']}\n" for m in messages))
-    try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, MemoryError, RecursionError) as error:
-        roles, reason = ", ".join(m["role"] for m in messages), (one_line(error) or type(error).__name__).rstrip(".")
-        raise UserError(
-            f"messages with the roles {roles}: the model's chat template rejects them: {reason}."
-        ) from error
+        return _without_end(tokenizer, text)
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     if not ids:
         raise UserError("the model's chat template turns the messages into an empty text; correct the template.")
@@ -89,40 +90,63 @@ def encode_question(
 ) -> Prompt:
     """The prompt of an example in its frame.
 
-    A prompt longer than ``max_length`` first loses the oldest turns of its conversation, two at a time, and then the
-    beginning of the user's text. It keeps the frame, which ends with the response marker, and the end of the question,
-    where the options are.
+    A prompt longer than ``max_length`` first loses the oldest turns of its conversation, each from a user's message to
+    the next, and then the beginning of the last message's text. It keeps the frame, which ends with the response
+    marker, and the end of the question, where the options are.
 
     Args:
         tokenizer: the tokenizer of the model.
         example: the example.
         frame: how its prompt is presented. Messages always use the chat template.
         max_length: longest prompt in tokens.
+
+    Raises:
+        UserError: the chat template rejects the messages, or leaves out a part of them.
     """
+    example = fitted(tokenizer, example)
     earlier = list(example.messages[:-1])
 
     def encode(text: str) -> list[int]:
         if example.messages:
-            return encode_chat(tokenizer, [*earlier, {**example.messages[-1], "content": text}])
+            last = {**example.messages[-1], "content": text}
+            return encode_chat(tokenizer, [*earlier, last], example.tools)
         return encode_prompt(tokenizer, text, frame)
 
-    ids = encode(example.prompt)
-    if max_length is None or len(ids) <= max_length:
-        return Prompt(ids, example.prompt, False)
+    if max_length is None:
+        return Prompt(encode(example.prompt), example.prompt, False)
+    most = CHARACTERS * max(max_length, 0)
+    question = example.prompt[max(len(example.prompt) - most, 0) :]
+
+    def fits() -> list[int] | None:
+        if sum(len(message["content"]) for message in earlier) + len(question) > most:
+            return None
+        return ids if len(ids := encode(question)) <= max_length else None
+
+    ids = fits()
+    if ids is not None and question == example.prompt:
+        return Prompt(ids, question, False)
     kept = int(bool(earlier) and earlier[0]["role"] == "system")
-    while len(ids) > max_length and len(earlier) > kept:
-        del earlier[kept : kept + 2]
-        ids = encode(example.prompt)
-    if len(ids) <= max_length:
-        return Prompt(ids, example.prompt, True)
-    low, high = 0, len(example.prompt)  # bisect the smallest number of characters to remove
+    while ids is None:
+        roles = [message["role"] for message in (*earlier, *example.messages[-1:])]
+        if "user" not in roles[kept + 1 :]:
+            break
+        del earlier[kept : roles.index("user", kept + 1)]
+        ids = fits()
+    if ids is not None:
+        return Prompt(ids, question, True)
+    if sum(len(message["content"]) for message in earlier) > most:
+        raise UserError(
+            f"{example.place}: the messages before the last are longer than the {max_length} tokens that fit; shorten "
+            "them."
+        )
+    low, high = 0, len(question)  # bisect the smallest number of characters to remove
     while low < high:
         middle = (low + high) // 2
-        if len(encode(example.prompt[middle:])) <= max_length:
+        if len(encode(question[middle:])) <= max_length:
             high = middle
         else:
             low = middle + 1
-    text = example.prompt[low:]
+    text = question[low:]
     return Prompt(encode(text), text, True)
 
 
@@ -151,11 +175,21 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, frame: 
         example: the example with its answer.
         frame: how the prompt is presented, and which tokens have labels other than :data:`IGNORED`.
     """
+    example = with_reply(tokenizer, example)
     prompt, answer = encode_answered(tokenizer, encode_question(tokenizer, example, frame), frame, example.answer)
     answer = [*answer, *([tokenizer.eos_token_id] if frame.end else [])]
     ids = prompt + answer
     labels = list(ids) if frame.loss == "all" else [IGNORED] * len(prompt) + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def as_scored(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example:
+    """The example with the answer that a right output equals. Outputs have no special tokens, so neither has a call."""
+    if not example.reply:
+        return example
+    example = with_reply(tokenizer, example)
+    ids = tokenizer(example.answer, add_special_tokens=False).input_ids
+    return replace(example, answer=str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
 
 
 def encode_texts(
@@ -168,9 +202,12 @@ def encode_texts(
         texts: one text, or two. Of two, the longer one is truncated first.
         max_length: longest row in tokens.
     """
-    encoded = dict(tokenizer(*texts, truncation=max_length is not None, max_length=max_length))
-    cut = len(encoded["input_ids"]) == max_length and len(tokenizer(*texts).input_ids) > max_length
-    return encoded, cut
+    if max_length is None:
+        return dict(tokenizer(*texts)), False
+    parts = [text[: CHARACTERS * max_length] for text in texts]
+    encoded = dict(tokenizer(*parts, truncation=True, max_length=max_length))
+    cut = len(encoded["input_ids"]) == max_length and len(tokenizer(*parts).input_ids) > max_length
+    return encoded, cut or parts != list(texts)
 
 
 class AnswerCollator:

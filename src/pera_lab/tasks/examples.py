@@ -23,10 +23,19 @@ class Example:
     """Member of a mix. Each member gets a score of its own."""
     options: tuple[str, ...] = ()
     """Possible answers, which the likelihood scorer ranks. Empty if the answer is free text."""
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
     """The conversation up to the answer, if it is longer than one prompt. ``prompt`` is its last message."""
+    reply: dict[str, Any] = field(default_factory=dict, hash=False)
+    """The assistant's message, if it is more than the text ``answer``, such as a tool call."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """The functions that the model can call."""
     place: str = field(default="", compare=False)
     """Source and line of the example, for messages."""
+
+    @property
+    def characters(self) -> int:
+        """Length of prompt, conversation and answer."""
+        return len(self.prompt) + len(self.answer) + sum(len(message["content"]) for message in self.messages[:-1])
 
 
 @dataclass(frozen=True)
@@ -62,14 +71,17 @@ class Splits:
     """One sentence for each part of the data that was not found."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """Where the examples came from: files or Hub data sets, and how many rows of each are used."""
+    unused: Sequence[str] = ()
+    """Columns of the rows that nothing uses."""
 
     @property
     def notes(self) -> list[str]:
-        """Warnings for the user: missing parts, and test rows that also occur in the training data."""
+        """Warnings for the user: missing parts, unused columns, and test rows that also occur in the training data."""
         seen = set(map(_question, self.train))
         rows, repeated = _groups(self.test), _groups([row for row in self.test if _question(row) in seen])
         return [
             *self.missing,
+            *([f"columns that are not used: {', '.join(self.unused)}."] if self.unused else []),
             *(
                 f"{group and f'{group}: '}{count} of {rows[group]} test rows also occur in the training data."
                 for group, count in repeated.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -27,8 +29,9 @@ from pera_lab.tasks.sources import (
 class OwnTask(GenerationTask):
     """Rows with the columns ``prompt`` and ``completion`` (texts, or lists of messages), or with ``messages``.
 
-    The last message must be the assistant's; it is the answer. An output is right if it equals the answer, ignoring
-    white space at both ends.
+    The last message must be the assistant's; it is the answer. A tool call is learned and compared as the text that the
+    model's chat template makes of it. A column ``tools`` goes to the chat template. An output is right if it equals the
+    answer, ignoring white space at both ends.
     """
 
     task_names = ("own",)
@@ -38,7 +41,7 @@ class OwnTask(GenerationTask):
     data: DataPath
     """A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder with ``train`` and optionally ``validation`` and
     ``test`` files, or the id of a data set on the Hub."""
-    columns: dict[Literal["prompt", "completion", "messages"], str] = Field(default_factory=dict)
+    columns: dict[Literal["prompt", "completion", "messages", "tools"], str] = Field(default_factory=dict)
     """Names of the columns in the data, by the names used here."""
     template: Literal["chat", "plain"] = "chat"
     """"chat": the prompt is a user's message in the model's chat template. "plain": the completion follows the prompt
@@ -71,7 +74,19 @@ class OwnTask(GenerationTask):
         train = take(rows, self.train_size, self.seed)
         used = {"train": len(train), "validation": len(validation), "test": len(test)}
         manifest = {split: source.record(used[split]) for split, source in sources.items()}
-        return Splits(train, test, validation, manifest=manifest)
+        return Splits(train, test, validation, manifest=manifest, unused=self._unused(sources))
+
+    def _unused(self, sources: Mapping[str, Rows]) -> tuple[str, ...]:
+        """The columns, other than empty ones, that no example comes from."""
+        prompt, completion, messages, tools = (
+            str(self.columns.get(name, name))  # type: ignore[call-overload]
+            for name in ("prompt", "completion", "messages", "tools")
+        )
+        found: dict[str, None] = {}
+        for row in (row for source in sources.values() for row in source.rows):
+            used = {tools, messages} if row.get(messages) is not None else {tools, prompt, completion}
+            found |= dict.fromkeys(key for key, value in row.items() if key not in used and value not in (None, ""))
+        return tuple(found)
 
     def question(self, row: dict[str, Any]) -> Example:
         return self._example(row, answered=False)
@@ -83,9 +98,9 @@ class OwnTask(GenerationTask):
 
 def _splits(data: str) -> dict[str, Rows]:
     path = user_path(data)
-    if path.is_file():
+    if os.path.isfile(path):
         return {"train": read_file(path)}
-    if path.is_dir():
+    if os.path.isdir(path):
         found = {"train": read_file(split_file(path, ["train"], (".jsonl", *SUFFIXES)))}
         for split in ("validation", "test"):
             if files := [path / f"{split}{suffix}" for suffix in SUFFIXES if (path / f"{split}{suffix}").is_file()]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -158,7 +159,7 @@ def _load(what: str, *arguments: Any, **options: Any) -> Any:
 def folder_of(data: str) -> Path:
     """The folder or file that ``task.data`` names; UserError if it does not exist."""
     path = user_path(data)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"task.data={data!r} does not exist; give a folder, or {HUB!r} for the data set on the Hub.")
     return path
 

@@ -1,14 +1,17 @@
 """Saving and loading whole models with PERA adapters."""
 
+import copy
 import json
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tiny import adapt, gpt2, llama, logits, tokens
+from pera import UserError
+from tiny import adapt, evaluate, gpt2, llama, logits, tokens
 
 
 def trainable(model):
@@ -103,3 +106,116 @@ def test_the_configuration_saved_with_the_adapter(folders):
     assert saved["inference_mode"] is True
     assert saved["target_modules"] == sorted(saved["target_modules"])
     assert (saved["peft_type"], saved["pera_version"], saved["normalization"]) == ("PERA", 1, "rms")
+
+
+# Files that do not fit
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves an adapter whose weights file has been changed, and returns its folder."""
+
+    def saved(change, **options):
+        adapt(llama(), **{"target_modules": ["q_proj"], **options}).save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        weights = load_file(file)
+        change(weights)
+        save_file(weights, file)
+        return tmp_path
+
+    return saved
+
+
+def load_alone(folder):
+    return PeftModel.from_pretrained(llama(), folder)
+
+
+def load_on_the_meta_device_first(folder):
+    return PeftModel.from_pretrained(llama(), folder, low_cpu_mem_usage=True)
+
+
+def load_next_to_another(folder):
+    model = adapt(llama(), target_modules=["q_proj"])
+    model.load_adapter(folder, "other")
+    model.set_adapter("other")
+    return model
+
+
+LOADERS = [load_alone, load_on_the_meta_device_first, load_next_to_another]
+KEY = "base_model.model.model.layers.1.self_attn.q_proj.pera_A"
+
+
+def rename(weights):
+    for key in list(weights):
+        weights[key.replace("self_attn", "attention")] = weights.pop(key)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.clear(), r"the weights file lacks 'base_model\..*' and 5 more weights; load the"),
+        (lambda weights: weights.pop(KEY), rf"the weights file lacks '{KEY}'; load the adapter on the base model"),
+        (
+            lambda weights: weights.update({f"{KEY}x": torch.ones(1)}),
+            rf"the base model has no place for '{KEY}x'",
+        ),
+        (rename, r"the base model has no place for '.*attention.*' and 5 more weights; load the adapter on the"),
+    ],
+)
+def test_a_weight_without_a_place_is_refused(load, change, message, saved):
+    with pytest.raises(UserError, match=message) as refused:
+        load(saved(change))
+    assert ". " not in str(refused.value), "one sentence"
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_not_floating_point_are_refused(load, dtype, saved):
+    with pytest.raises(UserError, match=rf"q_proj\.pera_A\.\w+ has dtype {str(dtype)[6:]}; the weights of an adapter"):
+        load(saved(lambda weights: weights.update({KEY: weights[KEY].to(dtype)})))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_weights_that_are_not_finite_are_refused(load, value, dtype, saved):
+    def spoil(weights):
+        weights[KEY][0, 0] = value
+        weights[KEY] = weights[KEY].to(dtype)
+
+    with pytest.raises(UserError, match=r"NaNs detected in the weights of .*q_proj\.pera_A"):
+        load(saved(spoil))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_another_floating_dtype_are_loaded(load, dtype, saved):
+    kept = {}
+
+    def cast(weights):
+        weights[KEY] = weights[KEY].to(dtype)
+        kept[KEY] = weights[KEY].float()
+
+    found = load(saved(cast))
+    layer = found.get_submodule(KEY.removesuffix(".pera_A"))
+    assert torch.equal(layer.factors(found.active_adapter)[0].float(), kept[KEY])
+    assert torch.isfinite(logits(found)).all()
+
+
+def test_a_buffer_of_whole_numbers_in_a_saved_module_is_loaded(tmp_path):
+    model = adapt(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), target_modules=["0"], modules_to_save=["1"])
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), tmp_path)
+
+
+def test_biases_of_a_saved_module_are_loaded(tmp_path):
+    """PEFT saves them twice, under two names."""
+    options = {"target_modules": ["0"], "modules_to_save": ["1"], "bias": "all"}
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model, x = adapt(copy.deepcopy(base), **options), torch.randn(2, 4)
+    with torch.no_grad():
+        model.base_model.model[1].modules_to_save.default.bias.fill_(1.23)
+        expected = model(x)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(evaluate(PeftModel.from_pretrained(base, tmp_path), x), expected)

@@ -201,12 +201,10 @@ def test_workers_exit_when_their_parent_dies(study_file, tmp_path, sent):
 
 
 def test_a_trial_that_another_worker_runs_is_skipped(study_file, tmp_path):
-    from filelock import FileLock
-
     folder, study = StudyFolder(tmp_path / "locked"), study_of(study_file, "settings.training.max_steps=1")
     folder.prepare(study)
     first = known_trials(study, {})[0]
-    with FileLock(folder.locks / f"{first.name}.lock"):
+    with folder.in_use(first):
         process = multiprocessing.get_context("fork").Process(target=work, args=(study, folder, math.inf))
         process.start()
         others = [trial.name for trial in known_trials(study, {})[1:]]

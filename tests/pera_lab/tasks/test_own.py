@@ -1,12 +1,14 @@
 """A user's own data, in every form."""
 
+import copy
 import json
 
 import pytest
 
 from pera.errors import UserError
 from pera_lab.tasks.conversations import example_of
-from pera_lab.tasks.encoding import encode_example
+from pera_lab.tasks.encoding import CHARACTERS, CHAT, as_scored, encode_example, encode_question, encode_texts
+from pera_lab.tasks.examples import Example
 from pera_lab.tasks.own import OwnTask
 from pera_lab.tasks.sources import BadRow
 
@@ -99,9 +101,129 @@ def test_a_hub_set_is_read_by_its_id(tmp_path, monkeypatch):
         OwnTask(data="somebody/something").build()
 
 
+CALLING = (
+    "{% if tools %}{{ '<s>tools\n' + tools | tojson + '</s>' }}{% endif %}{% for m in messages %}"
+    "{{ '<s>' + m.role + '\n' + m.content }}{% for call in m.tool_calls %}"
+    "{{ '<call>' + call.function.name + ' ' }}ARGUMENTS{% endfor %}{{ '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+
+
+def called(arguments, **more):
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call], **more}
+
+
+@pytest.fixture(params=["{{ call.function.arguments | tojson }}", "{{ call.function.arguments }}"])
+def calling(request, tokenizer):
+    """Tokenizers whose templates write tool calls, from arguments as an object and as JSON text."""
+    calling = copy.deepcopy(tokenizer)
+    calling.chat_template = CALLING.replace("ARGUMENTS", request.param)
+    return calling
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_a_tool_call_is_learned_and_compared_as_the_template_writes_it(arguments, tools, calling):
+    example = example_of({"messages": [USER, called(arguments, refusal=None)], "tools": tools})
+    encoded = encode_example(calling, example)
+    text = '<call>weather {"city": "Rome"}'
+    prompt = f"<s>tools\n{json.dumps(TOOLS)}</s><s>user\nWho?</s><s>assistant\n"
+    assert calling.decode(encoded["input_ids"]) == f"{prompt}{text}</s>"
+    assert calling.decode([i for i in encoded["labels"] if i >= 0]) == f"{text}</s>"
+    assert as_scored(calling, example).answer == text
+
+
+def test_calls_and_results_before_the_answer_are_in_the_prompt(calling):
+    result = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "rain"}
+    messages = [SYSTEM, USER, ASSISTANT, USER, called({"city": "Rome"}), result, ASSISTANT]
+    prompt = encode_question(calling, example_of({"messages": messages}), CHAT)
+    last = '<s>user\nWho?</s><s>assistant\n<call>weather {"city": "Rome"}</s><s>tool\nrain</s><s>assistant\n'
+    assert calling.decode(prompt.ids).endswith(f"</s>{last}")
+    cut = encode_question(calling, example_of({"messages": messages}), CHAT, len(prompt.ids) - 1)
+    assert calling.decode(cut.ids) == f"<s>system\nBe brief.</s>{last}"  # a call stays with its question
+    asked = example_of({"messages": messages[:-1]}, answered=False)
+    assert encode_question(calling, asked, CHAT).ids == prompt.ids
+
+
+def test_text_parts_of_a_message_are_joined():
+    parts = [{"type": "text", "text": "W"}, {"type": "text", "text": "ho?"}]
+    assert example_of({"messages": [{**USER, "content": parts}, ASSISTANT]}).prompt == "Who?"
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"messages": [USER, called({"city": "Rome"})]}, "message 2: .* leaves its 'tool_calls' out"),
+        ({"messages": [USER, called({}), USER, ASSISTANT]}, "message 2: .* leaves its 'tool_calls' out"),
+        ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "message 2: .* leaves its 'weight' out"),
+        ({"messages": [USER, ASSISTANT | {"reasoning_content": "hm"}]}, "message 2: .* leaves its 'reasoning_content'"),
+        (
+            {"messages": [USER, ASSISTANT | {"function_call": {"name": "f"}}]},
+            "message 2: .* leaves its 'function_call'",
+        ),
+        ({"messages": [USER | {"name": "Zoe"}, ASSISTANT]}, "message 1: .* leaves its 'name' out"),
+        ({"messages": [{"role": "critic", "content": "a"}, USER, ASSISTANT]}, "message 1: .* leaves its 'content' out"),
+        ({"messages": [USER, ASSISTANT], "tools": TOOLS}, "field 'tools': the model's chat template leaves the tools"),
+        ({"prompt": "Who?", "completion": "Zoe", "tools": TOOLS}, "field 'tools': "),
+    ],
+)
+def test_a_row_that_the_template_leaves_a_part_of_out_is_refused(row, part, tokenizer, tmp_path):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = (
+        "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}{{ m.role + m.content + '</s>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    )
+    task = OwnTask(data=lines(tmp_path / "a.jsonl", [row, row]), test_size=1)
+    splits = task.build()
+    for check in (lambda: task.encode(plain, splits.train), lambda: task.check(plain, splits.test)):
+        with pytest.raises(UserError, match=rf"a\.jsonl, line [12]: {part}"):
+            check()
+
+
+def test_a_training_is_refused_for_a_call_that_the_template_leaves_out(refused, recipe_file, tmp_path):
+    data = lines(tmp_path / "a.jsonl", [{"messages": [USER, called({})]}] * 3)
+    task = f"task={{name: own, data: {data}, test_size: 1}}"
+    refused("train", recipe_file, task, "--output", tmp_path / "run", words=["a.jsonl, line ", "'tool_calls'"])
+
+
+def test_columns_that_nothing_uses_are_named(tmp_path):
+    data = lines(tmp_path / "a.jsonl", [{**row, "id": 1, "messages": None} for row in rows(3)])
+    assert OwnTask(data=data, test_size=1).build().notes == ["columns that are not used: id."]
+
+
+def test_a_huge_text_is_cut_or_left_out_without_being_tokenized(tokenizer, monkeypatch):
+    seen = []
+    tokenize = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer),
+        "__call__",
+        lambda self, text, *a, **k: [seen.append(len(text)), tokenize(self, text, *a, **k)][1],
+    )
+    huge = Example("x" * 10**7 + "?", "y")
+    prompt = encode_question(tokenizer, huge, CHAT, 20)
+    assert prompt.shortened
+    assert len(prompt.ids) == 20
+    assert tokenizer.decode(prompt.ids).endswith("x?</s><s>assistant\n")
+    turns = ({"role": "user", "content": huge.prompt}, ASSISTANT, USER)
+    assert encode_question(tokenizer, Example("Who?", "Zoe", messages=turns), CHAT, 40).text == "Who?"
+    assert OwnTask(data="a.jsonl").encode(tokenizer, [huge, Example("a", "b")], 40).left_out == 1
+    encoded, cut = encode_texts(tokenizer, [huge.prompt], 20)
+    assert (len(encoded["input_ids"]), cut) == (20, True)
+    assert max(seen) <= 20 * CHARACTERS + 100
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
+        ({"prompt": "a", "completion": " "}, "field 'completion'=' ' should be a text."),
+        ({"messages": [USER, {**ASSISTANT, "content": ""}]}, "the last message, from the assistant, is empty"),
+        ({"messages": [USER, {**ASSISTANT, "content": None}]}, "field 'messages' should hold messages such as"),
+        ({"messages": [USER, called("Rome")]}, "field 'messages', message 2: tool_calls should hold calls such as"),
+        ({"messages": [{**USER, "content": [{"type": "image_url"}]}, ASSISTANT]}, "message 1: content has a part"),
+        ({"prompt": "a", "completion": "b", "tools": "x"}, "field 'tools'='x' should be a list of functions"),
+        ({"prompt": "a", "completion": "b", "weight": 0.5}, "field 'weight'=0.5 would have no effect here; remove it."),
         ({"prompt": "a"}, "field 'completion' is missing; the fields are prompt."),
         ({"text": "a"}, "field 'prompt' is missing; the fields are text."),
         ({"messages": []}, "field 'messages' has no messages."),

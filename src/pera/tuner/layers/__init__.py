@@ -14,6 +14,7 @@ from pera.tuner.layers.embedding import PeraEmbedding
 from pera.tuner.layers.linear import PeraConv1DLinear, PeraLinear
 from pera.tuner.layers.parameter import ParamWrapper
 from pera.tuner.layers.quantised import keep_unpacked
+from pera.tuner.names import plain_name
 
 __all__ = [
     "BASE",
@@ -33,7 +34,7 @@ __all__ = [
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, PeraLayer]:
     """Return the layers that an adapter changes, by their name in ``model``."""
     return {
-        name: module
+        plain_name(name): module
         for name, module in model.named_modules()
         if isinstance(module, PeraLayer) and module.has(adapter_name)
     }
@@ -52,6 +53,12 @@ def layer_class(base_layer: nn.Module, name: str, quantization: dict[str, object
     Raises:
         UserError: this kind of layer is not supported, or its adapter would be ignored or wrong.
     """
+    inside = layers_within(base_layer, name)
+    if name in map(plain_name, inside):
+        raise UserError(
+            f"target_modules: {name!r} is in a {type(base_layer).__name__}, which would ignore an adapter; add the "
+            "adapter before you compile or wrap the layer."
+        )
     if (reason := departure(base_layer, quantization)) is not None:
         raise UserError(f"target_modules: {name!r} {reason}")
     if isinstance(base_layer, nn.Embedding):
@@ -65,7 +72,7 @@ def layer_class(base_layer: nn.Module, name: str, quantization: dict[str, object
     backend = resolve_quantization_backend(base_layer, **quantization)
     if backend is not None and backend.layer_type == "linear":
         return PeraLinear
-    if inside := layers_within(base_layer, name):
+    if inside:
         raise UserError(
             f"target_modules: {name!r} is a {type(base_layer).__name__}, which is not a layer but holds layers; name "
             f"{' and '.join(map(repr, inside[:3]))} instead."
