@@ -152,8 +152,8 @@ def load_tokenizer(
         raise UserError(
             f"model: the tokenizer of {str(source)!r}: model_max_length={longest!r:.80} should be at least 1."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:  # the attention mask hides it, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
