@@ -94,7 +94,7 @@ def settings_that_matter(config: GenerationConfig) -> dict[str, Any]:
     """The settings that change what a model writes, apart from length and special tokens, if they are not the
     library's defaults."""
     defaults = GenerationConfig._get_default_generation_params()
-    known = vars(GenerationConfig()).keys() - METADATA_FIELDS
+    known = vars(GenerationConfig()).keys() - METADATA_FIELDS  # type: ignore[no-untyped-call]
     chosen = {key: value for key, value in config.to_diff_dict().items() if value != defaults.get(key)}
     without_effect = _OTHERS if config.do_sample else _OTHERS | _SAMPLING
     return {key: value for key, value in chosen.items() if key in known - without_effect}
@@ -170,7 +170,8 @@ class _Streamer(TextStreamer):
         self._console, self._stops = console, torch.tensor(stops)
 
     def put(self, value: torch.Tensor) -> None:
-        super().put(value if self.next_tokens_are_prompt else value[~torch.isin(value.cpu(), self._stops)])
+        shown = value if self.next_tokens_are_prompt else value[~torch.isin(value.cpu(), self._stops)]
+        super().put(shown)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._console.print(Text(visible(text)), end="\n" if stream_end else "", soft_wrap=True)

@@ -114,6 +114,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 def reading(file: Path) -> Iterator[None]:
     """Turn what the libraries raise on a broken file of a checkpoint into one :class:`UserError`."""
     try:
+        if not file.is_file():  # reading a pipe could wait for ever
+            raise FileNotFoundError
         yield
     except UserError:
         raise
@@ -161,8 +163,6 @@ def _state(checkpoint: Path) -> _State:
 
 def _load(file: Path) -> dict[str, Any]:
     """The content of a file of torch, with tensors that are read when they are used."""
-    if not file.is_file():
-        raise FileNotFoundError
     if not is_zipfile(file):
         raise ValueError("it is truncated")
     with safe_globals():  # type: ignore[no-untyped-call]

@@ -302,6 +302,8 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is missing or is not JSON.
     """
+    if path.is_fifo():  # reading a pipe could wait for ever
+        raise UserError(f"{str(path)!r} is a pipe, not a file; restore or remove it.")
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -398,7 +400,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Journal:
     """Results that are saved as they arrive, so that a restart computes only the missing ones.
 
-    The first line of the file is a hash of what the results depend on. If it differs, the file is discarded.
+    The first line of the file is a hash of what the results depend on. If it differs, the file is discarded. As a
+    context manager, it leaves no file behind if the block fails before the first result.
 
     Args:
         path: the JSON-lines file. :meth:`close` removes it.
@@ -413,10 +416,19 @@ class Journal:
             raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
         kept = lines[1:] if lines[:1] == [head] else []
         self.found: dict[int, dict[str, Any]] = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
+        self._made = [] if path.parent.exists() else [path.parent]
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         content: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in self.found.items())]
         write_atomic(path, "".join(map(json_line, content)))
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and not self.found:
+            self.close()
+            remove_empty(self._made)
 
     def add(self, rows: dict[int, dict[str, Any]]) -> None:
         """Save results by their index."""

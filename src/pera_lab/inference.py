@@ -39,7 +39,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     behind = text.rpartition(mark)[2].lstrip()
     ids = tokenizer(behind, add_special_tokens=False).input_ids
     special = next((i for i in ids if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder), None)
-    return special if special is not None and behind.startswith(tokenizer.convert_ids_to_tokens(special)) else None
+    return special if special is not None and behind.startswith(str(tokenizer.convert_ids_to_tokens(special))) else None
 
 
 def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -82,10 +82,11 @@ def generation_settings(
         start: the settings to start from, such as the base model's in a chat. None starts from the defaults.
         settings: fields of transformers' ``GenerationConfig``.
     """
-    config = GenerationConfig() if start is None else copy.deepcopy(start)
+    config: Any = GenerationConfig() if start is None else copy.deepcopy(start)  # type: ignore[no-untyped-call]
     special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config.update(**special, **settings, eos_token_id=stop_tokens(model, tokenizer) or None)
-    return config
+    found: GenerationConfig = config
+    return found
 
 
 def write(
@@ -112,7 +113,7 @@ def _without_own_settings(model: Any) -> Iterator[None]:
     """Context manager in which a model has no generation settings of its own, which transformers would use for every
     setting that a call leaves open."""
     own = getattr(model, "generation_config", None)
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -256,6 +257,7 @@ def log_likelihoods(model: Any, tokenizer: PreTrainedTokenizerBase, batch: list[
         rest = [batch[i].suffixes[j] for i, j in longer]
         tail, tail_mask = padded([suffix[:-1] for suffix in rest], "right")
         rows = torch.tensor([i for i, _ in longer], device=device)
+        assert cache is not None
         cache.batch_select_indices(rows)
         inputs = {"input_ids": tail, "past_key_values": cache, "use_cache": True}
         inputs["attention_mask"] = torch.cat([mask[rows], tail_mask], 1)

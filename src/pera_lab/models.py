@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
@@ -74,6 +75,8 @@ def load_model(
     """
     location = resolve(name)
     _check_plain(name, location, revision)
+    if (settings := Path(location) / GENERATION_CONFIG_NAME).is_file():
+        read_object(settings)  # transformers ignores a broken file, and with it the end of an answer
     torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
     auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     head = {} if labels is None else {"num_labels": labels}

@@ -72,7 +72,7 @@ def _predict(
     if max_new_tokens is not None and task.text_refusal:
         raise UserError(f"--max-new-tokens={max_new_tokens}: {task.text_refusal}; leave it out.")
     content = read_file(source)
-    if taken := next((key for row in content.rows for key in _ANSWER if key in row), None):
+    if taken := next((key for row in content.rows if isinstance(row, dict) for key in _ANSWER if key in row), None):
         raise UserError(f"--input: {str(source)!r} has a column {taken!r}, which is an output column; rename it.")
     rows = content.convert(task.question)
     given = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -80,15 +80,15 @@ def _predict(
     spec = recipe.evaluation.model_copy(update={"scorer": task.scorers[0], **changes})
     model, tokenizer = open_model(locate_run(run, base=base), recipe.model.dtype)
     key = {"input": content.sha256, "base": base, "recipe": recipe.to_yaml(), "evaluation": spec.model_dump()}
-    journal = Journal(target.with_name(f"{target.name}.partial"), key)
-    todo = [i for i in range(len(rows)) if i not in journal.found]
-    max_length = task.prompt_limit(recipe.training.max_length)
-    scorer = make_scorer(model, tokenizer, task, [rows[i] for i in todo], spec, max_length)
-    for outputs in answer_batches(scorer, "predicting", console):
-        journal.add({todo[row]: _columns(output) for row, output in outputs.items()})
-    lines = [{**row, **answer} for row, answer in zip(content.rows, journal.rows(), strict=True)]
-    write_atomic(target, "".join(map(json_line, lines)))
-    journal.close()
+    with Journal(target.with_name(f"{target.name}.partial"), key) as journal:
+        todo = [i for i in range(len(rows)) if i not in journal.found]
+        max_length = task.prompt_limit(recipe.training.max_length)
+        scorer = make_scorer(model, tokenizer, task, [rows[i] for i in todo], spec, max_length)
+        for outputs in answer_batches(scorer, "predicting", console):
+            journal.add({todo[row]: _columns(output) for row, output in outputs.items()})
+        lines = [{**row, **answer} for row, answer in zip(content.rows, journal.rows(), strict=True)]
+        write_atomic(target, "".join(map(json_line, lines)))
+        journal.close()
     return len(lines)
 
 

@@ -117,24 +117,26 @@ class Run:
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """Remove what :meth:`create` made if the block fails before anything is logged, saved or scored.
+        """Remove what :meth:`create` made if the block fails before anything is saved or scored.
 
-        A folder that another process uses is left to it.
+        What was logged is kept after an interruption. After a :class:`UserError`, such as a loss that is not finite,
+        it is removed, because nothing can be resumed. A folder that another process uses is left to it.
         """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError, UserError):
-                self._discard()
+                self._discard(logs=isinstance(error, UserError))
             raise
 
-    def _discard(self) -> None:
+    def _discard(self, *, logs: bool) -> None:
         with self.in_use():
             saved = any(self.checkpoints.glob("*"))  # the folder itself exists before the first step
-            started = saved or self.scores_file.is_file() or self.metrics() or self.validation()
+            started = saved or self.scores_file.is_file() or (not logs and (self.metrics() or self.validation()))
             if self._made is None or started:
                 return
-            for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
+            logged = (self.metrics_file, self.validation_file)
+            for file in (self.recipe_file, self.environment_file, self.data_file, *logged):
                 for path in (file, lock_of(file), unfinished(file)):
                     path.unlink(missing_ok=True)
         remove_empty([self.checkpoints, *self._made])  # a parent may hold another run
@@ -188,7 +190,7 @@ class Run:
 
     def scores(self) -> dict[str, Any]:
         """The content of ``scores.json``: the measured scores, such as "base" and "adapter"."""
-        return read_object(self.scores_file) if self.scores_file.is_file() else {}
+        return read_object(self.scores_file) if self.scores_file.exists() else {}
 
     def body(self, model: torch.nn.Module) -> torch.nn.Module:
         """The part of a base model that is fingerprinted: all but a classification head, which is drawn at random."""

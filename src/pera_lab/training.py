@@ -319,6 +319,7 @@ class _Progress(TrainerCallback):
         self._console, self._notes = console, notes
         self._run, self._since, self._begin = run, since, begin
         self._bar = ProgressBar("training", console)
+        self._announced = False
         self._start = 0.0
         self.tokens_before = self.steps_before = 0
 
@@ -355,11 +356,8 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(state.global_step)
-        if state.global_step == self.steps_before + 1 and self._console is not None:  # nothing was refused before
-            for note in self._notes:
-                self._console.print("warning:", style="yellow", end=" ")
-                self._console.print(note, soft_wrap=True)
-            self._console.print(f"run folder {self._run.path}", soft_wrap=True)
+        if state.global_step == self.steps_before + 2:
+            self._announce()
         if state.global_step == state.max_steps:
             control.should_log = True  # whatever logging_steps is
 
@@ -390,6 +388,19 @@ class _Progress(TrainerCallback):
         trained = (p for p in kwargs["model"].parameters() if p.requires_grad)
         if state.global_step == state.max_steps and not all(p.isfinite().all() for p in trained):
             raise _diverged(args, "weights are", state)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Print the notes and the run folder, once. A refusal and a first loss that is not finite come before."""
+        if self._console is None or self._announced:
+            return
+        self._announced = True
+        for note in self._notes:
+            self._console.print("warning:", style="yellow", end=" ")
+            self._console.print(note, soft_wrap=True)
+        recipe = self._run.recipe
+        what = f"{recipe.method['name']} on {recipe.model.name}, task {recipe.task.name}"
+        self._console.print(f"run folder {self._run.path}: {what}", soft_wrap=True)
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
         speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")

@@ -195,7 +195,7 @@ def test_usage_errors_are_one_sentence(line, words, refused):
         ("method={name: lora, rank_pattern: {q_prj: 2}}", ["method: rank_pattern: 'q_prj'", "'q_proj'"]),
         ("method={name: lora, bias: foo}", ["method: PEFT cannot use {", "'bias': 'foo'", "NotImplementedError: "]),
         ("method={name: lora, layer_replication: [[0, 9]]}", ["'layer_replication': [[0, 9]]", "IndexError: "]),
-        ("method={name: lora, loftq_config: 5, init_lora_weights: loftq}", ["method: ", "loftq_config"]),
+        ("method={name: lora, init_lora_weights: loftq}", ["method.init_lora_weights='loftq'", "changes the base"]),
         (
             "method.name=lora",
             ["method.normalization is an option of pera, not of lora", "'method={name: lora, …}'"],
@@ -282,8 +282,8 @@ def test_broken_adapter_folders_are_rejected(name, damage, words, commands, adap
     ("options", "words"),
     [
         ({"hidden_size": 64, "head_dim": 16}, ["'adapter'", "pera_A"]),
-        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit the base model", "layers.1."]),
-        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit the base model", "layers.2."]),
+        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit", "layers.1."]),
+        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit", "layers.2."]),
     ],
 )
 def test_adapter_of_another_base_is_rejected(options, words, commands, adapter, save_llama, tmp_path):
@@ -298,6 +298,26 @@ def test_missing_base_is_rejected(commands, adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/model"}))
     commands(["model", "'/gone/model'"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_tensors_that_are_not_real_numbers_are_rejected(dtype, commands, refused, adapter, change_weights):
+    change_weights(adapter / "adapter_model.safetensors", lambda w: {key: x.to(dtype) for key, x in w.items()})
+    words = ["'adapter'", "pera_A has dtype", str(dtype).removeprefix("torch."), "floating-point"]
+    commands(words)
+    refused("inspect", "adapter", words=words)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga"])
+def test_lora_whose_change_of_the_base_cannot_be_repeated_is_rejected(init, refused, lora):
+    file = lora / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": init}))
+    for call in (["merge"], ["import", "--from", "lora"]):
+        refused(
+            call[0], "lora", *call[1:], "--output", "out", words=[f"init_lora_weights='{init}'", "changed the base"]
+        )
+    for call in (["verify", "lora", "lora"], ["chat", "lora"], ["inspect", "lora"]):
+        refused(*call, words=[f"init_lora_weights='{init}'", "changed the base"])
 
 
 def test_nan_in_an_adapter_is_rejected(commands, adapter, change_weights):
@@ -433,6 +453,11 @@ def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recip
     line = refused("train", recipe_file, "--output", "run", words=words)
     assert "Traceback" not in line
     assert len(line) < 1100
+
+
+def test_a_refusal_of_the_first_step_is_one_line_and_leaves_nothing(refused, glue_recipe):
+    """The recipe's data also give a warning, which a training that begins prints."""
+    refused(*("train", glue_recipe, "--output", "run", "training.eval_steps=1000"), words=["has no effect, because"])
 
 
 def test_an_error_of_the_system_names_the_file(refused):

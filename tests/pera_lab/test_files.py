@@ -188,6 +188,23 @@ def test_a_journal_ignores_lines_that_are_not_results(tmp_path):
     assert Journal(tmp_path / "a", {"x": 1}).found == {0: {"y": 2}}
 
 
+def test_a_journal_without_results_is_removed_if_the_work_is_refused(tmp_path):
+    with pytest.raises(UserError), Journal(tmp_path / "new" / "a", {}):
+        raise UserError("refused")
+    assert not (tmp_path / "new").exists()
+    journal = Journal(tmp_path / "new" / "a", {})
+    journal.add({0: {"y": 2}})
+    with pytest.raises(UserError), journal:
+        raise UserError("refused")
+    assert Journal(tmp_path / "new" / "a", {}).found == {0: {"y": 2}}
+
+
+def test_a_pipe_in_the_place_of_a_json_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(UserError, match="is a pipe, not a file"):
+        read_json(tmp_path / "a.json")
+
+
 def test_json_is_read_as_it_was_written(tmp_path):
     value = {"a": [1, 2.5, None, "ü"]}
     write_json(tmp_path / "file.json", value)

@@ -82,12 +82,20 @@ def test_a_run_that_fails_at_once_removes_only_what_it_created(recipe, workplace
         assert (workplace / "runs").exists() == bool(other)
 
 
-def test_a_failed_run_is_kept_if_anything_was_saved_or_measured(recipe, workplace):
+def test_an_interrupted_run_keeps_what_it_logged_and_a_refused_one_does_not(recipe, workplace):
     run = Run.create(recipe, Path("runs/run"))
-    run.validation_file.write_text('{"step": 2, "loss": 1.0}\n')
+    for file in (run.validation_file, run.metrics_file):
+        file.write_text('{"step": 2, "loss": 1.0}\n')
+        with pytest.raises(KeyboardInterrupt), run.discarded_on_error():
+            raise KeyboardInterrupt
+        assert file.is_file()
     with pytest.raises(UserError), run.discarded_on_error():
-        raise UserError("mistake")
-    run.validation_file.unlink()
+        raise UserError("the loss is not finite")
+    assert not run.path.exists()
+
+
+def test_a_failed_run_is_kept_if_anything_was_saved(recipe, workplace):
+    run = Run.create(recipe, Path("runs/run"))
     (run.checkpoints / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(UserError), run.discarded_on_error():
         raise UserError("mistake")

@@ -1,6 +1,7 @@
 """Training: the run folder, reproducibility, interruptions, and the options of a recipe."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -175,6 +176,16 @@ def test_a_missing_file_of_a_checkpoint_is_named(run):
     checkpoint, name = run.checkpoints / "checkpoint-8", "scheduler.pt"
     (checkpoint / name).unlink()
     with pytest.raises(UserError, match=rf"^--resume: {str(checkpoint / name)!r} is broken \(it is missing\); delete"):
+        train(run.recipe, run, resume=True)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json"])
+def test_a_pipe_in_a_checkpoint_is_refused(name, run):
+    shutil.rmtree(run.adapter.path)
+    file = run.checkpoints / "checkpoint-12" / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=rf"^--resume: {str(file)!r} is broken \(it is missing\)"):
         train(run.recipe, run, resume=True)
 
 

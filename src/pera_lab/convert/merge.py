@@ -245,8 +245,9 @@ def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bo
     with _refusal(location):
         merged = model.merge_and_unload(safe_merge=True)
     with atomic_folder(output) as folder:
-        if generates := merged.can_generate():
-            own, merged.generation_config = merged.generation_config, GenerationConfig()  # saving refuses odd settings
+        own = merged.generation_config if (generates := merged.can_generate()) else None
+        if generates:  # saving refuses settings without effect, which bases have
+            merged.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         merged.save_pretrained(str(folder))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
