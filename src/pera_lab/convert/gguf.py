@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pera.errors import UserError, missing_extra
+from pera_lab.gguf_header import check_header
 
 
 class Architecture(NamedTuple):
@@ -202,9 +203,10 @@ def tensor_names(layers: Iterable[str], config: PreTrainedConfig, *, skip: bool 
 
 def open_gguf(file: Path) -> Any:
     """Open a GGUF file for reading; raises UserError if it is missing or broken."""
+    check_header(file)
     try:
         return _library().GGUFReader(file)
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{str(file)!r} is not a complete GGUF file: {error}") from error
 
 
