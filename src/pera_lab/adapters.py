@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pera.errors import UserError, one_line
-from pera.tuner import PeraConfig, check_lists
+from pera.tuner import PeraConfig, check_lists, check_speed
 from pera_lab.environment import out_of_memory
 from pera_lab.files import read_json
 from pera_lab.methods import repeatable
@@ -242,6 +242,7 @@ class Adapter:
 
     def _build(self, base: PreTrainedModel) -> PeftModel:
         config = copy.deepcopy(self.config)  # PEFT changes it
+        check_speed((name for name, _ in base.named_modules()), config)
         config.inference_mode = True
         on_meta = any(weight.is_meta for weight in base.parameters())
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)

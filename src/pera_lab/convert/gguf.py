@@ -74,8 +74,14 @@ def write_adapter(file: Path, state: dict[str, Tensor], alpha: int, config: PreT
             writer.add_tensor(f"{names[layer]}.{suffix}", np.ascontiguousarray(factor.numpy()))
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        if error.errno is None:  # numpy drops the reason, such as a full disk; another write raises it
+            with file.open("ab") as f:
+                f.write(bytes(1 << 16))
+        raise
 
 
 def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
