@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pera.errors import UserError, missing_extra
 from pera_lab.environment import out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, lock_of, locked, user_path
+from pera_lab.gguf_header import check_header
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def gguf_folder(file: Path) -> Path:
     Raises:
         UserError: the file cannot be read, or the package gguf is not installed.
     """
+    check_header(file)
     return _converted(file, f"{file.stem}-{_digest(file)}")
 
 
@@ -177,7 +179,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def cannot_load(name: str, error: Exception) -> UserError:
+def cannot_load(name: str, error: BaseException) -> UserError:
     """The error message for what the libraries raise on a model that they cannot read."""
     if "the argument `trust_remote_code=True`" in str(error):
         return UserError(

@@ -179,6 +179,15 @@ def check_folder_name(name: str) -> None:
         raise UserError(f"name={name[:60]!r} cannot be the name of a folder; change it or give --output.")
 
 
+def check_output_file(path: Path) -> None:
+    """:func:`check_output` of a file that may exist and is replaced; a folder is refused too."""
+    check_output(path)
+    if path.is_dir():
+        raise UserError(f"output: {str(path)!r} is a folder; give a file.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output: {str(path)!r} is not an ordinary file; give another file.")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors that the libraries raise when a write below ``path`` fails into one :class:`UserError`."""
@@ -411,9 +420,8 @@ class Journal:
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path = path
         head = {"key": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}
+        check_journal(path)
         lines = read_lines(path)
-        if path.is_file() and path.stat().st_size and not (lines and set(lines[0]) == {"key"}):
-            raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
         kept = lines[1:] if lines[:1] == [head] else []
         self.found: dict[int, dict[str, Any]] = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
         self._made = [] if path.parent.exists() else [path.parent]
@@ -443,6 +451,13 @@ class Journal:
     def close(self) -> None:
         """Remove the file. Call it when the results are saved elsewhere."""
         self.path.unlink(missing_ok=True)
+
+
+def check_journal(path: Path) -> None:
+    """Raise UserError if ``path`` exists but is no file of a :class:`Journal`, which would replace it."""
+    lines = read_lines(path)
+    if os.path.lexists(path) and not (lines and set(lines[0]) == {"key"}):
+        raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:

@@ -21,6 +21,7 @@ from pera_lab.adapters import Adapter
 from pera_lab.environment import environment
 from pera_lab.files import (
     check_folder_name,
+    check_output,
     disk_errors,
     lock_of,
     locked,
@@ -77,6 +78,7 @@ class Run:
         if output is None:
             check_folder_name(recipe.name)
         path = output or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        check_output(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         if output is None:
             path = _new_folder(path)
@@ -114,6 +116,11 @@ class Run:
         """
         with locked(self.lock_file, self.path):
             yield
+
+    def remove_stale_lock(self) -> None:
+        """Remove the lock that a process left which was killed when training had ended."""
+        with suppress(UserError), self.in_use():
+            pass
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
@@ -307,6 +314,7 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
     if not run.recipe_file.is_file():
         raise UserError(f"--resume: {str(run.path)!r} is not a run folder; start one without --resume.")
     if run.finished:
+        run.remove_stale_lock()
         raise _finished(run, given)
     if (changed := difference(run.recipe, given)) is not None:
         raise UserError(
@@ -319,10 +327,9 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
 
 def _finished(run: Run, given: Recipe) -> UserError:
     """The error for a finished run that should be resumed, for more steps or by mistake."""
-    message = f"--resume: {str(run.path)!r} is finished; "
-    if difference(run.recipe, given) is None:
-        return UserError(f"{message}score it with: pera evaluate {run.path}")
+    if (changed := difference(run.recipe, given)) is None:
+        return UserError(f"--resume: {str(run.path)!r} is finished; score it with: pera evaluate {run.path}")
     return UserError(
-        f"{message}to train further, merge it with: pera merge {run.path} --output MERGED, and start a run with "
-        "model.name=MERGED."
+        f"--resume: {str(run.path)!r} is finished, so {changed} cannot change; to train further, use "
+        f"pera merge {run.path} --output MERGED and start a run with model.name=MERGED."
     )

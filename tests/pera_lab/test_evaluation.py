@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pera_lab.evaluation import evaluate_run
+from pera_lab.files import locked
 from pera_lab.runs import Run
 
 
@@ -66,3 +67,14 @@ def test_an_interrupted_evaluation_of_a_run_resumes(run, interrupt):
     assert asked == [4, 4, 4]
     assert (run.predictions / "adapter.jsonl").read_text() == answers
     assert not (run.predictions / "adapter.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("which", [[], ["--base"]])
+def test_two_evaluations_that_write_one_score_are_refused(which, pera, refused, run):
+    name = "base" if which else "adapter"
+    with locked(run.path / f".{name}.lock", run.path):
+        refused("evaluate", "run", *which, words=[f"run/predictions/{name}.jsonl", "in use by another process"])
+        assert pera("evaluate", "run", *([] if which else ["--base"])).code == 0  # the other score
+    assert pera("evaluate", "run", *which).code == 0
+    assert set(run.scores()) == {"adapter", "base"}
+    assert list(run.path.glob(".*")) == []

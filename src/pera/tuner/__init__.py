@@ -3,6 +3,7 @@
 from pera.tuner.behaviour import resolve_all_linear
 from pera.tuner.checks import check_alpha, check_lists, check_names, check_rank
 from pera.tuner.config import PeraConfig
+from pera.tuner.expressions import check_speed
 from pera.tuner.hotswap import hotswap_adapter
 from pera.tuner.layers import (
     ParamWrapper,
@@ -30,6 +31,7 @@ __all__ = [
     "check_lists",
     "check_names",
     "check_rank",
+    "check_speed",
     "hotswap_adapter",
     "register",
     "resolve_all_linear",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pera.errors import UserError, nearest
 from pera.polynomial import Terms
+from pera.tuner.expressions import check_speed
 from pera.tuner.names import plain_name
 
 HEADS = {
@@ -102,6 +103,7 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     check_lists(config)
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
     named = {plain_name(name): module for name, module in model.named_modules()}
+    check_speed(named, config)
     modules = {name: module for name, module in named.items() if ".pera_" not in name and "base_layer" not in name}
     _check_excluded(modules, config)
     for key, known, allowed in (
