@@ -37,11 +37,15 @@ _USE = {
 
 
 def write_card(folder: Path, form: Form, location: Location, verification: str | None = None) -> None:
-    """Write ``README.md`` with metadata for the Hub, the code to load the folder, and the scores and recipe of its run.
+    """Write :func:`card` as ``README.md``."""
+    write_atomic(folder / "README.md", card(form, location, verification))
+
+
+def card(form: Form, location: Location, verification: str | None = None) -> str:
+    """Metadata for the Hub, the code to load a folder, and the scores and recipe of its run.
 
     Args:
-        folder: the folder to describe.
-        form: what it holds.
+        form: what the folder holds.
         location: the adapter that it was made from.
         verification: the result of the comparison with that adapter, if one was made.
     """
@@ -72,7 +76,7 @@ def write_card(folder: Path, form: Form, location: Location, verification: str |
         if scores:
             sections += ["## Scores", _scores(run.recipe.task.name, scores)]
         sections += ["## Recipe", _fence(run.recipe.to_yaml(), "yaml")]
-    write_atomic(folder / "README.md", "\n\n".join(sections) + "\n")
+    return "\n\n".join(sections) + "\n"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import textwrap
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +130,13 @@ def _converted(gguf: Path, key: str) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    shown = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())  # transformers' progress bar
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         _check_size(gguf, AutoConfig.from_pretrained(**source))
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        with shown:
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
     except UserError:
         raise
     except Exception as error:  # the parser raises errors of any kind on a broken file
@@ -206,5 +211,7 @@ def cannot_load(name: str, error: BaseException) -> UserError:
             f"model: {name!r} needs its own code to load; if you trust that code, add --trust-remote-code, or set "
             "model.trust_remote_code=true in the recipe that you train."
         )
+    if "ignore_mismatched_sizes" in str(error):  # transformers points to a report that it logs
+        return UserError(f"model: {name!r} cannot be loaded: a weight has another shape than the configuration says.")
     reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
     return UserError(f"model: {name!r} cannot be loaded: {'it lacks the key ' * isinstance(error, KeyError)}{reason}")

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError, one_line
-from pera_lab.card import write_card
+from pera_lab.card import card, write_card
 from pera_lab.files import (
     Journal,
     check_output,
@@ -64,7 +64,9 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     name = which if spec.scorer == run.recipe.evaluation.scorer else f"{which}-{spec.scorer}"
     file = run.predictions / f"{name}.jsonl"
     check_output(file)
-    run.scores()  # a broken file is refused before the work
+    run.scores()  # a broken file is refused before the work, also one that only the card needs
+    if run.finished:
+        card("adapter", locate_run(run))
     with locked(run.path / f".{name}.lock", file):
         return _evaluate_run(run, recipe, splits, which, name, console)
 

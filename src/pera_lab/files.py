@@ -305,14 +305,19 @@ def updated_object(path: Path) -> Iterator[dict[str, Any]]:
         _replace(path, _indented(content).encode())
 
 
+def refuse_pipe(path: Path) -> None:
+    """Raise UserError if ``path`` is a pipe, because reading one could wait for ever."""
+    if path.is_fifo():
+        raise UserError(f"{str(path)!r} is a pipe, not a file; restore or remove it.")
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
         UserError: the file is missing or is not JSON.
     """
-    if path.is_fifo():  # reading a pipe could wait for ever
-        raise UserError(f"{str(path)!r} is a pipe, not a file; restore or remove it.")
+    refuse_pipe(path)
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:

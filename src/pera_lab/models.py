@@ -31,7 +31,7 @@ from pera.tuner.layers import keep_unpacked
 from pera_lab.bases import TOKENIZER, check_base, check_loaded
 from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
 from pera_lab.environment import device, fast_dtype, out_of_memory
-from pera_lab.files import read_object, user_path
+from pera_lab.files import read_object, refuse_pipe, user_path
 
 
 class MissingModel(UserError):
@@ -265,6 +265,8 @@ def resolve(name: str) -> str:
         return str(embedded_folder(name))
     path, shown = user_path(name), repr(name if len(name) <= 200 else f"{name[:200]}…")
     if name and os.path.isdir(path):
+        for file in path.iterdir():
+            refuse_pipe(file)
         if os.path.isfile(path / "config.json"):
             return str(path)
         if os.path.isfile(path / ADAPTER_CONFIG):

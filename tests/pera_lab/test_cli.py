@@ -445,6 +445,15 @@ def test_changed_base_is_rejected(refused, run, save_llama, tmp_path):
     refused("verify", "run", "run", words=words)
 
 
+def test_a_pipe_in_the_place_of_a_file_is_refused(refused, run, save_llama, tmp_path):
+    base = save_llama(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    for pipe in (base / "model.safetensors", tmp_path / "prompts.txt"):
+        os.mkfifo(pipe)
+    refused("chat", "base", words=["'base/model.safetensors' is a pipe"])
+    refused("verify", "run", "run", "--prompts", "prompts.txt", words=["'prompts.txt' is a pipe"])
+
+
 def test_a_gguf_adapter_is_no_base(pera, refused, run):
     assert pera("export", "run", "--to", "gguf", "--output", "gguf").code == 0
     words = ["'gguf/adapter.gguf' holds", "give a whole model, not an adapter"]

@@ -24,11 +24,18 @@ def test_scores_and_predictions_of_base_and_adapter_are_kept_side_by_side(run):
     assert answers[0] != answers[1]
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.write_text("{"), lambda file: file.mkdir()])
+@pytest.mark.parametrize(
+    "damage", [lambda f: f.write_text("{"), lambda f: f.mkdir(), lambda f: f.write_text('{"a": 1}')]
+)
 def test_broken_scores_are_refused_before_the_work(damage, run, refused):
     run.scores_file.unlink(missing_ok=True)
     damage(run.scores_file)
     refused("evaluate", run.path, words=["scores.json"])
+
+
+def test_a_broken_adapter_is_refused_before_its_base_is_scored(run, refused):
+    (run.adapter.path / "adapter_config.json").write_text("{")
+    refused("evaluate", run.path, "--base", words=["adapter_config.json"])
 
 
 def test_scoring_again_replaces_a_score_and_keeps_the_other(run):

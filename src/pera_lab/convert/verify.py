@@ -16,7 +16,7 @@ from pera.errors import UserError
 from pera_lab import embedded, models
 from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
-from pera_lab.files import user_path, write_json
+from pera_lab.files import refuse_pipe, user_path, write_json
 from pera_lab.inference import base_model, end_ids, end_token
 from pera_lab.opening import Location, locate, open_model
 from pera_lab.tasks.encoding import encode_prompt
@@ -218,6 +218,7 @@ def _compare_with_llama_cpp(reference: list[Tensor], prompts: list[list[int]], s
 
 def prompts_in(file: Path) -> list[str]:
     """Read the prompts in a text file, one per line; raises UserError if there are none."""
+    refuse_pipe(file)
     try:
         found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
