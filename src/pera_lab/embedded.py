@@ -157,7 +157,8 @@ def _check_size(file: Path, config: PreTrainedConfig) -> None:
 
     found = sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(file).tensors)
     with torch.device("meta"):
-        expected = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    expected = sum(weight.numel() for weight in model.parameters())
     if 2 * found < expected:
         raise UserError(
             f"model: {str(file)!r} holds {found:,} numbers, and its configuration asks for {expected:,}; give a whole "

@@ -142,6 +142,8 @@ def check_output(path: Path) -> None:
         UserError: the name is too long or holds a NUL, a parent is a file, links form a loop, or a parent must not be
             written to.
     """
+    if not path.name:
+        raise UserError(f"output: {str(path)!r} cannot be written: it has no name; give another path.")
     try:
         with suppress(FileNotFoundError):
             path.stat()

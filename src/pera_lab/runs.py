@@ -186,9 +186,6 @@ class Run:
         for checkpoint in checkpoints.saved(self.checkpoints):
             if checkpoint not in kept:
                 shutil.rmtree(checkpoint)
-        for file in self.checkpoints.glob("checkpoint-*"):
-            if not file.is_dir():
-                file.unlink()
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``, without a last line that was truncated by a kill."""

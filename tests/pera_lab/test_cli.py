@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -168,6 +169,7 @@ def test_failed_check_exits_with_1(pera, run, tiny_llama, tmp_path):
         ("evaluate run --lm-eval ,", ["--lm-eval", "','", "names no task"]),
         ("evaluate run --lm-eval piqa --scorer likelihood", ["--scorer", "'likelihood'", "--lm-eval"]),
         ("export adapter --to onnx --output x", ["--to", "'onnx'", "'lora', 'gguf'"]),
+        ("chat adapter --temperature 1e-320", ["--temperature", "should be 0 or at least 0.01"]),
         ("export adapter --output x", ["--to lora, --to gguf or --for SERVER"]),
     ],
 )

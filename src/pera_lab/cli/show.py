@@ -107,6 +107,8 @@ def chat(
     from pera_lab.chat import chat as talk
     from pera_lab.opening import locate
 
+    if temperature is not None and 0 < temperature < 0.01:
+        raise typer.BadParameter(f"{temperature} should be 0 or at least 0.01.", param_hint="--temperature")
     location = locate(source, trust_remote_code=trust_remote_code)
     talk(location, out, compare=compare, max_new_tokens=max_new_tokens, temperature=temperature)
 

@@ -150,7 +150,9 @@ def protocol(results: Results) -> list[Item]:
     parts = [[str(e.get(key, ABSENT)) for key in ("processor", "threads", "accelerator")] for e in environments]
     machines = sorted({f"{processor}, {threads} threads, {accelerator}" for processor, threads, accelerator in parts})
     versions = [v for e in environments if isinstance(v := e.get("versions"), dict)]
-    packages = {p: sorted({v[p] for v in versions if v.get(p)}) for p in dict.fromkeys(chain.from_iterable(versions))}
+    packages = {
+        p: sorted({str(v[p]) for v in versions if v.get(p)}) for p in dict.fromkeys(chain.from_iterable(versions))
+    }
     own = "".join(f"; {m.label}: {', '.join(map(str, m.seeds))}" for m in study.grid.method if m.seeds)
     text = (
         "The methods of a comparison share the recipe except for the method: data and their order by seed, loss, "
