@@ -142,7 +142,7 @@ def check_output(path: Path) -> None:
         UserError: the name is too long or holds a NUL, a parent is a file, links form a loop, or a parent must not be
             written to.
     """
-    if not path.name:
+    if not path.absolute().name:
         raise UserError(f"output: {str(path)!r} cannot be written: it has no name; give another path.")
     try:
         with suppress(FileNotFoundError):
