@@ -336,7 +336,7 @@ def _as_pera(
 ) -> tuple[PeraConfig, dict[str, Tensor]]:
     """Configuration and weights of the PERA adapter with h = 0 that equals a LoRA."""
     lora: Any = copy.copy(model.peft_config[adapter_name])
-    if str(lora.init_lora_weights).startswith(_CHANGES_BASE):
+    if str(lora.init_lora_weights).lower().startswith(_CHANGES_BASE):
         raise UserError(
             f"init_lora_weights={lora.init_lora_weights!r} of adapter {adapter_name!r} also changed the base "
             "model; merge the adapter instead."
@@ -344,6 +344,7 @@ def _as_pera(
     if lora.target_parameters:
         raise UserError(f"target_parameters={lora.target_parameters!r} cannot be converted; merge the adapter instead.")
     lora.init_lora_weights, lora.inference_mode = True, False  # trained weights replace the initial ones
+    lora.eva_config = lora.corda_config = lora.lora_ga_config = None
     config = PeraConfig.from_lora(lora, terms=terms, normalization=normalization)
     quantization = get_quantization_kwargs(model.base_model)
     state = _other_state(model, adapter_name)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from pera.errors import UserError, one_line
 from pera.tuner import PeraConfig, check_lists
 from pera_lab.files import read_json
+from pera_lab.methods import repeatable
 from pera_lab.models import token_rows
 
 HEAD = re.compile(r"\.(classifier|score)\.")
@@ -61,6 +62,12 @@ class Adapter:
         for key in ("base_model_name_or_path", "revision"):
             if not isinstance(value := content.get(key), str | None):
                 raise UserError(f"{str(self.path)!r}: adapter_config.json: {key}={value!r} should be a string.")
+        if not repeatable(init := content.get("init_lora_weights")):
+            raise UserError(
+                f"{str(self.path)!r}: init_lora_weights={init!r} changed the base model, which loading cannot repeat; "
+                "save the adapter with PEFT's path_initial_model_for_weight_conversion, or set the key to true if its "
+                "base is the changed model."
+            )
         content.pop("runtime_config", None)  # PEFT rejects a saved one
         try:
             config: PeftConfig = PeftConfig.from_peft_type(**content)  # type: ignore[no-untyped-call]
@@ -87,11 +94,16 @@ class Adapter:
         """The saved tensors by name, on the CPU.
 
         Raises:
-            UserError: the file is missing or truncated, or a tensor holds NaN or infinity.
+            UserError: the file is missing or truncated, or a tensor holds NaN, infinity or no real numbers.
         """
         with self._opened() as f:
             weights = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
         for key, weight in weights.items():
+            if self.method in ("PERA", "LORA") and not weight.is_floating_point():  # other methods also save indices
+                raise UserError(
+                    f"{str(self.path)!r}: {key} has dtype {str(weight.dtype)[6:]}; the weights of an adapter should be "
+                    "floating-point numbers, such as float32."
+                )
             if not torch.isfinite(weight.float() if weight.itemsize == 1 else weight).all():  # no isfinite for float8
                 raise UserError(
                     f"{str(self.path)!r}: NaNs detected in the weights of {key}. The adapter seems to be broken."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.configuration_utils import METADATA_FIELDS
 
-from pera.errors import UserError
+from pera.errors import UserError, one_line
+from pera_lab.inference import base_model, generation_settings, text_of, write
 from pera_lab.models import check_tokens, longest_input
 from pera_lab.opening import Location, open_model
 from pera_lab.tasks.encoding import encode_chat
@@ -30,7 +33,7 @@ class Conversation:
         tokenizer: its tokenizer.
         base: answer with the adapter disabled.
         max_new_tokens: longest answer in tokens, if the model's context allows it.
-        temperature: sampling temperature; 0 decodes greedily.
+        temperature: sampling temperature; 0 decodes greedily. None keeps the base model's own settings.
     """
 
     def __init__(
@@ -40,13 +43,14 @@ class Conversation:
         *,
         base: bool = False,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
+        temperature: float | None = None,
     ) -> None:
         self._model, self._tokenizer, self._base = model, tokenizer, base
         self._longest, self._max_new_tokens = longest_input(model, tokenizer), max_new_tokens
-        self._options: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            self._options["temperature"] = temperature
+        chosen = {} if temperature is None else {"do_sample": temperature > 0, "temperature": temperature or None}
+        one = {"max_length": None, "num_return_sequences": 1, "return_dict_in_generate": False}
+        self.settings = generation_settings(model, tokenizer, base_model(model).generation_config, **chosen, **one)
+        """The base model's generation settings, with ``temperature``. One answer is returned."""
         self.messages: list[dict[str, str]] = []
 
     @torch.no_grad()
@@ -68,18 +72,40 @@ class Conversation:
             )
         check_tokens(self._model, self._tokenizer, [encoded])
         ids = torch.tensor([encoded], device=next(self._model.parameters()).device)
+        config = copy(self.settings)
+        config.max_new_tokens = min(self._max_new_tokens, self._longest - len(encoded))
+        beams = (config.num_beams or 1) > 1  # which transformers does not stream
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with self._model.disable_adapter() if self._base else nullcontext():
-            output = self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pad_token_id=self._tokenizer.pad_token_id,
-                streamer=streamer,
-                max_new_tokens=min(self._max_new_tokens, self._longest - len(encoded)),
-                **self._options,
-            )
-        text = str(self._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+            try:
+                (answer,) = write(self._model, inputs, config, None if beams else streamer, tokenizer=self._tokenizer)
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"the base model's generation_config.json has settings that cannot be used: {one_line(error)}"
+                ) from error
+        text = text_of(self._tokenizer, answer)
+        if beams and streamer is not None:
+            streamer.on_finalized_text(text, stream_end=True)
         self.messages = [*messages, {"role": "assistant", "content": text}]
         return text
+
+
+def settings_that_matter(config: GenerationConfig) -> dict[str, Any]:
+    """The settings that change what a model writes, apart from length and special tokens, if they are not the
+    library's defaults."""
+    defaults = GenerationConfig._get_default_generation_params()
+    known = vars(GenerationConfig()).keys() - METADATA_FIELDS  # type: ignore[no-untyped-call]
+    chosen = {key: value for key, value in config.to_diff_dict().items() if value != defaults.get(key)}
+    without_effect = _OTHERS if config.do_sample else _OTHERS | _SAMPLING
+    return {key: value for key, value in chosen.items() if key in known - without_effect}
+
+
+_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+_OTHERS = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"),
+    *("num_return_sequences", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores"),
+    *("output_logits", "use_cache", "cache_implementation", "cache_config"),
+}
 
 
 def chat(location: Location, console: Console, *, compare: bool = False, dtype: str = "auto", **options: Any) -> None:
@@ -100,8 +126,7 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
             f"--compare needs an adapter, but {location.base!r} has none; give a run folder or an adapter folder."
         )
     model, tokenizer = open_model(location, dtype)
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not plain.can_generate():
+    if not base_model(model).can_generate():
         raise UserError(f"{location.base!r} is a classifier here and generates no text; use: pera predict")
     names = ["base", "adapter"] if compare else ["base" if not isinstance(model, PeftModel) else "adapter"]
 
@@ -111,6 +136,9 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
 
     talks = start()
     console.print(HELP, style="dim")
+    if settings := settings_that_matter(talks[names[0]].settings):
+        shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+        console.print(Text(visible(f"The base model's generation settings apply: {shown}.")), style="dim")
     while True:
         try:
             message = console.input("[bold]> [/bold]").strip()
@@ -128,17 +156,22 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
                 width = max(20, console.width // 2 - 1)
                 console.print(Columns([Panel(Text(visible(a)), title=n, width=width) for n, a in answers.items()]))
             elif message:
-                talks[names[0]].answer(message, _Streamer(tokenizer, console))
+                talk = talks[names[0]]
+                talk.answer(message, _Streamer(tokenizer, console, talk.settings.eos_token_id or []))
         except UserError as error:
             console.print(Text(visible(str(error))), style="yellow")
 
 
 class _Streamer(TextStreamer):
-    """Prints an answer word by word, with markup and terminal escapes shown as text."""
+    """Prints an answer word by word, without the token that ends it, and with markup and terminal escapes as text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, stops: list[int]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._console = console
+        self._console, self._stops = console, torch.tensor(stops)
+
+    def put(self, value: torch.Tensor) -> None:
+        shown = value if self.next_tokens_are_prompt else value[~torch.isin(value.cpu(), self._stops)]
+        super().put(shown)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._console.print(Text(visible(text)), end="\n" if stream_end else "", soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pera.errors import UserError, missing_extra, nearest, one_line
 from pera_lab.files import check_output, read_object, updated_object
+from pera_lab.inference import base_model, generation_settings, largest_batch
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 
@@ -56,7 +57,9 @@ def run_harness(
         if task not in manager.all_tasks:
             raise UserError(f"--lm-eval: {task!r} is not an lm-eval task; {nearest(task, manager.all_tasks)}")
     model, tokenizer = open_model(locate_run(run, base=base), recipe.model.dtype)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=recipe.evaluation.batch_size)
+    base_model(model).generation_config = generation_settings(model, tokenizer)  # lm-eval names only some settings
+    size = largest_batch(model, recipe.evaluation.batch_size)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
     try:
         found: Any = lm_eval.simple_evaluate(
             harness, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False

@@ -150,6 +150,11 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
     for alias, own in method.aliases.items():
         if alias in options and own in options:
             raise UserError(f"method.{alias} and method.{own} are the same option of {name}; keep one of them.")
+    if not repeatable(init := options.get("init_lora_weights")):
+        raise UserError(
+            f"method.init_lora_weights={init!r} changes the base model in a way that loading the adapter cannot "
+            "repeat; use 'pissa', 'olora' or 'gaussian'."
+        )
     renamed = {method.aliases.get(key, key): value for key, value in options.items()}
     fixed = {key: value for key, value in method.fixed.items() if value is not None}
     try:
@@ -162,6 +167,14 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
         return method.config(task_type=TaskType(task_type), **renamed, **fixed)
     except REFUSALS as error:
         raise refusal({"name": name, **options}, error) from error
+
+
+def repeatable(init: Any) -> bool:
+    """Whether loading a LoRA repeats what its initialization ``init_lora_weights`` did to the base model.
+
+    PiSSA and OLoRA decompose each weight, with equal results each time. The others draw numbers or need data.
+    """
+    return not str(init).lower().startswith(("pissa_niter", "corda", "loftq", "lora_ga"))
 
 
 def _check_dropout(method: Method, options: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,12 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError
-from pera_lab.inference import Branches, common_length, generate, log_likelihoods
+from pera_lab.inference import Branches, common_length, generate, log_likelihoods, takes_padding
 from pera_lab.intervals import bootstrap_interval, mean_interval, wilson_interval
 from pera_lab.models import check_tokens, longest_input
 from pera_lab.progress import ProgressBar
 from pera_lab.tasks import ClassificationTask, EvaluationSection, Example, GenerationTask, LabelledText, Splits, Task
-from pera_lab.tasks.encoding import Prompt, as_scored, encode_answered, encode_question, encode_texts
+from pera_lab.tasks.encoding import Prompt, as_scored, as_written, encode_answered, encode_question, encode_texts
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def answer_batches(scorer: Scorer, label: str, console: Console | None) -> Itera
         label: text of the progress bar.
         console: where to show it; None shows nothing.
     """
-    for rows in _batches(scorer.lengths, scorer.spec.batch_size, label, console):
+    size = scorer.spec.batch_size
+    equal = size > 1 and len(set(scorer.lengths)) > 1 and not takes_padding(scorer.model)
+    for rows in _batches(scorer.lengths, size, equal, label, console):
         yield dict(zip(rows, scorer.answer(rows), strict=True))
 
 
@@ -197,6 +200,14 @@ class GenerationScorer(Scorer):
             )
         check_tokens(self.model, self.tokenizer, (prompt.ids for prompt in self.prompts))
         self.lengths = [len(prompt.ids) for prompt in self.prompts]
+        self.taught = self._as_taught()
+
+    def _as_taught(self) -> list[Example]:
+        """The examples with answer and options as the tokenizer writes them, where it writes them at all."""
+        texts = list(dict.fromkeys(text for e in self.examples for text in (e.answer, *e.options)))
+        found = dict(zip(texts, as_written(self.tokenizer, texts), strict=True))
+        new = {text: text if written is None else written for text, written in found.items()}
+        return [replace(e, answer=new[e.answer], options=tuple(new[o] for o in e.options)) for e in self.examples]
 
     def answer(self, rows: list[int]) -> list[Output]:
         ids = [self.prompts[i].ids for i in rows]
@@ -207,6 +218,8 @@ class GenerationScorer(Scorer):
         example: Example = self.examples[row]
         text = str(output.answer)
         answer, correct = self.task.judge(example, text)
+        if not correct and self.taught[row] != example:
+            answer, correct = self.task.judge(self.taught[row], text)
         return Prediction(example.prompt, example.answer, text, correct, answer, example.group, output.shortened)
 
 
@@ -322,11 +335,20 @@ def _part(predictions: list[Prediction]) -> Part:
     return Part(n, correct, sum(p.answer is None for p in predictions), correct / n, *wilson_interval(correct, n))
 
 
-def _batches(lengths: list[int], batch_size: int, label: str, console: Console | None) -> Iterator[list[int]]:
-    """The indices of each batch. The longest inputs come first, so that a batch too large for memory fails at once."""
+def _batches(
+    lengths: list[int], batch_size: int, equal: bool, label: str, console: Console | None
+) -> Iterator[list[int]]:
+    """The indices of each batch. The longest inputs come first, so that a batch too large for memory fails at once.
+
+    With ``equal`` all inputs of a batch have one length, for models whose output changes with padding.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    groups = [list(group) for _, group in groupby(order, lengths.__getitem__)] if equal else [order]
     with ProgressBar(label, console) as bar:
-        for start in range(0, len(order), batch_size):
-            bar.update(start, len(order))
-            yield order[start : start + batch_size]
+        done = 0
+        for group in groups:
+            for start in range(0, len(group), batch_size):
+                bar.update(done, len(order))
+                yield group[start : start + batch_size]
+                done += len(group[start : start + batch_size])
         bar.update(len(order))

@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -42,7 +43,7 @@ from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
-from pera_lab.tasks.encoding import Encoded
+from pera_lab.tasks.encoding import Encoded, check_lengths
 
 
 class LossNotFinite(UserError):
@@ -93,7 +94,11 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
     task.check(tokenizer, splits.test)
     models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
     _check_validation(spec, splits, validation)
+    _check_batch(model, "training.batch_size", spec.batch_size, encoded)
+    if spec.eval_steps:
+        _check_batch(model, "evaluation.batch_size", recipe.evaluation.batch_size, validation)
     base = run.check_base(model)
+    notes = [*splits.notes, *task.tokenizer_notes(tokenizer, splits)]
 
     set_seed(spec.seed)
     try:
@@ -115,10 +120,10 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
     def begin() -> None:
         run.remove_incomplete_checkpoints()
         run.write_environment(base, command_line())
-        write_json(run.data_file, {**splits.manifest, "notes": splits.notes})
+        write_json(run.data_file, {**splits.manifest, "notes": notes})
         progress.keep_metrics()
 
-    progress = _Progress(run, console, splits.notes, checkpoint, begin)
+    progress = _Progress(run, console, notes, checkpoint, begin)
     try:
         trainer = _Trainer(
             order,
@@ -184,6 +189,15 @@ def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded
         return
     reason = "they are all longer than training.max_length" if splits.validation else "the task has none"
     raise UserError(f"training.eval_steps={spec.eval_steps!r} needs validation rows, and {reason}.")
+
+
+def _check_batch(model: PreTrainedModel, key: str, size: int, encoded: Encoded) -> None:
+    """Raise UserError before training if it would put rows into one batch that the model cannot read together."""
+    rows = sorted(encoded.rows, key=lambda row: len(row["input_ids"]))
+    try:
+        check_lengths(model, [rows[0], rows[-1]] if size > 1 else [])
+    except UserError as error:
+        raise UserError(f"{key}={size}: {error} Give 1.") from error
 
 
 def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:

@@ -1,16 +1,19 @@
 """Chat with a model in the terminal."""
 
 import io
+import json
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from pera.errors import UserError
 from pera_lab.chat import Conversation, chat
 from pera_lab.opening import locate, open_model
 from pera_lab.tasks.encoding import encode_chat
+from pera_lab.text import visible
 
 
 @pytest.fixture
@@ -110,3 +113,65 @@ def test_escapes_and_markup_in_an_answer_are_shown_as_text(finished_run, talk, m
     shown = talk(finished_run.path, "hello", compare=compare)
     assert "\x1b" not in shown
     assert r"\x1b[31m[bold]x" in shown
+
+
+@pytest.fixture
+def base_with_settings(tiny_llama, tmp_path):
+    """A function that copies the tiny LLaMA with generation settings of its own."""
+
+    def save(**settings):
+        shutil.copytree(tiny_llama, tmp_path / "base")
+        (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **settings}))
+        return tmp_path / "base"
+
+    return save
+
+
+def test_the_settings_of_the_base_apply_and_are_shown(base_with_settings, talk):
+    settings = {"num_beams": 2, "num_return_sequences": 2, "repetition_penalty": 1.5, "top_p": 0.5, "max_length": 9}
+    base = base_with_settings(**settings)
+    shown = talk(base, "hello")
+    assert "The base model's generation settings apply: num_beams=2, repetition_penalty=1.5." in shown
+    model, tokenizer = open_model(locate(str(base)), "float32")
+    ids = torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": "hello"}])])
+    model.generation_config = GenerationConfig(num_beams=2, repetition_penalty=1.5, eos_token_id=1, max_new_tokens=6)
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert visible(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()) in shown
+
+
+def test_the_temperature_of_the_user_wins_over_the_base(base_with_settings, talk):
+    base = base_with_settings(do_sample=True, temperature=0.5, repetition_penalty=1.5)
+    assert "apply: do_sample=True, temperature=0.5, repetition_penalty=1.5." in talk(base, "/quit")
+    assert "apply: repetition_penalty=1.5." in talk(base, "/quit", temperature=0.0)
+
+
+def test_settings_that_cannot_be_used_are_named_and_the_chat_goes_on(base_with_settings, talk):
+    shown = " ".join(talk(base_with_settings(repetition_penalty=-1.0), "hello", "/new").split())
+    assert "the base model's generation_config.json has settings that cannot be used" in shown
+    assert "New conversation." in shown
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_broken_file_of_settings_is_refused(content, base_with_settings, talk):
+    base = base_with_settings()
+    (base / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        talk(base, "hello")
+
+
+def test_the_token_that_ends_an_answer_is_not_shown(base_with_settings, tiny_llama, talk, monkeypatch):
+    model, tokenizer = open_model(locate(str(tiny_llama)), "float32")
+    (end,) = tokenizer("q", add_special_tokens=False).input_ids
+    (first,) = tokenizer("Z", add_special_tokens=False).input_ids
+
+    def generate(self, input_ids, streamer=None, **_):
+        if streamer is not None:
+            for ids in (input_ids, torch.tensor([first]), torch.tensor([end])):
+                streamer.put(ids)
+            streamer.end()
+        return torch.cat([input_ids, torch.tensor([[first, end]])], 1)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    shown = talk(base_with_settings(eos_token_id=end), "hello")
+    assert "Z" in shown.splitlines()
+    assert "Zq" not in shown

@@ -195,7 +195,7 @@ def test_usage_errors_are_one_sentence(line, words, refused):
         ("method={name: lora, rank_pattern: {q_prj: 2}}", ["method: rank_pattern: 'q_prj'", "'q_proj'"]),
         ("method={name: lora, bias: foo}", ["method: PEFT cannot use {", "'bias': 'foo'", "NotImplementedError: "]),
         ("method={name: lora, layer_replication: [[0, 9]]}", ["'layer_replication': [[0, 9]]", "IndexError: "]),
-        ("method={name: lora, loftq_config: 5, init_lora_weights: loftq}", ["method: ", "loftq_config"]),
+        ("method={name: lora, init_lora_weights: loftq}", ["method.init_lora_weights='loftq'", "changes the base"]),
         (
             "method.name=lora",
             ["method.normalization is an option of pera, not of lora", "'method={name: lora, …}'"],
@@ -298,6 +298,26 @@ def test_missing_base_is_rejected(commands, adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/model"}))
     commands(["model", "'/gone/model'"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_tensors_that_are_not_real_numbers_are_rejected(dtype, commands, refused, adapter, change_weights):
+    change_weights(adapter / "adapter_model.safetensors", lambda w: {key: x.to(dtype) for key, x in w.items()})
+    words = ["'adapter'", "pera_A has dtype", str(dtype).removeprefix("torch."), "floating-point"]
+    commands(words)
+    refused("inspect", "adapter", words=words)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "loftq", "lora_ga"])
+def test_lora_whose_change_of_the_base_cannot_be_repeated_is_rejected(init, refused, lora):
+    file = lora / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": init}))
+    for call in (["merge"], ["import", "--from", "lora"]):
+        refused(
+            call[0], "lora", *call[1:], "--output", "out", words=[f"init_lora_weights='{init}'", "changed the base"]
+        )
+    for call in (["verify", "lora", "lora"], ["chat", "lora"], ["inspect", "lora"]):
+        refused(*call, words=[f"init_lora_weights='{init}'", "changed the base"])
 
 
 def test_nan_in_an_adapter_is_rejected(commands, adapter, change_weights):
@@ -523,13 +543,9 @@ def test_training_that_fails_before_its_first_step_leaves_nothing(pera, recipe_f
     assert tree() == before
 
 
-def test_rejected_quickstart_leaves_nothing(pera, tiny_llama, tree):
+def test_rejected_quickstart_leaves_nothing(refused, tiny_llama):
     overrides = [f"model.name={tiny_llama}", *SMALL_QUICKSTART, "method.target_modules=[nope]"]
-    before = tree()
-    outcome = pera("quickstart", *overrides, "--output", "run")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "target_modules: 'nope'" in outcome.err.splitlines()[-1]
-    assert tree() == before
+    refused("quickstart", *overrides, "--output", "run", words=["target_modules: 'nope'"])
 
 
 # In a separate process

@@ -130,6 +130,20 @@ def test_an_output_folder_that_is_not_text_is_refused(refused, recipe_file):
     refused("train", recipe_file, "--output", "run\udcff", words=["output: 'run\\udcff' is not UTF-8"])
 
 
+CLOSED = """
+import os, sys
+from pera_lab.cli.console import accept_any_text
+for number in range(3):
+    os.close(number)
+accept_any_text()
+sys.exit(os.open(os.devnull, os.O_RDONLY))
+"""
+
+
+def test_a_file_never_takes_the_place_of_a_closed_stream(python):
+    assert python(CLOSED, check=False).returncode > 2
+
+
 def test_facts_are_aligned_and_not_wrapped(capsys):
     table = console.Facts("title")
     table.add_row("path", "a/" * 100)

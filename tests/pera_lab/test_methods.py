@@ -135,6 +135,7 @@ def test_the_configurations_own_option_names_work_too(word):
         ),
         ("rslora", {"use_rslora": False}, "method.use_rslora is an option of pera, not of rslora; "),
         ("pera-rms", {"terms": "all"}, "method.terms is an option of pera, not of pera-rms; "),
+        ("lora", {"init_lora_weights": "pissa_niter_4"}, "method.init_lora_weights='pissa_niter_4' changes the base"),
         ("full", {"r": 8}, "method.r is not an option of full, which has none; give the whole method, "),
         ("pera", {"terms": "cubes"}, "method: terms='cubes'"),
         ("pera", {"dropout": 1}, "method: pera_dropout=1"),

@@ -282,10 +282,12 @@ def test_a_path_in_an_override_is_taken_as_it_is(file, tmp_path, monkeypatch):
     assert load_recipe(file(recipe.to_yaml())) == recipe
 
 
-@pytest.mark.parametrize("override", ["data=[v1]/rows.jsonl", "data={a}b", "data='a'b", "data=2024", "data=yes"])
+@pytest.mark.parametrize(
+    "override", ["data=[v1]/rows.jsonl", "data={a}b", "data='a'b", "data=2024", "data=yes", "model=1e-4", "task=1"]
+)
 def test_an_override_that_looks_like_another_value_says_how_to_quote(override):
     with pytest.raises(UserError, match=r"""[Pp]ut quotes around .*'"…"'"""):
-        load_recipe("glue-minilm", [override, "task=mrpc"])
+        load_recipe("glue-minilm", ["task=mrpc", override])
 
 
 def test_a_quoted_override_is_text():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from pera.errors import UserError
 from pera_lab.evaluation import evaluate
 from pera_lab.files import Journal
-from pera_lab.inference import Branches, log_likelihoods
+from pera_lab.inference import Branches, log_likelihoods, takes_padding
 from pera_lab.intervals import wilson_interval
 from pera_lab.scorers import answer_batches, make_scorer
 from pera_lab.tasks import EvaluationSection, Example, subsample
@@ -31,8 +31,12 @@ class Oracle(torch.nn.Linear):
         self.answers = {tuple(encode_prompt(tokenizer, prompt)): answer for prompt, answer in answers.items()}
         self.calls = []
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, **options):
-        self.calls.append(SimpleNamespace(rows=len(input_ids), mask=attention_mask, options=options))
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2))
+
+    def generate(self, input_ids, attention_mask, generation_config, streamer=None):
+        self.calls.append(SimpleNamespace(rows=len(input_ids), mask=attention_mask, config=generation_config))
+        max_new_tokens = generation_config.max_new_tokens
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             answer = self.answers[tuple(ids[mask.bool()].tolist())]
@@ -82,7 +86,7 @@ def test_prompts_are_batched_by_length_padded_on_the_left_and_answered_in_order(
     lengths = torch.cat([call.mask.sum(1) for call in model.calls]).tolist()
     assert lengths == sorted(lengths, reverse=True)
     assert all(call.mask[:, -1].all() for call in model.calls)
-    assert all(call.options["do_sample"] is False for call in model.calls)
+    assert all(call.config.do_sample is False for call in model.calls)
 
 
 def test_an_answer_ends_after_the_number_of_tokens_asked_for(tokenizer):
@@ -193,7 +197,7 @@ def test_held_out_rows_of_a_mixed_file_are_judged_by_their_own_options(tokenizer
 def test_beams_are_asked_for(options, tokenizer):
     model = Frames(tokenizer, *options, ["true"] * 6 + ["option1"] * 4)
     evaluate(model, tokenizer, *options, EvaluationSection(scorer="generation", num_beams=4))
-    assert {call.options["num_beams"] for call in model.calls} == {4}
+    assert {call.config.num_beams for call in model.calls} == {4}
 
 
 @torch.no_grad()
@@ -247,6 +251,7 @@ def test_a_question_of_the_shared_data_is_ranked_in_one_forward(tiny_llama, toke
     """Options that differ in their last token alone need no second forward."""
     task = CommonsenseTask(name="ARC-Easy", data=str(DATA / "commonsense"), test_size=8)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    assert takes_padding(model)  # which runs the model twice, once for all
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     spec = EvaluationSection(scorer="likelihood", batch_size=8)

@@ -49,8 +49,14 @@ progress = _Plain(stderr=True, **_AS_IT_IS)
 def accept_any_text() -> None:
     """Print question marks for characters that the encoding of the console lacks, and read any bytes as text.
 
-    Libraries open their files in the encoding of the locale, so a locale that is not UTF-8 is replaced.
+    Libraries open their files in the encoding of the locale, so a locale that is not UTF-8 is replaced. A stream that
+    is closed would give its number to the next file, so it is opened on nothing.
     """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
         with suppress(locale.Error):  # not every system has it
             locale.setlocale(locale.LC_CTYPE, "C.UTF-8")

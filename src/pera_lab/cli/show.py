@@ -95,8 +95,12 @@ def chat(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Sampling temperature; 0 always takes the most likely token (default: the base model's settings).",
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Chat with a model in the terminal."""

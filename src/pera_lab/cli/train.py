@@ -44,8 +44,6 @@ def quickstart(
             f"method.name={recipe.method['name']!r}: quickstart shows PERA only; use: pera train quickstart …"
         )
     run = Run.create(recipe, output)
-    steps = recipe.training.max_steps or f"{recipe.training.epochs:g} epochs of"
-    progress.print(f"PERA on {recipe.model.name}, task {recipe.task.name}, {steps} steps")
     with run.discarded_on_error():
         summary = train_recipe(recipe, run, console=progress)
     base = evaluate_run(run, base=True, console=progress)
@@ -188,6 +186,7 @@ def _summary(
     seconds: float,
 ) -> Facts:
     table = Facts(f"{recipe.name}: done in {duration(seconds)}")
+    table.add_row("model", recipe.model.name)
     table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
     table.add_row("base model", _value(base))
     table.add_row("with adapter", Text(_value(adapter), "bold"))

@@ -15,6 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import METADATA_FIELDS
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from pera.errors import UserError, one_line
 from pera.tuner import ParamWrapper, PeraConfig
@@ -31,6 +34,7 @@ from pera_lab.convert.checkpoint import (
 )
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, read_object, require_free, reserved, write_json
+from pera_lab.inference import base_model, stop_tokens
 from pera_lab.models import DTYPES, dequantise, tokenizer_files
 from pera_lab.opening import Location, base_folder, check_fingerprint, copy_tokenizer, open_model, open_tokenizer
 
@@ -166,6 +170,7 @@ def _merge_by_files(location: Location, output: Path, streamed: _Streamed, dtype
         write_index(folder, checkpoint.shards, size)
         _copy_companions(base, folder, () if location.tokenizer is None else tokenizer_files(base))
         copy_tokenizer(location, folder)
+        _write_generation_settings(folder, base, model, tokenizer)
         config = read_object(base / "config.json")
         if dtype != "stored":
             config.pop("torch_dtype", None)
@@ -234,8 +239,14 @@ def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bo
     with _refusal(location):
         merged = model.merge_and_unload(safe_merge=True)
     with atomic_folder(output) as folder:
+        own = merged.generation_config if (generates := merged.can_generate()) else None
+        if generates:  # saving refuses settings without effect, which bases have
+            merged.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+        if generates:
+            merged.generation_config = own
+            _write_generation_settings(folder, base_folder(location), merged, tokenizer)
         computed = next(merged.parameters()).dtype
         del model, merged
         written = Location(None, None, str(folder), trust_remote_code=location.trust_remote_code)
@@ -256,6 +267,27 @@ def _finish(folder: Path, location: Location, agreement: Agreement) -> Agreement
     agreement.save(folder, of="merged model", against=location.name)
     write_card(folder, "merged", location, agreement.sentence())
     return agreement
+
+
+def _write_generation_settings(folder: Path, base: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the base's generation settings with the token that the adapter was taught as the end of an answer.
+
+    Args:
+        folder: the folder of the merged model.
+        base: the folder of the base model. Its other settings are kept.
+        model: the model, for the settings of a base without such a file.
+        tokenizer: the tokenizer of the adapter.
+    """
+    plain, source = base_model(model), base / GENERATION_CONFIG_NAME
+    if source.is_file():
+        content = read_object(source)
+        plain.generation_config = GenerationConfig.from_dict(content)
+    else:
+        content = {k: v for k, v in plain.generation_config.to_diff_dict().items() if k not in METADATA_FIELDS}
+    stops = stop_tokens(model, tokenizer)
+    if stops:
+        content["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    write_json(folder / GENERATION_CONFIG_NAME, content)
 
 
 def _copy_companions(base: Path, folder: Path, left_out: Collection[Path]) -> None:

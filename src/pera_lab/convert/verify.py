@@ -17,6 +17,7 @@ from pera_lab import embedded, models
 from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
 from pera_lab.files import user_path, write_json
+from pera_lab.inference import base_model, end_ids, end_token
 from pera_lab.opening import Location, locate, open_model
 from pera_lab.tasks.encoding import encode_prompt
 
@@ -63,11 +64,14 @@ class Agreement:
     """What was checked, such as "merged model". Empty until the result is saved."""
     against: str = ""
     """Name of the reference. Empty until the result is saved."""
+    lost_end: str = ""
+    """The token that an adapter was taught as the end of an answer, if the other model does not stop at it."""
 
     @property
     def agree(self) -> bool:
-        """Whether the difference is within the tolerance and all predictions are equal, apart from near-ties."""
-        return self.max_difference <= self.tolerance and self.same_top1 == 1.0
+        """Whether the difference is within the tolerance, all predictions are equal, apart from near-ties, and answers
+        end at the same token."""
+        return self.max_difference <= self.tolerance and self.same_top1 == 1.0 and not self.lost_end
 
     def sentence(self) -> str:
         """The result in one line."""
@@ -76,6 +80,7 @@ class Agreement:
             f"{100 * self.same_top1:.1f} % of top-1 tokens equal over {self.tokens} tokens"
             + (f" ({self.near_ties} near-ties left out)" if self.near_ties else "")
             + f", KL divergence {self.kl_divergence:.1e}"
+            + (f"; eos_token_id in generation_config.json lacks {self.lost_end}" if self.lost_end else "")
         )
 
     def save(self, folder: Path, of: str, against: str, **further: Any) -> None:
@@ -88,6 +93,8 @@ class Agreement:
             further: additional entries of the file.
         """
         record = {**asdict(self), "of": of, "against": against, "agree": self.agree, **further}
+        if not self.lost_end:
+            del record["lost_end"]
         write_json(folder / "verification.json", record)
 
 
@@ -123,7 +130,11 @@ def verify(
     model, tokenizer = first.open(dtype)
     reference = logits(model, tokenizer, asked)
     if not in_llama_cpp:
-        return compare(reference, logits(*second.open(dtype), asked), models.DTYPES[dtype])
+        ends = [_End.of(first, model, tokenizer)]
+        model, tokenizer = second.open(dtype)
+        ends.append(_End.of(second, model, tokenizer))
+        found = compare(reference, logits(model, tokenizer, asked), models.DTYPES[dtype])
+        return replace(found, lost_end=ends[0].lost_in(ends[1]) or ends[1].lost_in(ends[0]))
     return _compare_with_llama_cpp(reference, [_ids(model, tokenizer, prompt) for prompt in asked], second, b)
 
 
@@ -136,6 +147,32 @@ class _Side(NamedTuple):
     def open(self, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
         model, tokenizer = open_model(self.location, dtype)
         return (model if self.gguf is None else read_adapter(self.gguf, model)), tokenizer
+
+
+class _End(NamedTuple):
+    """Where the answers of one side end."""
+
+    taught: int | None
+    """The token that an adapter was taught as the end; None for a model without one."""
+    text: str
+    stops: list[int] | None
+    """The tokens at which transformers stops; None for an adapter, whose stops are not in a file of its own."""
+
+    @classmethod
+    def of(cls, side: _Side, model: Any, tokenizer: PreTrainedTokenizerBase) -> _End:
+        """The end of the answers of an opened side."""
+        plain = base_model(model)
+        if side.gguf is not None or not plain.can_generate():
+            return cls(None, "", None)
+        if side.location.adapter is None:
+            return cls(None, "", end_ids(plain.generation_config))
+        end = end_token(tokenizer)
+        return cls(end, "" if end is None else f"{tokenizer.convert_ids_to_tokens(end)!r} ({end})", None)
+
+    def lost_in(self, other: _End) -> str:
+        """The taught end, if ``other`` is a model that does not stop at it, else an empty text."""
+        lost = self.taught is not None and other.stops is not None and self.taught not in other.stops
+        return self.text if lost else ""
 
 
 def _side(name: str, other: str, base: str | None, trust_remote_code: bool) -> _Side:

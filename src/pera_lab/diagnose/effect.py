@@ -16,6 +16,7 @@ from pera.polynomial import coefficient_pairs, lora_factors
 from pera.tuner import PeraLayer, adapted_layers
 from pera_lab.diagnose.factors import kind
 from pera_lab.files import write_json
+from pera_lab.inference import largest_batch
 from pera_lab.models import check_tokens, longest_input
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
@@ -133,6 +134,7 @@ def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list
     encoded.sort(key=lambda row: len(row["input_ids"]))
     collate = recipe.task.collator(tokenizer, model.get_base_model())
     device = next(model.parameters()).device
+    batch_size = largest_batch(model, batch_size)
     batches = [
         {key: value.to(device) for key, value in collate(encoded[i : i + batch_size]).items()}
         for i in range(0, len(encoded), batch_size)

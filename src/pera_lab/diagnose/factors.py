@@ -94,11 +94,17 @@ def diagnose_layer(
         terms: the products that take part; see :mod:`pera.polynomial`.
         normalization: how the products are normalized; see :mod:`pera.polynomial`.
         scaling: s = α / r.
+
+    Raises:
+        UserError: ΔW is not finite.
     """
     A_hat = expand_A(A.double(), None if h is None else h.double(), terms, normalization)
     B_hat = scaling * expand_B(B.double(), terms, normalization)
     R_A = torch.linalg.qr(A_hat.T, mode="r").R
     R_B = torch.linalg.qr(B_hat, mode="r").R
+    core = R_B @ R_A.T
+    if not torch.isfinite(core).all():
+        raise UserError("the weights of a layer are too large for float64, so its ΔW is not finite.")
     r, K = A.shape[0], A_hat.shape[0]
     squares_end = r + r * squares_and_crosses(terms)[0]
 
@@ -118,7 +124,7 @@ def diagnose_layer(
         cross=norm(slice(squares_end, K)),
         high_order=high_order,
         ones_weight=(along_ones / high_order) ** 2 if high_order else 0.0,
-        singular_values=torch.linalg.svdvals(R_B @ R_A.T).tolist(),
+        singular_values=torch.linalg.svdvals(core).tolist(),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
     """Reads plain scalars by the rules of this module."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012
-    yaml_constructors: dict[Any, Any] = {}  # noqa: RUF012
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def construct_mapping(self, node: yaml.Node, deep: bool = True) -> dict[Any, Any]:
         """The keys and values of a section. Its own keys come before those of ``<<``, and the first of several wins."""
@@ -122,9 +122,9 @@ for _name, _construct in {
     "merge": yaml.SafeLoader.construct_yaml_str,
     "map": lambda loader, node: loader.construct_mapping(node),
     "seq": lambda loader, node: loader.construct_sequence(node, deep=True),
-    None: _refuse,
 }.items():
-    _Loader.add_constructor(_name and f"{_TAG}{_name}", _construct)
+    _Loader.add_constructor(f"{_TAG}{_name}", _construct)
+_Loader.add_constructor(None, _refuse)
 
 
 def read(text: str) -> Any:
@@ -164,7 +164,7 @@ def read_value(text: str) -> Any:
     if text.lstrip()[:1] in ("[", "{", "'", '"'):
         return read(text)
     loader, plain = _Loader(""), text.strip()
-    tag = loader.resolve(yaml.ScalarNode, plain, (True, False))
+    tag = loader.resolve(yaml.ScalarNode, plain, (True, False))  # type: ignore[no-untyped-call]
     if tag in (f"{_TAG}str", _MERGE):
         return text
     try:

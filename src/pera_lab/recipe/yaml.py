@@ -158,8 +158,8 @@ def _sentence(error: Any, model: type[BaseModel], content: Any, kind: str) -> st
     message = error["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
-        message = f"{message}; put quotes around it: {where}='\"…\"'"
+    if error["type"] in ("string_type", "model_type", "task") and isinstance(error["input"], (int, float)):
+        message = f"{message}; put quotes around a text: {where}='\"…\"'"
     return f"{where}={_short(error['input'])}: {message[0].lower()}{message[1:]}"
 
 

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pera.errors import UserError, nearest
 from pera_lab.methods import find_method
 from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml, write, write_value
-from pera_lab.sections import Section, flatten
+from pera_lab.sections import Section, flatten, one_message
 
 Phase = Literal["choose", "report"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -112,7 +112,9 @@ class Grid(Section):
     method: Annotated[list[StudyMethod], BeforeValidator(_as_list), Field(min_length=1)]
     task: Annotated[list[StudyTask], BeforeValidator(_as_list), Field(min_length=1)]
     r: list[Annotated[int, Field(ge=1)]] = Field([8])
-    placement: dict[str, list[str] | str] = Field({})
+    placement: dict[str, Annotated[list[str] | str, one_message("Input should be a list of names, or all-linear")]] = (
+        Field({})
+    )
     """Target modules by name of the placement (default: the base recipe's)."""
     train_share: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0])
 

@@ -12,11 +12,21 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 from torch import nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pera_lab.sections import Section
 from pera_lab.tasks.conversations import example_of, fitted, with_reply
-from pera_lab.tasks.encoding import CHARACTERS, CHAT, AnswerCollator, Encoded, Frame, encode_example, encode_texts
+from pera_lab.tasks.encoding import (
+    CHARACTERS,
+    CHAT,
+    AnswerCollator,
+    Encoded,
+    Frame,
+    PaddingCollator,
+    as_written,
+    encode_example,
+    encode_texts,
+)
 from pera_lab.tasks.examples import Example, Splits, Verdict
 
 
@@ -109,6 +119,10 @@ class Task(Section):
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
         """The function that makes a batch of rows from :meth:`encode`."""
         raise NotImplementedError
+
+    def tokenizer_notes(self, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> list[str]:
+        """Warnings about what the tokenizer changes in the examples."""
+        return []
 
     @property
     def compute_metrics(self) -> Callable[[Any], dict[str, float]] | None:
@@ -209,6 +223,28 @@ class GenerationTask(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
         return AnswerCollator(tokenizer, model)
 
+    def tokenizer_notes(self, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> list[str]:
+        examples = [*splits.train, *splits.validation, *splits.test]
+        answers = list(dict.fromkeys(e.answer for e in examples if not e.reply))
+        pairs = list(zip(answers, as_written(tokenizer, answers), strict=True))
+        changed = [(answer, found) for answer, found in pairs if found is not None and found != answer.strip()]
+        lost = [answer for answer, found in pairs if found is None]
+        options = {e.options for e in examples if e.options}
+        same = [each for each in options if len(set(map(str, as_written(tokenizer, each)))) < len(each)]
+        return [
+            *(
+                f"the tokenizer changes {len(changed)} of {len(answers)} answers, such as {answer!a:.60} to "
+                f"{found!a:.60}; they are scored by what it writes."
+                for answer, found in changed[:1]
+            ),
+            *(
+                f"{len(lost)} of {len(answers)} answers hold unknown characters or the text of a special token, such "
+                f"as {answer!a:.60}; the tokenizer cannot write them."
+                for answer in lost[:1]
+            ),
+            *(f"the tokenizer writes two of the options {each!a:.60} alike; no scorer can tell." for each in same[:1]),
+        ]
+
     @classmethod
     def evaluation_defaults(cls) -> dict[str, Any]:
         return {**super().evaluation_defaults(), "max_new_tokens": cls.max_new_tokens}
@@ -272,7 +308,7 @@ class ClassificationTask(Task):
         return Encoded(rows, 0, sum(cut for _, cut in pairs))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Any:
-        return DataCollatorWithPadding(tokenizer)
+        return PaddingCollator(tokenizer, model)
 
     @property
     def compute_metrics(self) -> Callable[[Any], dict[str, float]]:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from pera.errors import UserError
+from pera_lab.inference import end_token, takes_padding, text_of
 from pera_lab.tasks.conversations import fitted, render, with_reply
 from pera_lab.tasks.examples import Example
 
@@ -165,19 +166,47 @@ def encode_answered(
 
 
 def encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, frame: Frame = CHAT) -> dict[str, Any]:
-    """``input_ids``, ``attention_mask`` and ``labels`` of prompt, answer and end-of-sequence token.
+    """``input_ids``, ``attention_mask`` and ``labels`` of prompt, answer and end token.
 
     Args:
         tokenizer: the tokenizer of the model.
         example: the example with its answer.
         frame: how the prompt is presented, and which tokens have labels other than :data:`IGNORED`.
+
+    Raises:
+        UserError: the end of the answer is to be learned, and the tokenizer has no token for it.
     """
     example = with_reply(tokenizer, example)
     prompt, answer = encode_answered(tokenizer, encode_question(tokenizer, example, frame), frame, example.answer)
-    answer = [*answer, *([tokenizer.eos_token_id] if frame.end else [])]
+    if frame.end:
+        if (end := end_token(tokenizer)) is None:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no end of sequence to teach after an answer; set "
+                "eos_token in its tokenizer_config.json."
+            )
+        answer = [*answer, end]
     ids = prompt + answer
     labels = list(ids) if frame.loss == "all" else [IGNORED] * len(prompt) + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def as_written(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str | None]:
+    """What a model writes that has learned each text: its tokens, decoded.
+
+    A tokenizer may normalize Unicode, case or spaces. Then a model cannot write the text itself. None stands for a text
+    that has unknown or special tokens, which leave out a part of it. A very long text is returned as it is.
+    """
+    lost = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+
+    def written(text: str) -> str | None:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return None if lost.intersection(ids) else text_of(tokenizer, ids)
+
+    return [text if len(text) > _VERY_LONG else written(text) for text in texts]
+
+
+_VERY_LONG = 1_000_000
+"""Characters of an answer that no model here writes."""
 
 
 def as_scored(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example:
@@ -186,7 +215,7 @@ def as_scored(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example:
         return example
     example = with_reply(tokenizer, example)
     ids = tokenizer(example.answer, add_special_tokens=False).input_ids
-    return replace(example, answer=str(tokenizer.decode(ids, skip_special_tokens=True)).strip())
+    return replace(example, answer=text_of(tokenizer, ids))
 
 
 def encode_texts(
@@ -207,6 +236,33 @@ def encode_texts(
     return encoded, cut or parts != list(texts)
 
 
+class PaddingCollator(DataCollatorWithPadding):
+    """Makes batches for a classifier, padded at the end or the beginning as its tokenizer says."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+        super().__init__(tokenizer)
+        self._model = model
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of rows; raises UserError as :func:`check_lengths`."""
+        check_lengths(self._model, features)
+        return super().__call__(features)
+
+
+def check_lengths(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> None:
+    """Check that rows can be in one batch.
+
+    Raises:
+        UserError: they have several lengths, and padding changes what the model computes.
+    """
+    lengths = sorted({len(row["input_ids"]) for row in rows})
+    if len(lengths) > 1 and not takes_padding(model):
+        raise UserError(
+            f"padding changes what {type(model).__name__} computes, so rows of {lengths[0]} and {lengths[-1]} tokens "
+            "cannot share a batch."
+        )
+
+
 class AnswerCollator:
     """Makes batches for a causal language model, padded on the left so that the answers end together.
 
@@ -215,12 +271,17 @@ class AnswerCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-        self._pad = DataCollatorForSeq2Seq(tokenizer, padding=True)
+        self._pad, self._model = DataCollatorForSeq2Seq(tokenizer, padding=True), model
         self._accepted = inspect.signature(model.forward).parameters
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask``, ``position_ids`` ``(batch, length)``, ``labels`` ``(batch, kept)``, and
-        ``logits_to_keep`` with the kept positions: the longest answer and the token before it."""
+        ``logits_to_keep`` with the kept positions: the longest answer and the token before it.
+
+        Raises:
+            UserError: the rows have several lengths, and padding changes what the model computes.
+        """
+        check_lengths(self._model, examples)
         batch = dict(self._pad(examples))
         if "position_ids" in self._accepted:
             batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pera import PeraConfig
@@ -15,6 +15,8 @@ VARIANTS = {
     "alpha": ("tiny_llama", {"lora_alpha": 7}),
     "rslora": ("tiny_llama", {"lora_alpha": 7, "use_rslora": True}),
     "patterns": ("tiny_llama", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 9}}),
+    "EVA": ("tiny_llama", {"init_lora_weights": "eva", "eva_config": EvaConfig()}),
+    "orthogonal": ("tiny_llama", {"r": 4, "init_lora_weights": "orthogonal"}),
     "head saved whole": ("tiny_llama", {"modules_to_save": ["lm_head"]}),
     "embedding": ("tiny_llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "biases": ("biased_llama", {"bias": "lora_only"}),
@@ -30,6 +32,11 @@ def save_lora():
         torch.manual_seed(0)
         chosen = {"task_type": "CAUSAL_LM", "r": 3, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{**chosen, **options}))
+        if options.get("init_lora_weights"):
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if "lora_" in name:
+                        weight += 0.3 * torch.randn_like(weight)
         model.save_pretrained(folder)
         return model.eval()
 
@@ -89,6 +96,8 @@ def test_training_continues_and_the_coefficients_learn(save_lora, tiny_llama, tm
         ({"use_dora": True}, "all", "use_dora=True has no counterpart"),
         ({}, "none", "terms='none' leaves no products"),
         ({"r": 1}, "cross", "terms='cross'"),
+        ({"init_lora_weights": "pissa"}, "all", "init_lora_weights='pissa' .* changed the base model"),
+        ({"init_lora_weights": "OLoRA"}, "all", "init_lora_weights='OLoRA' .* changed the base model"),
     ],
 )
 def test_what_cannot_be_imported_is_rejected(options, terms, words, save_lora, tiny_llama, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -311,3 +311,39 @@ def test_a_large_model_is_merged_in_less_memory_than_three_shards(save_llama, py
     assert done["agree"]
     assert sum(shards) > 3e9
     assert done["peak"] < 3 * max(shards)
+
+
+@pytest.fixture
+def base_with_other_end(tiny_llama, tmp_path):
+    """A base whose generation settings name another end than its tokenizer, which training teaches."""
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": 20, "temperature": 0.5}))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "eos_token_id": 20}))
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("path", ["by files", "in memory"])
+def test_the_merged_model_stops_at_the_taught_end(path, base_with_other_end, save_adapter, tmp_path, pera):
+    if path == "in memory":
+        model = AutoModelForCausalLM.from_pretrained(base_with_other_end)
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5])
+        get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    else:
+        save_adapter(tmp_path / "adapter", base_with_other_end)
+    assert merge(locate_adapter(str(tmp_path / "adapter")), tmp_path / "merged").agree
+    file = tmp_path / "merged" / "generation_config.json"
+    assert json.loads(file.read_text()) == {"eos_token_id": [20, 1], "temperature": 0.5}
+    assert pera("verify", "adapter", "merged").code == 0
+    file.write_text(json.dumps({"eos_token_id": 20}))
+    found = pera("verify", "adapter", "merged")
+    assert found.code == 1
+    assert "eos_token_id in generation_config.json lacks '</s>' (1)" in found.out
+
+
+def test_a_base_without_generation_settings_gets_the_ends(base_with_other_end, save_adapter, tmp_path):
+    (base_with_other_end / "generation_config.json").unlink()
+    save_adapter(tmp_path / "adapter", base_with_other_end)
+    merge(locate_adapter(str(tmp_path / "adapter")), tmp_path / "merged")
+    found = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert found.items() >= {"bos_token_id": 0, "eos_token_id": [20, 1], "pad_token_id": 2}.items()

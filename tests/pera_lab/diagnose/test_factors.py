@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import reference
 from pera.errors import UserError
 from pera.polynomial import num_coefficients
+from pera_lab.adapters import Adapter
 from pera_lab.diagnose import by_kind, diagnose_adapter, diagnose_layer, place_layers
 from pera_lab.diagnose.factors import kind
 from reference import NORMALIZATIONS
@@ -134,3 +135,9 @@ def test_block_and_kind_are_read_from_the_names(names, places):
     assert [(layer.block, layer.kind) for layer in place_layers(dict.fromkeys(names))] == sorted(
         places, key=lambda place: (place[0] is None, place[0] or 0, place[1])
     )
+
+
+def test_weights_beyond_float64_are_reported(adapter, change_weights):
+    change_weights(adapter / "adapter_model.safetensors", lambda w: {k: 1e300 * x.double() for k, x in w.items()})
+    with pytest.raises(UserError, match="too large for float64"):
+        diagnose_adapter(Adapter(adapter))

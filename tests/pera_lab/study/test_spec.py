@@ -99,6 +99,7 @@ def test_text_reaches_the_recipes_as_it_is(study_file, text, tmp_path):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("grid.placement={a: 5}", "grid.placement.a=5: input should be a list of names, or all-linear"),
         ("grid.r=[true]", "grid.r=[True]: input should be a number"),
         ("choose.learning_rate=[1e308]", "choose.learning_rate.0=1e+308: input should be a finite number"),
         ("grid.r=[1" + "0" * 400 + "]", "grid.r.0=1000"),

@@ -1,6 +1,7 @@
 """From example to tokens, and a loss that is on the answer only."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,14 +131,16 @@ def test_a_batch_is_padded_on_the_left_and_asks_for_the_answers_only(tokenizer, 
     assert adapted(**batch).logits.shape[:2] == batch["labels"].shape
 
 
-class OldModel(torch.nn.Module):
-    def forward(self, input_ids, attention_mask, labels):
-        """Cannot be asked for some of its logits, and finds positions by itself."""
+class OldModel(torch.nn.Linear):
+    """Cannot be asked for some of its logits, and finds positions by itself."""
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2))
 
 
 def test_a_model_without_logits_to_keep_gets_whole_sequences(tokenizer):
     encoded = [encode_example(tokenizer, example) for example in EXAMPLES]
-    batch = AnswerCollator(tokenizer, OldModel())(encoded)
+    batch = AnswerCollator(tokenizer, OldModel(1, 1))(encoded)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["labels"].shape == batch["input_ids"].shape
     assert (batch["labels"] != IGNORED).sum(1).tolist() == [
