@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pera.errors import UserError, one_line
-from pera.tuner import PeraConfig, check_lists
+from pera.tuner import PeraConfig, check_expressions, check_lists
 from pera_lab.files import read_json
 from pera_lab.methods import repeatable
 from pera_lab.models import token_rows
@@ -210,6 +210,7 @@ class Adapter:
     def _build(self, base: PreTrainedModel) -> PeftModel:
         config = copy.deepcopy(self.config)  # PEFT changes it
         config.inference_mode = True
+        check_expressions(base, config)
         on_meta = any(weight.is_meta for weight in base.parameters())
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
         model: Any = kind(base, config, low_cpu_mem_usage=on_meta)

@@ -1,7 +1,7 @@
 """The PEFT plug-in: configuration, layers, model and registration."""
 
 from pera.tuner.behaviour import resolve_all_linear
-from pera.tuner.checks import check_alpha, check_lists, check_names, check_rank, check_ranks
+from pera.tuner.checks import check_alpha, check_expressions, check_lists, check_names, check_rank, check_ranks
 from pera.tuner.config import PeraConfig
 from pera.tuner.hotswap import hotswap_adapter
 from pera.tuner.layers import (
@@ -27,6 +27,7 @@ __all__ = [
     "PeraModel",
     "adapted_layers",
     "check_alpha",
+    "check_expressions",
     "check_lists",
     "check_names",
     "check_rank",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pera.errors import UserError, nearest
 from pera.polynomial import Terms, expanded_rank
 from pera.tuner.behaviour import kind_of
+from pera.tuner.expressions import check_cost
 from pera.tuner.names import plain_name
 
 HEADS = {
@@ -94,6 +95,8 @@ def check_lists(config: PeftConfig) -> None:
         value = getattr(config, key, None)
         if value is not None and not _is_list(value, _is_name):
             raise UserError(f"{key}={value!r} should be a list of names.")
+        for entry in value or ():
+            _check_expression(key, entry)  # PEFT reads them as expressions
     indices = getattr(config, "layers_to_transform", None)
     if indices is not None and not _is_index(indices) and not _is_list(indices, _is_index):
         raise UserError(f"layers_to_transform={indices!r} should be a whole number or a list of whole numbers.")
@@ -119,9 +122,9 @@ def check_sizes(rows: int, columns: int, r: int, K: int) -> None:
         K: expanded rank.
 
     Raises:
-        UserError: r is above both sides, or an expansion would have more entries than PyTorch can index.
+        UserError: r is above both sides and above 64, below which it is cheap enough for a warning; or an expansion would have more entries than PyTorch can index.
     """
-    if r > max(rows, columns):
+    if r > max(rows, columns, 64):
         raise UserError(
             f"r={r} is above both sides of a ({rows}, {columns}) weight (K={K}); use r of at most "
             f"{min(rows, columns)}, or leave the layer out."
@@ -180,6 +183,33 @@ def check_effects(names: Collection[str], config: PeftConfig) -> None:
                 raise UserError(f"{key}: {pattern!r} fits no adapted module; {_nearest_ending(pattern, set(names))}")
 
 
+def check_expressions(model: nn.Module, config: PeftConfig) -> None:
+    """Check that PEFT can match every expression of the configuration of any method in a moment.
+
+    Raises:
+        UserError: an expression takes too long for the name of a module.
+    """
+    patterns = []
+    for key, form in _EXPRESSIONS.items():
+        value = getattr(config, key, None) or ()
+        if isinstance(value, str) or key not in ("target_modules", "exclude_modules"):
+            patterns += [(key, form.format(entry)) for entry in ([value] if isinstance(value, str) else value)]
+    for name, _ in model.named_modules() if patterns else ():
+        for key, pattern in patterns:
+            check_cost(key, pattern, plain_name(name))
+
+
+_EXPRESSIONS = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+"""How PEFT matches the strings of each option with names of modules."""
+
+
 def check_names(model: nn.Module, config: PeftConfig) -> None:
     """Check that the model has every module, parameter, layer and token that the configuration names.
 
@@ -193,6 +223,7 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
     named = {plain_name(name): module for name, module in model.named_modules()}
     modules = {name: module for name, module in named.items() if ".pera_" not in name and "base_layer" not in name}
+    check_expressions(model, config)
     _check_excluded(modules, config)
     for key, known, allowed in (
         ("target_modules", set(modules), ()),
@@ -235,7 +266,7 @@ def _is_index(value: Any) -> bool:
 def _check_expression(key: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
 
 

@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from pera.errors import UserError, nearest
 from pera.polynomial import Coefficients, Normalization, Terms
 from pera.tuner.checks import LARGEST, check_alpha, check_lists, check_rank, is_number, shown
+from pera.tuner.expressions import check_cost
 
 LAYOUT_VERSION = 1
 """Version of the names, shapes and order of the saved parameters (docs/architecture.md)."""
@@ -272,13 +273,11 @@ class PeraConfig(PeftConfig):
 
     def _check_idle(self) -> None:
         """Raise UserError if an option has no effect next to the others."""
-        for key, default, other in (
-            ("normalization", "none", "terms='none'" if self.terms == "none" else None),
-            ("coefficients", "learned", "terms='none'" if self.terms == "none" else None),
-            ("init_coefficients", 0, "init_weights=False" if self.init_weights is False else None),
-        ):
-            if other is not None and getattr(self, key) != default:
-                raise UserError(f"{key}={getattr(self, key)!r} has no effect with {other}; leave it at {default!r}.")
+        for key, default in (("normalization", "none"), ("coefficients", "learned")):
+            if self.terms == "none" and getattr(self, key) != default:
+                raise UserError(
+                    f"{key}={getattr(self, key)!r} has no effect with terms='none'; leave it at {default!r}."
+                )
 
 
 # Options of LoRA that PERA ignores. It detects the layout of Conv1D weights itself. The others say how other methods
@@ -308,6 +307,8 @@ def _lookup(key: str, pattern: dict[str, Any], name: str, default: Any) -> Any:
 
     PEFT takes the first match. Saving a configuration does not keep the order of the entries, so PERA cannot.
     """
+    for k in pattern:
+        check_cost(key, rf"(.*\.)?({k})$", name)
     matching = [k for k in pattern if re.match(rf"(.*\.)?({k})$", name)]
     names = [k for k in matching if _is_name(k)]
     if names:

@@ -367,7 +367,6 @@ def test_retired_options_in_use_are_refused_with_a_remedy(load, key, value, reme
         ({"inference_mode": "no"}, r"inference_mode='no' should be True or False"),
         ({"terms": "none", "normalization": "rms"}, r"normalization='rms' has no effect with terms='none'"),
         ({"terms": "none", "coefficients": "fixed"}, r"coefficients='fixed' has no effect with terms='none'"),
-        ({"init_weights": False, "init_coefficients": 0.3}, r"init_coefficients=0\.3 has no effect with init_weights"),
     ],
 )
 def test_a_number_out_of_range_or_an_option_without_effect_is_refused(options, message):

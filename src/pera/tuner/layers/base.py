@@ -122,10 +122,11 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """
         self.check_config(config)
         rows, columns = self.delta_shape
-        check_sizes(rows, columns, r, expanded_rank(r, config.terms))
+        K = expanded_rank(r, config.terms)
+        check_sizes(rows, columns, r, K)
         if r > min(rows, columns):
             warnings.warn(
-                f"r={r} is above a side of a ({rows}, {columns}) weight: "
+                f"r={r} (K={K}) is above a side of a ({rows}, {columns}) weight: "
                 "the factors have more parameters than the weight itself.",
                 stacklevel=2,
             )
