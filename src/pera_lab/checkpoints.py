@@ -85,6 +85,8 @@ def check(checkpoint: Path, model: nn.Module) -> None:
             content = _load(checkpoint / name)
             if name == RANDOM:
                 _check_random(content)
+            if name == SCHEDULER_NAME and content["last_epoch"] != step_of(checkpoint):
+                raise ValueError(f"it is of step {content['last_epoch']}")
 
 
 def check_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -102,18 +104,31 @@ def check_weights(checkpoint: Path, model: nn.Module) -> None:
                 raise ValueError(f"{key} has shape {found.get(key)}, not {expected.get(key)}")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if a loaded moment of AdamW differs in shape from its parameter."""
-    for parameter, moments in optimizer.state.items():
-        for name, moment in moments.items():
-            if isinstance(moment, torch.Tensor) and moment.ndim and moment.shape != parameter.shape:
-                raise ValueError(f"{name} has shape {list(moment.shape)}, not {list(parameter.shape)}")
+def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Check that the saved state of the optimizer belongs to the parameters that are trained.
+
+    Raises:
+        UserError: the groups or the shapes differ.
+    """
+    with reading(checkpoint / OPTIMIZER_NAME):
+        saved = _load(checkpoint / OPTIMIZER_NAME)
+        groups, found = optimizer.param_groups, saved["param_groups"]
+        if [len(group["params"]) for group in found] != [len(group["params"]) for group in groups]:
+            raise ValueError("it is of other parameters")
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        numbers = [number for group in found for number in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, moment in saved["state"].get(number, {}).items():
+                if not isinstance(moment, torch.Tensor) or (moment.ndim and moment.shape != parameter.shape):
+                    raise ValueError(f"{name} of a parameter of shape {list(parameter.shape)} does not fit it")
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
     """Turn what the libraries raise on a broken file of a checkpoint into one :class:`UserError`."""
     try:
+        if not file.is_file():  # reading a pipe could wait for ever
+            raise FileNotFoundError
         yield
     except UserError:
         raise
@@ -137,7 +152,7 @@ def _reason(error: Exception) -> str:
     return lacks + (textwrap.shorten(str(error), 120, placeholder=" …").rstrip(".") or type(error).__name__)
 
 
-class _State(BaseModel):
+class _State(BaseModel, strict=True):
     """What is used of the Trainer's state."""
 
     global_step: int
@@ -161,8 +176,6 @@ def _state(checkpoint: Path) -> _State:
 
 def _load(file: Path) -> dict[str, Any]:
     """The content of a file of torch, with tensors that are read when they are used."""
-    if not file.is_file():
-        raise FileNotFoundError
     if not is_zipfile(file):
         raise ValueError("it is truncated")
     with safe_globals():  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pera.errors import UserError, missing_extra
 from pera_lab.environment import out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, lock_of, locked, user_path
+from pera_lab.gguf_header import check_header
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def gguf_folder(file: Path) -> Path:
     Raises:
         UserError: the file cannot be read, or the package gguf is not installed.
     """
+    check_header(file)
     return _converted(file, f"{file.stem}-{_digest(file)}")
 
 

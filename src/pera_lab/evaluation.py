@@ -64,6 +64,7 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     name = which if spec.scorer == run.recipe.evaluation.scorer else f"{which}-{spec.scorer}"
     file = run.predictions / f"{name}.jsonl"
     check_output(file)
+    run.scores()  # a broken file is refused before the work
     with locked(run.path / f".{name}.lock", file):
         return _evaluate_run(run, recipe, splits, which, name, console)
 
@@ -74,17 +75,17 @@ def _evaluate_run(run: Run, recipe: Recipe, splits: Splits, which: str, name: st
     model, tokenizer = open_model(locate_run(run, base=which == "base"), recipe.model.dtype)
     content = recipe.model_dump(mode="json", exclude={"name"})
     key = {"which": which, "recipe": content, "data": dict(splits.manifest)}
-    journal = Journal(run.predictions / f"{name}.partial.jsonl", key)
-    if journal.found and console is not None:
-        console.print(f"resuming after {len(journal.found)} of {len(splits.test)} answers", soft_wrap=True)
-    max_length = task.prompt_limit(recipe.training.max_length)
-    score, predictions = evaluate(
-        model, tokenizer, task, splits, spec, which, console, journal=journal, max_length=max_length
-    )
-    write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
-    with updated_object(run.scores_file) as scores:
-        scores[name] = asdict(score)
-    journal.close()
+    with Journal(run.predictions / f"{name}.partial.jsonl", key) as journal:
+        if journal.found and console is not None:
+            console.print(f"resuming after {len(journal.found)} of {len(splits.test)} answers", soft_wrap=True)
+        max_length = task.prompt_limit(recipe.training.max_length)
+        score, predictions = evaluate(
+            model, tokenizer, task, splits, spec, which, console, journal=journal, max_length=max_length
+        )
+        write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
+        with updated_object(run.scores_file) as scores:
+            scores[name] = asdict(score)
+        journal.close()
     if run.finished:
         write_card(run.adapter.path, "adapter", locate_run(run))
     return score

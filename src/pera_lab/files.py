@@ -179,6 +179,15 @@ def check_folder_name(name: str) -> None:
         raise UserError(f"name={name[:60]!r} cannot be the name of a folder; change it or give --output.")
 
 
+def check_output_file(path: Path) -> None:
+    """:func:`check_output` of a file that may exist and is replaced; a folder is refused too."""
+    check_output(path)
+    if path.is_dir():
+        raise UserError(f"output: {str(path)!r} is a folder; give a file.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output: {str(path)!r} is not an ordinary file; give another file.")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors that the libraries raise when a write below ``path`` fails into one :class:`UserError`."""
@@ -302,6 +311,8 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is missing or is not JSON.
     """
+    if path.is_fifo():  # reading a pipe could wait for ever
+        raise UserError(f"{str(path)!r} is a pipe, not a file; restore or remove it.")
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -398,7 +409,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class Journal:
     """Results that are saved as they arrive, so that a restart computes only the missing ones.
 
-    The first line of the file is a hash of what the results depend on. If it differs, the file is discarded.
+    The first line of the file is a hash of what the results depend on. If it differs, the file is discarded. As a
+    context manager, it leaves no file behind if the block fails before the first result.
 
     Args:
         path: the JSON-lines file. :meth:`close` removes it.
@@ -408,15 +420,23 @@ class Journal:
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path = path
         head = {"key": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}
+        check_journal(path)
         lines = read_lines(path)
-        if path.is_file() and path.stat().st_size and not (lines and set(lines[0]) == {"key"}):
-            raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
         kept = lines[1:] if lines[:1] == [head] else []
         self.found: dict[int, dict[str, Any]] = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
+        self._made = [] if path.parent.exists() else [path.parent]
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         content: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in self.found.items())]
         write_atomic(path, "".join(map(json_line, content)))
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and not self.found:
+            self.close()
+            remove_empty(self._made)
 
     def add(self, rows: dict[int, dict[str, Any]]) -> None:
         """Save results by their index."""
@@ -431,6 +451,13 @@ class Journal:
     def close(self) -> None:
         """Remove the file. Call it when the results are saved elsewhere."""
         self.path.unlink(missing_ok=True)
+
+
+def check_journal(path: Path) -> None:
+    """Raise UserError if ``path`` exists but is no file of a :class:`Journal`, which would replace it."""
+    lines = read_lines(path)
+    if os.path.lexists(path) and not (lines and set(lines[0]) == {"key"}):
+        raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from pera.errors import UserError
-from pera_lab.files import Journal, json_line, reserved, write_atomic
+from pera_lab.files import Journal, check_journal, json_line, reserved, write_atomic
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 from pera_lab.scorers import Output, answer_batches, make_scorer
@@ -49,15 +49,19 @@ def predict(
             writes it, or an option has no use.
     """
     with reserved(target):
+        journal = target.with_name(f"{target.name}.partial")
+        check_journal(journal)
         if target.exists():
+            journal.unlink(missing_ok=True)  # left by a kill after the last answer
             raise UserError(f"--output: {str(target)!r} exists; give another file or remove it.")
-        return _predict(run, source, target, base, max_new_tokens, batch_size, console)
+        return _predict(run, source, target, journal, base, max_new_tokens, batch_size, console)
 
 
 def _predict(
     run: Run,
     source: Path,
     target: Path,
+    partial: Path,
     base: bool,
     max_new_tokens: int | None,
     batch_size: int | None,
@@ -72,7 +76,7 @@ def _predict(
     if max_new_tokens is not None and task.text_refusal:
         raise UserError(f"--max-new-tokens={max_new_tokens}: {task.text_refusal}; leave it out.")
     content = read_file(source)
-    if taken := next((key for row in content.rows for key in _ANSWER if key in row), None):
+    if taken := next((key for row in content.rows if isinstance(row, dict) for key in _ANSWER if key in row), None):
         raise UserError(f"--input: {str(source)!r} has a column {taken!r}, which is an output column; rename it.")
     rows = content.convert(task.question)
     given = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -80,15 +84,15 @@ def _predict(
     spec = recipe.evaluation.model_copy(update={"scorer": task.scorers[0], **changes})
     model, tokenizer = open_model(locate_run(run, base=base), recipe.model.dtype)
     key = {"input": content.sha256, "base": base, "recipe": recipe.to_yaml(), "evaluation": spec.model_dump()}
-    journal = Journal(target.with_name(f"{target.name}.partial"), key)
-    todo = [i for i in range(len(rows)) if i not in journal.found]
-    max_length = task.prompt_limit(recipe.training.max_length)
-    scorer = make_scorer(model, tokenizer, task, [rows[i] for i in todo], spec, max_length)
-    for outputs in answer_batches(scorer, "predicting", console):
-        journal.add({todo[row]: _columns(output) for row, output in outputs.items()})
-    lines = [{**row, **answer} for row, answer in zip(content.rows, journal.rows(), strict=True)]
-    write_atomic(target, "".join(map(json_line, lines)))
-    journal.close()
+    with Journal(partial, key) as journal:
+        todo = [i for i in range(len(rows)) if i not in journal.found]
+        max_length = task.prompt_limit(recipe.training.max_length)
+        scorer = make_scorer(model, tokenizer, task, [rows[i] for i in todo], spec, max_length)
+        for outputs in answer_batches(scorer, "predicting", console):
+            journal.add({todo[row]: _columns(output) for row, output in outputs.items()})
+        lines = [{**row, **answer} for row, answer in zip(content.rows, journal.rows(), strict=True)]
+        write_atomic(target, "".join(map(json_line, lines)))
+        journal.close()
     return len(lines)
 
 

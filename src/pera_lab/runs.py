@@ -21,6 +21,7 @@ from pera_lab.adapters import Adapter
 from pera_lab.environment import environment
 from pera_lab.files import (
     check_folder_name,
+    check_output,
     disk_errors,
     lock_of,
     locked,
@@ -77,6 +78,7 @@ class Run:
         if output is None:
             check_folder_name(recipe.name)
         path = output or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        check_output(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         if output is None:
             path = _new_folder(path)
@@ -115,26 +117,33 @@ class Run:
         with locked(self.lock_file, self.path):
             yield
 
+    def remove_stale_lock(self) -> None:
+        """Remove the lock that a process left which was killed when training had ended."""
+        with suppress(UserError), self.in_use():
+            pass
+
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """Remove what :meth:`create` made if the block fails before anything is logged, saved or scored.
+        """Remove what :meth:`create` made if the block fails before anything is saved or scored.
 
-        A folder that another process uses is left to it.
+        What was logged is kept after an interruption. After a :class:`UserError`, such as a loss that is not finite,
+        it is removed, because nothing can be resumed. A folder that another process uses is left to it.
         """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError, UserError):
-                self._discard()
+                self._discard(logs=isinstance(error, UserError))
             raise
 
-    def _discard(self) -> None:
+    def _discard(self, *, logs: bool) -> None:
         with self.in_use():
             saved = any(self.checkpoints.glob("*"))  # the folder itself exists before the first step
-            started = saved or self.scores_file.is_file() or self.metrics() or self.validation()
+            started = saved or self.scores_file.is_file() or (not logs and (self.metrics() or self.validation()))
             if self._made is None or started:
                 return
-            for file in (self.recipe_file, self.environment_file, self.data_file, self.metrics_file):
+            logged = (self.metrics_file, self.validation_file)
+            for file in (self.recipe_file, self.environment_file, self.data_file, *logged):
                 for path in (file, lock_of(file), unfinished(file)):
                     path.unlink(missing_ok=True)
         remove_empty([self.checkpoints, *self._made])  # a parent may hold another run
@@ -188,7 +197,7 @@ class Run:
 
     def scores(self) -> dict[str, Any]:
         """The content of ``scores.json``: the measured scores, such as "base" and "adapter"."""
-        return read_object(self.scores_file) if self.scores_file.is_file() else {}
+        return read_object(self.scores_file) if self.scores_file.exists() else {}
 
     def body(self, model: torch.nn.Module) -> torch.nn.Module:
         """The part of a base model that is fingerprinted: all but a classification head, which is drawn at random."""
@@ -305,6 +314,7 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
     if not run.recipe_file.is_file():
         raise UserError(f"--resume: {str(run.path)!r} is not a run folder; start one without --resume.")
     if run.finished:
+        run.remove_stale_lock()
         raise _finished(run, given)
     if (changed := difference(run.recipe, given)) is not None:
         raise UserError(
@@ -317,10 +327,9 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
 
 def _finished(run: Run, given: Recipe) -> UserError:
     """The error for a finished run that should be resumed, for more steps or by mistake."""
-    message = f"--resume: {str(run.path)!r} is finished; "
-    if difference(run.recipe, given) is None:
-        return UserError(f"{message}score it with: pera evaluate {run.path}")
+    if (changed := difference(run.recipe, given)) is None:
+        return UserError(f"--resume: {str(run.path)!r} is finished; score it with: pera evaluate {run.path}")
     return UserError(
-        f"{message}to train further, merge it with: pera merge {run.path} --output MERGED, and start a run with "
-        "model.name=MERGED."
+        f"--resume: {str(run.path)!r} is finished, so {changed} cannot change; to train further, use "
+        f"pera merge {run.path} --output MERGED and start a run with model.name=MERGED."
     )

@@ -232,10 +232,20 @@ class LikelihoodScorer(Scorer):
         super().__init__(*arguments)
         if any(not example.options for example in self.examples):
             raise UserError(f"evaluation.scorer='likelihood' needs options to rank, and {self.task.name!r} has none.")
-        self.prompts = [encode_question(self.tokenizer, e, self.task.frame, self.limit - 16) for e in self.examples]
+        self.prompts = [encode_question(self.tokenizer, e, self.task.frame, self._room(e)) for e in self.examples]
         self.branches = [self._branches(e, p) for e, p in zip(self.examples, self.prompts, strict=True)]
         check_tokens(self.model, self.tokenizer, (ids for b in self.branches for ids in (b.shared, *b.suffixes)))
         self.lengths = [len(b.shared) for b in self.branches]
+
+    def _room(self, example: Example) -> int:
+        """Longest prompt in tokens: the longest option fits behind it. Published scores keep 16 tokens for options."""
+        longest = max(len(self.tokenizer(o, add_special_tokens=False).input_ids) for o in example.options)
+        if longest >= self.limit:
+            raise UserError(
+                f"{example.place or 'options'}: an option has {longest} tokens, but the model reads at most "
+                f"{self.limit}; shorten it."
+            )
+        return self.limit - max(16, longest)
 
     def _branches(self, example: Example, prompt: Prompt) -> Branches:
         def ids(answer: str) -> list[int]:

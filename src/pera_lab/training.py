@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
@@ -27,7 +27,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pera.errors import UserError, one_line
@@ -138,6 +137,8 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         )
     except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
         raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
+    if checkpoint is not None and not checkpoints.ended(checkpoint):
+        checkpoints.check_optimizer(checkpoint, trainer.create_optimizer())
     trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     if kept is not None and checkpoint is not None and checkpoints.ended(checkpoint):  # the adapter was not saved yet
@@ -284,8 +285,7 @@ class _ByLength(LengthGroupedSampler):
 
 
 class _Trainer(Trainer):
-    """A Trainer with the row order of a sampler, or with the default random order if there is none. A broken file of a
-    checkpoint is an error of the user."""
+    """A Trainer with the row order of a sampler, or with the default random order if there is none."""
 
     def __init__(self, order: Sampler[int] | None, **options: Any) -> None:
         self._order = order
@@ -293,15 +293,6 @@ class _Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return super()._get_train_sampler(train_dataset) if self._order is None else self._order
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        with checkpoints.reading(Path(resume_from_checkpoint) / SAFETENSORS_WEIGHTS_NAME):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with checkpoints.reading(Path(checkpoint or "") / OPTIMIZER_NAME):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            checkpoints.check_optimizer(cast(torch.optim.Optimizer, self.optimizer))
 
 
 class _Progress(TrainerCallback):
@@ -319,6 +310,7 @@ class _Progress(TrainerCallback):
         self._console, self._notes = console, notes
         self._run, self._since, self._begin = run, since, begin
         self._bar = ProgressBar("training", console)
+        self._announced = False
         self._start = 0.0
         self.tokens_before = self.steps_before = 0
 
@@ -355,11 +347,8 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.update(state.global_step)
-        if state.global_step == self.steps_before + 1 and self._console is not None:  # nothing was refused before
-            for note in self._notes:
-                self._console.print("warning:", style="yellow", end=" ")
-                self._console.print(note, soft_wrap=True)
-            self._console.print(f"run folder {self._run.path}", soft_wrap=True)
+        if state.global_step == self.steps_before + 2:
+            self._announce()
         if state.global_step == state.max_steps:
             control.should_log = True  # whatever logging_steps is
 
@@ -390,6 +379,19 @@ class _Progress(TrainerCallback):
         trained = (p for p in kwargs["model"].parameters() if p.requires_grad)
         if state.global_step == state.max_steps and not all(p.isfinite().all() for p in trained):
             raise _diverged(args, "weights are", state)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Print the notes and the run folder, once. A refusal and a first loss that is not finite come before."""
+        if self._console is None or self._announced:
+            return
+        self._announced = True
+        for note in self._notes:
+            self._console.print("warning:", style="yellow", end=" ")
+            self._console.print(note, soft_wrap=True)
+        recipe = self._run.recipe
+        what = f"{recipe.method['name']} on {recipe.model.name}, task {recipe.task.name}"
+        self._console.print(f"run folder {self._run.path}: {what}", soft_wrap=True)
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
         speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")

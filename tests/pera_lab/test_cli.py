@@ -246,6 +246,71 @@ def test_existing_output_is_rejected(command, refused, run, recipe_file, tmp_pat
 
 
 @pytest.fixture
+def no_model(monkeypatch):
+    """No command may load a model."""
+    monkeypatch.setattr("pera_lab.models.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+
+
+UNUSABLE = {
+    "loop": "symbolic links",
+    "n" * 256: "File name too long",
+    "file/below": "Not a directory",
+    "/proc/x/y": "No such file or directory",
+    "null\0": "null",
+}
+TAKEN = {
+    "/dev/null": "is a file",
+    "file": "is a file",
+    "full": "not empty",
+    "full/": "not empty",
+    "run": "not empty",
+    "run/adapter": "not empty",
+    "BASE": "not empty",
+    ".": "not empty",
+}
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train RECIPE", "quickstart", "study run STUDY", "merge run", "export run --to lora", "import lora --from lora"],
+)
+@pytest.mark.usefixtures("no_model")
+def test_an_unusable_output_folder_is_rejected_before_a_model_is_loaded(
+    command, refused, run, lora, recipe_file, tiny_llama, tmp_path, capsys
+):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    study = {"base": str(recipe_file), "grid": {"task": "family_relationships", "method": "lora"}}
+    (tmp_path / "study.yaml").write_text(
+        json.dumps({**study, "choose": {"learning_rate": [1e-3], "rows": 8}, "report": {"seeds": [1]}})
+    )
+    names = {"RECIPE": str(recipe_file), "STUDY": "study.yaml"}
+    capsys.readouterr()  # what the fixtures printed
+    for output, words in {**UNUSABLE, **TAKEN}.items():
+        place = output.replace("BASE", str(tiny_llama))
+        refused(*(names.get(word, word) for word in command.split()), "--output", place, words=["output", words])
+
+
+@pytest.mark.parametrize(
+    "command", ["predict run --input rows.jsonl --output", "report run --output", "inspect run --effect --plot"]
+)
+@pytest.mark.usefixtures("no_model")
+def test_an_unusable_output_file_is_rejected_before_a_model_is_loaded(command, refused, run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hello"}\n')
+    end = {"predict": ".jsonl", "report": ".html", "inspect": ".svg"}[command.split()[0]]
+    (tmp_path / f"loop{end}").symlink_to(f"loop{end}")
+    (tmp_path / "file").touch()
+    (tmp_path / f"folder{end}").mkdir()
+    for output, word in {**{key + end: word for key, word in UNUSABLE.items()}, f"folder{end}": "folder"}.items():
+        refused(*command.split(), output, words=[word])
+    if end == ".jsonl":
+        for output in ("rows.jsonl", "run", "/dev/null"):
+            refused(*command.split(), output, words=["--output", output, "exists"])
+
+
+@pytest.fixture
 def commands(refused):
     """Checks that merge, export and verify reject the adapter folder "adapter" in the same way."""
 
@@ -282,8 +347,8 @@ def test_broken_adapter_folders_are_rejected(name, damage, words, commands, adap
     ("options", "words"),
     [
         ({"hidden_size": 64, "head_dim": 16}, ["'adapter'", "pera_A"]),
-        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit the base model", "layers.1."]),
-        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit the base model", "layers.2."]),
+        ({"num_hidden_layers": 1}, ["'adapter'", "does not fit", "layers.1."]),
+        ({"num_hidden_layers": 3}, ["'adapter'", "does not fit", "layers.2."]),
     ],
 )
 def test_adapter_of_another_base_is_rejected(options, words, commands, adapter, save_llama, tmp_path):
@@ -453,6 +518,11 @@ def test_an_unexpected_error_is_one_sentence_with_its_type(error, refused, recip
     line = refused("train", recipe_file, "--output", "run", words=words)
     assert "Traceback" not in line
     assert len(line) < 1100
+
+
+def test_a_refusal_of_the_first_step_is_one_line_and_leaves_nothing(refused, glue_recipe):
+    """The recipe's data also give a warning, which a training that begins prints."""
+    refused(*("train", glue_recipe, "--output", "run", "training.eval_steps=1000"), words=["has no effect, because"])
 
 
 def test_an_error_of_the_system_names_the_file(refused):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pera_lab.evaluation import evaluate_run
+from pera_lab.files import locked
 from pera_lab.runs import Run
 
 
@@ -21,6 +22,13 @@ def test_scores_and_predictions_of_base_and_adapter_are_kept_side_by_side(run):
         assert (content[which]["low"], content[which]["high"]) == (score.low, score.high)
     answers = [(run.predictions / f"{which}.jsonl").read_text() for which in scores]
     assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_text("{"), lambda file: file.mkdir()])
+def test_broken_scores_are_refused_before_the_work(damage, run, refused):
+    run.scores_file.unlink(missing_ok=True)
+    damage(run.scores_file)
+    refused("evaluate", run.path, words=["scores.json"])
 
 
 def test_scoring_again_replaces_a_score_and_keeps_the_other(run):
@@ -59,3 +67,14 @@ def test_an_interrupted_evaluation_of_a_run_resumes(run, interrupt):
     assert asked == [4, 4, 4]
     assert (run.predictions / "adapter.jsonl").read_text() == answers
     assert not (run.predictions / "adapter.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("which", [[], ["--base"]])
+def test_two_evaluations_that_write_one_score_are_refused(which, pera, refused, run):
+    name = "base" if which else "adapter"
+    with locked(run.path / f".{name}.lock", run.path):
+        refused("evaluate", "run", *which, words=[f"run/predictions/{name}.jsonl", "in use by another process"])
+        assert pera("evaluate", "run", *([] if which else ["--base"])).code == 0  # the other score
+    assert pera("evaluate", "run", *which).code == 0
+    assert set(run.scores()) == {"adapter", "base"}
+    assert list(run.path.glob(".*")) == []

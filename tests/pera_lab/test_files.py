@@ -1,19 +1,31 @@
 """Files and folders are replaced only by complete ones, and broken files are reported."""
 
+import multiprocessing
 import os
+import shutil
+import signal
 import stat
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from pera.errors import UserError
 from pera_lab.files import (
+    InUse,
     Journal,
     atomic_folder,
+    check_journal,
+    check_output,
     disk_errors,
+    locked,
     read_json,
     read_lines,
     require_free,
+    reserved,
+    updated_object,
     write_atomic,
     write_json,
 )
@@ -188,6 +200,23 @@ def test_a_journal_ignores_lines_that_are_not_results(tmp_path):
     assert Journal(tmp_path / "a", {"x": 1}).found == {0: {"y": 2}}
 
 
+def test_a_journal_without_results_is_removed_if_the_work_is_refused(tmp_path):
+    with pytest.raises(UserError), Journal(tmp_path / "new" / "a", {}):
+        raise UserError("refused")
+    assert not (tmp_path / "new").exists()
+    journal = Journal(tmp_path / "new" / "a", {})
+    journal.add({0: {"y": 2}})
+    with pytest.raises(UserError), journal:
+        raise UserError("refused")
+    assert Journal(tmp_path / "new" / "a", {}).found == {0: {"y": 2}}
+
+
+def test_a_pipe_in_the_place_of_a_json_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(UserError, match="is a pipe, not a file"):
+        read_json(tmp_path / "a.json")
+
+
 def test_json_is_read_as_it_was_written(tmp_path):
     value = {"a": [1, 2.5, None, "ü"]}
     write_json(tmp_path / "file.json", value)
@@ -210,3 +239,210 @@ def test_deeply_nested_json_is_an_error_and_ends_a_journal(tmp_path):
         read_json(file)
     file.write_text(f'{{"step": 1}}\n{deep}\n{{"step": 2}}\n')
     assert read_lines(file) == [{"step": 1}]
+
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def killed_while():
+    """Runs a function that kills its own process, in another process."""
+
+    def kill(function, *arguments):
+        process = FORK.Process(target=function, args=arguments)
+        process.start()
+        process.join(10)
+        assert process.exitcode == -signal.SIGKILL
+
+    return kill
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_writing_folder(target):
+    with reserved(target), atomic_folder(target) as partial:
+        (partial / "weights").write_text("half")
+        die()
+
+
+def die_writing_file(file):
+    os.replace = lambda *_: die()
+    write_atomic(file, "new")
+
+
+def die_updating(file):
+    os.replace = lambda *_: die()
+    with updated_object(file) as content:
+        content["a"] = 1
+
+
+def test_a_lock_is_refused_to_another_process_and_leaves_no_file(tmp_path):
+    lock, ready = tmp_path / ".lock", FORK.Event()
+
+    def hold():
+        with locked(lock, tmp_path):
+            ready.set()
+            time.sleep(60)
+
+    process = FORK.Process(target=hold)
+    process.start()
+    ready.wait(10)
+    with pytest.raises(InUse, match=rf"^{str(tmp_path)!r} is in use by another process; "), locked(lock, tmp_path):
+        pytest.fail("the block must not run")
+    process.kill()
+    process.join()
+    with locked(lock, tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_wait_for_a_lock_lose_no_update(tmp_path):
+    """The holder removes the lock file, so a waiting process may have opened a removed one."""
+    file = tmp_path / "scores.json"
+
+    def update(worker):
+        for i in range(50):
+            with updated_object(file) as scores:
+                scores[f"{worker}-{i}"] = i
+
+    processes = [FORK.Process(target=update, args=(worker,)) for worker in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(read_json(file)) == 200
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["model", "m" * 250, "ü" * 125])
+def test_what_a_killed_process_left_of_a_folder_is_removed_by_the_next(name, killed_while, tmp_path):
+    own = tmp_path / "model.partial-0badcafe"  # a folder of the user
+    own.mkdir()
+    killed_while(die_writing_folder, tmp_path / name)
+    assert len(list(tmp_path.rglob("weights"))) == 1
+    with reserved(tmp_path / name), atomic_folder(tmp_path / name) as partial:
+        (partial / "file").touch()
+    assert set(tmp_path.rglob("*")) == {own, tmp_path / name, tmp_path / name / "file"}
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path):
+    ready = FORK.Event()
+
+    def write():
+        with reserved(tmp_path / "model"), atomic_folder(tmp_path / "model"):
+            ready.set()
+            time.sleep(60)
+
+    process = FORK.Process(target=write)
+    process.start()
+    ready.wait(10)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(InUse, match="in use"), reserved(tmp_path / "model"):
+        pytest.fail("the block must not run")
+    assert set(tmp_path.rglob("*")) == before
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("write", [die_writing_file, die_updating])
+def test_what_a_killed_process_left_of_a_file_is_removed_by_the_next(write, killed_while, tmp_path):
+    file = tmp_path / "file"
+    own = tmp_path / ".file.0badcafe"
+    write_json(file, {})
+    own.touch()
+    killed_while(write, file)
+    assert read_json(file) == {}
+    assert len(list(tmp_path.iterdir())) > 2
+    write_json(file, {"b": 2})
+    assert set(tmp_path.iterdir()) == {file, own}
+
+
+def test_parents_of_a_reserved_place_are_removed_if_nothing_was_written(tmp_path):
+    with pytest.raises(KeyError), reserved(tmp_path / "a" / "b" / "c"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with reserved(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b").mkdir()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "a" / "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("n" * 256, "File name too long"),
+        ("a\0b", "null"),
+        ("file/below", "Not a directory"),
+        ("loop", "symbolic links"),
+        ("/proc/x/y", "No such file or directory"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_refused(name, reason, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"^output: .* cannot be written: .*{reason}"), reserved(tmp_path / name):
+        pytest.fail("the block must not run")
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        check_output(tmp_path / "file")
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^output: '\.' is the current folder; give a folder inside it\.$"):
+        require_free(Path())
+    require_free(Path(), replaced=False)
+
+
+def test_a_file_of_the_user_is_not_taken_for_a_journal(tmp_path):
+    for content in ('{"mine": 1}\n', "mine", '{"key": 1, "mine": 2}\n'):
+        (tmp_path / "mine.partial").write_text(content)
+        with pytest.raises(UserError, match=r"mine\.partial' exists and was not written by pera"):
+            Journal(tmp_path / "mine.partial", {})
+        assert (tmp_path / "mine.partial").read_text() == content
+    Journal(tmp_path / "other.partial", {"a": 1})
+    check_journal(tmp_path / "other.partial")
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A folder on a disk of one megabyte that is full but for 64 kilobytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("needs the right to mount")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("needs the right to mount")
+    (folder / "filling").write_bytes(bytes(960 * 1024))
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_keeps_only_what_was_there(full_disk):
+    write_json(full_disk / "file", {"a": 1})
+    before = {path: path.read_bytes() for path in full_disk.rglob("*")}
+
+    def folder():
+        with reserved(full_disk / "model"), atomic_folder(full_disk / "model") as partial:
+            (partial / "weights").write_bytes(bytes(10**6))
+
+    def update():
+        with updated_object(full_disk / "file") as content:
+            content["b"] = "b" * 10**6
+
+    def journal():
+        Journal(full_disk / "journal", {}).add({0: {"answer": "a" * 10**6}})
+
+    for write in (folder, update, lambda: write_atomic(full_disk / "file", bytes(10**6))):
+        with pytest.raises(UserError, match=r"^output: .* cannot be written: No space left on device"):
+            write()
+        assert {path: path.read_bytes() for path in full_disk.rglob("*")} == before
+    with pytest.raises(UserError, match="No space left on device"):
+        journal()

@@ -7,6 +7,7 @@ from decimal import Decimal
 import pytest
 import torch
 
+from pera_lab.files import reserved
 from pera_lab.opening import locate_run, open_model
 from pera_lab.prediction import predict
 from pera_lab.tasks.encoding import encode_prompt
@@ -108,3 +109,27 @@ def test_what_a_classifier_cannot_do(refused, glue_run, tmp_path):
     refused("predict", glue_run.path, *files, "--max-new-tokens", "3", words=["--max-new-tokens=3", "writes no text"])
     write(tmp_path / "in.jsonl", [{"text": "a"}])
     refused("predict", glue_run.path, *files, words=["in.jsonl, line 1: field 'sentence' is missing"])
+
+
+def test_two_predictions_into_one_file_are_refused(refused, run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hello"}\n')
+    with reserved(tmp_path / "out.jsonl"):
+        refused(
+            *("predict", "run", "--input", "rows.jsonl", "--output", "out.jsonl"),
+            words=["'out.jsonl'", "in use by another process"],
+        )
+
+
+def test_a_file_that_looks_like_unfinished_answers_is_kept(refused, run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hello"}\n')
+    (tmp_path / "out.jsonl.partial").write_text('{"mine": 1}\n')
+    refused(
+        *("predict", "run", "--input", "rows.jsonl", "--output", "out.jsonl"),
+        words=["out.jsonl.partial'", "was not written by pera"],
+    )
+
+
+def test_a_refused_prediction_leaves_no_file(refused, run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    options = ["--input", "rows.jsonl", "--output", "new/answers.jsonl", "--max-new-tokens", 600]
+    refused("predict", "run", *options, words=["max_new_tokens=600", "leaves no room"])

@@ -1,6 +1,7 @@
 """The run folder, and which run a command resumes."""
 
 import json
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from pera.errors import UserError
 from pera_lab.checkpoints import COMPLETE
+from pera_lab.files import lock_of, unfinished
 from pera_lab.models import fingerprint, load_model
 from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import load_recipe
@@ -82,12 +84,20 @@ def test_a_run_that_fails_at_once_removes_only_what_it_created(recipe, workplace
         assert (workplace / "runs").exists() == bool(other)
 
 
-def test_a_failed_run_is_kept_if_anything_was_saved_or_measured(recipe, workplace):
+def test_an_interrupted_run_keeps_what_it_logged_and_a_refused_one_does_not(recipe, workplace):
     run = Run.create(recipe, Path("runs/run"))
-    run.validation_file.write_text('{"step": 2, "loss": 1.0}\n')
+    for file in (run.validation_file, run.metrics_file):
+        file.write_text('{"step": 2, "loss": 1.0}\n')
+        with pytest.raises(KeyboardInterrupt), run.discarded_on_error():
+            raise KeyboardInterrupt
+        assert file.is_file()
     with pytest.raises(UserError), run.discarded_on_error():
-        raise UserError("mistake")
-    run.validation_file.unlink()
+        raise UserError("the loss is not finite")
+    assert not run.path.exists()
+
+
+def test_a_failed_run_is_kept_if_anything_was_saved(recipe, workplace):
+    run = Run.create(recipe, Path("runs/run"))
     (run.checkpoints / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(UserError), run.discarded_on_error():
         raise UserError("mistake")
@@ -203,3 +213,89 @@ def test_a_resumed_run_that_fails_to_start_is_not_discarded(pera, run, monkeypat
     monkeypatch.setattr("pera_lab.models.load_model", lambda *_, **__: (_ for _ in ()).throw(UserError("no model")))
     assert pera("train", run.path, "--resume").code == 2
     assert run.recipe_file.read_text() == recipe
+
+
+def contents(folder):
+    """Bytes and time of change of every file in a folder."""
+    return {p: (p.read_bytes() if p.is_file() else None, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def test_a_refused_resume_changes_nothing(pera, run):
+    shutil.rmtree(run.adapter.path)
+    shutil.rmtree(run.checkpoints / "checkpoint-12")
+    (run.checkpoints / "checkpoint-12").mkdir()  # incomplete
+    weights = run.checkpoints / "checkpoint-8" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    before = contents(run.path)
+    assert pera("train", run.path, "--resume").code == 2
+    assert contents(run.path) == before
+
+
+def test_of_two_trainings_in_one_folder_one_is_refused(pera, recipe_file, run, finished_run, tmp_path):
+    """The folder is held by this process; a lock belongs to an open file, so the command is refused as another one."""
+    shutil.rmtree(run.adapter.path)
+    with run.in_use():
+        before = contents(run.path)
+        outcome = pera("train", run.path, "--resume")
+        assert (outcome.code, outcome.err) == (
+            2,
+            f"pera: {str(run.path)!r} is in use by another process; wait until it ends, or stop it.\n",
+        )
+        assert contents(run.path) == before
+    (tmp_path / "new").mkdir()
+    with Run(tmp_path / "new").in_use():
+        assert "in use by another process" in pera("train", recipe_file, "--output", "new").err
+    assert list((tmp_path / "new").iterdir()) == []
+    assert pera("train", run.path, "--resume").code == 0
+    assert not run.lock_file.exists()
+
+
+def test_trainings_that_start_at_the_same_moment_have_a_folder_each_or_are_refused(recipe, workplace):
+    context, start = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").Barrier(8)
+    results = context.Queue()
+
+    def create(output):
+        start.wait()
+        try:
+            with Run.create(recipe, output).discarded_on_error():
+                results.put("created")
+        except UserError as error:
+            results.put(str(error))
+
+    processes = [context.Process(target=create, args=(Path("mine") if i % 2 else None,)) for i in range(8)]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert found.count("created") == 5
+    assert len(list((workplace / "runs").iterdir())) == 4
+    assert [path.name for path in (workplace / "mine").iterdir()] == ["recipe.yaml"]
+
+
+def test_a_folder_that_was_left_before_its_recipe_was_written_can_be_used(recipe, workplace):
+    run = Run(workplace / "run")
+    run.path.mkdir()
+    for file in (run.lock_file, unfinished(run.recipe_file), lock_of(run.recipe_file)):
+        file.touch()
+    assert [path.name for path in Run.create(recipe, run.path).path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_continue_it(refused, recipe_file, run):
+    refused("train", recipe_file, "--output", "run", words=["'run'", "not empty", "pera train run --resume"])
+
+
+def test_a_finished_run_is_trained_further_as_the_message_says(pera, refused, recipe_file, run, tmp_path):
+    message = refused("train", "run", "training.max_steps=24", "--resume", words=["'run' is finished", "max_steps"])
+    assert "pera merge run --output MERGED" in message
+    assert "model.name=MERGED" in message
+    assert pera("merge", "run", "--output", "merged").code == 0
+    assert pera("train", recipe_file, "model.name=merged", "training.max_steps=2", "--output", "further").code == 0
+    first = Run(tmp_path / "further").metrics()[0]["loss"]
+    assert first < run.metrics()[0]["loss"] - 1  # it starts from what the run learned
+
+
+def test_the_lock_of_a_process_that_was_killed_after_training_is_removed(pera, run):
+    run.lock_file.touch()
+    assert pera("train", "run", "--resume").code == 2
+    assert not run.lock_file.exists()

@@ -297,3 +297,15 @@ def test_a_restart_makes_only_the_missing_answers(options, tokenizer, tmp_path):
     assert sum(call.rows for call in model.calls) == 4
     assert predictions == whole
     assert Journal(tmp_path / "kept.jsonl", {"a": 2}).found == {}
+
+
+def test_a_long_option_fits_behind_a_long_question(tiny_gpt2, tokenizer, options):
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=torch.float32).eval()
+    example = Example("why? " * 400, "yes", options=("yes", "because it is so, as everybody knows. " * 4))
+    spec = EvaluationSection(scorer="likelihood")
+    scorer = make_scorer(model, tokenizer, options[0], [example], spec, None)
+    (branches,) = scorer.branches
+    assert max(len(branches.shared) + len(suffix) for suffix in branches.suffixes) <= 512
+    assert scorer.answer([0])[0].shortened
+    with pytest.raises(UserError, match=r"an option has \d+ tokens, but the model reads at most 512; shorten it"):
+        make_scorer(model, tokenizer, options[0], [Example("a", "b", options=("b", "long " * 600))], spec, None)

@@ -46,11 +46,11 @@ def inspect(
     if effect and location.run is None:
         raise UserError(f"--effect needs a run folder, which records the data; {source!r} is an adapter folder.")
     found = diagnose_adapter(adapter)
-    effects = run_effects(location.run) if effect and location.run else None
     if plot is not None:
         from pera_lab.report.pictures import ratio_picture
 
         ratio_picture(adapter, plot)
+    effects = run_effects(location.run) if effect and location.run else None
     if json:
         import json as writer
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pera.errors import UserError, missing_extra
+from pera_lab.gguf_header import check_header
 
 
 class Architecture(NamedTuple):
@@ -73,8 +74,14 @@ def write_adapter(file: Path, state: dict[str, Tensor], alpha: int, config: PreT
             writer.add_tensor(f"{names[layer]}.{suffix}", np.ascontiguousarray(factor.numpy()))
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:
+        if error.errno is None:  # numpy drops the reason, such as a full disk; another write raises it
+            with file.open("ab") as f:
+                f.write(bytes(1 << 16))
+        raise
 
 
 def read_adapter(file: Path, base: PreTrainedModel) -> PeftModel:
@@ -202,9 +209,10 @@ def tensor_names(layers: Iterable[str], config: PreTrainedConfig, *, skip: bool 
 
 def open_gguf(file: Path) -> Any:
     """Open a GGUF file for reading; raises UserError if it is missing or broken."""
+    check_header(file)
     try:
         return _library().GGUFReader(file)
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{str(file)!r} is not a complete GGUF file: {error}") from error
 
 

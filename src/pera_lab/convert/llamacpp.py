@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pera.errors import UserError, missing_extra
 from pera_lab.convert.gguf import check_base, open_gguf
+from pera_lab.gguf_header import check_header
 
 LEAST = -80.0
 """Lower bound of log-probabilities. llama.cpp may round smaller ones to a probability of zero."""
@@ -40,6 +41,7 @@ def serving(model: Path, adapter: Path | None = None, *, context: int = 2048, th
         import xllamacpp
     except ImportError as error:
         raise missing_extra("xllamacpp", "llamacpp") from error
+    check_header(model)
     if adapter is not None:
         check_base(model, adapter)
     parameters: Any = xllamacpp.CommonParams()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pera.errors import UserError
 from pera_lab.adapters import Adapter
 from pera_lab.diagnose import diagnose_adapter, place_layers
-from pera_lab.files import write_atomic
+from pera_lab.files import check_output_file, write_atomic
 from pera_lab.report.contents import Contents, Missing
 from pera_lab.report.drawing import style, svg_text
 from pera_lab.report.figures import ratio_map, training_figure
@@ -53,6 +53,7 @@ def save_figure(figure: Figure, file: Path) -> None:
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise UserError(f"{file.name!r} does not end in a known image format; use one of: {', '.join(sorted(known))}.")
+    check_output_file(file)
     if kind == "svg":
         write_atomic(file, svg_text(figure, facecolor="white"))
         return

@@ -14,7 +14,7 @@ from pera import __version__
 from pera.errors import UserError
 from pera_lab.convert.verify import Agreement
 from pera_lab.diagnose import Layer, by_kind
-from pera_lab.files import write_atomic
+from pera_lab.files import check_output_file, write_atomic
 from pera_lab.report import figures
 from pera_lab.report.contents import Change, Contents, Metrics, Missing
 from pera_lab.report.drawing import Picture, Table
@@ -28,9 +28,10 @@ TRANSITIONS = ("newly right", "newly wrong", "still right", "still wrong")
 
 
 def require_html(file: Path) -> None:
-    """Raise UserError if the output ``file`` of a page does not end in .html."""
+    """Raise UserError if the output ``file`` of a page does not end in .html or cannot be written."""
     if file.suffix not in (".html", ".htm"):
         raise UserError(f"--output={str(file)!r} should end in .html.")
+    check_output_file(file)
 
 
 def write_report(runs: list[Run], file: Path) -> None:

@@ -9,7 +9,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pera.errors import UserError
-from pera_lab.files import InUse, disk_errors, lock_of, locked, read_as, require_free, unfinished, write_atomic
+from pera_lab.files import (
+    InUse,
+    check_output,
+    disk_errors,
+    lock_of,
+    locked,
+    read_as,
+    require_free,
+    unfinished,
+    write_atomic,
+)
 from pera_lab.recipe import difference
 from pera_lab.runs import Run
 from pera_lab.study.plan import Outcome, known_trials
@@ -72,8 +82,9 @@ class StudyFolder:
             UserError: a run in the folder has other settings, the folder holds something else than a study, or it
                 cannot be written.
         """
-        if not self.study_file.is_file():
-            own = (lock_of(self.study_file), unfinished(self.study_file))  # a kill may leave them
+        check_output(self.path)
+        if not (self.study_file.is_file() and self.runs.is_dir()):
+            own = (self.runs, self.locks, lock_of(self.study_file), unfinished(self.study_file))  # left by a kill
             require_free(self.path, replaced=False, ignored=own)
         existing = self._existing(study)
         for trial in existing:
@@ -87,10 +98,9 @@ class StudyFolder:
                     f"undo the change{forget} or give another folder with --output."
                 )
         with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.study_file, study.to_yaml())
             for folder in (self.runs, self.locks):
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.study_file, study.to_yaml())
         for trial in existing:
             with suppress(InUse), self.in_use(trial):
                 if retry and self._failed(trial):

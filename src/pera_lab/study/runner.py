@@ -153,7 +153,9 @@ def _run(trial: Trial, run: Run) -> Outcome:
     if not run.recipe_file.is_file():
         shutil.rmtree(run.path, ignore_errors=True)  # killed before the recipe was written
         run = Run.create(recipe, run.path)
-    if not run.finished:
+    if run.finished:
+        run.remove_stale_lock()
+    else:
         train(recipe, run, resume=True)
     if trial.phase == "report":
         _report(trial, run)

@@ -1,5 +1,7 @@
 """A GGUF adapter has the names and the row order of the base model's GGUF file."""
 
+import resource
+
 import gguf
 import numpy as np
 import pytest
@@ -266,6 +268,17 @@ def test_what_gguf_cannot_hold_is_rejected(base, options, words, request, save_a
     with pytest.raises(UserError, match=words):
         export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_write_that_fails_gives_the_reason_of_the_system(tmp_path):
+    model = adapted("llama")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(model, tmp_path / "a.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_file_that_is_not_an_adapter_is_rejected(tmp_path):

@@ -4,12 +4,12 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from peft import DeloraConfig, LoraConfig, get_peft_model
@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 import tiny
 from pera.errors import UserError
-from pera_lab.files import write_json
+from pera_lab.files import InUse, write_json
 from pera_lab.methods import peft_config, resolve_targets
 from pera_lab.report.study import study_sections
 from pera_lab.runs import Run
@@ -26,7 +26,7 @@ from pera_lab.study import load_study
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.plan import Expectation, Outcome, best_rate, known_trials
 from pera_lab.study.results import Results
-from pera_lab.study.runner import num_parameters, run_study, work
+from pera_lab.study.runner import _perform, num_parameters, run_study, work
 
 LORA, PERA = "family_relationships-lora-r2", "family_relationships-pera-rms-0.3-r2"
 
@@ -149,28 +149,30 @@ def test_a_finished_study_is_not_run_again(finished, study_file):
     assert {path: path.stat().st_mtime_ns for path in finished.runs.rglob("*")} == before
 
 
-def test_a_study_that_is_killed_repeatedly_has_the_same_results(finished, study_file, tmp_path):
-    folder, study = StudyFolder(tmp_path / "killed"), study_of(study_file)
-    context, draw, kills = multiprocessing.get_context("fork"), random.Random(0), 0
-    endings = {}
-    while kills < 5:
-        process = context.Process(target=run_study, args=(study, folder))
-        process.start()
-        time.sleep(draw.uniform(0.2, 0.7))
-        if process.is_alive():
-            process.kill()
-            kills += 1
-        process.join()
-        for name in folder.outcomes(study) if folder.study_file.is_file() else ():
-            ended = (folder.runs / name / "outcome.json").stat().st_mtime_ns
-            assert endings.setdefault(name, ended) == ended  # an ended run is not touched again
-        if process.exitcode == 0:
-            break
-    run_study(study, folder)
-    assert kills == 5
-    assert whole(folder) == whole(finished)
-    assert tables(folder) == tables(finished)
-    assert [path.name for path in folder.path.rglob(".*")] == []
+def test_what_killed_workers_left_of_ended_runs_is_removed(finished, study_file, tmp_path):
+    folder = StudyFolder(Path(shutil.copytree(finished.path, tmp_path / "copy")))
+    before = {path.relative_to(folder.path) for path in folder.path.rglob("*")}
+    run = folder.run(known_trials(study_of(study_file), {})[0])
+    (run.checkpoints / "checkpoint-2").mkdir(parents=True)
+    (folder.locks / f"{run.path.name}.lock").touch()
+    run_study(study_of(study_file), folder)
+    assert {path.relative_to(folder.path) for path in folder.path.rglob("*")} == before
+
+
+def test_a_run_that_another_command_trains_is_left_to_it(study_file, tmp_path):
+    folder, study = StudyFolder(tmp_path / "study"), study_of(study_file, "settings.training.max_steps=1")
+    folder.prepare(study)
+    trial = known_trials(study, {})[0]
+    run = Run.create(trial.recipe(), folder.run(trial).path)
+    with run.in_use(), pytest.raises(InUse):
+        _perform(trial, folder)
+    assert folder.outcome(trial) is None
+
+
+def test_a_folder_that_holds_something_else_is_refused(refused, study_file, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    refused("study", "run", study_file, "--output", "mine", words=["'mine'", "not empty"])
 
 
 @pytest.mark.slow
@@ -253,6 +255,7 @@ def test_the_study_decides_whether_code_of_its_base_may_run(trusted, study_file,
         study_of(study_file, f"settings.model.trust_remote_code={json.dumps(trusted)}"),
         StudyFolder(tmp_path),
     )
+    folder.prepare(study)
     resumed = next(iter(known_trials(study, {})))
     Run.create(resumed.recipe(), folder.run(resumed).path)
     run_study(study, folder)
