@@ -122,7 +122,8 @@ def check_sizes(rows: int, columns: int, r: int, K: int) -> None:
         K: expanded rank.
 
     Raises:
-        UserError: r is above both sides and above 64, below which it is cheap enough for a warning; or an expansion would have more entries than PyTorch can index.
+        UserError: r is above both sides and above 64 (up to 64 is cheap, and a warning), or an expansion would have
+            more entries than PyTorch can index.
     """
     if r > max(rows, columns, 64):
         raise UserError(
