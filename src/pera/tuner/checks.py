@@ -142,7 +142,8 @@ def check_ranks(model: nn.Module, config: PeftConfig) -> None:
     Raises:
         UserError: as for :func:`check_sizes`; the message names the layer.
     """
-    targets, r = getattr(config, "target_modules", None), getattr(config, "r", None)
+    targets: Any = getattr(config, "target_modules", None)
+    r: Any = getattr(config, "r", None)
     if targets is None or not _is_whole(r):
         return
     patterns = getattr(config, "rank_pattern", None) or {}
@@ -152,7 +153,7 @@ def check_ranks(model: nn.Module, config: PeftConfig) -> None:
         if kind is None or not check_target_module_exists(config, name):
             continue
         weight: Any = module.weight
-        rank = patterns.get(get_pattern_key(patterns.keys(), name), r)
+        rank: int = patterns.get(get_pattern_key(patterns.keys(), name), r)
         columns = weight[0].numel() if weight.ndim > 1 else 1
         try:
             check_sizes(len(weight), columns, rank, expanded_rank(rank, getattr(config, "terms", "none")))

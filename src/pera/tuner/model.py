@@ -72,8 +72,9 @@ class PeraModel(BaseTuner):
         before = {name for name, module in model.named_modules() if _has(module, adapter_name)}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            if state_dict is None and self.peft_config[adapter_name].checks_effects:
-                check_effects(adapted_layers(model, adapter_name), self.peft_config[adapter_name])
+            config: Any = self.peft_config[adapter_name]
+            if state_dict is None and config.checks_effects:
+                check_effects(adapted_layers(model, adapter_name), config)
         except Exception:
             self._remove_injected(model, adapter_name, before)
             raise
