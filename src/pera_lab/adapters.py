@@ -16,20 +16,24 @@ from typing import Any
 
 import peft
 import torch
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pera.errors import UserError, one_line
-from pera.tuner import PeraConfig, check_expressions, check_lists
+from pera.tuner import PeraConfig, check_lists, check_speed
+from pera_lab.environment import out_of_memory
 from pera_lab.files import read_json
 from pera_lab.methods import repeatable
 from pera_lab.models import token_rows
 
 HEAD = re.compile(r"\.(classifier|score)\.")
 """Matches the weights of a classification head, which PEFT trains and saves with an adapter."""
+
+_ELSEWHERE = ("megatron_config", "shadow_model", "adapters")
+"""Keys of an adapter's configuration by which PEFT imports a module or loads further models."""
 
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save)\b")
 """What PEFT inserts into the module names of a base model."""
@@ -62,6 +66,12 @@ class Adapter:
         for key in ("base_model_name_or_path", "revision"):
             if not isinstance(value := content.get(key), str | None):
                 raise UserError(f"{str(self.path)!r}: adapter_config.json: {key}={value!r} should be a string.")
+        for key in _ELSEWHERE:
+            if content.get(key):
+                raise UserError(
+                    f"{str(self.path)!r}: adapter_config.json: {key} names code or models outside the adapter, "
+                    "which are not loaded; remove it."
+                )
         if not repeatable(init := content.get("init_lora_weights")):
             raise UserError(
                 f"{str(self.path)!r}: init_lora_weights={init!r} changed the base model, which loading cannot repeat; "
@@ -75,8 +85,16 @@ class Adapter:
         except KeyError as error:
             kind = content["peft_type"]
             raise UserError(f"{str(self.path)!r}: peft_type={kind!r} is unknown to PEFT {peft.__version__}.") from error
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{str(self.path)!r}: adapter_config.json: {error}") from error
+        except Exception as error:  # the methods of PEFT check little
+            raise UserError(f"{str(self.path)!r}: adapter_config.json: {one_line(error)}") from error
+        if isinstance(config, LoraConfig):
+            for key, least in (("r", 1), ("lora_alpha", 0)):
+                value = getattr(config, key)
+                if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value:
+                    raise UserError(
+                        f"{str(self.path)!r}: adapter_config.json: {key}={value!r:.80} should be a number of at least "
+                        f"{least}."
+                    )
         return config
 
     @property
@@ -186,13 +204,16 @@ class Adapter:
         )
         if rows := self.resized_to(base):
             base.resize_token_embeddings(rows, mean_resizing=False)
+        self._check_rank()
         try:
             model = self._build(base)
         except KeyError as error:
             raise UserError(
                 f"{str(self.path)!r} does not fit its own configuration: the weights file lacks {error}."
             ) from error
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except Exception as error:  # PEFT meets values that it does not expect
+            if out_of_memory(error):
+                raise
             first, *others = one_line(error).split(" size mismatch for ")
             reason = " size mismatch for ".join([first, *others[:1]])
             reason += f" ({len(others)} such)" if len(others) > 1 else ""
@@ -207,10 +228,22 @@ class Adapter:
             raise UserError(f"{str(self.path)!r} does not fit the base model: {where} {key!r}.")
         return model
 
+    def _check_rank(self) -> None:
+        """Raise UserError for a rank that no saved factor has, before PEFT allocates factors of that rank."""
+        if not isinstance(self.config, LoraConfig | PeraConfig):
+            return
+        largest = max((side for weight in self.weights.values() for side in weight.shape), default=0)
+        for r in (self.config.r, *(self.config.rank_pattern or {}).values()):
+            if isinstance(r, int | float) and r > largest:
+                raise UserError(
+                    f"{str(self.path)!r}: adapter_config.json: r={r} does not fit the weights, whose largest side is "
+                    f"{largest}."
+                )
+
     def _build(self, base: PreTrainedModel) -> PeftModel:
         config = copy.deepcopy(self.config)  # PEFT changes it
+        check_speed((name for name, _ in base.named_modules()), config)
         config.inference_mode = True
-        check_expressions(base, config)
         on_meta = any(weight.is_meta for weight in base.parameters())
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
         model: Any = kind(base, config, low_cpu_mem_usage=on_meta)
@@ -233,8 +266,10 @@ class Adapter:
         try:
             with safe_open(file, framework="pt") as f:
                 yield f
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{str(file)!r} is not a complete safetensors file: {error}.") from error
+        except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{str(file)!r} is not a complete safetensors file: {one_line(error)}.") from error
 
 
 def base_name(key: str) -> str:

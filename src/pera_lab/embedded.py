@@ -179,7 +179,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def cannot_load(name: str, error: Exception) -> UserError:
+def cannot_load(name: str, error: BaseException) -> UserError:
     """The error message for what the libraries raise on a model that they cannot read."""
     if "the argument `trust_remote_code=True`" in str(error):
         return UserError(

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,13 +28,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
 from pera.tuner.layers import keep_unpacked
+from pera_lab.bases import TOKENIZER, check_base, check_loaded
 from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
 from pera_lab.environment import device, fast_dtype, out_of_memory
 from pera_lab.files import read_object, user_path
-
-_ANY = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
-_UNREADABLE = (*_ANY, SafetensorError, StrictDataclassError)
-"""What transformers raises on a broken folder, an impossible configuration or a missing quantiser."""
 
 
 class MissingModel(UserError):
@@ -84,6 +80,9 @@ def load_model(
     torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
     auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     head = {} if labels is None else {"num_labels": labels}
+    if os.path.isdir(location):
+        with reading(name):
+            check_base(name, Path(location), auto_class, labels, trust_remote_code=trust_remote_code)
     with reading(name):
         model, loading = auto_class.from_pretrained(
             location,
@@ -100,6 +99,7 @@ def load_model(
         raise UserError(
             f"model: {name!r} has no weights for {missing[0]}, so it cannot be loaded as {auto_class.__name__}."
         )
+    check_loaded(name, model, loading["unexpected_keys"])
     keep_unpacked(model)
     if labels is not None:
         _keep_head_in_float32(model)
@@ -142,13 +142,58 @@ def load_tokenizer(
         UserError: there is no such tokenizer, or it cannot be read.
     """
     location = source if isinstance(source, Path) else resolve(source)
-    with reading(str(source)):
-        tokenizer = AutoTokenizer.from_pretrained(
-            location, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
+    check_tokenizer(str(source), location)
+    try:
+        with reading(str(source)):
+            tokenizer = AutoTokenizer.from_pretrained(
+                location, revision=revision, trust_remote_code=trust_remote_code, padding_side="left"
+            )
+    except UserError as error:
+        raise _tokenizer_refusal(str(source), location, error) from error
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, (int, float)) or longest < 1:
+        raise UserError(
+            f"model: the tokenizer of {str(source)!r}: model_max_length={longest!r:.80} should be at least 1."
         )
     if tokenizer.pad_token is None:  # the attention mask hides it, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _tokenizer_refusal(name: str, location: str | Path, error: UserError) -> UserError:
+    """The error for a tokenizer that transformers cannot load, with the broken file if there is one."""
+    for file in tokenizer_files(Path(location)) if os.path.isdir(location) else ():
+        if file.suffix == ".json":
+            try:
+                read_object(file)
+            except UserError as broken:
+                return UserError(f"model: the tokenizer of {name!r} is broken: {broken}")
+    if "sentencepiece" in str(error) or "tiktoken" in str(error):
+        return UserError(
+            f"model: the tokenizer of {name!r} has no tokenizer.json, and its other files need sentencepiece or "
+            "tiktoken; add tokenizer.json, or install one of them."
+        )
+    if isinstance(error, MissingModel):
+        return error
+    return UserError(str(error).replace("model: ", "model: the tokenizer of ", 1))
+
+
+def has_tokenizer(location: str | Path) -> bool:
+    """Whether a folder has the files of a tokenizer. True for a hub id, whose files are not known."""
+    folder = Path(location)
+    if not os.path.isdir(folder):
+        return True
+    names = [file.name for file in tokenizer_files(folder)]
+    return any(name.startswith(TOKENIZER) or name.endswith((".model", ".tiktoken")) for name in names)
+
+
+def check_tokenizer(name: str, location: str | Path) -> None:
+    """Raise UserError if a folder has no tokenizer, with ``name`` in the message."""
+    if not has_tokenizer(location):
+        raise UserError(
+            f"model: {name!r} has no tokenizer; copy its files, such as tokenizer.json and tokenizer_config.json, from "
+            "the original model."
+        )
 
 
 def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
@@ -170,7 +215,7 @@ def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: boo
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer files in a folder, including its chat template."""
-    names = ("tokenizer", "special_tokens_map.", "added_tokens.", "chat_template.", "vocab.", "merges.")
+    names = ("tokenizer", "special_tokens_map.", "added_tokens.", "chat_template.", "vocab.", "merges.", "tekken.")
     endings = (".jinja", ".model", ".tiktoken")
     wanted = (file for file in folder.iterdir() if file.name.startswith(names) or file.suffix in endings)
     return sorted(file for file in wanted if file.is_file())
@@ -180,12 +225,17 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def reading(name: str) -> Iterator[None]:
     """Turn the errors that the libraries raise on unreadable model files into one :class:`UserError`.
 
-    Out-of-memory errors are not caught.
+    Out-of-memory errors are not caught. transformers raises errors of any kind on a broken folder, and the panics of
+    the Rust libraries are no Exceptions.
     """
     try:
         yield
-    except _UNREADABLE as error:
-        if out_of_memory(error):
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, Exception) and out_of_memory(error):
             raise
         message = str(cannot_load(name, error))
         if isinstance(error, OSError) and not os.path.isdir(user_path(name)) and not embedded_name(name):
@@ -197,9 +247,10 @@ def saved_labels(name: str) -> int | None:
     """Number of outputs of a local model's classification head from its ``config.json``; None if it has no head."""
     file = user_path(name) / "config.json"
     config = read_object(file) if os.path.isfile(file) else {}
-    if not any(str(each).endswith("ForSequenceClassification") for each in config.get("architectures") or []):
+    names, labels = config.get("architectures"), config.get("id2label")
+    if not isinstance(names, list) or not any(str(each).endswith("ForSequenceClassification") for each in names):
         return None
-    return len(config.get("id2label") or "01")  # transformers omits id2label for two labels
+    return len(labels) if isinstance(labels, dict) and labels else 2  # transformers omits id2label for two labels
 
 
 def resolve(name: str) -> str:
@@ -242,14 +293,14 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name and not name.startswith((".", "~"))
 
 
-def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """The longest input of a model, in tokens.
 
     This is the smallest of three limits: the configuration's (with RoPE scaling), the tokenizer's, and the rows of a
     table of learned positions. RoBERTa and its relatives count positions from ``padding_idx + 1``, so 514 rows are 512
     tokens. A model without any limit is given :data:`NO_LIMIT`.
     """
-    limits = [NO_LIMIT, tokenizer.model_max_length]
+    limits = [NO_LIMIT, None if tokenizer is None else tokenizer.model_max_length]
     config = getattr(model, "config", None)
     if config is not None:
         text = config.get_text_config()

@@ -128,8 +128,8 @@ def base_folder(location: Location) -> Path:
 
 
 def open_model(
-    location: Location, dtype: str = "stored", labels: int | None = None
-) -> tuple[Any, PreTrainedTokenizerBase]:
+    location: Location, dtype: str = "stored", labels: int | None = None, *, needs_tokenizer: bool = True
+) -> tuple[Any, Any]:
     """Load the model and tokenizer of a :class:`Location`, in evaluation mode.
 
     Args:
@@ -137,9 +137,10 @@ def open_model(
         dtype: dtype of the base model, a key of :data:`pera_lab.models.DTYPES`, "stored" or "auto".
         labels: outputs of a new classification head (see :func:`pera_lab.models.load_model`). A head that was saved
             with the adapter or the model is loaded without being asked for.
+        needs_tokenizer: whether a base without a tokenizer is an error.
 
     Returns:
-        The model and its tokenizer.
+        The model and its tokenizer, or None if there is no tokenizer.
 
     Raises:
         UserError: the base model cannot be loaded or is not the one the adapter was trained on, or the tokenizer has
@@ -151,10 +152,14 @@ def open_model(
     elif labels is None:
         labels = models.saved_labels(location.base)
     with _where_the_base_is_named(location):
+        if needs_tokenizer:
+            models.check_tokenizer(location.base, location.tokenizer or models.resolve(location.base))
         base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
     check_fingerprint(location, base)
     model = base if location.adapter is None else location.adapter.load_on(base)
     tokenizer = open_tokenizer(location)
+    if tokenizer is None:
+        return model, None
     if location.tokenizer is not None and len(tokenizer) > (rows := models.token_rows(base) or 0):
         raise UserError(
             f"{str(location.tokenizer)!r} has a tokenizer of {len(tokenizer)} tokens, but the model embeds {rows}; "
@@ -167,8 +172,11 @@ def open_model(
     return model, tokenizer
 
 
-def open_tokenizer(location: Location) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a :class:`Location`: the one saved with the adapter, else the base model's."""
+def open_tokenizer(location: Location) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a :class:`Location`: the one saved with the adapter, else the base model's; None if there
+    is neither."""
+    if location.tokenizer is None and not models.has_tokenizer(models.resolve(location.base)):
+        return None
     source: dict[str, Any] = {"revision": location.revision, "trust_remote_code": location.trust_remote_code}
     return models.load_tokenizer(location.tokenizer or location.base, **source)
 

@@ -127,6 +127,53 @@ def test_an_invalid_configuration_is_rejected(change, sentence, run):
         _ = run.adapter.config
 
 
+HOSTILE = {
+    "rank as text": ("r", "x", "r='x' should be"),
+    "huge rank": ("r", 10**9, "r=1000000000 does not fit the weights, whose largest side is 32"),
+    "alpha as text": ("lora_alpha", "x", "lora_alpha='x' should be a number"),
+    "alpha as list": ("lora_alpha", [1], r"lora_alpha=\[1\] should be a number"),
+    "targets": ("target_modules", 5, "target_modules=5 should be"),
+    "no targets": ("target_modules", {}, "target_modules"),
+    "huge pattern": ("rank_pattern", {"q_proj": 10**9}, "r=1000000000 does not fit the weights"),
+    "pattern as list": ("rank_pattern", [1], "rank_pattern|list"),
+    "method": ("peft_type", ["LORA"], "adapter_config.json"),
+    "module to import": ("megatron_config", {"x": 1}, "megatron_config names code or models outside the adapter"),
+    "unknown key": ("quux", 1, "quux|peft_type"),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "sentence"), HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_configuration_is_rejected_in_one_sentence(key, value, sentence, save, tiny_llama):
+    folder = save(METHODS["lora"]())
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    if key == "quux":  # PEFT ignores it, as it does for adapters of a later version
+        Adapter(folder).load_on(load_model(str(tiny_llama)))
+        return
+    with pytest.raises(UserError, match=f"^{str(folder)!r}.*({sentence})") as caught:
+        Adapter(folder).load_on(load_model(str(tiny_llama)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_an_adapter_names_is_not_imported(save, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise SystemExit('the module was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = save(METHODS["lora"]())
+    file = folder / "adapter_config.json"
+    mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "stranger"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_mapping": mapping, "megatron_core": "stranger"}))
+    Adapter(folder).load_on(load_model(str(tiny_llama)))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 99, b"\x08" + bytes(7) + b"[1, 2]  ", b"\x02" + bytes(7) + b"{}"])
+def test_broken_weights_are_rejected_in_one_sentence(content, save, tiny_llama):
+    folder = save(METHODS["lora"]())
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=str(folder)) as caught:
+        Adapter(folder).load_on(load_model(str(tiny_llama)))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_saved_runtime_config_is_ignored(save):
     folder = save(METHODS["lora"]())
     content = json.loads((folder / "adapter_config.json").read_text())

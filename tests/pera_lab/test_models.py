@@ -1,6 +1,7 @@
 """Base models are found by any of their names, loaded, and told apart."""
 
 import json
+import re
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -9,7 +10,18 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, BloomConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    ViTConfig,
+    ViTModel,
+)
 
 from pera import PeraConfig
 from pera.errors import UserError
@@ -124,45 +136,175 @@ def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def widen(file):
-    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": 64}))
-
-
-def give_odd_heads(file):
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_attention_heads": 5}))
-
-
-def quantise(file):
-    """Name a quantisation whose package is not installed."""
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
-
-
 def shard_badly(file):
     file.rename(file.with_name("model-1.safetensors"))
     file.with_name("model.safetensors.index.json").write_text("[]")
 
 
+def shard(name, stored=None):
+    """Move the weights to a shard, and name it ``name`` in the index."""
+
+    def damage(file):
+        index = {"weight_map": dict.fromkeys(load_file(file), name), "metadata": {}}
+        file.rename(file.parent / (stored or name))
+        file.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+def setting(**changes):
+    """Change keys of a JSON file."""
+    return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def holding(content):
+    return lambda file: file.write_text(content)
+
+
+CONFIGURATIONS = {
+    "no heads": (setting(num_attention_heads=0), "num_attention_heads=0 should be an integer from 1 to"),
+    "odd heads": (setting(num_attention_heads=5), "num_key_value_heads=2 should divide num_attention_heads=5"),
+    "odd size": (setting(num_attention_heads=6), "is not a multiple of the number of attention heads"),
+    "small vocabulary": (setting(vocab_size=1), "pad_token_id=2 should be below vocab_size=1"),
+    "negative vocabulary": (setting(vocab_size=-1), "vocab_size=-1 should be an integer from 1 to"),
+    "large vocabulary": (
+        setting(vocab_size=10**9),
+        r"has shape \[\d+, 32\], but config.json asks for \[1000000000, 32\]",
+    ),
+    "huge size": (setting(hidden_size=10**18), r"hidden_size=1e\+18 should be an integer from 1 to"),
+    "size as text": (setting(hidden_size="64"), "hidden_size='64' should be an integer from 1 to"),
+    "wider": (setting(hidden_size=64), "has shape .*, but config.json asks for"),
+    "many layers": (setting(num_hidden_layers=10**9), "num_hidden_layers=1000000000 does not fit the 21 tensors"),
+    "one layer more": (setting(num_hidden_layers=3), r"has no weights for model\.layers\.2\."),
+    "one layer less": (setting(num_hidden_layers=1), r"hold model\.layers\.1\..* has no place for"),
+    "more labels": (setting(num_labels=10**10), "num_labels=10000000000 should be at most"),
+    "no kind": (setting(model_type=None), "model_type=None is not a model that this version of transformers knows"),
+    "unknown kind": (setting(model_type="quux"), "model_type='quux' is not a model that this version of"),
+    "kind as list": (setting(model_type=["llama"]), r"model_type=\['llama'\] is not a model that"),
+    "activation": (setting(hidden_act="quux"), "hidden_act='quux' is unknown"),
+    "code on the hub": (
+        setting(attn_implementation="a/b"),
+        "attn_implementation='a/b' names code on the hub; remove it",
+    ),
+    "tied": (setting(tie_word_embeddings=True), "tie_word_embeddings=true, but the weights hold another output head"),
+    "quantiser": (setting(quantization_config={"quant_method": "quux"}), "quant_method='quux' is unknown"),
+    "no quantiser": (setting(quantization_config=[]), r"quant_method=\[\] is unknown"),
+    "missing quantiser": (setting(quantization_config={"quant_method": "gptq", "bits": 4}), "optimum"),
+    "end as text": (setting(eos_token_id="</s>"), "eos_token_id='</s>' should be the number of a token"),
+    "list": (holding("[]"), "should hold a JSON object"),
+    "empty": (holding(""), "is not valid JSON"),
+    "deep": (holding('{"a":' * 100_000), "is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize(("damage", "sentence"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_configuration_that_does_not_fit_is_rejected_before_anything_of_its_size_is_allocated(damage, sentence, copy):
+    damage(copy / "config.json")
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_model(str(copy))
+    assert str(copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+WEIGHTS = {
+    "a tensor is missing": (lambda w: {k: v for k, v in w.items() if LAYER not in k}, f"has no weights for {LAYER}"),
+    "a bias too many": (lambda w: {**w, f"{LAYER}.bias": torch.zeros(32)}, f"hold {LAYER}.bias, which its config.json"),
+    "another shape": (lambda w: {**w, f"{LAYER}.weight": torch.zeros(32, 31)}, f"{LAYER}.weight has shape"),
+    "NaN": (lambda w: {**w, f"{LAYER}.weight": torch.full((32, 32), torch.nan)}, f"NaN or infinity in {LAYER}"),
+    "int8": (
+        lambda w: {**w, f"{LAYER}.weight": torch.ones(32, 32, dtype=torch.int8)},
+        f"{LAYER}.weight as I8, without",
+    ),
+    "float8": (
+        lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()},
+        "as F8_E4M3, without a quantization_config",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_that_do_not_fit_the_configuration_are_rejected(change, sentence, copy, change_weights):
+    change_weights(copy / "model.safetensors", change)
+    with pytest.raises(UserError, match=f"^model: .*{str(copy)!r}.* {sentence}"):
+        load_model(str(copy))
+
+
+def test_tensors_of_parts_that_the_model_does_not_have_are_ignored(copy, change_weights):
+    other = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "another_head.weight": torch.zeros(4)}
+    change_weights(copy / "model.safetensors", lambda w: {**w, **other})
+    load_model(str(copy))
+
+
+def test_a_model_that_is_stored_in_shards_is_loaded(copy):
+    shard("model-1.safetensors")(copy / "model.safetensors")
+    load_model(str(copy))
+
+
 @pytest.mark.parametrize(
-    ("name", "damage"),
+    ("damage", "sentence"),
     [
-        ("config.json", give_odd_heads),
-        ("config.json", quantise),
-        ("model.safetensors", shard_badly),
-        ("model.safetensors", cut),
-        ("model.safetensors", Path.unlink),
-        ("config.json", cut),
-        ("config.json", widen),
-        ("tokenizer.json", cut),
-        ("tokenizer.json", Path.unlink),
+        (cut, r"model\.safetensors' is not a complete safetensors file"),
+        (Path.unlink, r"model\.safetensors' is missing"),
+        (shard_badly, "should hold a JSON object"),
+        (shard("missing.safetensors", stored="x"), r"missing\.safetensors' is missing"),
+        (
+            shard("../outside.safetensors"),
+            r"index\.json' names '\.\./outside\.safetensors', which is not a file in its",
+        ),
+        (shard("\0", stored="x"), r"index\.json' names '\\x00', which is not a file in its folder"),
     ],
 )
-def test_a_broken_folder_is_rejected_in_one_sentence(name, damage, copy):
+def test_a_broken_weight_file_is_named(damage, sentence, copy):
+    damage(copy / "model.safetensors")
+    with pytest.raises(UserError, match=sentence):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda s: BertForMaskedLM(BertConfig(**s)), "is an encoder (model_type='bert'), which writes no text"),
+        (lambda s: BartModel(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1)), "is an encoder-decoder ("),
+        (lambda s: ViTModel(ViTConfig(**s)), "is not a language model (model_type='vit')"),
+    ],
+    ids=["encoder", "encoder-decoder", "vision"],
+)
+def test_a_model_that_writes_no_text_is_rejected_as_a_language_model(build, sentence, tmp_path):
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    build(shape).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load_model(str(tmp_path / "model"))
+    if "vit" in sentence:
+        with pytest.raises(UserError, match="cannot classify texts"):
+            load_model(str(tmp_path / "model"), labels=2)
+
+
+TOKENIZERS = {
+    "cut": ("tokenizer.json", cut, r"is broken: .*tokenizer\.json' is not valid JSON"),
+    "list": ("tokenizer.json", holding("[]"), r"is broken: .*tokenizer\.json' should hold a JSON object"),
+    "other": ("tokenizer.json", holding("{}"), "cannot be loaded: it lacks the key 'added_tokens'"),
+    "deep": ("tokenizer.json", holding("[" * 100_000), r"is broken: .*tokenizer\.json' is .*nested too deeply"),
+    "missing": ("tokenizer.json", Path.unlink, "has no tokenizer.json, and its other files need sentencepiece or"),
+    "settings": ("tokenizer_config.json", holding("[]"), r"is broken: .*tokenizer_config\.json' should hold"),
+    "class": ("tokenizer_config.json", setting(tokenizer_class=5), "cannot be loaded"),
+    "length": ("tokenizer_config.json", setting(model_max_length="x"), "model_max_length='x' should be at least 1"),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "sentence"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_a_broken_tokenizer_is_rejected_in_one_sentence(name, damage, sentence, copy):
     damage(copy / name)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(str(copy)) if name == "tokenizer.json" else load_model(str(copy))
-    message = str(caught.value)
-    assert message.startswith(f"model: {str(copy)!r} cannot be loaded: ")
-    assert "\n" not in message
+    with pytest.raises(UserError, match=f"^model: the tokenizer of {str(copy)!r}:? {sentence}") as caught:
+        load_tokenizer(str(copy))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_named_with_the_files_to_add(copy):
+    for file in (*copy.glob("*token*"), *copy.glob("*.jinja")):
+        file.unlink()
+    with pytest.raises(UserError, match=f"{str(copy)!r} has no tokenizer; copy its files, such as tokenizer.json"):
+        load_tokenizer(str(copy))
 
 
 @pytest.mark.parametrize(
@@ -180,16 +322,10 @@ def test_the_reason_is_given_on_one_line(error, reason):
     assert str(caught.value) == f"model: '.' cannot be loaded: {reason}"
 
 
-def test_weights_missing_from_the_file_are_not_initialized(copy, change_weights):
-    change_weights(copy / "model.safetensors", lambda w: {k: v for k, v in w.items() if "layers.1." not in k})
-    with pytest.raises(UserError, match=rf"^model: {str(copy)!r} .*layers\.1\."):
-        load_model(str(copy))
-
-
 def test_only_safetensors_is_read(copy):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no file named model\.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors' is missing; only safetensors weights are read"):
         load_model(str(copy))
 
 

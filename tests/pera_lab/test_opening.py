@@ -233,3 +233,21 @@ def test_a_name_that_no_model_can_have_is_rejected_wherever_it_is_given(name, re
     file = workplace / "lora" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
     refused("merge", "lora", "--output", "new", words=["base_model_name_or_path"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_base_without_a_tokenizer_is_named_only_where_one_is_needed(name, pera, refused, workplace):
+    for file in (*(workplace / "base").glob("*token*"), *(workplace / "base").glob("*.jinja")):
+        file.unlink()
+    if name.split()[0] in ("merge", "export", "import", "verify"):
+        outcome = pera(*COMMANDS[name])
+        assert outcome.code == 0, outcome.err
+    else:
+        refused(*COMMANDS[name], words=["base' has no tokenizer; copy its files, such as tokenizer.json and"])
+
+
+def test_models_of_which_one_has_a_tokenizer_are_not_compared(refused, workplace):
+    shutil.copytree(workplace / "base", workplace / "bare", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    refused("verify", "base", "bare", words=["only one of 'base' and 'bare' has a tokenizer"])
+    (workplace / "prompts.txt").write_text("Hello\n")
+    refused("verify", "bare", "bare", "--prompts", "prompts.txt", words=["--prompts='prompts.txt' needs a tokenizer"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pera.errors import UserError, nearest
 from pera.polynomial import Terms, expanded_rank
 from pera.tuner.behaviour import kind_of
-from pera.tuner.expressions import check_cost
+from pera.tuner.expressions import check_speed
 from pera.tuner.names import plain_name
 
 HEADS = {
@@ -146,14 +146,14 @@ def check_ranks(model: nn.Module, config: PeftConfig) -> None:
     r: Any = getattr(config, "r", None)
     if targets is None or not _is_whole(r):
         return
-    patterns = getattr(config, "rank_pattern", None) or {}
+    patterns: Any = getattr(config, "rank_pattern", None) or {}
     for name, module in model.named_modules():
         name = plain_name(name)
         kind = kind_of(module)
         if kind is None or not check_target_module_exists(config, name):
             continue
         weight: Any = module.weight
-        rank: int = patterns.get(get_pattern_key(patterns.keys(), name), r)
+        rank: int = patterns.get(get_pattern_key(list(patterns), name), r)
         columns = weight[0].numel() if weight.ndim > 1 else 1
         try:
             check_sizes(len(weight), columns, rank, expanded_rank(rank, getattr(config, "terms", "none")))
@@ -185,33 +185,6 @@ def check_effects(names: Collection[str], config: PeftConfig) -> None:
                 raise UserError(f"{key}: {pattern!r} fits no adapted module; {_nearest_ending(pattern, set(names))}")
 
 
-def check_expressions(model: nn.Module, config: PeftConfig) -> None:
-    """Check that PEFT can match every expression of the configuration of any method in a moment.
-
-    Raises:
-        UserError: an expression takes too long for the name of a module.
-    """
-    patterns = []
-    for key, form in _EXPRESSIONS.items():
-        value = getattr(config, key, None) or ()
-        if isinstance(value, str) or key not in ("target_modules", "exclude_modules"):
-            patterns += [(key, form.format(entry)) for entry in ([value] if isinstance(value, str) else value)]
-    for name, _ in model.named_modules() if patterns else ():
-        for key, pattern in patterns:
-            check_cost(key, pattern, plain_name(name))
-
-
-_EXPRESSIONS = {
-    "target_modules": "{}",
-    "exclude_modules": "{}",
-    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
-    "modules_to_save": r"(^|.*\.){}($|\..*)",
-    "rank_pattern": r"(.*\.)?({})$",
-    "alpha_pattern": r"(.*\.)?({})$",
-}
-"""How PEFT matches the strings of each option with names of modules."""
-
-
 def check_names(model: nn.Module, config: PeftConfig) -> None:
     """Check that the model has every module, parameter, layer and token that the configuration names.
 
@@ -224,8 +197,8 @@ def check_names(model: nn.Module, config: PeftConfig) -> None:
     check_lists(config)
     parameters = {name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".pera_" not in name}
     named = {plain_name(name): module for name, module in model.named_modules()}
+    check_speed(named, config)
     modules = {name: module for name, module in named.items() if ".pera_" not in name and "base_layer" not in name}
-    check_expressions(model, config)
     _check_excluded(modules, config)
     for key, known, allowed in (
         ("target_modules", set(modules), ()),

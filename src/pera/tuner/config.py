@@ -14,7 +14,6 @@ from peft.utils import PeftType
 from pera.errors import UserError, nearest
 from pera.polynomial import Coefficients, Normalization, Terms
 from pera.tuner.checks import LARGEST, check_alpha, check_lists, check_rank, is_number, shown
-from pera.tuner.expressions import check_cost
 
 LAYOUT_VERSION = 1
 """Version of the names, shapes and order of the saved parameters (docs/architecture.md)."""
@@ -307,8 +306,6 @@ def _lookup(key: str, pattern: dict[str, Any], name: str, default: Any) -> Any:
 
     PEFT takes the first match. Saving a configuration does not keep the order of the entries, so PERA cannot.
     """
-    for k in pattern:
-        check_cost(key, rf"(.*\.)?({k})$", name)
     matching = [k for k in pattern if re.match(rf"(.*\.)?({k})$", name)]
     names = [k for k in matching if _is_name(k)]
     if names:

@@ -6,16 +6,21 @@ trying them: it keeps, for each position in the name, how many ways lead there.
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-try:
-    from re import _parser  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_parse as _parser  # type: ignore[no-redef]
+from peft import PeftConfig
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from pera.errors import UserError
+
+try:
+    _parser: Any = importlib.import_module("re._parser")
+except ImportError:  # Python 3.10
+    _parser = importlib.import_module("sre_parse")
 
 LIMIT = 100_000
 """Maximum number of steps to match one name, some milliseconds."""
@@ -25,15 +30,47 @@ class _TooMany(Exception):
     pass
 
 
+def check_speed(names: Iterable[str], config: PeftConfig) -> None:
+    """Check that matching the expressions of a configuration ends soon.
+
+    Args:
+        names: names of modules.
+        config: configuration of any PEFT method.
+
+    Raises:
+        UserError: an expression takes more than :data:`LIMIT` steps for a name; the message gives its option.
+    """
+    expressions = list(_expressions(config))
+    for name in names if expressions else ():
+        for key, expression in expressions:
+            check_cost(key, expression, name)
+
+
 def check_cost(key: str, pattern: str, name: str) -> None:
     """Raise UserError if matching ``pattern``, the value of the option ``key``, with ``name`` takes too many steps."""
     try:
         _walk(_parsed(pattern), Counter({0: 1}), name, [0])
     except (_TooMany, RecursionError) as error:
         raise UserError(
-            f"{key}: the regular expression {pattern[:60]!r} takes too long to match {name[:60]!r}; give a list of "
-            "names."
+            f"{key}: the regular expression {pattern!r:.200} takes too long to match {name!r:.100}; write it without "
+            "repetitions inside repetitions."
         ) from error
+
+
+def _expressions(config: PeftConfig) -> Iterator[tuple[str, str]]:
+    """Each option with an expression, in the form in which PEFT matches it."""
+    for key in ("target_modules", "exclude_modules"):
+        value: Any = getattr(config, key, None)
+        if isinstance(value, str) and value != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            yield key, rf"(?:{value})\Z"
+    for key in ("rank_pattern", "alpha_pattern"):
+        for value in getattr(config, key, None) or ():
+            yield key, rf"(.*\.)?({value})$"
+    patterns = getattr(config, "layers_pattern", None) or ()
+    for value in [patterns] if isinstance(patterns, str) else patterns:
+        yield "layers_pattern", rf".*\.{value}\.(\d+)\."
+    for value in getattr(config, "modules_to_save", None) or ():
+        yield "modules_to_save", rf"(^|.*\.){value}($|\..*)"
 
 
 @lru_cache(maxsize=1024)
@@ -56,7 +93,7 @@ def _walk(items: Any, ways: Counter[int], text: str, spent: list[int]) -> Counte
         elif kind in ("SUBPATTERN", "ATOMIC_GROUP"):
             ways = _walk(argument[-1] if kind == "SUBPATTERN" else argument, ways, text, spent)
         elif kind in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            ways = _repeated(*argument, ways, text, spent)
+            ways = _repeated(argument, ways, text, spent)
         elif kind in ("ASSERT", "ASSERT_NOT"):
             _walk(argument[1], ways, text, spent)
         elif kind != "AT":  # references to groups have no bound
@@ -64,7 +101,8 @@ def _walk(items: Any, ways: Counter[int], text: str, spent: list[int]) -> Counte
     return ways
 
 
-def _repeated(least: int, most: int, item: Any, ways: Counter[int], text: str, spent: list[int]) -> Counter[int]:
+def _repeated(repeat: Any, ways: Counter[int], text: str, spent: list[int]) -> Counter[int]:
+    least, most, item = repeat
     total = Counter(ways) if not least else Counter()
     count = 0
     while ways and count < most:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, fixed_coefficients, num_coefficients
 from pera.tuner.config import PeraConfig
+from pera.tuner.expressions import check_speed
 
 
 class Factors(NamedTuple):
@@ -38,9 +39,11 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         The factors, with the expansion and the scale of the layer.
 
     Raises:
-        UserError: there is no layer, or a tensor is missing or has a wrong shape.
+        UserError: there is no layer, a tensor is missing or has a wrong shape, or an expression of the configuration
+            takes too long.
     """
     layers: dict[str, Factors] = {}
+    check_speed((key.partition(".pera_A")[0].removeprefix("base_model.model.") for key in weights), config)
     for key, A in weights.items():
         layer, found, _ = key.partition(".pera_A")
         if not found:

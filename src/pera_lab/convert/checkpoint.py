@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pera.errors import UserError
 from pera_lab.adapters import base_name
-from pera_lab.files import read_object, write_json
+from pera_lab.bases import INDEX, SINGLE, check_base, open_weights, weight_files
+from pera_lab.files import write_json
 from pera_lab.models import reading
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 class Checkpoint:
@@ -35,14 +31,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if (folder / INDEX).is_file():
-            names = sorted(set(read_object(folder / INDEX).get("weight_map", {}).values()))
-        else:
-            names = [SINGLE]
         self.shards: dict[str, list[str]] = {}
         """Names of the tensors by file name."""
-        for name in names:
-            with self._open(name) as f:
+        for name in weight_files(folder):
+            with open_weights(folder / name) as f:
                 self.shards[name] = list(f.keys())
         self._file = {key: name for name, keys in self.shards.items() for key in keys}
 
@@ -51,17 +43,9 @@ class Checkpoint:
 
     def read(self, key: str) -> Tensor:
         """Return a tensor, memory-mapped from its file."""
-        with self._open(self._file[key]) as f:
+        with open_weights(self.folder / self._file[key]) as f:
             tensor: Tensor = f.get_tensor(key)
             return tensor
-
-    def _open(self, name: str) -> Any:
-        try:
-            return safe_open(self.folder / name, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"model: {str(self.folder / name)!r} is not a complete safetensors file: {error}."
-            ) from error
 
 
 def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -77,6 +61,14 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
     Raises:
         UserError: the configuration or the code of the model cannot be read.
     """
+    with reading(str(checkpoint.folder)):
+        check_base(
+            str(checkpoint.folder),
+            checkpoint.folder,
+            AutoModelForCausalLM,
+            None,
+            trust_remote_code=trust_remote_code,
+        )
     with reading(str(checkpoint.folder)), init_empty_weights(include_buffers=False):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         build: Any = AutoModelForCausalLM.from_config

@@ -97,7 +97,7 @@ def _export(
     adapter = location.require_adapter()
     if not adapter.is_pera:
         raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a PERA adapter can be exported.")
-    model, tokenizer = open_model(location, dtype)
+    model, tokenizer = open_model(location, dtype, needs_tokenizer=False)
     _check_tokens(location, model, form, target)
     layers, truncation = folded_layers(model, {"default": 1.0}), None
     written, rank = layers, max(layer.A.shape[-2] for layer in layers.values())
@@ -205,6 +205,6 @@ def _write_lora(folder: Path, lora: LoraConfig, weights: dict[str, Tensor]) -> N
 
 def _read_back(location: Location, folder: Path, form: Form, dtype: str) -> tuple[Any, Any]:
     if form == "lora":
-        return open_model(location._replace(adapter=Adapter(folder)), dtype)
-    base, tokenizer = open_model(location._replace(adapter=None), dtype)
+        return open_model(location._replace(adapter=Adapter(folder)), dtype, needs_tokenizer=False)
+    base, tokenizer = open_model(location._replace(adapter=None), dtype, needs_tokenizer=False)
     return gguf.read_adapter(folder / ADAPTER, base), tokenizer

@@ -53,7 +53,7 @@ def _import_lora(location: Location, output: Path, terms: Terms, normalization: 
     adapter = location.require_adapter()
     if not isinstance(adapter.config, LoraConfig):
         raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a LoRA adapter can be imported.")
-    model, tokenizer = open_model(location, dtype)
+    model, tokenizer = open_model(location, dtype, needs_tokenizer=False)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)
     converted = from_lora(model, terms=terms, normalization=normalization)
@@ -62,7 +62,9 @@ def _import_lora(location: Location, output: Path, terms: Terms, normalization: 
         copy_tokenizer(location, folder)
         del model, converted
         written = location._replace(run=None, adapter=Adapter(folder))
-        agreement = compare(before, logits(*open_model(written, dtype), prompts), models.DTYPES[dtype])
+        agreement = compare(
+            before, logits(*open_model(written, dtype, needs_tokenizer=False), prompts), models.DTYPES[dtype]
+        )
         agreement.save(folder, of="PERA adapter", against=location.name)
         write_card(folder, "adapter", written, agreement.sentence())
     return agreement

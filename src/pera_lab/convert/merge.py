@@ -81,7 +81,7 @@ def _merge(location: Location, output: Path, dtype: str, dequantised: bool) -> A
     if adapter.config.is_prompt_learning:
         raise UserError(f"{location.name!r} is a {adapter.method} adapter, which does not change weights to merge.")
     folder = base_folder(location)
-    quantised = "quantization_config" in read_object(folder / "config.json")
+    quantised = bool(read_object(folder / "config.json").get("quantization_config"))
     if quantised and not dequantised:
         raise UserError(
             f"the base of {location.name!r}, {location.base!r}, is quantised, and rounding would lose most of the "
@@ -120,6 +120,8 @@ def _stream(location: Location, folder: Path, dtype: str) -> _Streamed | None:
     computed = DTYPES[dtype] if dtype in DTYPES else checkpoint.read(stored[0]).dtype
     base = empty_model(checkpoint, computed, trust_remote_code=location.trust_remote_code)
     shared, found = _shared(base), sources(base, checkpoint)
+    if len(shared & set(stored)) > 1:  # stored twice, perhaps with different values
+        return None
     if found is None or not set(stored) <= set(base.state_dict()):
         return None
     check_fingerprint(location, base, lambda name: checkpoint.read(found[name]))
@@ -215,6 +217,8 @@ def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, location: Loc
     if not weight.is_floating_point():
         return weight
     result = weight.to(DTYPES.get(dtype, stored))
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{location.name!r} cannot be merged: {key} holds NaN or infinity.")
     if result.dtype != weight.dtype and not torch.isfinite(result).all():
         raise UserError(
             f"{location.name!r} cannot be merged: {key} is beyond the range of {str(result.dtype)[6:]}; "
@@ -224,13 +228,15 @@ def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, location: Loc
 
 
 def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bool) -> Agreement:
-    model, tokenizer = open_model(location, "stored" if quantised else dtype)
+    model, tokenizer = open_model(location, "stored" if quantised else dtype, needs_tokenizer=False)
     prompts = prompts_of(location)
     if quantised:
         before = logits(model, tokenizer, prompts)
         del model
         adapter = location.require_adapter()
-        base, _ = open_model(location._replace(adapter=None, tokenizer=None), labels=adapter.labels)
+        base, _ = open_model(
+            location._replace(adapter=None, tokenizer=None), labels=adapter.labels, needs_tokenizer=False
+        )
         plain: Any = dequantise(base)
         model = adapter.load_on(plain.to(DTYPES.get(dtype, plain.dtype)))
     separate_shared_weights(model.base_model.model)
@@ -243,14 +249,15 @@ def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bo
         if generates:  # saving refuses settings without effect, which bases have
             merged.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         merged.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
         if generates:
             merged.generation_config = own
             _write_generation_settings(folder, base_folder(location), merged, tokenizer)
         computed = next(merged.parameters()).dtype
         del model, merged
         written = Location(None, None, str(folder), trust_remote_code=location.trust_remote_code)
-        after = logits(*open_model(written), prompts)
+        after = logits(*open_model(written, needs_tokenizer=False), prompts)
         return _finish(folder, location, compare(before, after, computed))
 
 
@@ -269,14 +276,14 @@ def _finish(folder: Path, location: Location, agreement: Agreement) -> Agreement
     return agreement
 
 
-def _write_generation_settings(folder: Path, base: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_generation_settings(folder: Path, base: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Write the base's generation settings with the token that the adapter was taught as the end of an answer.
 
     Args:
         folder: the folder of the merged model.
         base: the folder of the base model. Its other settings are kept.
         model: the model, for the settings of a base without such a file.
-        tokenizer: the tokenizer of the adapter.
+        tokenizer: the tokenizer of the adapter. Without one, the base's end is kept.
     """
     plain, source = base_model(model), base / GENERATION_CONFIG_NAME
     if source.is_file():
@@ -284,7 +291,7 @@ def _write_generation_settings(folder: Path, base: Path, model: Any, tokenizer: 
         plain.generation_config = GenerationConfig.from_dict(content)
     else:
         content = {k: v for k, v in plain.generation_config.to_diff_dict().items() if k not in METADATA_FIELDS}
-    stops = stop_tokens(model, tokenizer)
+    stops = [] if tokenizer is None else stop_tokens(model, tokenizer)
     if stops:
         content["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     write_json(folder / GENERATION_CONFIG_NAME, content)

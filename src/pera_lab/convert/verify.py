@@ -128,12 +128,16 @@ def verify(
         raise UserError(f"--base={base!r} is for a GGUF adapter, but neither {a!r} nor {b!r} is one; leave it out.")
     asked = prompts_in(prompts) if prompts else prompts_of(first.location, second.location)
     model, tokenizer = first.open(dtype)
+    if prompts and tokenizer is None:
+        raise UserError(f"--prompts={str(prompts)!r} needs a tokenizer, but the model of {a!r} has none; leave it out.")
     reference = logits(model, tokenizer, asked)
     if not in_llama_cpp:
         ends = [_End.of(first, model, tokenizer)]
-        model, tokenizer = second.open(dtype)
-        ends.append(_End.of(second, model, tokenizer))
-        found = compare(reference, logits(model, tokenizer, asked), models.DTYPES[dtype])
+        model, its_tokenizer = second.open(dtype)
+        if (tokenizer is None) != (its_tokenizer is None):
+            raise UserError(f"only one of {a!r} and {b!r} has a tokenizer to read the prompts with; add it.")
+        ends.append(_End.of(second, model, its_tokenizer))
+        found = compare(reference, logits(model, its_tokenizer, asked), models.DTYPES[dtype])
         return replace(found, lost_end=ends[0].lost_in(ends[1]) or ends[1].lost_in(ends[0]))
     return _compare_with_llama_cpp(reference, [_ids(model, tokenizer, prompt) for prompt in asked], second, b)
 
@@ -144,8 +148,8 @@ class _Side(NamedTuple):
     location: Location
     gguf: Path | None
 
-    def open(self, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
-        model, tokenizer = open_model(self.location, dtype)
+    def open(self, dtype: str) -> tuple[Any, PreTrainedTokenizerBase | None]:
+        model, tokenizer = open_model(self.location, dtype, needs_tokenizer=False)
         return (model if self.gguf is None else read_adapter(self.gguf, model)), tokenizer
 
 
@@ -159,10 +163,10 @@ class _End(NamedTuple):
     """The tokens at which transformers stops; None for an adapter, whose stops are not in a file of its own."""
 
     @classmethod
-    def of(cls, side: _Side, model: Any, tokenizer: PreTrainedTokenizerBase) -> _End:
+    def of(cls, side: _Side, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> _End:
         """The end of the answers of an opened side."""
         plain = base_model(model)
-        if side.gguf is not None or not plain.can_generate():
+        if side.gguf is not None or not plain.can_generate() or tokenizer is None:
             return cls(None, "", None)
         if side.location.adapter is None:
             return cls(None, "", end_ids(plain.generation_config))
@@ -242,12 +246,12 @@ def prompts_of(*locations: Location, count: int = 6) -> list[str]:
 
 
 @torch.no_grad()
-def logits(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[Tensor]:
+def logits(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[str]) -> list[Tensor]:
     """Logits of every token of every prompt.
 
     Args:
         model: a causal language model or a classifier, in evaluation mode.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer. Without one, the bytes of a prompt are the numbers of its tokens.
         prompts: the prompts. A prompt that is too long for the model is cut at its beginning.
 
     Returns:
@@ -261,7 +265,10 @@ def logits(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -
     return results
 
 
-def _ids(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _ids(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompt: str) -> list[int]:
+    if tokenizer is None:
+        ids = [byte % (models.token_rows(model) or 256) for byte in prompt.encode()]
+        return ids[-models.longest_input(model, tokenizer) :]
     ids = encode_prompt(tokenizer, prompt)[-models.longest_input(model, tokenizer) :]
     models.check_tokens(model, tokenizer, [ids])
     return ids

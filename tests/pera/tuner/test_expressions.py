@@ -1,14 +1,17 @@
 """Regular expressions that would hang a match are refused, and ordinary ones are not."""
 
 import json
+import threading
+import time
 
 import pytest
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from pera import PeraConfig, UserError
-from pera.tuner.expressions import check_cost
+from pera.tuner.expressions import check_cost, check_speed
 from tiny import adapt, llama
 
+HANGS = "(.*)*(.*)*(.*)*x"
 NAME = "model.language_model.layers.31.self_attn.rotary_embedding.q_proj"
 SLOW = [
     r"(\w+\.?)+!",
@@ -42,6 +45,40 @@ def test_an_expression_that_could_hang_is_refused(pattern):
 @pytest.mark.parametrize("pattern", FAST)
 def test_an_ordinary_expression_is_accepted(pattern):
     check_cost("target_modules", pattern, NAME)
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("target_modules", {"target_modules": HANGS}),
+        ("target_modules", {"target_modules": r"((a|[a-z._0-9]+)+)+[$]"}),
+        ("exclude_modules", {"target_modules": "all-linear", "exclude_modules": HANGS}),
+        ("rank_pattern", {"target_modules": ["q_proj"], "rank_pattern": {HANGS: 2}}),
+        ("alpha_pattern", {"target_modules": ["q_proj"], "alpha_pattern": {HANGS: 2}}),
+    ],
+)
+def test_an_expression_that_does_not_end_is_refused(key, options):
+    start, names = time.monotonic(), [name for name, _ in llama().named_modules()]
+    for config in (PeraConfig(**options), LoraConfig(**options)):
+        with pytest.raises(UserError, match=rf"^{key}: the regular expression .* takes too long"):
+            check_speed(names, config)
+    with pytest.raises(UserError, match=key):
+        get_peft_model(llama(), PeraConfig(**options))
+    assert time.monotonic() - start < 5
+
+
+def test_an_expression_is_refused_in_a_thread_too():
+    found = []
+
+    def check():
+        with pytest.raises(UserError):
+            check_speed(["model.layers.0.self_attn.q_proj"], PeraConfig(target_modules=HANGS))
+        found.append(True)
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    thread.join()
+    assert found == [True]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,10 @@ CHECK_FAILED = re.compile(r"the outputs differ|the outputs of the merged model o
 """Messages of exit code 1: a comparison was made and failed."""
 
 
+DIVERGED = re.compile(r"(loss|weights) (is|are) not finite at step [2-9]")
+"""A training that stops after a checkpoint is no refusal: it announced its run folder and keeps the checkpoint."""
+
+
 def faults(given: Input, outcome: Outcome) -> list[str]:
     """What is wrong with the outcome of a malformed input."""
     found = []
@@ -41,7 +45,7 @@ def faults(given: Input, outcome: Outcome) -> list[str]:
             found.append("exit code 1 without a failed check")
     elif outcome.code not in (0, 2):
         found.append(f"exit code {outcome.code}")
-    if outcome.code == 2:
+    if outcome.code == 2 and not DIVERGED.search(outcome.err):
         lines = outcome.err.splitlines()
         if len(lines) != 1 or not lines[0].startswith("pera: "):
             found.append(f"{len(lines)} lines on stderr")
