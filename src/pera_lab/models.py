@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from huggingface_hub import snapshot_download
@@ -300,11 +300,11 @@ def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> int:
     table of learned positions. RoBERTa and its relatives count positions from ``padding_idx + 1``, so 514 rows are 512
     tokens. A model without any limit is given :data:`NO_LIMIT`.
     """
-    limits = [NO_LIMIT, None if tokenizer is None else tokenizer.model_max_length]
+    limits: list[Any] = [NO_LIMIT, None if tokenizer is None else tokenizer.model_max_length]
     config = getattr(model, "config", None)
     if config is not None:
         text = config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
+        positions: Any = getattr(text, "max_position_embeddings", None)
         limits += [_extended(text, positions) if _is_length(positions) else None]
         if text is config:  # the tables of a model for images as well count patches
             limits += [_table_rows(module) for name, module in model.named_modules() if _is_table(name)]
@@ -315,14 +315,15 @@ NO_LIMIT = 2**17
 """Longest input in tokens of a model that declares no limit, such as one with relative positions."""
 
 
-def _is_length(value: Any) -> bool:
+def _is_length(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
 
 
 def _extended(config: Any, positions: float) -> float:
     """The configuration's limit, extended by RoPE scaling if it states the length that is scaled."""
     scaling = getattr(config, "rope_parameters", None) or {}
-    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    original: Any = scaling.get("original_max_position_embeddings")
+    factor: Any = scaling.get("factor")
     return max(positions, original * factor) if _is_length(original) and _is_length(factor) else positions
 
 

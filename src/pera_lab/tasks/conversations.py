@@ -136,8 +136,8 @@ def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
     """The calls with their arguments as objects."""
     found = []
     for call in calls if isinstance(calls, list) else [calls]:
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        arguments = inner.get("arguments", {}) if isinstance(inner, dict) else None
+        inner: Any = call.get("function", call) if isinstance(call, dict) else None
+        arguments: Any = inner.get("arguments", {}) if isinstance(inner, dict) else None
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
@@ -187,11 +187,10 @@ def render(
     """
     if tokenizer.chat_template is None:
         return "".join(f"{message['content']}\n" for message in messages)
-    options = {"tools": list(tools)} if tools else {}
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    options |= {"add_generation_prompt": asking, "tokenize": False}
     try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), add_generation_prompt=asking, tokenize=False, **options)
-        )
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         listed = ", ".join(message["role"] for message in messages)
         roles = listed if len(listed) <= 100 else f"{listed[:97]}..."
@@ -237,8 +236,8 @@ def with_reply(tokenizer: PreTrainedTokenizerBase, example: Example) -> Example:
     if not whole.startswith(prompt) or not answer.strip():
         keys = ", ".join(key for key in example.reply if key not in ("role", "content"))
         raise UserError(
-            f"{example.place}: the model's chat template does not write the assistant's {keys} behind its prompt, so "
-            "they cannot be learned; use a model whose template does."
+            f"{example.place or 'messages'}: the model's chat template does not write the assistant's {keys} behind "
+            "its prompt, so they cannot be learned; use a model whose template does."
         )
     return replace(example, answer=answer)
 

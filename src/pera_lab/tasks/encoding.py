@@ -14,6 +14,7 @@ from pera.errors import UserError
 from pera_lab.inference import end_token, takes_padding, text_of
 from pera_lab.tasks.conversations import fitted, render, with_reply
 from pera_lab.tasks.examples import Example
+from pera_lab.tasks.sources import HALF
 
 IGNORED = -100
 """Label of a token that the loss ignores (PyTorch's ``ignore_index``)."""
@@ -70,9 +71,11 @@ def encode_chat(
     a template the messages are lines of text.
 
     Raises:
-        UserError: the template rejects the messages.
+        UserError: the template rejects the messages, or they hold half of a surrogate pair.
     """
     text = render(tokenizer, messages, tools)
+    if half := HALF.search(text):
+        raise UserError(f"the messages hold {half[0]!r}, half of a surrogate pair, which is not valid text; remove it.")
     if tokenizer.chat_template is None:
         return _without_end(tokenizer, text)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -134,8 +137,8 @@ def encode_question(
         return Prompt(ids, question, True)
     if sum(len(message["content"]) for message in earlier) > most:
         raise UserError(
-            f"{example.place}: the messages before the last are longer than the {max_length} tokens that fit; shorten "
-            "them."
+            f"{example.place or 'messages'}: the messages before the last are longer than the {max_length} tokens that "
+            "fit; shorten them."
         )
     low, high = 0, len(question)  # bisect the smallest number of characters to remove
     while low < high:

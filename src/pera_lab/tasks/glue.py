@@ -125,7 +125,7 @@ class GlueTask(ClassificationTask):
             return LabelledText(texts, score)
         known = f"one of {', '.join(f'{i} ({name})' for i, name in enumerate(self.classes))}"
         label = _number(field(row, "label", (int, str), known))
-        if label not in range(len(self.classes)):
+        if label is None or label not in range(len(self.classes)):
             raise BadRow(f"field 'label'={short(row['label'])} should be {known}.")
         return LabelledText(texts, int(label))
 

@@ -79,8 +79,7 @@ class OwnTask(GenerationTask):
     def _unused(self, sources: Mapping[str, Rows]) -> tuple[str, ...]:
         """The columns, other than empty ones, that no example comes from."""
         prompt, completion, messages, tools = (
-            str(self.columns.get(name, name))  # type: ignore[call-overload]
-            for name in ("prompt", "completion", "messages", "tools")
+            str(self.columns.get(name, name)) for name in ("prompt", "completion", "messages", "tools")
         )
         found: dict[str, None] = {}
         for row in (row for source in sources.values() for row in source.rows):

@@ -236,7 +236,9 @@ def _listed(row: dict[str, Any]) -> str:
     return listed if len(listed) <= 200 else f"{listed[:197]}..."
 
 
-_HALF = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, as from text that was cut inside an emoji."""
+"""Half of a surrogate pair, as from text that was cut inside an emoji."""
 _DEEPEST = 100
 
 
@@ -251,7 +253,7 @@ def _check_text(row: dict[str, Any]) -> None:
         while pending:
             part, depth = pending.pop()
             if isinstance(part, str):
-                if half := _HALF.search(part):
+                if half := HALF.search(part):
                     raise BadRow(
                         f"field {name!r} holds {half[0]!r}, half of a surrogate pair, which is not valid text; "
                         "remove it."

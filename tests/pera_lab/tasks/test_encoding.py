@@ -53,6 +53,11 @@ def test_messages_that_the_template_rejects_are_an_error_with_its_reason(tokeniz
         encode_chat(strict, messages)
 
 
+def test_half_of_a_surrogate_pair_in_a_message_is_an_error(tokenizer):
+    with pytest.raises(UserError, match=r"the messages hold '\\ud83d', half of a surrogate pair"):
+        encode_chat(tokenizer, [{"role": "user", "content": "Who?\ud83d"}])
+
+
 def test_without_a_template_a_prompt_is_a_line_without_an_end_token(plain):
     assert plain("a").input_ids[-1] == plain.eos_token_id
     assert plain.decode(encode_prompt(plain, "How is Liam related to Zoe?")) == "<s>How is Liam related to Zoe?\n"

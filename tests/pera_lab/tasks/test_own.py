@@ -7,7 +7,7 @@ import pytest
 
 from pera.errors import UserError
 from pera_lab.tasks.conversations import example_of
-from pera_lab.tasks.encoding import CHARACTERS, CHAT, as_scored, encode_example, encode_question, encode_texts
+from pera_lab.tasks.encoding import CHAT, as_scored, encode_example, encode_question, encode_texts
 from pera_lab.tasks.examples import Example
 from pera_lab.tasks.own import OwnTask
 from pera_lab.tasks.sources import BadRow
@@ -137,7 +137,8 @@ def test_a_tool_call_is_learned_and_compared_as_the_template_writes_it(arguments
 
 def test_calls_and_results_before_the_answer_are_in_the_prompt(calling):
     result = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "rain"}
-    messages = [SYSTEM, USER, ASSISTANT, USER, called({"city": "Rome"}), result, ASSISTANT]
+    turn = [USER, called({"city": "Rome"}), result, ASSISTANT]
+    messages = [SYSTEM, *turn, *turn]
     prompt = encode_question(calling, example_of({"messages": messages}), CHAT)
     last = '<s>user\nWho?</s><s>assistant\n<call>weather {"city": "Rome"}</s><s>tool\nrain</s><s>assistant\n'
     assert calling.decode(prompt.ids).endswith(f"</s>{last}")
@@ -211,7 +212,7 @@ def test_a_huge_text_is_cut_or_left_out_without_being_tokenized(tokenizer, monke
     assert OwnTask(data="a.jsonl").encode(tokenizer, [huge, Example("a", "b")], 40).left_out == 1
     encoded, cut = encode_texts(tokenizer, [huge.prompt], 20)
     assert (len(encoded["input_ids"]), cut) == (20, True)
-    assert max(seen) <= 20 * CHARACTERS + 100
+    assert max(seen) < len(huge.prompt) / 100
 
 
 @pytest.mark.parametrize(
