@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-PACKAGES = ("jinja2", "matplotlib", "pydantic", "rich", "scipy", "sklearn", "typer", "yaml")
+PACKAGES = ("filelock", "jinja2", "matplotlib", "pydantic", "rich", "scipy", "sklearn", "typer", "yaml")
 """The packages of the extra "lab", by the name they are imported by."""
 
 

@@ -9,21 +9,16 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from pera.errors import PeraError, UserError, one_line
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 T = TypeVar("T")
 
@@ -37,7 +32,7 @@ def locked(file: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock of the operating system while the block runs.
 
     The system releases the lock when the process ends, also by a kill. The empty lock file is removed at the end. The
-    next holder takes over and removes one that a killed process left. A file system without locks gives none.
+    next holder takes over and removes one that a killed process left.
 
     Args:
         file: the lock file. Its folder must exist.
@@ -48,41 +43,19 @@ def locked(file: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
         InUse: another process holds the lock, and ``wait`` is False.
         UserError: the lock file cannot be written.
     """
-    descriptor = _acquired(file, what, wait)
-    while not _is_at(descriptor, file):  # the last holder removed the file after it was opened here
-        os.close(descriptor)
-        descriptor = _acquired(file, what, wait)
+    lock = FileLock(file, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InUse(f"{str(what)!r} is in use by another process; wait until it ends, or stop it.") from error
+    except (OSError, ValueError) as error:
+        raise cannot_write(what, error) from error
     try:
         yield
     finally:
         with suppress(OSError):
             file.unlink()
-        os.close(descriptor)
-
-
-def _acquired(file: Path, what: Path, wait: bool) -> int:
-    """Open and lock a file, and return its descriptor."""
-    try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    except (OSError, ValueError) as error:
-        raise cannot_write(what, error) from error
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            os.close(descriptor)
-            raise InUse(f"{str(what)!r} is in use by another process; wait until it ends, or stop it.") from error
-    return descriptor
-
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False
+        lock.release()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 
 from pera.errors import UserError, nearest, one_line
 from pera.polynomial import expanded_rank
-from pera.tuner import PeraConfig, check_alpha, check_names, check_rank, resolve_all_linear
+from pera.tuner import PeraConfig, check_alpha, check_names, check_rank, check_ranks, resolve_all_linear
 from pera_lab.plugins import check_unique, load_plugins
 
 GROUP = "pera.methods"
@@ -243,4 +243,5 @@ def resolve_targets(model: nn.Module, config: PeftConfig) -> PeftConfig:
     else:
         check_names(model, config)
         resolve_all_linear(model, config)
+        check_ranks(model, config)
     return config

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,9 @@ from pera.errors import UserError
 from pera_lab import embedded
 from pera_lab.embedded import EMBEDDED, cache_folder
 from pera_lab.models import load_model, load_tokenizer, resolve
+
+HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 0, 0)
+"""Version 3, no tensors, no keys."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +46,7 @@ def conversions(monkeypatch):
 @pytest.fixture
 def gguf(tmp_path):
     file = tmp_path / "some model.gguf"
-    file.write_bytes(b"GGUF")
+    file.write_bytes(HEADER)
     return file
 
 
@@ -84,7 +88,7 @@ def test_a_gguf_file_is_converted_once(gguf, cache, conversions):
 
 def test_a_changed_gguf_file_of_the_same_name_is_converted_again(gguf, conversions):
     first = resolve(str(gguf))
-    gguf.write_bytes(b"GGUF, newer")
+    gguf.write_bytes(HEADER + b"newer")
     assert resolve(str(gguf)) != first
     assert len(conversions) == 2
 
@@ -117,9 +121,9 @@ def test_a_failed_conversion_leaves_no_folder_and_can_be_repeated(gguf, cache, c
 @pytest.mark.parametrize("content", [b"", b"junk" * 100, b"GGUF\x03\x00\x00\x00"])
 def test_an_incomplete_gguf_file_is_rejected(content, gguf, cache):
     gguf.write_bytes(content)
-    with pytest.raises(UserError, match=r"^model: '.*some model\.gguf' cannot be loaded: "):
+    with pytest.raises(UserError, match=r"some model\.gguf' is not a (complete )?GGUF file"):
         resolve(str(gguf))
-    assert [path for path in (cache / "models").iterdir() if path.is_dir()] == []
+    assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_named(gguf, monkeypatch, tmp_path):

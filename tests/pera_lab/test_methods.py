@@ -195,7 +195,7 @@ def test_all_linear_leaves_out_subclasses_that_compute_something_else(name):
             return super().forward(x).softmax(-1), x
 
     model = torch.nn.ModuleDict({"router": Router(4, 4), "up_proj": torch.nn.Linear(4, 4)})
-    config = resolve_targets(model, peft_config(name, target_modules="all-linear"))
+    config = resolve_targets(model, peft_config(name, r=2, target_modules="all-linear"))
     assert config.target_modules == {"up_proj"}
 
 

@@ -1,7 +1,7 @@
 """The PEFT plug-in: configuration, layers, model and registration."""
 
 from pera.tuner.behaviour import resolve_all_linear
-from pera.tuner.checks import check_alpha, check_lists, check_names, check_rank
+from pera.tuner.checks import check_alpha, check_lists, check_names, check_rank, check_ranks
 from pera.tuner.config import PeraConfig
 from pera.tuner.expressions import check_speed
 from pera.tuner.hotswap import hotswap_adapter
@@ -31,6 +31,7 @@ __all__ = [
     "check_lists",
     "check_names",
     "check_rank",
+    "check_ranks",
     "check_speed",
     "hotswap_adapter",
     "register",

@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -85,6 +85,7 @@ def resolve_all_linear(model: nn.Module, config: Any) -> None:
     config.target_modules = {
         plain_name(name) for name in config.target_modules if _fits(plain.get_submodule(name), quantization)
     }
+    config.target_modules = {name for name in config.target_modules if check_target_module_exists(config, name)}
     if not config.target_modules:
         raise UserError("target_modules='all-linear' finds no linear layer that an adapter fits; give a list of names.")
 

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from pera.errors import UserError, nearest
-from pera.polynomial import Terms
+from pera.polynomial import Terms, expanded_rank
+from pera.tuner.behaviour import kind_of
 from pera.tuner.expressions import check_speed
 from pera.tuner.names import plain_name
 
@@ -33,6 +34,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+LARGEST_RANK = 2**20
+"""No layer has a side above this, so a larger rank is refused before a model is loaded."""
+
+LARGEST = 65504.0
+"""Largest number of float16. Scales and coefficients beyond it overflow in a float16 model."""
+
+
 def check_rank(key: str, r: Any, terms: Terms = "none") -> None:
     """Check the rank ``r`` that the option ``key`` sets for an adapter with these ``terms``.
 
@@ -45,18 +53,30 @@ def check_rank(key: str, r: Any, terms: Terms = "none") -> None:
         UserError: ``r`` is not a whole number of at least 1, or leaves no product.
     """
     if not _is_whole(r) or r < 1:
-        raise UserError(f"{key}={r!r} should be a whole number of at least 1.")
+        raise UserError(f"{key}={shown(r)} should be a whole number of at least 1.")
+    if r > LARGEST_RANK:
+        raise UserError(f"{key}={shown(r)} is above every side of any layer; use a rank such as 8.")
     if terms == "cross" and r == 1:
         raise UserError(f"{key}=1 with terms='cross' leaves no products; use r of at least 2, or terms='square'.")
 
 
 def check_alpha(key: str, alpha: Any) -> None:
-    """Raise a UserError unless ``alpha``, the value of the option ``key``, is finite and not 0.
+    """Raise a UserError unless ``alpha``, the value of the option ``key``, is a number that scales an update.
 
-    With alpha = 0, ΔW would always be zero.
+    With alpha = 0, ΔW would always be zero. Beyond the range of float16 the update vanishes or overflows.
     """
-    if not (is_number(alpha) and math.isfinite(alpha) and alpha):
-        raise UserError(f"{key}={alpha!r} should be a finite number other than 0; leave it out to use the rank.")
+    if not (is_number(alpha) and 1 / LARGEST <= abs(alpha) <= LARGEST):
+        raise UserError(
+            f"{key}={shown(alpha)} should be a finite number other than 0, of size {1 / LARGEST:.1g} to {LARGEST:.0f}; "
+            "leave it out to use the rank."
+        )
+
+
+def shown(value: Any) -> str:
+    """A value for a message. Python refuses to print whole numbers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return f"a whole number of about {int(value.bit_length() * 0.30103) + 1} digits"
+    return repr(value)
 
 
 def check_lists(config: PeftConfig) -> None:
@@ -75,6 +95,8 @@ def check_lists(config: PeftConfig) -> None:
         value = getattr(config, key, None)
         if value is not None and not _is_list(value, _is_name):
             raise UserError(f"{key}={value!r} should be a list of names.")
+        for entry in value or ():
+            _check_expression(key, entry)  # PEFT reads them as expressions
     indices = getattr(config, "layers_to_transform", None)
     if indices is not None and not _is_index(indices) and not _is_list(indices, _is_index):
         raise UserError(f"layers_to_transform={indices!r} should be a whole number or a list of whole numbers.")
@@ -89,6 +111,78 @@ def check_lists(config: PeftConfig) -> None:
             raise UserError(f"{key}={patterns!r} should map names or regular expressions to numbers.")
         for pattern in patterns:
             _check_expression(key, pattern)
+
+
+def check_sizes(rows: int, columns: int, r: int, K: int) -> None:
+    """Check a rank against the weight that it is for, before anything is allocated.
+
+    Args:
+        rows, columns: sides of ΔW.
+        r: rank.
+        K: expanded rank.
+
+    Raises:
+        UserError: r is above both sides and above 64 (up to 64 is cheap, and a warning), or an expansion would have
+            more entries than PyTorch can index.
+    """
+    if r > max(rows, columns, 64):
+        raise UserError(
+            f"r={r} is above both sides of a ({rows}, {columns}) weight (K={K}); use r of at most "
+            f"{min(rows, columns)}, or leave the layer out."
+        )
+    if K * min(rows, columns) >= 2**31:
+        raise UserError(f"r={r} expands to K={K} on a ({rows}, {columns}) weight, which is too large; use a smaller r.")
+
+
+def check_ranks(model: nn.Module, config: PeftConfig) -> None:
+    """Check the rank of every target of any PEFT method, before PEFT allocates anything.
+
+    ``target_modules`` must be resolved.
+
+    Raises:
+        UserError: as for :func:`check_sizes`; the message names the layer.
+    """
+    targets: Any = getattr(config, "target_modules", None)
+    r: Any = getattr(config, "r", None)
+    if targets is None or not _is_whole(r):
+        return
+    patterns: Any = getattr(config, "rank_pattern", None) or {}
+    for name, module in model.named_modules():
+        name = plain_name(name)
+        kind = kind_of(module)
+        if kind is None or not check_target_module_exists(config, name):
+            continue
+        weight: Any = module.weight
+        rank: int = patterns.get(get_pattern_key(list(patterns), name), r)
+        columns = weight[0].numel() if weight.ndim > 1 else 1
+        try:
+            check_sizes(len(weight), columns, rank, expanded_rank(rank, getattr(config, "terms", "none")))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+
+def check_effects(names: Collection[str], config: PeftConfig) -> None:
+    """Check that the patterns, the biases and targets that are also in ``modules_to_save`` have an effect.
+
+    Args:
+        names: the modules that are adapted.
+        config: the configuration of any PEFT method.
+
+    Raises:
+        UserError: an entry has no effect.
+    """
+    targets = getattr(config, "target_modules", None)
+    for wanted in sorted(targets) if not isinstance(targets, str) and targets else ():
+        saved = [m for m in getattr(config, "modules_to_save", None) or () if f".{wanted}.".endswith(f".{m}.")]
+        if saved and not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise UserError(
+                f"modules_to_save: {saved[0]!r} is also in target_modules; it is trained in full or adapted, so remove "
+                "it from one of them."
+            )
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key, None) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise UserError(f"{key}: {pattern!r} fits no adapted module; {_nearest_ending(pattern, set(names))}")
 
 
 def check_names(model: nn.Module, config: PeftConfig) -> None:
@@ -147,7 +241,7 @@ def _is_index(value: Any) -> bool:
 def _check_expression(key: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{key}: {pattern!r} is not a regular expression: {error}.") from error
 
 

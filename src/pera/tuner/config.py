@@ -13,7 +13,7 @@ from peft.utils import PeftType
 
 from pera.errors import UserError, nearest
 from pera.polynomial import Coefficients, Normalization, Terms
-from pera.tuner.checks import check_alpha, check_lists, check_rank, is_number
+from pera.tuner.checks import LARGEST, check_alpha, check_lists, check_rank, is_number, shown
 
 LAYOUT_VERSION = 1
 """Version of the names, shapes and order of the saved parameters (docs/architecture.md)."""
@@ -122,10 +122,14 @@ class PeraConfig(PeftConfig):
         ):
             if retired:
                 raise UserError(f"{key}={value!r} is no longer supported; {_RETIRED[key]}.")
+        loaded = self.peft_type is not None  # an adapter that was saved with an idle option still loads
         self.peft_type = PeftType("PERA")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self._check()
+        if not loaded:
+            self._check_idle()
+        self.checks_effects = not loaded
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -235,9 +239,12 @@ class PeraConfig(PeftConfig):
             if alpha is not None:
                 check_alpha(key, alpha)
         if not (is_number(self.pera_dropout) and 0 <= self.pera_dropout < 1):
-            raise UserError(f"pera_dropout={self.pera_dropout!r} should be at least 0 and less than 1.")
-        if not (is_number(self.init_coefficients) and math.isfinite(self.init_coefficients)):
-            raise UserError(f"init_coefficients={self.init_coefficients!r} should be a finite number.")
+            raise UserError(f"pera_dropout={shown(self.pera_dropout)} should be at least 0 and less than 1.")
+        if not (is_number(self.init_coefficients) and abs(self.init_coefficients) <= LARGEST):
+            raise UserError(
+                f"init_coefficients={shown(self.init_coefficients)} should be a finite number of size at most "
+                f"{LARGEST:.0f}."
+            )
         if self.init_coefficients and self.terms == "none":
             raise UserError(f"init_coefficients={self.init_coefficients} needs terms other than 'none'; leave it at 0.")
         if self.init_coefficients and self.coefficients == "fixed":
@@ -246,7 +253,7 @@ class PeraConfig(PeftConfig):
             )
         if not _is_initialisation(self.init_weights):
             raise UserError(f"init_weights={self.init_weights!r} should be True, False or 'gaussian'.")
-        for key in ("use_rslora", "ensure_weight_tying"):
+        for key in ("use_rslora", "ensure_weight_tying", "inference_mode"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"{key}={getattr(self, key)!r} should be True or False.")
         if isinstance(self.target_modules, str):
@@ -255,13 +262,21 @@ class PeraConfig(PeftConfig):
                     raise UserError(f"{key} needs a list of names in target_modules, not {self.target_modules!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
-        if not isinstance(self.pera_version, int):
+        if not isinstance(self.pera_version, int) or isinstance(self.pera_version, bool) or self.pera_version < 1:
             raise UserError(f"pera_version={self.pera_version!r} should be a whole number; leave it out.")
         if self.pera_version > LAYOUT_VERSION:
             raise UserError(
-                f"pera_version={self.pera_version} is newer than the layout that this pera reads, {LAYOUT_VERSION}; "
-                "upgrade with: pip install -U pera"
+                f"pera_version={shown(self.pera_version)} is newer than the layout that this pera reads, "
+                f"{LAYOUT_VERSION}; upgrade with: pip install -U pera"
             )
+
+    def _check_idle(self) -> None:
+        """Raise UserError if an option has no effect next to the others."""
+        for key, default in (("normalization", "none"), ("coefficients", "learned")):
+            if self.terms == "none" and getattr(self, key) != default:
+                raise UserError(
+                    f"{key}={getattr(self, key)!r} has no effect with terms='none'; leave it at {default!r}."
+                )
 
 
 # Options of LoRA that PERA ignores. It detects the layout of Conv1D weights itself. The others say how other methods

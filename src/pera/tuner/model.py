@@ -27,8 +27,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pera.errors import UserError
 from pera.tuner.behaviour import resolve_all_linear
 from pera.tuner.call import one_call
-from pera.tuner.checks import check_names
-from pera.tuner.layers import ParamWrapper, PeraLayer, keep_unpacked, layer_class
+from pera.tuner.checks import check_effects, check_names
+from pera.tuner.layers import ParamWrapper, PeraLayer, adapted_layers, keep_unpacked, layer_class
 from pera.tuner.names import check_wrapped, plain_name
 from pera.tuner.routing import route_samples
 from pera.tuner.saved import check_loaded, is_factor
@@ -72,6 +72,9 @@ class PeraModel(BaseTuner):
         before = {name for name, module in model.named_modules() if _has(module, adapter_name)}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            config: Any = self.peft_config[adapter_name]
+            if state_dict is None and config.checks_effects:
+                check_effects(adapted_layers(model, adapter_name), config)
         except Exception:
             self._remove_injected(model, adapter_name, before)
             raise

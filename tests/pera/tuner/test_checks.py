@@ -1,12 +1,16 @@
 """Names in a configuration that match nothing in the model are refused with the nearest name."""
 
+import json
+
 import pytest
-from peft import LoraConfig, TaskType, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from pera import PeraConfig, UserError
 from pera.tuner import check_names
-from tiny import VOCABULARY, adapt, layers, llama
+from tiny import VOCABULARY, adapt, layers, llama, logits
 
 
 def classifier():
@@ -109,3 +113,40 @@ def test_a_head_that_the_model_lacks_is_refused(task_type):
 def test_heads_that_peft_adds_itself_may_be_missing(task_type):
     model = get_peft_model(classifier(), PeraConfig(target_modules=["query"], task_type=task_type))
     assert set(model.peft_config["default"].modules_to_save) == {"classifier", "score"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_pattern": {"k_proj": 4}}, r"rank_pattern: 'k_proj' fits no adapted module; "),
+        ({"alpha_pattern": {"k_proj": 4}}, r"alpha_pattern: 'k_proj' fits no adapted module; "),
+        ({"modules_to_save": ["q_proj"]}, r"modules_to_save: 'q_proj' is also in target_modules"),
+    ],
+)
+def test_an_entry_without_effect_is_refused(options, message):
+    base = llama()
+    expected = logits(base)
+    with pytest.raises(UserError, match=f"^{message}"):
+        adapt(base, target_modules=["q_proj", "v_proj"], **options)
+    assert torch.equal(logits(base), expected)
+
+
+def test_a_saved_adapter_with_an_idle_pattern_loads(tmp_path):
+    adapt(llama(), target_modules=["q_proj"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rank_pattern": {"k_proj": 4}}))
+    PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"r": 20_000}, {"r": 2, "rank_pattern": {"q_proj": 20_000}}])
+def test_a_rank_above_both_sides_is_refused_before_anything_is_allocated(options):
+    refusal = r"r=20000 is above both sides of a \(32, 32\) weight \(K=200030000\); use r of at most 32"
+    with pytest.raises(UserError, match=refusal):
+        adapt(llama(), target_modules=["q_proj"], **options)
+
+
+def test_an_expansion_that_is_too_large_is_refused():
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(8192, 8192))
+    with pytest.raises(UserError, match=r"r=4096 expands to K=8394752 on a \(8192, 8192\) weight"):
+        adapt(base, target_modules=["0"], r=4096)

@@ -91,7 +91,7 @@ def test_expressions_that_match_one_module_and_differ_are_refused():
         ({"terms": "cross", "r": 1}, "r=1 with terms='cross' leaves no products"),
         ({"terms": "cross", "rank_pattern": {"q_proj": 1}}, r"rank_pattern\['q_proj'\]=1 with terms='cross'"),
         ({"pera_alpha": "16"}, "pera_alpha='16' should be a finite number other than 0"),
-        ({"pera_alpha": 0}, "pera_alpha=0 should be a finite number other than 0; leave it out to use the rank"),
+        ({"pera_alpha": 0}, "pera_alpha=0 should be a finite number other than 0, .*; leave it out to use the rank"),
         ({"alpha_pattern": {"q_proj": float("nan")}}, r"alpha_pattern\['q_proj'\]=nan should be a finite number"),
         ({"pera_dropout": 1.0}, r"pera_dropout=1\.0 should be at least 0 and less than 1"),
         ({"pera_dropout": None}, "pera_dropout=None should be at least 0 and less than 1"),
@@ -343,3 +343,40 @@ def test_retired_options_in_use_are_refused_with_a_remedy(load, key, value, reme
     rewrite(tmp_path, **{key: value})
     with pytest.raises(UserError, match=rf"^{key}={value!r} is no longer supported; {remedy}\.$"):
         load(tmp_path)
+
+
+# Numbers out of range and options without effect
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 10**18}, r"r=a whole number of about 19 digits is above every side of any layer"),
+        ({"r": 10**5000}, r"r=a whole number of about 5001 digits is above"),
+        ({"rank_pattern": {"q_proj": 2**21}}, r"rank_pattern\['q_proj'\]=2097152 is above every side"),
+        ({"pera_alpha": 10**400}, r"pera_alpha=a whole number of about 401 digits should be a finite number"),
+        ({"pera_alpha": 1e308}, r"pera_alpha=1e\+308 should be a finite number"),
+        ({"pera_alpha": 1e-300}, r"pera_alpha=1e-300 should be a finite number"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, r"alpha_pattern\['q_proj'\]=a whole number of about 401 digits"),
+        ({"init_coefficients": 1e308}, r"init_coefficients=1e\+308 should be a finite number of size at most 65504"),
+        ({"init_coefficients": 10**400}, r"init_coefficients=a whole number of about 401 digits should be"),
+        ({"init_coefficients": 70000}, r"init_coefficients=70000 should be"),
+        ({"pera_dropout": 10**400}, r"pera_dropout=a whole number of about 401 digits should be"),
+        ({"pera_dropout": float("nan")}, r"pera_dropout=nan should be"),
+        ({"pera_version": True}, r"pera_version=True should be a whole number"),
+        ({"inference_mode": "no"}, r"inference_mode='no' should be True or False"),
+        ({"terms": "none", "normalization": "rms"}, r"normalization='rms' has no effect with terms='none'"),
+        ({"terms": "none", "coefficients": "fixed"}, r"coefficients='fixed' has no effect with terms='none'"),
+    ],
+)
+def test_a_number_out_of_range_or_an_option_without_effect_is_refused(options, message):
+    with pytest.raises(UserError, match=f"^{message}") as refused:
+        PeraConfig(**options)
+    assert len(str(refused.value)) < 200
+
+
+def test_a_saved_configuration_with_an_idle_option_loads(tmp_path):
+    PeraConfig(terms="none").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalization": "rms"}))
+    assert PeraConfig.from_pretrained(tmp_path).normalization == "rms"

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from pera import PeraConfig, UserError
 from pera.tuner import PeraConv1DLinear, PeraConvolution, PeraEmbedding, PeraLinear
 from pera.tuner.layers import BASE, layer_class
-from reference import TERMS, relative_error
+from reference import relative_error
 from tiny import KINDS, RMS, adapt, adapted, evaluate, linear, reference_base, reference_output
 
 
@@ -107,7 +107,7 @@ def test_a_rank_above_a_side_is_a_warning(kind, recwarn):
     side = min(kind.shape)
     kind.layer(r=side)
     assert not recwarn
-    with pytest.warns(UserWarning, match=rf"r={side + 1} is above a side of a \({rows}, {columns}\) weight"):
+    with pytest.warns(UserWarning, match=rf"r={side + 1} .* is above a side of a \({rows}, {columns}\) weight"):
         kind.layer(r=side + 1)
 
 
@@ -129,7 +129,7 @@ def test_parameters_have_the_settled_shapes(kind, terms, count):
         assert layer.pera_h["default"].shape == (count,)
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", ["all", "square", "cross"])
 def test_fixed_coefficients_are_no_parameters(kind, terms):
     layer = kind.layer(terms=terms, coefficients="fixed")
     assert not layer.pera_h
@@ -139,7 +139,6 @@ def test_fixed_coefficients_are_no_parameters(kind, terms):
             "all": [1, 1, 1, 2, 2, 2],
             "square": [1, 1, 1],
             "cross": [2, 2, 2],
-            "none": [],
         }[terms]
     )
 
@@ -433,7 +432,7 @@ def test_a_deleted_adapter_leaves_nothing_behind(kind):
 @pytest.mark.parametrize("options", [{"coefficients": "fixed"}, {"terms": "none"}])
 def test_replacing_an_adapter_by_one_without_coefficients(options):
     layer = linear(r=2)
-    add(layer, "default", r=2, **options)
+    add(layer, "default", r=2, normalization="none", **options)
     assert not layer.pera_h
 
 

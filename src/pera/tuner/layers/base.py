@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from pera.errors import UserError
 from pera.linear import Expansions, expansions, without_autocast
-from pera.polynomial import Normalization, Terms, delta_weight, fixed_coefficients, num_coefficients
+from pera.polynomial import Normalization, Terms, delta_weight, expanded_rank, fixed_coefficients, num_coefficients
 from pera.tuner.call import keep
+from pera.tuner.checks import check_sizes
 from pera.tuner.config import PeraConfig
 
 BASE = "__base__"
@@ -121,9 +122,11 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """
         self.check_config(config)
         rows, columns = self.delta_shape
+        K = expanded_rank(r, config.terms)
+        check_sizes(rows, columns, r, K)
         if r > min(rows, columns):
             warnings.warn(
-                f"r={r} is above a side of a ({rows}, {columns}) weight: "
+                f"r={r} (K={K}) is above a side of a ({rows}, {columns}) weight: "
                 "the factors have more parameters than the weight itself.",
                 stacklevel=2,
             )
