@@ -527,7 +527,7 @@ def test_a_refusal_of_the_first_step_is_one_line_and_leaves_nothing(refused, glu
 
 def test_an_error_of_the_system_names_the_file(refused):
     line = refused("study", "report", "a/" * 2500, words=["File name too long"])
-    assert line.startswith("pera: 'a/a/")
+    assert line.startswith("pera: output: 'a/a/")
     assert "unexpected" not in line
 
 
