@@ -267,14 +267,15 @@ def check_loaded(name: str, model: Any, unexpected: list[str]) -> None:
         beyond = any(isinstance(parent, nn.ModuleList) and part not in parent._modules for parent, part in parents)
         if beyond or (owner is not None and any(each is not None for each in owner._parameters.values())):
             raise UserError(f"model: the weights of {name!r} hold {key}, which its config.json has no place for.")
+    quantized = getattr(model, "hf_quantizer", None) is not None
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = head is not None and model._tied_weights_keys and model.config.get_text_config().tie_word_embeddings
-    if tied and getattr(model, "hf_quantizer", None) is None and head.weight is not model.get_input_embeddings().weight:
+    if tied and not quantized and head.weight is not model.get_input_embeddings().weight:
         raise UserError(
             f"model: config.json of {name!r}: tie_word_embeddings=true, but the weights hold another output head than "
             "the embeddings; set it to false."
         )
-    for key, weight in model.named_parameters():
+    for key, weight in () if quantized else model.named_parameters():
         whole = weight.is_floating_point() and weight.itemsize > 1
         if whole and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
             raise UserError(f"model: the weights of {name!r} hold NaN or infinity in {key}; download the model again.")

@@ -45,6 +45,7 @@ def locked(file: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     """
     lock = FileLock(file, timeout=-1 if wait else 0)
     try:
+        file.parent.stat()  # FileLock would create a missing folder
         lock.acquire()
     except Timeout as error:
         raise InUse(f"{str(what)!r} is in use by another process; wait until it ends, or stop it.") from error

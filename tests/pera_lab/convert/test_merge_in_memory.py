@@ -150,12 +150,16 @@ def own_code(model, folder, monkeypatch):
     return base
 
 
-def test_a_model_with_its_own_code_is_merged_in_memory_if_the_recipe_trusts_it(run, tiny_llama, tmp_path, monkeypatch):
+def test_a_model_with_its_own_code_is_merged_in_memory_only_if_the_user_trusts_it(
+    run, tiny_llama, tmp_path, monkeypatch
+):
     base = own_code(tiny_llama, tmp_path / "base", monkeypatch)
     recipe = run.recipe_file.read_text().replace(str(tiny_llama), str(base))
     run.recipe_file.write_text(recipe.replace("trust_remote_code: false", "trust_remote_code: true"))
     monkeypatch.setattr("pera_lab.convert.merge._stream", lambda *_: None)
-    assert merge(locate_adapter(str(run.path)), tmp_path / "merged").agree
+    with pytest.raises(UserError, match="needs its own code to load"):
+        merge(locate_adapter(str(run.path)), tmp_path / "merged")
+    assert merge(locate_adapter(str(run.path), trust_remote_code=True), tmp_path / "merged").agree
 
 
 def test_code_is_trusted_on_request_without_a_recipe(tiny_llama, adapter, tmp_path, monkeypatch):
