@@ -185,9 +185,9 @@ _FAILED_WRITE = re.compile(f"{_FULL.pattern}|Disk quota exceeded|PytorchStreamWr
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces ``target`` when the block ends without an error.
 
-    The temporary folder is created next to ``target``, or next to the folder that ``target`` links to. Its name follows
-    from that of ``target``, so that the next call removes what a killed process left. The caller keeps other processes
-    away, with :func:`reserved` or :func:`locked`.
+    The temporary folder is created next to ``target``, or next to the folder that ``target`` links to. The name of
+    ``target`` decides its name, so that the next call removes what a killed process left. The caller keeps other
+    processes away, with :func:`reserved` or :func:`locked`.
 
     Raises:
         UserError: ``target`` exists and is not an empty folder, or a file cannot be written.

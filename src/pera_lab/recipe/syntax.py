@@ -1,6 +1,6 @@
 """The YAML of recipes and studies. One set of rules serves reading and writing, so what is written reads back the same.
 
-The rules are those of YAML 1.1, as in PyYAML, with these differences:
+The rules of YAML 1.1 apply, as in PyYAML, with these differences:
 
 - ``1e-4`` is a number, as in YAML 1.2.
 - Dates, times and numbers with a leading zero are text, and so are all keys.
@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def construct_mapping(self, node: yaml.Node, deep: bool = True) -> dict[Any, Any]:
-        """The keys and values of a section. Its own keys come before those of ``<<``, and the first of several wins."""
+        """The keys and values of a section. Its own keys come before the keys of ``<<``; the first of several wins."""
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key, value in _pairs(node):

@@ -180,7 +180,7 @@ def render(
         tokenizer: the tokenizer of the model.
         messages: the messages.
         tools: the functions that the model can call.
-        asking: whether the text goes on to the beginning of the model's next answer.
+        asking: whether the text continues to the beginning of the model's next answer.
 
     Raises:
         UserError: the template rejects the messages.
