@@ -47,7 +47,9 @@ class Input:
         first = self.arguments[0] if self.arguments else ""
         if first not in COMMANDS:
             return "others"
-        return " ".join(self.arguments[:2]) if first == "study" else first
+        if first == "study":
+            return " ".join(self.arguments[:2]) if self.arguments[1] in ("run", "report") else "others"
+        return first
 
     def prepare(self, folder: Path) -> None:
         """Change the originals in a folder and print how."""
