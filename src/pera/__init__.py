@@ -7,11 +7,14 @@
     lora = pera.to_lora(model)                                                       # the equivalent LoRA of rank 44
 """
 
-from pera.errors import PeraError, UserError
-from pera.linear import pera_linear
-from pera.lora import combine, from_lora, to_lora
-from pera.optim import parameter_groups
-from pera.tuner import PeraConfig, PeraModel, hotswap_adapter, register
+from pera.startup import held_logs
+
+with held_logs():
+    from pera.errors import PeraError, UserError
+    from pera.linear import pera_linear
+    from pera.lora import combine, from_lora, to_lora
+    from pera.optim import parameter_groups
+    from pera.tuner import PeraConfig, PeraModel, hotswap_adapter, register
 
 __version__ = "0.1.0"
 __all__ = [
