@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -135,7 +135,7 @@ def test_a_trained_run_is_exported_and_checked_on_its_own_task(
 def test_the_configuration_is_written_in_the_same_order_every_time(exports):
     names = json.loads((exports["all linear"]["folder"] / "adapter_config.json").read_text())["target_modules"]
     assert names == sorted(names)
-    assert len(names) == 14
+    assert len(names) == 12  # k_proj is excluded
 
 
 def test_an_export_that_differs_is_kept_and_recorded(adapter, tmp_path, monkeypatch):
@@ -231,8 +231,9 @@ def test_a_lora_is_rejected(tiny_llama, tmp_path):
     seed=st.integers(0, 99),
 )
 def test_an_export_of_any_configuration_loads_and_gives_the_same_logits(seed, alpha, **options):
-    if options["terms"] == "cross" and options["r"] == 1:
-        return
+    assume(options["terms"] != "cross" or options["r"] > 1)
+    idle = {"coefficients": "learned", "normalization": "none"}
+    assume(options["terms"] != "none" or idle.items() <= options.items())
     targets = {"target_modules": ["q_proj", "k_proj", "v_proj"], "init_weights": False}
     torch.manual_seed(seed)
     adapted = get_peft_model(llama(), PeraConfig(pera_alpha=alpha, **targets, **options)).eval()
