@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType, TaskType, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from pera.errors import UserError, one_line
 from pera.tuner import PeraConfig, check_lists, check_speed
+from pera.tuner.saved import check_values
 from pera_lab.environment import out_of_memory
 from pera_lab.files import read_json
 from pera_lab.methods import repeatable
@@ -116,16 +116,10 @@ class Adapter:
         """
         with self._opened() as f:
             weights = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-        for key, weight in weights.items():
-            if self.method in ("PERA", "LORA") and not weight.is_floating_point():  # other methods also save indices
-                raise UserError(
-                    f"{str(self.path)!r}: {key} has dtype {str(weight.dtype)[6:]}; the weights of an adapter should be "
-                    "floating-point numbers, such as float32."
-                )
-            if not torch.isfinite(weight.float() if weight.itemsize == 1 else weight).all():  # no isfinite for float8
-                raise UserError(
-                    f"{str(self.path)!r}: NaNs detected in the weights of {key}. The adapter seems to be broken."
-                )
+        try:
+            check_values(weights, indices=self.method not in ("PERA", "LORA"))  # which other methods also save
+        except UserError as error:
+            raise UserError(f"{str(self.path)!r}: {error}") from error
         return weights
 
     @cached_property

@@ -152,9 +152,14 @@ def _stored(folder: Path) -> dict[str, tuple[list[int], str]]:
     return found
 
 
+def _sections(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """A configuration and the ones inside it, such as ``text_config``."""
+    return [content, *(each for each in content.values() if isinstance(each, dict))]
+
+
 def _check_depth(name: str, content: dict[str, Any], tensors: int) -> None:
     """Raise UserError for numbers of parts that alone would take for ever to build."""
-    for section in (content, *(each for each in content.values() if isinstance(each, dict))):
+    for section in _sections(content):
         for key in _DEPTH:
             if isinstance(value := section.get(key), int) and value > tensors:
                 raise UserError(
@@ -184,7 +189,7 @@ def _check_kind(name: str, config: Any, labels: int | None) -> None:
 
 def _check_numbers(name: str, content: dict[str, Any]) -> None:
     """Raise UserError for sizes and token ids that no model has."""
-    for section in (content, *(each for each in content.values() if isinstance(each, dict))):
+    for section in _sections(content):
         for key in _SIZES:
             value = section.get(key, 1)
             if isinstance(value, (str, float)) or (isinstance(value, int) and not 1 <= value <= _LARGEST):
@@ -214,7 +219,7 @@ def _reason(error: Exception, content: dict[str, Any]) -> str:
     if "adding_idx must be within" in str(error):
         return f"pad_token_id={content.get('pad_token_id')} should be below vocab_size={content.get('vocab_size')}"
     if isinstance(error, KeyError):
-        for section in (content, *(each for each in content.values() if isinstance(each, dict))):
+        for section in _sections(content):
             for key, value in section.items():
                 if error.args == (value,):
                     return f"{key}={value!r} is unknown"

@@ -413,7 +413,7 @@ def test_a_file_of_the_user_is_not_taken_for_a_journal(tmp_path):
 
 @pytest.fixture
 def full_disk(tmp_path):
-    """A folder on a disk of one megabyte that is full but for 64 kilobytes."""
+    """A folder on a disk of one megabyte of which 64 kilobytes are free."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if shutil.which("mount") is None or os.geteuid() != 0:

@@ -69,13 +69,13 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
     return layers
 
 
-def check_values(weights: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless every tensor holds finite floating-point numbers."""
+def check_values(weights: Mapping[str, Tensor], *, indices: bool = False) -> None:
+    """Raise UserError unless every tensor holds finite floating-point numbers, or with ``indices`` finite numbers."""
     for key, weight in weights.items():
-        if not weight.is_floating_point():
+        if not indices and not weight.is_floating_point():
             raise UserError(
                 f"{key} has dtype {str(weight.dtype).removeprefix('torch.')}; the weights of an adapter should be "
-                "floating-point numbers."
+                "floating-point numbers, such as float32."
             )
         values = weight.float() if weight.itemsize == 1 else weight  # float8 has no isfinite
         if not torch.isfinite(values).all():

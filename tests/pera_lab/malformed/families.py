@@ -90,7 +90,7 @@ def on(command: str, change: Change, stdin: bytes = b"hello\n/quit\n") -> tuple[
 
 
 def within(command: str, placeholder: str, value: str) -> list[str]:
-    """The arguments of a command, with a value in the place of a letter."""
+    """The arguments of a command, with a letter replaced by a value."""
     return [value if part == placeholder else part for part in command.split()]
 
 

@@ -151,7 +151,7 @@ def change_bytes(file: Path, random: Random):
 
 
 def change_kind(file: Path, random: Random):
-    """Put something else in the place of a file."""
+    """Replace a file by something else."""
     kind = random.choice(
         ["missing", "empty", "folder", "pipe", "link to itself", "dangling link", "noise", "zeros", "device"]
     )

@@ -1,4 +1,4 @@
-"""What malformed inputs put in the place of good texts: in recipes, overrides, arguments and data files."""
+"""What replaces good texts in malformed inputs: in recipes, overrides, arguments and data files."""
 
 
 def lines(text: str) -> list[str]:

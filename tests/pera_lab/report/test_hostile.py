@@ -38,7 +38,7 @@ choose: {learning_rate: [1e-3, 2e-3], rows: 20}
 
 
 def retold(value, text):
-    """The content of a JSON file with ``text`` in the place of each string."""
+    """The content of a JSON file with each string replaced by ``text``."""
     if isinstance(value, dict):
         return {key: retold(below, text) for key, below in value.items()}
     if isinstance(value, list):
