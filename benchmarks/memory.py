@@ -1,0 +1,515 @@
+"""How much an adapter remembers: bits of random facts per trainable parameter, in SmolLM2-135M.
+
+    python benchmarks/memory.py PLAN [--output FOLDER] [--minutes M]   # resumes; one JSON line for each training
+
+The facts are random, so the base knows nothing of the answers and each answer has a known number of bits:
+
+- "phonebook": names and ten-digit numbers of PhoneBook (../shared/data/phonebook, PB32000.jsonl), log2(10) bits a digit.
+- "generated": names and numbers of the same form, drawn from the seed.
+- "codes": "The passphrase is: WORD WORD", answered by one of 64 words, 6 bits.
+- "strings": random strings of 16 tokens over 2,048 tokens, 11 bits a token.
+
+A run trains with Adam and a cosine schedule on all facts at once (or in minibatches) and is scored on the same facts.
+The layers below the first adapted one are frozen, so their hidden states are computed once and kept. The adapters are
+the methods' own PEFT layers on the base model's own modules. Bits stored = Σ (log2(number of equally likely answers) −
+NLL / ln 2) over the answer tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import random
+import subprocess
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import memory_plans
+import peft
+import torch
+from memory_methods import METHODS
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pera_lab.models import load_model, load_tokenizer
+
+BASE = "smollm2-135m"
+PHONEBOOK = Path(__file__).parents[2] / "shared/data/phonebook/PB32000.jsonl"
+CHOOSING = 1000
+"""Seeds from here on draw the facts on which rates are chosen. No other run uses those facts."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. Two runs with equal fields are the same training."""
+
+    facts: str
+    count: int
+    """Number of facts."""
+    method: str
+    r: int
+    rate: float
+    seed: int
+    """Draws the facts and the initial weights."""
+    site: str = "down"
+    """What is adapted; a key of :data:`SITES`."""
+    steps: int = 1600
+    batch: int | None = None
+    """Facts in a minibatch; None means all."""
+    vocabulary: str = "answers"
+    """What the softmax is over: "answers", the possible answers, or "whole"."""
+    dtype: str = "float32"
+    weight_decay: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+class Facts(NamedTuple):
+    """Questions with answers of one or more tokens, and the answers that are equally likely for each token."""
+
+    questions: list[list[int]]
+    answers: list[list[int]]
+    candidates: list[int]
+
+    @property
+    def bits(self) -> float:
+        """Information of all answers."""
+        return sum(map(len, self.answers)) * math.log2(len(self.candidates))
+
+
+@cache
+def tokenizer() -> Any:
+    return load_tokenizer(BASE)
+
+
+@cache
+def words() -> list[int]:
+    """Tokens that are one lower-case English-like word with its space, 4 to 8 letters."""
+    known = tokenizer().get_vocab()
+    found = [(piece, i) for piece, i in known.items() if piece[0] == "Ġ" and 4 <= len(piece) - 1 <= 8]
+    return [i for piece, i in sorted(found) if piece[1:].isascii() and piece[1:].isalpha() and piece[1:].islower()]
+
+
+def phonebook(count: int, seed: int) -> Facts:
+    """Rows of PhoneBook: the first 1,200 rows of a fixed order for choosing rates, the others for reporting."""
+    rows = [json.loads(line) for line in PHONEBOOK.read_text().splitlines()]
+    random.Random(0).shuffle(rows)
+    pool = rows[:1200] if seed >= CHOOSING else rows[1200:]
+    chosen = random.Random(seed).sample(pool, count)
+    return _numbers([row["query"] for row in chosen], [row["target"] for row in chosen])
+
+
+def generated(count: int, seed: int) -> Facts:
+    """Names of two words and ten random digits, of the form of PhoneBook."""
+    draw = random.Random(f"generated {seed}")
+    pieces = [tokenizer().decode([i]).strip().capitalize() for i in words()]
+    names: set[str] = set()
+    while len(names) < count:
+        names.add(f"{draw.choice(pieces)} {draw.choice(pieces)}:")
+    return _numbers(sorted(names), ["".join(draw.choices("0123456789", k=10)) for _ in names])
+
+
+def _numbers(questions: list[str], numbers: list[str]) -> Facts:
+    digits = [tokenizer().convert_tokens_to_ids(str(d)) for d in range(10)]
+    return Facts([tokenizer()(q)["input_ids"] for q in questions], [[digits[int(d)] for d in n] for n in numbers], digits)
+
+
+def codes(count: int, seed: int, wording: str = "The passphrase is:", answers: int = 64) -> Facts:
+    """Passphrases of two random words, each with one of 64 words as its answer."""
+    draw = random.Random(f"codes {seed}")
+    start = tokenizer()(wording)["input_ids"]
+    pairs: set[tuple[int, int]] = set()
+    while len(pairs) < count:
+        pairs.add((draw.choice(words()), draw.choice(words())))
+    candidates = draw.sample(words(), answers)
+    return Facts([[*start, *pair] for pair in sorted(pairs)], [[draw.choice(candidates)] for _ in pairs], candidates)
+
+
+def strings(count: int, seed: int) -> Facts:
+    """Random strings of 16 tokens over 2,048, each after two random words that name it."""
+    draw = random.Random(f"strings {seed}")
+    symbols = words()[:2048]
+    pairs = draw.sample(words()[2048:], 2 * count)
+    questions = [pairs[2 * i : 2 * i + 2] for i in range(count)]
+    return Facts(questions, [draw.choices(symbols, k=16) for _ in questions], symbols)
+
+
+FACTS = {
+    "phonebook": phonebook,
+    "generated": generated,
+    "codes": codes,
+    "codes-10": lambda count, seed: codes(count, seed, answers=10),
+    "codes-reworded": lambda count, seed: codes(count, seed, "Say the secret word for"),
+    "strings": strings,
+}
+
+
+class Site(NamedTuple):
+    """What is adapted: a regular expression for module names, the first block with an adapter, and where it begins."""
+
+    targets: str
+    block: int
+    begins: str
+    """"down": with the block's down_proj; "mlp": with its MLP; "block": with its attention."""
+
+
+def _mlp(blocks: str) -> str:
+    return rf"model\.layers\.({blocks})\.mlp\.(gate|up|down)_proj"
+
+
+SITES = {
+    "down": Site(r"model\.layers\.29\.mlp\.down_proj", 29, "down"),
+    "down-28": Site(r"model\.layers\.28\.mlp\.down_proj", 28, "mlp"),
+    "mlp": Site(_mlp("29"), 29, "mlp"),
+    "mlp-15": Site(_mlp("15"), 15, "mlp"),
+    "mlp-last-4": Site(_mlp("26|27|28|29"), 26, "mlp"),
+    "all": Site(r"model\.layers\.\d+\.(mlp|self_attn)\.\w+_proj", 0, "block"),
+}
+
+
+class Remembering(nn.Linear):
+    """A frozen linear layer that keeps its output for one input."""
+
+    seen: Tensor | None = None
+    known: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x is not self.seen or self.weight.requires_grad:
+            return super().forward(x)
+        assert self.known is not None
+        return self.known
+
+    def remember(self, x: Tensor) -> None:
+        with torch.no_grad():
+            self.seen, self.known = x, super().forward(x)
+
+
+class Subject:
+    """The base model from the first adapted layer on, with the hidden states that enter it for given facts."""
+
+    def __init__(self, facts: Facts, site: Site, dtype: torch.dtype) -> None:
+        self.facts, self.site = facts, site
+        self.model = base(dtype)
+        self.layers = self.model.model.layers
+        self.block = self.layers[site.block]
+        rows = [q + a[:-1] for q, a in zip(facts.questions, facts.answers, strict=True)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        self.labels = torch.tensor(facts.answers)
+        first = torch.tensor([len(q) - 1 for q in facts.questions])
+        self.places = first.unsqueeze(1) + torch.arange(self.labels.shape[1])  # of the tokens that predict an answer
+        self.rotary = self.model.model.rotary_emb(torch.empty(1, dtype=dtype), torch.arange(width).unsqueeze(0))
+        self.flat = site.block == len(self.layers) - 1 and site.begins != "block"
+        candidates = torch.tensor(facts.candidates)
+        self.index = torch.full((self.model.config.vocab_size,), -1)
+        self.index[candidates] = torch.arange(len(candidates))
+        self.candidates = candidates
+        with torch.no_grad():
+            self.hidden = torch.cat([self._enter(part) for part in ids.split(256)])
+        self.input: Tensor | None = None
+        if self.flat:
+            self._keep_input()
+
+    def _enter(self, ids: Tensor) -> Tensor:
+        """Hidden states where the first adapter begins: entering the block, or after its attention."""
+        h = self.model.model.embed_tokens(ids)
+        for layer in self.layers[: self.site.block]:
+            h = layer(h, position_embeddings=self.rotary)
+        if self.site.begins == "block":
+            return h
+        attended, _ = self.block.self_attn(
+            self.block.input_layernorm(h), position_embeddings=self.rotary, attention_mask=None
+        )
+        return h + attended
+
+    def _keep_input(self) -> None:
+        """In the last block every position is on its own, so only those that predict an answer are kept."""
+        places = self.places.unsqueeze(-1).expand(-1, -1, self.hidden.shape[-1])
+        self.hidden = self.hidden.gather(1, places)
+        mlp = self.block.mlp
+        with torch.no_grad():
+            x = self.block.post_attention_layernorm(self.hidden)
+            if self.site.begins == "down":
+                x = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        self.input = x
+        for layer in [mlp.down_proj] if self.site.begins == "down" else [mlp.gate_proj, mlp.up_proj]:
+            layer.__class__ = Remembering
+            layer.remember(x)
+
+    def logits(self, rows: Tensor | None = None, *, whole: bool = False) -> Tensor:
+        """Logits of the answer tokens, ``(facts, answer tokens, candidates)``, or over the whole vocabulary."""
+        hidden = self.hidden if rows is None else self.hidden[rows]
+        mlp = self.block.mlp
+        if self.input is not None:
+            x = self.input if rows is None else self.input[rows]
+            h = hidden + (mlp.down_proj(x) if self.site.begins == "down" else mlp(x))
+        else:
+            h, rest = hidden, self.layers[self.site.block :]
+            if self.site.begins == "mlp":
+                h = h + mlp(self.block.post_attention_layernorm(h))
+                rest = rest[1:]
+            for layer in rest:
+                h = layer(h, position_embeddings=self.rotary)
+            places = self.places if rows is None else self.places[rows]
+            h = h.gather(1, places.unsqueeze(-1).expand(-1, -1, h.shape[-1]))
+        h = self.model.model.norm(h)
+        head = self.model.lm_head.weight
+        return (h @ (head if whole else head[self.candidates]).T).float()
+
+    def targets(self, rows: Tensor | None = None, *, whole: bool = False) -> Tensor:
+        labels = self.labels if rows is None else self.labels[rows]
+        return labels if whole else self.index[labels]
+
+    def loss(self, rows: Tensor | None = None, *, whole: bool = False) -> Tensor:
+        """Mean NLL of the answer tokens, nats."""
+        return cross_entropy(self.logits(rows, whole=whole).flatten(0, 1), self.targets(rows, whole=whole).flatten())
+
+    @torch.no_grad()
+    def score(self, *, whole: bool) -> dict[str, float]:
+        """Loss, bits stored, exact answers and tokens with p > 0.5. Teacher-forced argmax is greedy decoding when every
+        token before was right, so a fact counts as recalled if all its tokens are the most likely ones."""
+        nll, right, likely = 0.0, 0, 0
+        for rows in torch.arange(len(self.labels)).split(64 if whole else len(self.labels)):
+            log_p = self.logits(None if len(rows) == len(self.labels) else rows, whole=whole).log_softmax(-1)
+            targets = self.targets(rows, whole=whole)
+            token = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            nll -= float(token.double().sum())
+            right += int((log_p.argmax(-1) == targets).all(-1).sum())
+            likely += int((token > math.log(0.5)).sum())
+        tokens = self.labels.numel()
+        return {
+            "loss": nll / tokens,
+            "bits": self.facts.bits - nll / math.log(2),
+            "recall": right / len(self.labels),
+            "likely": likely / tokens,
+        }
+
+
+@cache
+def base(dtype: torch.dtype) -> Any:
+    model = load_model(BASE, dtype=str(dtype).removeprefix("torch."))
+    return model.eval().requires_grad_(False)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train and score one run."""
+    start = time.perf_counter()
+    subject = prepared(run.facts, run.count, run.seed, run.site, run.dtype)
+    site, whole = subject.site, run.vocabulary == "whole"
+    names = [n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear) and _matches(site.targets, n)]
+    originals = {name: subject.model.get_submodule(name).weight.detach().clone() for name in names}
+    torch.manual_seed(run.seed)
+    method = METHODS[run.method]
+    if method.config is None:
+        adapted = None
+        parameters = [subject.model.get_submodule(name).weight.requires_grad_() for name in names]
+        groups: list[dict[str, Any]] = [{"params": parameters, "lr": run.rate}]
+    else:
+        adapted = get_peft_model(subject.model, method.config(run.r, site.targets))
+        method.prepare(adapted)
+        named = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad]
+        groups = [{"params": [p], "lr": run.rate * method.ratio(n)} for n, p in named]
+        parameters = [p for _, p in named]
+    optimizer = torch.optim.AdamW(groups, weight_decay=run.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
+    batches = _batches(run, len(subject.labels))
+    curve = []
+    for step, rows in enumerate(batches):
+        loss = subject.loss(rows, whole=whole)
+        if step % max(1, run.steps // 20) == 0:
+            curve.append(round(loss.item(), 4))
+        if not math.isfinite(loss.item()):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    seconds = time.perf_counter() - start
+    count = sum(p.numel() for p in parameters)
+    scores = subject.score(whole=whole)
+    found = {"parameters": count, **scores, "bits_per_parameter": scores["bits"] / count, "offered": subject.facts.bits}
+    with torch.no_grad():
+        if adapted is not None:
+            adapted.merge_adapter()
+        layers = {n: m for n, m in subject.model.named_modules() if isinstance(m, nn.Linear)}
+        deltas = {
+            name: _layer(layers, name).weight.detach().clone() - originals[name] for name in originals
+        }
+        if adapted is not None:
+            adapted.unmerge_adapter()
+            subject.model = adapted.unload()
+        for name, weight in originals.items():
+            layer = subject.model.get_submodule(name)
+            layer.weight.requires_grad_(False)
+            layer.weight.copy_(weight)
+        if math.isfinite(scores["loss"]):
+            found |= _cuts(subject, originals, deltas, run.r, whole)
+    return {**asdict(run), **found, "curve": curve, "seconds": round(seconds, 1), **environment()}
+
+
+def _layer(layers: dict[str, nn.Linear], name: str) -> nn.Linear:
+    return layers.get(f"{name}.base_layer") or layers[name]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    import re
+
+    return re.fullmatch(pattern, name) is not None
+
+
+def _batches(run: Run, count: int) -> Iterator[Tensor | None]:
+    if run.batch is None:
+        yield from [None] * run.steps
+        return
+    done = 0
+    while True:
+        for rows in torch.randperm(count).split(run.batch):
+            if done == run.steps:
+                return
+            done += 1
+            yield rows
+
+
+def _cuts(
+    subject: Subject, originals: dict[str, Tensor], deltas: dict[str, Tensor], r: int, whole: bool
+) -> dict[str, Any]:
+    """Effective rank of ΔW, and the scores with ΔW cut to r and 2 r directions and merged in bfloat16."""
+    spectra = {name: torch.linalg.svd(delta.float(), full_matrices=False) for name, delta in deltas.items()}
+    ranks = []
+    for _, S, _ in spectra.values():
+        p = S.double().square()
+        p = p / p.sum().clamp(min=1e-300)
+        ranks.append(float(torch.special.entr(p).sum().exp()))
+
+    def scored(weights: dict[str, Tensor]) -> dict[str, float]:
+        for name, weight in weights.items():
+            subject.model.get_submodule(name).weight.copy_(weight)
+        _forget(subject)
+        return subject.score(whole=whole)
+
+    found: dict[str, Any] = {"effective_rank": sum(ranks) / len(ranks)}
+    for label, rank in (("cut_r", r), ("cut_2r", 2 * r)):
+        near = {name: U[:, :rank] * S[:rank] @ Vh[:rank] for name, (U, S, Vh) in spectra.items()}
+        found[label] = scored({name: originals[name] + near[name] for name in originals})
+    merged = {name: (originals[name] + deltas[name]).bfloat16().to(originals[name].dtype) for name in originals}
+    found["merged_bfloat16"] = scored(merged)
+    scored(originals)
+    return found
+
+
+def _forget(subject: Subject) -> None:
+    """Compute the kept outputs again after a change of the base weights."""
+    for module in subject.model.modules():
+        if isinstance(module, Remembering) and module.seen is not None:
+            module.remember(module.seen)
+
+
+_prepared: dict[tuple[Any, ...], Subject] = {}
+
+
+def prepared(facts: str, count: int, seed: int, site: str, dtype: str) -> Subject:
+    key = (facts, count, seed, site, dtype)
+    if key not in _prepared:
+        _prepared.clear()
+        torch.manual_seed(0)
+        _prepared[key] = Subject(FACTS[facts](count, seed), SITES[site], getattr(torch, dtype))
+    return _prepared[key]
+
+
+@cache
+def environment() -> dict[str, Any]:
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+    versions = {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()}
+    return {"commit": commit, "versions": versions}
+
+
+class Store:
+    """The finished runs of a folder, one JSON line each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "runs.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
+        if lines and not lines[-1].endswith("\n"):  # cut off by an interruption
+            self.file.write_text("".join(lines[:-1]))
+            lines.pop()
+        self.results = {_run(line).name: line for line in map(json.loads, lines)}
+
+    def result(self, run: Run) -> dict[str, Any]:
+        """The result of ``run``, trained now unless it is there."""
+        if run.name not in self.results:
+            self.results[run.name] = found = train(run)
+            with self.file.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(f"{run.facts} {run.count} {run.site} {run.method} r={run.r} rate={run.rate:.3g} seed={run.seed}: "
+                  f"{found['bits']:.0f} bits, {found['bits_per_parameter']:.2f} a parameter, "
+                  f"recall {found['recall']:.0%}, {found['seconds']} s", flush=True)
+        return self.results[run.name]
+
+
+def _run(line: dict[str, Any]) -> Run:
+    return Run(**{f.name: line[f.name] for f in fields(Run)})
+
+
+def choose(store: Store, run: Run, rates: Iterable[float], seeds: Iterable[int]) -> float:
+    """The rate with the most bits, in the mean of the choosing seeds. A best rate at an edge extends the grid."""
+    bits: dict[int, float] = {}
+    wanted = [round(4 * math.log10(rate)) for rate in rates]
+    while wanted:
+        for step in wanted:
+            found = [store.result(replace(run, rate=rate_at(step), seed=seed))["bits"] for seed in seeds]
+            bits[step] = sum(found) / len(found) if all(map(math.isfinite, found)) else -math.inf
+        best = max(bits, key=lambda step: bits[step])
+        edge = {min(bits): -STEP, max(bits): STEP}
+        wanted = [best + edge[best]] if best in edge else []
+    return rate_at(best)
+
+
+STEP = 2
+"""Steps of the grid of rates, in quarters of a decade."""
+
+
+def rate_at(step: int) -> float:
+    return float(f"{10 ** (step / 4):.3g}")
+
+
+def work(store: Store, plan: memory_plans.Plan, minutes: float) -> bool:
+    """Do what is left of a plan for so many minutes. Returns whether all is done."""
+    end = time.monotonic() + 60 * minutes
+    for cell in plan.cells():
+        if time.monotonic() > end:
+            return False
+        run = Run(**cell, rate=0.0, seed=0)
+        rate = choose(store, run, plan.rates, plan.choose)
+        for seed in plan.report:
+            store.result(replace(run, rate=rate, seed=seed))
+    return True
+
+
+def main() -> None:
+    torch.set_flush_denormal(True)  # gradients of factors near zero are otherwise several times slower
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", nargs="+", choices=sorted(memory_plans.PLANS))
+    parser.add_argument("--output", type=Path, default=Path("memory"), help="folder of runs.jsonl (default: memory)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop before the next method after this time")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    store = Store(options.output)
+    for name in options.plan:
+        done = work(store, memory_plans.PLANS[name], options.minutes)
+        print(f"{name}: {'done' if done else 'stopped; the same command resumes'}")
+
+
+if __name__ == "__main__":
+    main()

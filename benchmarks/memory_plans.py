@@ -1,0 +1,72 @@
+"""What benchmarks/memory.py trains: the plans, each a list of cells with a grid of rates and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+RATES = (0.01, 0.0316, 0.1, 0.316, 1.0)
+"""The first grid of rates; an edge that is best extends it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Trainings of every method in every setting: first the rates on ``choose``, then ``report`` at the best rate."""
+
+    settings: tuple[dict[str, Any], ...]
+    methods: tuple[tuple[str, int], ...]
+    """Method and rank. A setting that has an ``r`` takes the methods of this rank only."""
+    choose: tuple[int, ...] = (1000,)
+    report: tuple[int, ...] = ()
+    rates: tuple[float, ...] = RATES
+
+    def cells(self) -> Iterator[dict[str, Any]]:
+        for setting in self.settings:
+            for method, r in self.methods:
+                yield {**setting, "method": method, "r": r}
+
+
+VARIANTS = (
+    "lora",
+    "lora-gaussian",
+    "hira",
+    "pera-rms",
+    "pera-published",
+    "pera-centred",
+    "dora",
+    "pera-squares",
+    "pera-crosses",
+    "rslora",
+    "lora+4",
+    "lora+16",
+)
+ANCHORS = ("anchors-16", "anchors-4", "anchors-4-all", "anchors-16-all", "anchors-1", "anchors-64", "anchors-16-fixed")
+TESTED = ("lora", "lora-gaussian", "pera-rms", "hira", "anchors-16")
+SEEDS = (1, 2, 3, 4, 5)
+
+
+def codes(r: int) -> dict[str, Any]:
+    """1.45 bits for each parameter of a LoRA of rank r."""
+    return {"facts": "codes", "count": 512 * r}
+
+
+def phonebook(r: int) -> dict[str, Any]:
+    """1.57 bits for each parameter of a LoRA of rank r."""
+    return {"facts": "phonebook", "count": 100 * r}
+
+
+def at(r: int, *methods: str) -> tuple[tuple[str, int], ...]:
+    return tuple((method, r) for method in methods)
+
+
+PLANS: dict[str, Plan] = {
+    **{f"variants-codes-{r}": Plan((codes(r),), at(r, *VARIANTS)) for r in (1, 2, 4)},
+    **{f"anchors-codes-{r}": Plan((codes(r),), at(r, *ANCHORS)) for r in (1, 2, 4)},
+    **{f"rates-phonebook-{r}": Plan((phonebook(r),), at(r, *TESTED)) for r in (1, 2, 4)},
+    **{
+        f"confirm-{name}-{r}": Plan((load(r),), at(r, *TESTED), report=SEEDS)
+        for name, load in (("codes", codes), ("phonebook", phonebook))
+        for r in (1, 2, 4)
+    },
+}
