@@ -213,7 +213,7 @@ class Subject:
         candidates = torch.tensor(facts.candidates)
         self.index = torch.full((self.model.config.vocab_size,), -1)
         self.index[candidates] = torch.arange(len(candidates))
-        self.candidates = candidates
+        self.head = (self.model.lm_head.weight[candidates] * self.model.model.norm.weight).contiguous()
         with torch.no_grad():
             self.hidden = torch.cat([self._enter(part) for part in ids.split(256)])
         self.input: Tensor | None = None
@@ -262,9 +262,11 @@ class Subject:
                 h = layer(h, position_embeddings=self.rotary)
             places = self.places if rows is None else self.places[rows]
             h = h.gather(1, places.unsqueeze(-1).expand(-1, -1, h.shape[-1]))
-        h = self.model.model.norm(h)
-        head = self.model.lm_head.weight
-        return (h @ (head if whole else head[self.candidates]).T).float()
+        if whole:
+            return self.model.lm_head(self.model.model.norm(h)).float()
+        norm = self.model.model.norm  # RMSNorm, with its weight in the head and its division after the head: two passes
+        mean_square = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / h.shape[-1]
+        return (h @ self.head.T * (mean_square + norm.variance_epsilon).rsqrt()).float()
 
     def targets(self, rows: Tensor | None = None, *, whole: bool = False) -> Tensor:
         labels = self.labels if rows is None else self.labels[rows]

@@ -100,3 +100,176 @@ class Runs:
             (m for m in ("lora", "lora-gaussian") if self.all.get((setting, m, r))),
             key=lambda m: self.rate(setting, m, r)[1],
         )
+
+    def settings(self) -> list[Setting]:
+        return sorted({setting for setting, _, _ in self.all}, key=str)
+
+    def methods(self, setting: Setting, r: int) -> list[str]:
+        return [method for s, method, rank in self.all if s == setting and rank == r]
+
+    def ranks(self, setting: Setting) -> list[int]:
+        return sorted({r for s, _, r in self.all if s == setting})
+
+
+def described(setting: Setting) -> str:
+    facts, count, site, steps, batch, vocabulary, dtype, decay = setting
+    parts = [f"{count:,} facts of {facts!r}", f"site {site!r}", f"{steps:,} steps"]
+    parts += [f"minibatches of {batch}"] * (batch is not None) + ["whole vocabulary"] * (vocabulary == "whole")
+    parts += [dtype] * (dtype != "float32") + [f"weight decay {decay:g}"] * (decay != 0)
+    return ", ".join(parts)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def chosen_table(runs: Runs, setting: Setting) -> str:
+    """Every method at its best rate on the facts for choosing, exploratory."""
+    rows = []
+    for r in runs.ranks(setting):
+        for method in runs.methods(setting, r):
+            rate, _ = runs.rate(setting, method, r)
+            found = [x for x in runs.all[setting, method, r] if x["rate"] == rate and x["seed"] >= CHOOSING]
+            rows.append((r, method, f"{rate:g}", len(found), *_row(found)))
+    rows.sort(key=lambda row: (row[0], -float(row[6])))
+    return table(["r", "method", "rate", "n", *_COLUMNS], rows)
+
+
+def reported_table(runs: Runs, setting: Setting) -> str:
+    rows = []
+    for r in runs.ranks(setting):
+        for method in runs.methods(setting, r):
+            if found := list(runs.reported(setting, method, r).values()):
+                per_parameter = interval([x["bits_per_parameter"] for x in found]).text()
+                rows.append((r, method, f"{runs.rate(setting, method, r)[0]:g}", len(found), per_parameter, *_row(found)))
+    return table(["r", "method", "rate", "n", "bits per parameter (95 %)", *_COLUMNS], rows)
+
+
+_COLUMNS = (
+    "parameters",
+    "bits",
+    "bits per parameter",
+    "recall",
+    "p > 0.5",
+    "effective rank",
+    "loss",
+    "loss, ΔW cut to r",
+    "recall, merged in bfloat16",
+)
+
+
+def _row(found: Sequence[Result]) -> list[str]:
+    def mean(*keys: str) -> float:
+        values = []
+        for x in found:
+            value: Any = x
+            for key in keys:
+                value = value.get(key, math.nan) if isinstance(value, dict) else math.nan
+            values.append(value)
+        return float(np.mean(values))
+
+    return [
+        f"{found[0]['parameters']:,}",
+        f"{mean('bits'):,.0f}",
+        f"{mean('bits_per_parameter'):.2f}",
+        f"{100 * mean('recall'):.0f} %",
+        f"{100 * mean('likely'):.0f} %",
+        f"{mean('effective_rank'):.1f}",
+        f"{mean('loss'):.2f}",
+        f"{mean('cut_r', 'loss'):.2f}",
+        f"{100 * mean('merged_bfloat16', 'recall'):.0f} %",
+    ]
+
+
+class Comparison(NamedTuple):
+    setting: Setting
+    r: int
+    method: str
+    against: str
+    """The method it is compared with, as it is named in the runs."""
+    ratio: Interval
+
+
+def comparisons(runs: Runs, setting: Setting, methods: Sequence[str], against: Sequence[str]) -> list[Comparison]:
+    """Ratios of bits per parameter over paired seeds. "lora" in ``against`` is LoRA's better start."""
+    found = []
+    for r in runs.ranks(setting):
+        for other in against:
+            if other not in runs.methods(setting, r):
+                continue
+            name = runs.lora(setting, r) if other == "lora" else other
+            theirs = runs.reported(setting, name, r)
+            for method in methods:
+                mine = runs.reported(setting, method, r)
+                seeds = sorted(mine.keys() & theirs.keys())
+                if seeds:
+                    values = [mine[s]["bits_per_parameter"] / theirs[s]["bits_per_parameter"] for s in seeds]
+                    found.append(Comparison(setting, r, method, name, ratio(values)))
+    return found
+
+
+def ratio_table(found: Sequence[Comparison]) -> str:
+    decided = [x for x in found if not math.isnan(x.ratio.p)]
+    corrected = dict(zip(map(id, decided), adjusted([x.ratio.p for x in decided]), strict=True))
+    rows = [
+        (x.setting[0], x.r, x.method, x.against, x.ratio.n, x.ratio.text(), f"{corrected[id(x)]:.2g}" if id(x) in corrected else "–")
+        for x in found
+    ]
+    head = ["facts", "r", "method", "against", "n", "ratio of bits per parameter (95 %)", "p, Holm"]
+    return table(head, rows)
+
+
+def equivalent_rank(runs: Runs, setting: Setting, method: str, r: int) -> Interval | str:
+    """Rank of the LoRA that stores as much as ``method`` of rank r on the same facts, divided by r, over seeds.
+
+    LoRA's bits at its measured ranks are interpolated linearly. Returns a sentence if the method stores more than
+    every measured LoRA.
+    """
+    curve = {rank: runs.reported(setting, runs.lora(setting, rank), rank) for rank in lora_ranks(runs, setting)}
+    values = []
+    for seed, x in runs.reported(setting, method, r).items():
+        points = [(rank, found[seed]["bits"]) for rank, found in curve.items() if seed in found]
+        if not points or max(bits for _, bits in points) < x["bits"]:
+            return f"above {max(curve) / r:g}" if curve else "not measured"
+        values.append(_reach(points, x["bits"]) / r)
+    return interval(values) if values else "not measured"
+
+
+def lora_ranks(runs: Runs, setting: Setting) -> list[int]:
+    return [r for r in runs.ranks(setting) if {"lora", "lora-gaussian"} & set(runs.methods(setting, r))]
+
+
+def _reach(points: Sequence[tuple[int, float]], bits: float) -> float:
+    """The rank at which the piecewise linear curve, from 0 bits at rank 0, first reaches ``bits``."""
+    before = (0.0, 0.0)
+    for point in points:
+        if point[1] >= bits:
+            share = (bits - before[1]) / (point[1] - before[1])
+            return before[0] + share * (point[0] - before[0])
+        before = (float(point[0]), max(point[1], before[1]))
+    raise AssertionError("no rank reaches the bits")
+
+
+class Law(NamedTuple):
+    """ΔL = C · r^α · ℓ^(−β) + b, fitted by least squares; ℓ is the number of answer tokens, ΔL in nats."""
+
+    C: float
+    alpha: float
+    beta: float
+    b: float
+    r2: float
+    n: int
+
+
+def law(points: Sequence[tuple[int, int, float]]) -> Law:
+    """Fit the law to (r, answer tokens, reduction of the loss)."""
+    r, tokens, gain = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+
+    def form(_: Any, C: float, alpha: float, beta: float, b: float) -> Any:
+        return np.exp(C) * r**alpha * (tokens / 1000) ** -beta + b
+
+    found, _ = optimize.curve_fit(form, r, gain, p0=[0.0, 0.5, 0.5, 0.0], maxfev=20000)
+    rest = float(np.sum((gain - form(r, *found)) ** 2))
+    r2 = 1 - rest / float(np.sum((gain - gain.mean()) ** 2))
+    return Law(math.exp(found[0]), *map(float, found[1:]), r2, len(points))
