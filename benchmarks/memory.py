@@ -4,7 +4,7 @@
 
 The facts are random, so the base knows nothing of the answers and each answer has a known number of bits:
 
-- "phonebook": names and ten-digit numbers of PhoneBook (../shared/data/phonebook, PB32000.jsonl), log2(10) bits a digit.
+- "phonebook": names and ten-digit numbers of PhoneBook (PB32000.jsonl in ../shared/data/phonebook), log2(10) bits a digit.
 - "generated": names and numbers of the same form, drawn from the seed.
 - "codes": "The passphrase is: WORD WORD", answered by one of 64 words, 6 bits.
 - "strings": random strings of 16 tokens over 2,048 tokens, 11 bits a token.
@@ -22,23 +22,24 @@ import json
 import math
 import platform
 import random
+import re
 import subprocess
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import memory_plans
 import peft
 import torch
-from memory_methods import METHODS
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import memory_plans
+from memory_methods import METHODS
 from pera_lab.models import load_model, load_tokenizer
 
 BASE = "smollm2-135m"
@@ -121,7 +122,9 @@ def generated(count: int, seed: int) -> Facts:
 
 def _numbers(questions: list[str], numbers: list[str]) -> Facts:
     digits = [tokenizer().convert_tokens_to_ids(str(d)) for d in range(10)]
-    return Facts([tokenizer()(q)["input_ids"] for q in questions], [[digits[int(d)] for d in n] for n in numbers], digits)
+    return Facts(
+        [tokenizer()(q)["input_ids"] for q in questions], [[digits[int(d)] for d in n] for n in numbers], digits
+    )
 
 
 def codes(count: int, seed: int, wording: str = "The passphrase is:", answers: int = 64) -> Facts:
@@ -242,9 +245,15 @@ class Subject:
             if self.site.begins == "down":
                 x = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
         self.input = x
+
+    def remember(self) -> None:
+        """Keep the outputs of the frozen layers whose input is always the same."""
+        if self.input is None:
+            return
+        mlp = self.block.mlp
         for layer in [mlp.down_proj] if self.site.begins == "down" else [mlp.gate_proj, mlp.up_proj]:
             layer.__class__ = Remembering
-            layer.remember(x)
+            layer.remember(self.input)
 
     def logits(self, rows: Tensor | None = None, *, whole: bool = False) -> Tensor:
         """Logits of the answer tokens, ``(facts, answer tokens, candidates)``, or over the whole vocabulary."""
@@ -305,10 +314,10 @@ def base(dtype: torch.dtype) -> Any:
 
 def train(run: Run) -> dict[str, Any]:
     """Train and score one run."""
+    subject = prepared(run)
     start = time.perf_counter()
-    subject = prepared(run.facts, run.count, run.seed, run.site, run.dtype)
     site, whole = subject.site, run.vocabulary == "whole"
-    names = [n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear) and _matches(site.targets, n)]
+    names = [n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(site.targets, n)]
     originals = {name: subject.model.get_submodule(name).weight.detach().clone() for name in names}
     torch.manual_seed(run.seed)
     method = METHODS[run.method]
@@ -344,12 +353,10 @@ def train(run: Run) -> dict[str, Any]:
         if adapted is not None:
             adapted.merge_adapter()
         layers = {n: m for n, m in subject.model.named_modules() if isinstance(m, nn.Linear)}
-        deltas = {
-            name: _layer(layers, name).weight.detach().clone() - originals[name] for name in originals
-        }
+        deltas = {name: _layer(layers, name).weight.detach().clone() - originals[name] for name in originals}
         if adapted is not None:
             adapted.unmerge_adapter()
-            subject.model = adapted.unload()
+            adapted.unload()
         for name, weight in originals.items():
             layer = subject.model.get_submodule(name)
             layer.weight.requires_grad_(False)
@@ -361,12 +368,6 @@ def train(run: Run) -> dict[str, Any]:
 
 def _layer(layers: dict[str, nn.Linear], name: str) -> nn.Linear:
     return layers.get(f"{name}.base_layer") or layers[name]
-
-
-def _matches(pattern: str, name: str) -> bool:
-    import re
-
-    return re.fullmatch(pattern, name) is not None
 
 
 def _batches(run: Run, count: int) -> Iterator[Tensor | None]:
@@ -416,16 +417,16 @@ def _forget(subject: Subject) -> None:
             module.remember(module.seen)
 
 
-_prepared: dict[tuple[Any, ...], Subject] = {}
+@lru_cache(maxsize=16)
+def _prepared(facts: str, count: int, seed: int, site: str, dtype: str) -> Subject:
+    return Subject(FACTS[facts](count, seed), SITES[site], getattr(torch, dtype))
 
 
-def prepared(facts: str, count: int, seed: int, site: str, dtype: str) -> Subject:
-    key = (facts, count, seed, site, dtype)
-    if key not in _prepared:
-        _prepared.clear()
-        torch.manual_seed(0)
-        _prepared[key] = Subject(FACTS[facts](count, seed), SITES[site], getattr(torch, dtype))
-    return _prepared[key]
+def prepared(run: Run) -> Subject:
+    """The subject of a run, ready to be trained."""
+    subject = _prepared(run.facts, run.count, run.seed, run.site, run.dtype)
+    subject.remember()
+    return subject
 
 
 @cache
@@ -454,9 +455,12 @@ class Store:
             self.results[run.name] = found = train(run)
             with self.file.open("a") as file:
                 file.write(json.dumps(found) + "\n")
-            print(f"{run.facts} {run.count} {run.site} {run.method} r={run.r} rate={run.rate:.3g} seed={run.seed}: "
-                  f"{found['bits']:.0f} bits, {found['bits_per_parameter']:.2f} a parameter, "
-                  f"recall {found['recall']:.0%}, {found['seconds']} s", flush=True)
+            print(
+                f"{run.facts} {run.count} {run.site} {run.method} r={run.r} rate={run.rate:.3g} seed={run.seed}: "
+                f"{found['bits']:.0f} bits, {found['bits_per_parameter']:.2f} a parameter, "
+                f"recall {found['recall']:.0%}, {found['seconds']} s",
+                flush=True,
+            )
         return self.results[run.name]
 
 
@@ -493,7 +497,7 @@ def work(store: Store, plan: memory_plans.Plan, minutes: float) -> bool:
         if time.monotonic() > end:
             return False
         run = Run(**cell, rate=0.0, seed=0)
-        rate = choose(store, run, plan.rates, plan.choose)
+        rate = plan.fixed.get(run.method) or choose(store, run, plan.rates, plan.choose)
         for seed in plan.report:
             store.result(replace(run, rate=rate, seed=seed))
     return True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from peft import (
     GraloraConfig,
     HiraConfig,
@@ -16,15 +18,17 @@ from peft import (
     RandLoraConfig,
     VeraConfig,
 )
+from torch import Tensor
 
 from pera import PeraConfig
 from pera.polynomial import expanded_rank
+from pera.tuner import adapted_layers
 
 
 class Method(NamedTuple):
     config: Callable[[int, str], PeftConfig] | None
     """From the rank and the regular expression of the targets; None trains the weights themselves."""
-    ratios: dict[str, float] = {}
+    ratios: Mapping[str, float] = MappingProxyType({})
     """Learning rates as multiples of the run's, by a part of the parameter's name."""
     prepare: Callable[[Any], None] = lambda model: None
     """Changes the adapted model before training."""
@@ -65,4 +69,58 @@ METHODS = {
     **{f"anchors-{k}": Method(partial(_pera, terms="none", anchors=k)) for k in (1, 4, 16, 64)},
     **{f"anchors-{k}-fixed": Method(partial(_pera, terms="none", anchors=k, coefficients="fixed")) for k in (4, 16)},
     **{f"anchors-{k}-all": Method(partial(_pera, anchors=k, **ACTIVE)) for k in (1, 4, 16)},
+}
+
+
+def _loha(r: int, targets: str) -> LoHaConfig:
+    """Two pairs of factors of rank r / 2: the parameters of a LoRA of rank r, which has to be even."""
+    return LoHaConfig(r=r // 2, alpha=r // 2, target_modules=targets)
+
+
+def _lokr(r: int, targets: str) -> LoKrConfig:
+    """A factor (8, 8) times a product of rank 8 r: the parameters of a LoRA of rank r, and 64."""
+    return LoKrConfig(r=8 * r, alpha=8 * r, decompose_factor=8, target_modules=targets)
+
+
+def _gralora(r: int, targets: str) -> GraloraConfig:
+    """Two by two blocks; r has to be even."""
+    return GraloraConfig(r=r, alpha=r, gralora_k=2, target_modules=targets)
+
+
+def _vera(r: int, targets: str) -> VeraConfig:
+    """The parameters of a LoRA of rank r on a layer (576, 1536): its own rank and 576."""
+    return VeraConfig(r=2112 * r - 576, target_modules=targets)
+
+
+def _randlora(r: int, targets: str) -> RandLoraConfig:
+    """About the parameters of a LoRA of rank r on a layer (576, 1536): r bases, each with 1,536 and its rank."""
+    return RandLoraConfig(r=576 // r, randlora_alpha=20 * 576 // r, target_modules=targets)
+
+
+def _frozen_rows(model: Any, draw: Callable[[Any, int, int], tuple[Tensor, Tensor]]) -> None:
+    """Replace the signs of the anchors with other rows, whose root mean square is 1."""
+    for layer in adapted_layers(model.get_base_model()).values():
+        expansion = layer.expansion["default"]
+        V, U = draw(layer, *expansion.anchors.V.shape)
+        layer.expansion["default"] = expansion._replace(anchors=type(expansion.anchors)(V, U))
+
+
+def _gaussian_rows(layer: Any, k: int, columns: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(k, columns), torch.randn(k, layer.out_features)
+
+
+def _singular_rows(layer: Any, k: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The first k right and left singular vectors of the base weight."""
+    U, _, Vh = torch.linalg.svd(layer.get_base_layer().weight.detach(), full_matrices=False)
+    return Vh[:k] * columns**0.5, U[:, :k].T.contiguous() * layer.out_features**0.5
+
+
+METHODS |= {
+    "loha": Method(_loha),
+    "lokr": Method(_lokr),
+    "gralora": Method(_gralora),
+    "vera": Method(_vera),
+    "randlora": Method(_randlora),
+    "anchors-16-gaussian": METHODS["anchors-16"]._replace(prepare=partial(_frozen_rows, draw=_gaussian_rows)),
+    "anchors-16-svd": METHODS["anchors-16"]._replace(prepare=partial(_frozen_rows, draw=_singular_rows)),
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 RATES = (0.01, 0.0316, 0.1, 0.316, 1.0)
@@ -16,10 +17,12 @@ class Plan:
 
     settings: tuple[dict[str, Any], ...]
     methods: tuple[tuple[str, int], ...]
-    """Method and rank. A setting that has an ``r`` takes the methods of this rank only."""
+    """Method and rank."""
     choose: tuple[int, ...] = (1000,)
     report: tuple[int, ...] = ()
     rates: tuple[float, ...] = RATES
+    fixed: Mapping[str, float] = MappingProxyType({})
+    """The rate of a method where it is not chosen, such as the rate that another plan chose."""
 
     def cells(self) -> Iterator[dict[str, Any]]:
         for setting in self.settings:

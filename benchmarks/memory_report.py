@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
+from pera_lab.report.drawing import COLORS, draw_line, legend, new_figure, style, svg_text
 from pera_lab.study.statistics import adjusted
 
 CHOOSING = 1000
@@ -142,7 +143,9 @@ def reported_table(runs: Runs, setting: Setting) -> str:
         for method in runs.methods(setting, r):
             if found := list(runs.reported(setting, method, r).values()):
                 per_parameter = interval([x["bits_per_parameter"] for x in found]).text()
-                rows.append((r, method, f"{runs.rate(setting, method, r)[0]:g}", len(found), per_parameter, *_row(found)))
+                rows.append(
+                    (r, method, f"{runs.rate(setting, method, r)[0]:g}", len(found), per_parameter, *_row(found))
+                )
     return table(["r", "method", "rate", "n", "bits per parameter (95 %)", *_COLUMNS], rows)
 
 
@@ -213,7 +216,15 @@ def ratio_table(found: Sequence[Comparison]) -> str:
     decided = [x for x in found if not math.isnan(x.ratio.p)]
     corrected = dict(zip(map(id, decided), adjusted([x.ratio.p for x in decided]), strict=True))
     rows = [
-        (x.setting[0], x.r, x.method, x.against, x.ratio.n, x.ratio.text(), f"{corrected[id(x)]:.2g}" if id(x) in corrected else "–")
+        (
+            x.setting[0],
+            x.r,
+            x.method,
+            x.against,
+            x.ratio.n,
+            x.ratio.text(),
+            f"{corrected[id(x)]:.2g}" if id(x) in corrected else "–",
+        )
         for x in found
     ]
     head = ["facts", "r", "method", "against", "n", "ratio of bits per parameter (95 %)", "p, Holm"]
@@ -273,3 +284,101 @@ def law(points: Sequence[tuple[int, int, float]]) -> Law:
     rest = float(np.sum((gain - form(r, *found)) ** 2))
     r2 = 1 - rest / float(np.sum((gain - gain.mean()) ** 2))
     return Law(math.exp(found[0]), *map(float, found[1:]), r2, len(points))
+
+
+TESTED = ("pera-rms", "anchors-16")
+NAMES = {"lora": "LoRA", "pera-rms": "PERA", "anchors-16": "PERA, 16 anchors", "hira": "HiRA"}
+
+
+def label(method: str) -> str:
+    return NAMES.get("lora" if method == "lora-gaussian" else method, method)
+
+
+def draw_bits(runs: Runs, settings: Sequence[Setting], file: Path) -> None:
+    """Bits per parameter over r at equal load, one panel for each kind of facts, with 95 % intervals."""
+    kinds = list(dict.fromkeys(setting[0] for setting in settings))
+    figure, axes = new_figure(2.6 * len(kinds), rows=len(kinds), squeeze=False, sharex=True)
+    for kind, panel in zip(kinds, axes[:, 0], strict=True):
+        for index, method in enumerate(NAMES):
+            points = []
+            for setting in (s for s in settings if s[0] == kind):
+                for r in runs.ranks(setting):
+                    if setting[1] == load_at(kind, r):
+                        name = runs.lora(setting, r) if method == "lora" else method
+                        found = runs.reported(setting, name, r)
+                        if found:
+                            points.append((r, interval([x["bits_per_parameter"] for x in found.values()])))
+            points.sort()
+            x, y = [r for r, _ in points], [value.mean for _, value in points]
+            draw_line(panel, x, y, index, label(method) if panel is axes[0, 0] else "")
+            for r, value in points:
+                if not math.isnan(value.low):
+                    panel.vlines(r, value.low, value.high, color=COLORS[index % len(COLORS)], linewidth=1)
+        panel.set(ylabel=f"bits per parameter\n{kind}", ylim=(0, None))
+    axes[-1, 0].set(xlabel="rank r")
+    legend(figure)
+    file.write_text(svg_text(figure, metadata={"Date": None, "Creator": None}))
+
+
+def load_at(kind: str, r: int) -> int:
+    """Number of facts of the test at rank r."""
+    return {"codes": 512, "phonebook": 100}.get(kind, 0) * r
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    folder = Path("docs/results/memory")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[folder / "runs.jsonl.xz"], help="files of results")
+    parser.add_argument("--output", type=Path, default=folder, help="folder of tables.md and the pictures")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    runs = Runs(load(options.runs))
+    (options.output / "tables.md").write_text(page(runs))
+    with style():
+        draw_bits(runs, tested_settings(runs), options.output / "bits.svg")
+
+
+def tested_settings(runs: Runs) -> list[Setting]:
+    """The settings of the test that was decided beforehand: number of facts by r, 1,600 steps, the last down_proj."""
+    return [
+        s
+        for s in runs.settings()
+        if s[2:] == ("down", 1600, None, "answers", "float32", 0.0)
+        and s[0] in ("codes", "phonebook")
+        and s[1] in {load_at(s[0], r) for r in (1, 2, 4)}
+    ]
+
+
+def page(runs: Runs) -> str:
+    parts = [
+        "# Tables of memory.md",
+        "Written by `python benchmarks/memory_report.py` from runs.jsonl.xz.",
+        "## The test",
+    ]
+    found = [
+        x
+        for setting in tested_settings(runs)
+        for x in comparisons(runs, setting, TESTED, ("lora", "hira"))
+        if setting[1] == load_at(setting[0], x.r)
+    ]
+    parts.append(ratio_table(found))
+    parts.append("## Equivalent rank of LoRA, divided by r")
+    rows = []
+    for setting in tested_settings(runs):
+        for r in runs.ranks(setting):
+            if setting[1] == load_at(setting[0], r):
+                for method in (*TESTED, "hira"):
+                    if runs.reported(setting, method, r):
+                        value = equivalent_rank(runs, setting, method, r)
+                        rows.append((setting[0], r, method, value if isinstance(value, str) else value.text()))
+    parts.append(table(["facts", "r", "method", "equivalent rank / r (95 %)"], rows))
+    for setting in runs.settings():
+        parts.append(f"## {described(setting)[0].upper()}{described(setting)[1:]}")
+        if any(x["seed"] < CHOOSING for key, found in runs.all.items() if key[0] == setting for x in found):
+            parts += ["Reported seeds, at the rates chosen on other facts:", reported_table(runs, setting)]
+        parts += ["On the facts for choosing, each method at its best rate (exploratory):", chosen_table(runs, setting)]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()
