@@ -4,7 +4,7 @@
 
 The facts are random, so the base knows nothing of the answers and each answer has a known number of bits:
 
-- "phonebook": names and ten-digit numbers of PhoneBook (PB32000.jsonl in ../shared/data/phonebook), log2(10) bits a digit.
+- "phonebook": names and ten-digit numbers, PB32000.jsonl in ../shared/data/phonebook, log2(10) bits a digit.
 - "generated": names and numbers of the same form, drawn from the seed.
 - "codes": "The passphrase is: WORD WORD", answered by one of 64 words, 6 bits.
 - "strings": random strings of 16 tokens over 2,048 tokens, 11 bits a token.
@@ -190,7 +190,7 @@ class Remembering(nn.Linear):
         if x is not self.seen or self.weight.requires_grad:
             return super().forward(x)
         assert self.known is not None
-        return self.known
+        return self.known.clone()  # GraLoRA adds to it in place
 
     def remember(self, x: Tensor) -> None:
         with torch.no_grad():

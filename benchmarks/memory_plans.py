@@ -73,3 +73,32 @@ PLANS: dict[str, Plan] = {
         for r in (1, 2, 4)
     },
 }
+
+CHOSEN = {"lora": 0.0316, "pera-rms": 0.1, "hira": 0.316, "anchors-16": 0.0316}
+"""Rates that the plans above chose for code words at r = 2."""
+
+
+def _law(facts: str, counts: tuple[int, ...]) -> Plan:
+    settings = tuple({"facts": facts, "count": count} for count in counts)
+    return Plan(settings, tuple((method, r) for r in (1, 2, 4) for method in CHOSEN), report=(1,), fixed=CHOSEN)
+
+
+def _far(*settings: dict[str, Any], seeds: tuple[int, ...] = (1, 2, 3)) -> Plan:
+    return Plan(tuple({**codes(2), **s} for s in settings), at(2, *CHOSEN), report=seeds, fixed=CHOSEN)
+
+
+PLANS |= {
+    "law-codes": _law("codes", (256, 512, 1024, 2048)),
+    "law-phonebook": _law("phonebook", (50, 100, 200, 400)),
+    "steps": _far({"steps": 400}, {"steps": 6400}),
+    "overload": _far({"count": 2048}),
+    "settings": _far({"dtype": "bfloat16"}, {"batch": 128}, {"weight_decay": 0.01}, {"facts": "codes-reworded"}),
+    "mlp": Plan(({"facts": "codes", "count": 1536, "site": "mlp", "steps": 400},), at(1, *CHOSEN)),
+    "others-codes-2": Plan((codes(2),), at(2, "lokr", "loha", "gralora", "randlora", "vera", "full")),
+    "frozen-codes-2": Plan((codes(2),), at(2, "anchors-16-gaussian", "anchors-16-svd")),
+    **{
+        f"ranks-{name}-{r}": Plan((load(r),), tuple(("lora", rank) for rank in ranks), report=SEEDS)
+        for name, load in (("codes", codes), ("phonebook", phonebook))
+        for r, ranks in ((1, (2, 3, 4, 6)), (2, (3, 4, 6, 8)))
+    },
+}
