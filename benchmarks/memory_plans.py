@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 RATES = (0.01, 0.0316, 0.1, 0.316, 1.0)
@@ -21,7 +20,7 @@ class Plan:
     choose: tuple[int, ...] = (1000,)
     report: tuple[int, ...] = ()
     rates: tuple[float, ...] = RATES
-    fixed: Mapping[str, float] = MappingProxyType({})
+    fixed: Mapping[str, float] = field(default_factory=dict)
     """The rate of a method where it is not chosen, such as the rate that another plan chose."""
 
     def cells(self) -> Iterator[dict[str, Any]]:

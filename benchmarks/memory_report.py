@@ -80,20 +80,27 @@ class Runs:
             self.all[tuple(x[key] for key in SETTING), x["method"], x["r"]].append(x)
 
     def rate(self, setting: Setting, method: str, r: int) -> tuple[float, float]:
-        """The chosen rate and its mean bits on the facts for choosing."""
+        """The rate with the most bits on the facts for choosing, and those bits. Where none was chosen, the rate that
+        was used, and NaN."""
         bits: dict[float, list[float]] = defaultdict(list)
-        for x in self.all[setting, method, r]:
+        results = self.all.get((setting, method, r), [])
+        for x in results:
             if x["seed"] >= CHOOSING:
                 bits[x["rate"]].append(x["bits"] if math.isfinite(x["bits"]) else -math.inf)
+        if not bits:
+            return results[0]["rate"], math.nan
         best = max(bits, key=lambda rate: float(np.mean(bits[rate])))
         return best, float(np.mean(bits[best]))
 
     def reported(self, setting: Setting, method: str, r: int) -> dict[int, Result]:
-        """The results at the chosen rate by seed."""
-        if not any(x["seed"] < CHOOSING for x in self.all[setting, method, r]):
-            return {}
-        best, _ = self.rate(setting, method, r)
-        return {x["seed"]: x for x in self.all[setting, method, r] if x["rate"] == best and x["seed"] < CHOOSING}
+        """The results of the reported seeds, at the rate above."""
+        results = [x for x in self.all.get((setting, method, r), []) if x["seed"] < CHOOSING]
+        return {x["seed"]: x for x in results if x["rate"] == self.rate(setting, method, r)[0]}
+
+    def chosen(self, setting: Setting, method: str, r: int) -> list[Result]:
+        """The results of the facts for choosing, at the rate above."""
+        results = [x for x in self.all.get((setting, method, r), []) if x["seed"] >= CHOOSING]
+        return [x for x in results if x["rate"] == self.rate(setting, method, r)[0]]
 
     def lora(self, setting: Setting, r: int) -> str:
         """The start of LoRA, "lora" or "lora-gaussian", with more bits on the facts for choosing."""
@@ -130,9 +137,8 @@ def chosen_table(runs: Runs, setting: Setting) -> str:
     rows = []
     for r in runs.ranks(setting):
         for method in runs.methods(setting, r):
-            rate, _ = runs.rate(setting, method, r)
-            found = [x for x in runs.all[setting, method, r] if x["rate"] == rate and x["seed"] >= CHOOSING]
-            rows.append((r, method, f"{rate:g}", len(found), *_row(found)))
+            if found := runs.chosen(setting, method, r):
+                rows.append((r, method, f"{found[0]['rate']:g}", len(found), *_row(found)))
     rows.sort(key=lambda row: (row[0], -float(row[6])))
     return table(["r", "method", "rate", "n", *_COLUMNS], rows)
 
@@ -374,9 +380,11 @@ def page(runs: Runs) -> str:
     parts.append(table(["facts", "r", "method", "equivalent rank / r (95 %)"], rows))
     for setting in runs.settings():
         parts.append(f"## {described(setting)[0].upper()}{described(setting)[1:]}")
-        if any(x["seed"] < CHOOSING for key, found in runs.all.items() if key[0] == setting for x in found):
-            parts += ["Reported seeds, at the rates chosen on other facts:", reported_table(runs, setting)]
-        parts += ["On the facts for choosing, each method at its best rate (exploratory):", chosen_table(runs, setting)]
+        seeds = {x["seed"] for key, found in runs.all.items() if key[0] == setting for x in found}
+        if min(seeds) < CHOOSING:
+            parts += ["Reported seeds:", reported_table(runs, setting)]
+        if max(seeds) >= CHOOSING:
+            parts += ["Facts for choosing, each method at its best rate (exploratory):", chosen_table(runs, setting)]
     return "\n\n".join(parts) + "\n"
 
 
