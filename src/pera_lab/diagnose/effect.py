@@ -22,7 +22,7 @@ from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 from pera_lab.tasks.encoding import IGNORED
 
-Part = Literal["square", "cross", "high_order"]
+Part = Literal["square", "cross", "high_order", "anchors"]
 Factors = tuple[Tensor, Tensor, Tensor]
 
 
@@ -170,7 +170,7 @@ def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iter
     own = [(layer, layer.expansion[adapter_name], layer.scaling[adapter_name]) for layer in cut]
     try:
         for layer, expansion, _ in own:
-            layer.expansion[adapter_name] = expansion._replace(terms="none", normalization="none")
+            layer.expansion[adapter_name] = expansion._replace(terms="none", normalization="none", anchors=None)
             layer.scaling[adapter_name] = 1.0
         with _with_factors(cut, adapter_name):
             yield
@@ -234,5 +234,7 @@ def _without(layer: PeraLayer, part: Part, adapter_name: str) -> Factors:
     """The factors of the adapter, with a coefficient of 0 for each term of ``part``."""
     A, B, h = layer.factors(adapter_name)
     pairs = coefficient_pairs(layer.r[adapter_name], layer.expansion[adapter_name].terms)
-    kept = [part != "high_order" and (part == "square") != (i == j) for i, j in pairs]
+    dropped = [part == "high_order" or part == ("square" if i == j else "cross") for i, j in pairs]
+    dropped += [part == "anchors"] * layer.expansion[adapter_name].count
+    kept = [not term for term in dropped]
     return A, B, h.detach() * torch.tensor(kept, dtype=h.dtype, device=h.device)
