@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -93,13 +94,14 @@ def _vera(r: int, targets: str) -> VeraConfig:
 
 
 def _randlora(r: int, targets: str) -> RandLoraConfig:
-    """About the parameters of a LoRA of rank r on a layer (576, 1536): r bases, each with 1,536 and its rank."""
-    return RandLoraConfig(r=576 // r, randlora_alpha=20 * 576 // r, target_modules=targets)
+    """About the parameters of a LoRA of rank r on a layer (576, 1536): n bases of rank 576 / n have 576 (n + 1)."""
+    rank = math.ceil(576 / round(2112 * r / 576 - 1))
+    return RandLoraConfig(r=rank, randlora_alpha=20 * rank, target_modules=targets)
 
 
 def _frozen_rows(model: Any, draw: Callable[[Any, int, int], tuple[Tensor, Tensor]]) -> None:
     """Replace the signs of the anchors with other rows, whose root mean square is 1."""
-    for layer in adapted_layers(model.get_base_model()).values():
+    for layer in adapted_layers(model.get_base_model(), "default").values():
         expansion = layer.expansion["default"]
         V, U = draw(layer, *expansion.anchors.V.shape)
         layer.expansion["default"] = expansion._replace(anchors=type(expansion.anchors)(V, U))

@@ -93,7 +93,7 @@ PLANS |= {
     "overload": _far({"count": 2048}),
     "settings": _far({"dtype": "bfloat16"}, {"batch": 128}, {"weight_decay": 0.01}, {"facts": "codes-reworded"}),
     "mlp": Plan(({"facts": "codes", "count": 1536, "site": "mlp", "steps": 400},), at(1, *CHOSEN)),
-    "others-codes-2": Plan((codes(2),), at(2, "lokr", "loha", "gralora", "randlora", "vera", "full")),
+    "others-codes-2": Plan((codes(2),), at(2, "lokr", "loha", "gralora", "randlora", "full")),
     "frozen-codes-2": Plan((codes(2),), at(2, "anchors-16-gaussian", "anchors-16-svd")),
     **{
         f"ranks-{name}-{r}": Plan((load(r),), tuple(("lora", rank) for rank in ranks), report=SEEDS)

@@ -23,6 +23,7 @@ from scipy import optimize, stats
 
 from pera_lab.report.drawing import COLORS, draw_line, legend, new_figure, style, svg_text
 from pera_lab.study.statistics import adjusted
+from pera_lab.study.statistics import equivalent_rank as reaching_rank
 
 CHOOSING = 1000
 SETTING = ("facts", "count", "site", "steps", "batch", "vocabulary", "dtype", "weight_decay")
@@ -240,32 +241,21 @@ def ratio_table(found: Sequence[Comparison]) -> str:
 def equivalent_rank(runs: Runs, setting: Setting, method: str, r: int) -> Interval | str:
     """Rank of the LoRA that stores as much as ``method`` of rank r on the same facts, divided by r, over seeds.
 
-    LoRA's bits at its measured ranks are interpolated linearly. Returns a sentence if the method stores more than
-    every measured LoRA.
+    LoRA's bits at its measured ranks are interpolated linearly. Returns words if a seed stores more than every measured
+    LoRA.
     """
     curve = {rank: runs.reported(setting, runs.lora(setting, rank), rank) for rank in lora_ranks(runs, setting)}
     values = []
     for seed, x in runs.reported(setting, method, r).items():
         points = [(rank, found[seed]["bits"]) for rank, found in curve.items() if seed in found]
-        if not points or max(bits for _, bits in points) < x["bits"]:
-            return f"above {max(curve) / r:g}" if curve else "not measured"
-        values.append(_reach(points, x["bits"]) / r)
+        values.append(reaching_rank(points, x["bits"]) / r if points else math.nan)
+    if not all(map(math.isfinite, values)):
+        return f"above {max(curve) / r:g}" if math.inf in values else "not measured"
     return interval(values) if values else "not measured"
 
 
 def lora_ranks(runs: Runs, setting: Setting) -> list[int]:
     return [r for r in runs.ranks(setting) if {"lora", "lora-gaussian"} & set(runs.methods(setting, r))]
-
-
-def _reach(points: Sequence[tuple[int, float]], bits: float) -> float:
-    """The rank at which the piecewise linear curve, from 0 bits at rank 0, first reaches ``bits``."""
-    before = (0.0, 0.0)
-    for point in points:
-        if point[1] >= bits:
-            share = (bits - before[1]) / (point[1] - before[1])
-            return before[0] + share * (point[0] - before[0])
-        before = (float(point[0]), max(point[1], before[1]))
-    raise AssertionError("no rank reaches the bits")
 
 
 class Law(NamedTuple):
