@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import peft
+import safetensors.torch
 import torch
 import transformers
 import typer
+from peft import PeftModel, get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -152,10 +154,11 @@ def compare(subject: Subject, found: list[Candidate], rounds: int) -> dict[str, 
     for name, model in trained.items():
         rows[name]["saved_bytes"] = saved_bytes(partial(subject.forward, model), own)
         rows[name]["peak_bytes"] = peak_bytes(partial(subject.step, model))
+        rows[name]["file_bytes"] = file_bytes(model)
     merging = {n: partial(merge_and_unmerge, m) for n, m in trained.items() if hasattr(m, "merge_adapter")}
     record("merge", rows, interleaved(merging, rounds))
     for row in rows.values():
-        for key in ("saved_bytes", "peak_bytes"):
+        for key in ("saved_bytes", "peak_bytes", "file_bytes"):
             if key in row:
                 row[f"{key}_ratio"] = row[key] / rows[row["baseline"]][key]
 
@@ -170,6 +173,13 @@ def compare(subject: Subject, found: list[Candidate], rounds: int) -> dict[str, 
         decoding = {name: partial(evaluate, subject.decode, models[name]) for name in DECODING}
         record("decode", rows, interleaved(decoding, rounds))
     return rows
+
+
+def file_bytes(model: Any) -> int:
+    """Return the size of the weights file of an adapter; for a model without PEFT, of what it trains."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else trained
+    return len(safetensors.torch.save({name: weight.detach().contiguous() for name, weight in weights.items()}))
 
 
 def merge_and_unmerge(model: Any) -> None:
@@ -208,7 +218,7 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
     """Print the ratios over the baseline: median [quartiles] (bound)."""
     kinds = [kind for kind in ("train", "forward", "decode", "merge") if any(kind in row for row in rows.values())]
     table = Table(title=title, title_justify="left")
-    for heading in ("", "K", "over", *kinds, "saved for backward", "peak memory"):
+    for heading in ("", "K", "over", *kinds, "saved for backward", "peak memory", "file"):
         table.add_column(heading, justify="left" if heading in ("", "over") else "right")
     for name, row in rows.items():
         cells = [
@@ -217,7 +227,7 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
         ]
         memory = [
             f"{row[key] / 2**20:.1f} MiB, {row[f'{key}_ratio']:.3f}" if key in row else "–"
-            for key in ("saved_bytes", "peak_bytes")
+            for key in ("saved_bytes", "peak_bytes", "file_bytes")
         ]
         table.add_row(name, str(row["rank"]), row["baseline"], *cells, *memory)
     console.print(table)

@@ -22,6 +22,8 @@ from pera.polynomial import coefficient_pairs, expanded_rank
 from pera.tuner import PeraLinear
 
 BASE = "base"
+ANCHORS = 4
+"""Frozen rows of the candidates with anchors."""
 
 
 class Subject(NamedTuple):
@@ -53,7 +55,7 @@ def candidates(*, ranks: tuple[int, ...], neighbours: tuple[int, ...], variants:
 
     Args:
         ranks: all values of r.
-        neighbours: the r that also have LoRA of rank K, DoRA, HiRA and the plain reference.
+        neighbours: the r that also have PERA with anchors, LoRA of both ranks K, DoRA, HiRA and the plain reference.
         variants: the r that also have PERA with squares only.
     """
     found = [Candidate(BASE, lambda model, targets: model, 0, f"lora r={min(ranks)}")]
@@ -67,7 +69,10 @@ def candidates(*, ranks: tuple[int, ...], neighbours: tuple[int, ...], variants:
         if r in variants:
             rows.append((f"pera r={r}, squares", PeraConfig(r=r, terms="square"), 2 * r))
         if r in neighbours:
+            anchored = expanded_rank(r, "none", ANCHORS)
             rows += [
+                (f"pera r={r}, {ANCHORS} anchors", PeraConfig(r=r, terms="none", anchors=ANCHORS), anchored),
+                (f"lora r={anchored} (K of anchors)", LoraConfig(r=anchored, lora_alpha=anchored), anchored),
                 (f"lora r={K} (K of {r})", LoraConfig(r=K, lora_alpha=K), K),
                 (f"dora r={r}", LoraConfig(r=r, lora_alpha=r, use_dora=True), r),
                 (f"hira r={r}", HiraConfig(r=r), r),
@@ -107,7 +112,7 @@ def _operator_of(checkout: Path) -> Callable[..., Tensor]:
 def _adapt_with(operator: Callable[..., Tensor], config: PeraConfig, model: nn.Module, targets: list[str]) -> nn.Module:
     class Layer(PeraLinear):
         def _applied(self, adapter_name: str, x: Tensor, base: Tensor | None) -> Tensor:
-            terms, normalization = self.expansion[adapter_name]
+            terms, normalization, _ = self.expansion[adapter_name]
             options = {"terms": terms, "normalization": normalization, "scaling": self.scaling[adapter_name]}
             return operator(x, *self.factors(adapter_name), base=base, **options)
 

@@ -1,9 +1,13 @@
 """The equation of PERA as an independent reference for the tests.
 
-It loops over index pairs and calls nothing of the package. Everything is float64.
+It loops over index pairs and calls no function of the package. Everything is float64.
 """
 
+import hashlib
+
 import torch
+
+from pera.anchors import Anchors
 
 TERMS = ("all", "square", "cross", "none")
 COEFFICIENTS = ("learned", "fixed")
@@ -17,9 +21,12 @@ def pairs(r, terms):
     return {"all": squares + crosses, "square": squares, "cross": crosses, "none": []}[terms]
 
 
-def by_pair(h, r, terms):
-    """The flat vector h as {(i, j): h_ij}."""
-    return dict(zip(pairs(r, terms), h.double(), strict=True))
+def by_pair(h, r, terms, anchors=None):
+    """The flat vector h as {(i, j): h_ij}, and {"anchors": h_c} for the entries that follow with ``anchors``."""
+    h, count = h.double(), len(pairs(r, terms))
+    if anchors is None:
+        return dict(zip(pairs(r, terms), h, strict=True))
+    return {**dict(zip(pairs(r, terms), h[:count], strict=True)), "anchors": h[count:]}
 
 
 def fixed_by_pair(r, terms):
@@ -60,9 +67,28 @@ def high_order_part(A, B, h, normalization, sign=-1):
     return delta
 
 
-def delta_weight(A, B, h, normalization, scaling=1.0):
-    """ΔW, for h as {(i, j): h_ij}."""
-    return scaling * (linear_part(A, B) + high_order_part(A, B, h, normalization))
+def sign_row(seed, name, side, width, c):
+    """Frozen row c of a layer: +1 where bit j of a SHAKE-256 digest, lowest bits first, is 0, and −1 where it is 1."""
+    text = f'["pera.anchors", {seed}, "{name}", "{side}", {width}, {c}]'
+    bits = int.from_bytes(hashlib.shake_256(text.encode()).digest((width + 7) // 8), "little")
+    return [1 - 2 * (bits >> j & 1) for j in range(width)]
+
+
+def anchor_part(A, B, h, anchors):
+    """1/√k Σ_i Σ_c h_c (b_i ⊙ u_c) (a_i ⊙ v_c)ᵀ, for frozen rows ``anchors`` = (V, Uᵀ)."""
+    A, B, (V, U_T) = A.double(), B.double(), anchors
+    delta = torch.zeros(B.shape[0], A.shape[1], dtype=torch.float64)
+    for i in range(A.shape[0]):
+        for h_c, v, u in zip(h.double(), V, U_T, strict=True):
+            delta = delta + h_c / len(V) ** 0.5 * torch.outer(B[:, i] * u, A[i] * v)
+    return delta
+
+
+def delta_weight(A, B, h, normalization, scaling=1.0, anchors=None):
+    """ΔW, for h as {(i, j): h_ij}; with ``anchors`` h also has the key "anchors", for the coefficients h_c."""
+    products = {pair: h_ij for pair, h_ij in h.items() if pair != "anchors"}
+    delta = linear_part(A, B) + high_order_part(A, B, products, normalization)
+    return scaling * (delta if anchors is None else delta + anchor_part(A, B, h["anchors"], anchors))
 
 
 def draw(r, terms, coefficients="learned", m=7, n=9, dtype=torch.float64):
@@ -73,10 +99,22 @@ def draw(r, terms, coefficients="learned", m=7, n=9, dtype=torch.float64):
     return A, B, torch.tensor(list(fixed_by_pair(r, terms).values()), dtype=dtype)
 
 
-def magnitude(A, B, h, normalization, scaling=1.0):
+def draw_anchors(k, h, m=7, n=9):
+    """Random frozen rows V (k, n) and Uᵀ (k, m), or None for k = 0, and h with an entry appended for each."""
+    if not k:
+        return None, h
+    V, U_T = (2 * torch.randint(2, (k, width), dtype=torch.int8) - 1 for width in (n, m))
+    return Anchors(V, U_T), torch.cat([h, torch.randn(k, dtype=h.dtype)])
+
+
+def magnitude(A, B, h, normalization, scaling=1.0, anchors=None):
     """ΔW with every summand positive. Rounding errors of a product are a multiple of this, entry by entry."""
     A, B, h = A.abs(), B.abs(), {pair: abs(h_ij) for pair, h_ij in h.items()}
-    return abs(scaling) * (linear_part(A, B) + high_order_part(A, B, h, normalization, sign=1))
+    products = {pair: h_ij for pair, h_ij in h.items() if pair != "anchors"}
+    delta = linear_part(A, B) + high_order_part(A, B, products, normalization, sign=1)
+    if anchors is not None:
+        delta = delta + anchor_part(A, B, h["anchors"], [rows.abs() for rows in anchors])
+    return abs(scaling) * delta
 
 
 def relative_error(actual, expected):

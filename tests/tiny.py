@@ -110,12 +110,12 @@ def evaluate(module, x):
 def reference_delta(layer, adapter_name="default"):
     """ΔW of one adapter of a layer, ``(rows, columns)`` in float64, from the reference."""
     A, B = layer.pera_A[adapter_name], layer.pera_B[adapter_name]
-    terms, normalization = layer.expansion[adapter_name]
+    terms, normalization, anchors = layer.expansion[adapter_name]
     if adapter_name in layer.pera_h:
-        h = reference.by_pair(layer.pera_h[adapter_name], A.shape[0], terms)
+        h = reference.by_pair(layer.pera_h[adapter_name], A.shape[0], terms, anchors)
     else:
-        h = reference.fixed_by_pair(A.shape[0], terms)
-    return reference.delta_weight(A, B, h, normalization, layer.scaling[adapter_name]).detach()
+        h = {**reference.fixed_by_pair(A.shape[0], terms), "anchors": torch.ones(layer.expansion[adapter_name].count)}
+    return reference.delta_weight(A, B, h, normalization, layer.scaling[adapter_name], anchors).detach()
 
 
 def reference_base(layer, adapter_names=("default",)):

@@ -18,7 +18,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pera.polynomial import Normalization, Normalizer, Terms, expand, expand_backward, normalizer, working
+from pera.anchors import Anchors
+from pera.polynomial import (
+    Normalization,
+    Normalizer,
+    Terms,
+    appended_weights,
+    coefficient_gradient,
+    expand,
+    expand_backward,
+    normalizer,
+    num_coefficients,
+    num_products,
+    working,
+)
 
 
 def pera_linear(
@@ -29,6 +42,7 @@ def pera_linear(
     *,
     terms: Terms = "all",
     normalization: Normalization = "none",
+    anchors: Anchors | None = None,
     scaling: float = 1.0,
     base: Tensor | None = None,
 ) -> Tensor:
@@ -40,8 +54,8 @@ def pera_linear(
         x: ``(..., in_features)``, floating point.
         A: ``(r, in_features)``.
         B: ``(out_features, r)``.
-        h: ``(num_coefficients(r, terms),)``; None means 1 for every product.
-        terms, normalization: see :mod:`pera.polynomial`.
+        h: ``(num_coefficients(r, terms, k),)``; None means 1 for every product and anchor.
+        terms, normalization, anchors: see :mod:`pera.polynomial`.
         scaling: s = α / r.
         base: what to add to, such as the output of the frozen layer, ``(..., out_features)``; None means 0. Adding it
             here is cheaper than adding it afterwards, if it has the dtype of the result.
@@ -50,7 +64,7 @@ def pera_linear(
         ``(..., out_features)`` in the dtype of ``base``, else of x, else (under autocast) of autocast.
     """
     dtype = computation_dtype(x)
-    form = _Form(terms, normalization, scaling)
+    form = _Form(terms, normalization, anchors, scaling)
     x = x.to(dtype)
     if base is not None and base.dtype != dtype:
         return base + _pera_linear(x, A, B, h, None, form).to(base.dtype)
@@ -71,7 +85,8 @@ class Expansions(NamedTuple):
     A_hat: Tensor
     """Â without coefficients, ``(K, in_features)``."""
     weights: Tensor | float
-    """s for the rows of the factor, then s h for the products, ``(K,)``; one number if all are equal."""
+    """s for the rows of the factor, s h for the products and s h/√k for the crosses with anchors, ``(K,)``; one number
+    if all are equal."""
     B_hat_T: Tensor
     """B̂ᵀ, ``(K, out_features)``."""
 
@@ -83,11 +98,12 @@ def expansions(
     *,
     terms: Terms,
     normalization: Normalization,
+    anchors: Anchors | None = None,
     scaling: float,
     dtype: torch.dtype,
 ) -> Expansions:
     """Return what :func:`expanded_linear` needs (arguments as for :func:`pera_linear`), differentiable."""
-    return _Form(terms, normalization, scaling).expansions(A, B.T, h, dtype)
+    return _Form(terms, normalization, anchors, scaling).expansions(A, B.T, h, dtype)
 
 
 def expanded_linear(x: Tensor, expansions: Expansions, base: Tensor | None = None) -> Tensor:
@@ -137,6 +153,7 @@ class _Form(NamedTuple):
 
     terms: Terms
     normalization: Normalization
+    anchors: Anchors | None
     scaling: float
 
     def normalizers(self, A: Tensor, B_T: Tensor) -> _Known:
@@ -146,16 +163,34 @@ class _Form(NamedTuple):
         self, A: Tensor, B_T: Tensor, h: Tensor | None, dtype: torch.dtype, known: _Known = (None, None)
     ) -> Expansions:
         weights: Tensor | float = float(self.scaling)
+        r, frozen = A.shape[0], self.anchors
+        if h is None and frozen is not None:
+            h = A.new_ones(num_coefficients(r, self.terms, frozen.count))
         if h is not None and h.numel():
-            weights = pad(working(h), (A.shape[0], 0), value=1.0)
+            k = 0 if frozen is None else frozen.count
+            weights = pad(appended_weights(h, r, self.terms, k), (r, 0), value=1.0)
             weights = (weights if self.scaling == 1 else weights * self.scaling).to(dtype)
-        return Expansions(self._expand(A, known[0]).to(dtype), weights, self._expand(B_T, known[1]).to(dtype))
+        V, U_T = self.signs
+        return Expansions(self._expand(A, V, known[0]).to(dtype), weights, self._expand(B_T, U_T, known[1]).to(dtype))
 
-    def _expand(self, X: Tensor, known: Normalizer | None) -> Tensor:
-        return expand(X, None, self.terms, self.normalization, rho=None if known is None else known.rho)
+    @property
+    def signs(self) -> tuple[Tensor | None, Tensor | None]:
+        """The frozen rows for A and for B."""
+        return (None, None) if self.anchors is None else self.anchors
 
-    def backward(self, grad: Tensor, X: Tensor, known: Normalizer | None, inner: Tensor | None) -> Tensor:
-        return expand_backward(grad, X, self.terms, self.normalization, known=known, inner=inner).to(X.dtype)
+    def _expand(self, X: Tensor, signs: Tensor | None, known: Normalizer | None) -> Tensor:
+        return expand(X, None, self.terms, self.normalization, signs, rho=None if known is None else known.rho)
+
+    def backward(
+        self, grad: Tensor, X: Tensor, signs: Tensor | None, known: Normalizer | None, inner: Tensor | None
+    ) -> Tensor:
+        grad_X = expand_backward(grad, X, self.terms, self.normalization, signs, known=known, inner=inner)
+        return grad_X.to(X.dtype)
+
+    def coefficient_gradient(self, grad_weights: Tensor, r: int) -> Tensor:
+        """Return the gradient of h from the gradient of the weights of all rows."""
+        k = 0 if self.anchors is None else self.anchors.count
+        return self.scaling * coefficient_gradient(grad_weights[r:], r, self.terms, k)
 
 
 def _pera_linear(x: Tensor, A: Tensor, B: Tensor, h: Tensor | None, base: Tensor | None, form: _Form) -> Tensor:
@@ -198,14 +233,15 @@ class _PeraLinear(torch.autograd.Function):
             if need_h or known[0] is not None:
                 grad_weights, r = (grad_weighted * z).sum(0, dtype=working(A).dtype), A.shape[0]
                 if need_h:
-                    grad_h = (form.scaling * grad_weights[r:]).to(h.dtype)
-                if known[0] is not None:  # c of expand_backward, the same for both factors
-                    inner = (grad_weights * weights)[r:].sum()
+                    grad_h = form.coefficient_gradient(grad_weights, r).to(h.dtype)
+                if known[0] is not None:  # q of expand_backward, the same for both factors
+                    inner = (grad_weights * weights)[r : r + num_products(r, form.terms)].sum()
+            V, U_T = form.signs
             if need_B:
-                grad_B = form.backward(_weighted(z, weights).T @ grad, B_T, known[1], inner).T
+                grad_B = form.backward(_weighted(z, weights).T @ grad, B_T, U_T, known[1], inner).T
             grad_z = _weighted(grad_weighted, weights)
             if need_x:
                 grad_x = _shaped(grad_z @ A_hat, x)
             if need_A:
-                grad_A = form.backward(grad_z.T @ flat, A, known[0], inner)
+                grad_A = form.backward(grad_z.T @ flat, A, V, known[0], inner)
         return grad_x, grad_A, grad_B, grad_h, grad_y if need_base else None, None

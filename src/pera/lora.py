@@ -123,7 +123,9 @@ def from_lora(
     adapter_names: list[str] | None = None,
     *,
     terms: Terms = "all",
-    normalization: Normalization = "rms",
+    normalization: Normalization | None = None,
+    anchors: int = 0,
+    anchor_seed: int = 0,
 ) -> PeftModel:
     """Return the model with each LoRA adapter replaced by an equivalent PERA adapter, to train it further.
 
@@ -133,6 +135,7 @@ def from_lora(
         model                                # LoRA: lora_A (8, in), lora_B (out, 8)
         pera = from_lora(model)              # PERA: pera_A (8, in), pera_B (out, 8), pera_h (36,)
         from_lora(model, terms="square")     # pera_h (8,)
+        from_lora(model, anchors=4)          # pera_h (40,)
         from_lora(model, ["a"])              # converts this adapter and drops the others
 
     Like ``unload``, this takes the base model out of ``model``. Use only the returned object.
@@ -140,9 +143,12 @@ def from_lora(
     Args:
         model: model with LoRA adapters, none of them merged.
         adapter_names: adapters to convert. None converts all. Other adapters are not in the result.
-        terms: products of the new adapter: "all", "square" or "cross".
-        normalization: scale of the products. With "rms", h has gradients of about the size of the other parameters'.
-            With "none", products are tiny and h has almost no effect.
+        terms: products of the new adapter: "all", "square" or "cross"; with anchors also "none".
+        normalization: scale of the products; None means "rms" if there are products. With "rms", h has gradients of
+            about the size of the other parameters'. With "none", products are tiny and h has almost no effect.
+        anchors: number of anchors of the new adapter; see :class:`PeraConfig`. In a new adapter their coefficients
+            start at 1; here they start at 0 as well, because the outputs would change otherwise.
+        anchor_seed: seed of the anchors.
 
     Returns:
         The PERA model, trainable. The active adapters stay active if they were converted; otherwise the first is
@@ -150,12 +156,16 @@ def from_lora(
 
     Raises:
         UserError: ``model`` has no LoRA adapters, an adapter is unknown or merged, it uses something that PERA does not
-            have (DoRA, PiSSA, fused experts, …), or ``terms`` leave no product. ``model`` is then unchanged.
+            have (DoRA, PiSSA, fused experts, …), or there is neither a product nor an anchor. ``model`` is then
+            unchanged.
     """
-    if terms == "none":
+    if terms == "none" and not anchors:
         raise UserError("terms='none' leaves no products to train; use 'all', 'square' or 'cross'.")
+    if normalization is None:
+        normalization = "none" if terms == "none" else "rms"
+    options = {"terms": terms, "normalization": normalization, "anchors": anchors, "anchor_seed": anchor_seed}
     names = _adapters(model, adapter_names, LoraModel)
-    return _replace_adapters(model, {name: _as_pera(model, name, terms, normalization) for name in names})
+    return _replace_adapters(model, {name: _as_pera(model, name, **options) for name in names})
 
 
 def fold(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -331,9 +341,7 @@ def _is_factor(key: str) -> bool:
     return ".lora_" in key or ".pera_" in key
 
 
-def _as_pera(
-    model: PeftModel, adapter_name: str, terms: Terms, normalization: Normalization
-) -> tuple[PeraConfig, dict[str, Tensor]]:
+def _as_pera(model: PeftModel, adapter_name: str, **options: Any) -> tuple[PeraConfig, dict[str, Tensor]]:
     """Configuration and weights of the PERA adapter with h = 0 that equals a LoRA."""
     lora: Any = copy.copy(model.peft_config[adapter_name])
     if str(lora.init_lora_weights).lower().startswith(_CHANGES_BASE):
@@ -345,7 +353,7 @@ def _as_pera(
         raise UserError(f"target_parameters={lora.target_parameters!r} cannot be converted; merge the adapter instead.")
     lora.init_lora_weights, lora.inference_mode = True, False  # trained weights replace the initial ones
     lora.eva_config = lora.corda_config = lora.lora_ga_config = None
-    config = PeraConfig.from_lora(lora, terms=terms, normalization=normalization)
+    config = PeraConfig.from_lora(lora, **options)
     quantization = get_quantization_kwargs(model.base_model)
     state = _other_state(model, adapter_name)
     for name, layer in model.get_base_model().named_modules():
@@ -361,7 +369,7 @@ def _as_pera(
             A, B = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
         else:
             A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-        h = A.new_zeros(num_coefficients(len(A), terms))
+        h = A.new_zeros(num_coefficients(len(A), config.terms, config.anchors))
         for key, weight in (("pera_A", A.flatten(1)), ("pera_B", B.flatten(1)), ("pera_h", h)):
             state[f"base_model.model.{name}.{key}"] = weight.detach().clone()
     return config, state

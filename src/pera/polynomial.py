@@ -23,17 +23,30 @@ polynomials of B and A.
 - "centred": as "rms", and each square has its mean subtracted: (a_i ⊙ a_i − mean(a_i ⊙ a_i))/ρ_A. The squares of
   different rows then have no large constant part in common.
 
+``anchors`` are k frozen rows of random signs for each factor (:mod:`pera.anchors`), V ∈ {±1}^{k×n} with rows v_c and
+U ∈ {±1}^{m×k} with columns u_c. They append, behind the products, the crosses of every learned row with every frozen
+row: b_i ⊙ u_c to B̂, and (h_c/√k) (a_i ⊙ v_c) to Â, in the order (c, i). Without products,
+
+.. math::
+
+    ΔW = s \, (B A) ⊙ \left( 1 1^T + \tfrac{1}{\sqrt k} \, U \, \mathrm{diag}(h) \, V \right)
+
+so a fixed full-rank mask, with k learned weights, spreads each entry of B and A over all of ΔW. These crosses are
+linear in B and in A, and no normalization applies to them.
+
 All functions are pure and compute in float32 or better, whatever the dtype of the factors. Factors may have leading
 dimensions, such as one for experts; :func:`expand_backward` takes one factor at a time.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from pera.anchors import Anchors
 from pera.errors import UserError, nearest
 
 Terms = Literal["all", "square", "cross", "none"]
@@ -60,28 +73,66 @@ def coefficient_pairs(r: int, terms: Terms) -> list[tuple[int, int]]:
     return [(i, i) for i in range(r) if squares] + [(i, j) for i in range(r) for j in range(i + 1, r) if crosses]
 
 
-def num_coefficients(r: int, terms: Terms) -> int:
-    """Return the length of h: r(r+1)/2 for "all", r for "square", r(r−1)/2 for "cross", 0 for "none"."""
+def num_products(r: int, terms: Terms) -> int:
+    """Return the number of products: r(r+1)/2 for "all", r for "square", r(r−1)/2 for "cross", 0 for "none"."""
     squares, crosses = squares_and_crosses(terms)
     return squares * r + crosses * (r * (r - 1) // 2)
 
 
-def expanded_rank(r: int, terms: Terms = "all") -> int:
-    """Return K, the number of columns of B̂: r plus one for each product."""
-    return r + num_coefficients(r, terms)
+def num_coefficients(r: int, terms: Terms, anchors: int = 0) -> int:
+    """Return the length of h: one entry for each product, then one for each anchor."""
+    return num_products(r, terms) + anchors
+
+
+def expanded_rank(r: int, terms: Terms = "all", anchors: int = 0) -> int:
+    """Return K, the number of columns of B̂: r, one for each product, and r for each anchor."""
+    return r + num_products(r, terms) + r * anchors
 
 
 def fixed_coefficients(
-    r: int, terms: Terms, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    r: int,
+    terms: Terms,
+    anchors: int = 0,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return the constant h of the published code, ``(num_coefficients,)``: 1 for squares, 2 for crosses.
+    """Return the constant h, ``(num_coefficients,)``: as published, 1 for squares and 2 for crosses; 1 for anchors.
 
     The high-order part of "all" is then exactly (BA) ⊙ (BA).
     """
-    h = torch.full((num_coefficients(r, terms),), 2.0, dtype=dtype, device=device)
-    if squares_and_crosses(terms)[0]:
-        h[:r] = 1.0
+    h = torch.ones(num_coefficients(r, terms, anchors), dtype=dtype, device=device)
+    squares, crosses = squares_and_crosses(terms)
+    if crosses:
+        h[squares * r : num_products(r, terms)] = 2.0
     return h
+
+
+def appended_weights(h: Tensor, r: int, terms: Terms, anchors: int = 0) -> Tensor:
+    """Return the weights of the K − r rows that Â appends: h_ij of a product, h_c/√k of the r crosses with anchor c.
+
+    Args:
+        h: ``(..., num_coefficients(r, terms, anchors))``.
+        r, terms: see :func:`expand`.
+        anchors: k, the number of anchors.
+
+    Returns:
+        ``(..., K − r)``, float32 or better.
+    """
+    h = working(h)
+    if not anchors:
+        return h
+    of_products, of_anchors = h.split([num_products(r, terms), anchors], -1)
+    each = (of_anchors / math.sqrt(anchors)).unsqueeze(-1)
+    return torch.cat([of_products, each.expand(*of_anchors.shape, r).flatten(-2)], -1)
+
+
+def coefficient_gradient(grad: Tensor, r: int, terms: Terms, anchors: int = 0) -> Tensor:
+    """Return the gradient of h from the gradient of :func:`appended_weights`: ``(K − r,)`` to the length of h."""
+    if not anchors:
+        return grad
+    of_products, of_crosses = grad.split([num_products(r, terms), anchors * r], -1)
+    return torch.cat([of_products, of_crosses.unflatten(-1, (anchors, r)).sum(-1) / math.sqrt(anchors)], -1)
 
 
 class Normalizer(NamedTuple):
@@ -117,20 +168,22 @@ def expand(
     h: Tensor | None,
     terms: Terms,
     normalization: Normalization,
+    signs: Tensor | None = None,
     *,
     whole: Tensor | None = None,
     rho: Tensor | None = None,
 ) -> Tensor:
-    """Append the products of the rows of ``X`` to its rows.
+    """Append the products of the rows of ``X``, and their crosses with frozen rows, to its rows.
 
-    The result has the rows x_i, then h_ij (x_i ⊙ x_j) / ρ in the order of h. "centred" subtracts the mean over the
-    row from x_i ⊙ x_i.
+    The result has the rows x_i, then h_ij (x_i ⊙ x_j) / ρ in the order of h, then (h_c/√k) (x_i ⊙ v_c) in the order
+    (c, i). "centred" subtracts the mean over the row from x_i ⊙ x_i.
 
     Args:
         X: factor with one row for each rank, ``(..., r, d)``: A, or B transposed.
-        h: coefficients, ``(..., num_coefficients(r, terms))``; None means 1 for every product.
+        h: coefficients, ``(..., num_coefficients(r, terms, k))``; None leaves the appended rows without a weight.
         terms: which products to append.
         normalization: what the products are divided by.
+        signs: the frozen rows v_c, ``(k, d)``: V for A, U transposed for B.
         whole: the whole factor, if ``X`` holds only some of its columns; ρ and the means are taken over it.
         rho: ρ of the whole factor, if it is already known.
 
@@ -141,13 +194,26 @@ def expand(
         UserError: ``terms`` or ``normalization`` is unknown, or h has the wrong length.
     """
     X = working(X)
-    check(X, h, terms, normalization)
+    k = 0 if signs is None else len(signs)
+    check(X, h, terms, normalization, k)
     r = X.shape[-2]
-    if not num_coefficients(r, terms):
+    appended = []
+    if num_products(r, terms):
+        X = X.contiguous()  # rows that lie apart are slow to gather
+        appended.append(_products(X, terms, normalization, X if whole is None else working(whole), rho))
+    if signs is not None:
+        appended.append((X.unsqueeze(-3) * _beside(signs, X).unsqueeze(-2)).flatten(-3, -2))
+    if not appended:
         return X
-    X = X.contiguous()  # rows that lie apart are slow to gather
-    left, right, *_ = _indices(X, terms)
-    whole, divided = X if whole is None else working(whole), X
+    if h is not None:
+        rows = appended[0] if len(appended) == 1 else torch.cat(appended, -2)
+        appended = [rows * appended_weights(h, r, terms, k).unsqueeze(-1)]
+    return torch.cat([X, *appended], -2)
+
+
+def _products(X: Tensor, terms: Terms, normalization: Normalization, whole: Tensor, rho: Tensor | None) -> Tensor:
+    """Return the rows (x_i ⊙ x_j) / ρ of :func:`expand`, ``(..., num_products, d)``."""
+    r, (left, right, *_), divided = X.shape[-2], _indices(X, terms), X
     if normalization != "none":
         divisor = (rms(whole) if rho is None else rho)[..., None, None]
         divided = X / divisor
@@ -155,9 +221,7 @@ def expand(
     if normalization == "centred" and squares_and_crosses(terms)[0]:
         means = whole.square().mean(-1, keepdim=True) / divisor
         products = torch.cat([products[..., :r, :] - means, products[..., r:, :]], -2)
-    if h is not None:
-        products = products * working(h).unsqueeze(-1)
-    return torch.cat([X, products], -2)
+    return products
 
 
 def expand_backward(
@@ -165,42 +229,46 @@ def expand_backward(
     X: Tensor,
     terms: Terms,
     normalization: Normalization,
+    signs: Tensor | None = None,
     *,
     known: Normalizer | None = None,
     inner: Tensor | None = None,
 ) -> Tensor:
-    r"""Return the gradient of ``X`` from the gradient of ``expand(X, None, terms, normalization)``.
+    r"""Return the gradient of ``X`` from the gradient of ``expand(X, None, terms, normalization, signs)``.
 
-    With G_i and G_ij the gradients of the rows x_i and (x_i ⊙ x_j)/ρ,
+    With G_i, G_ij and G_ci the gradients of the rows x_i, (x_i ⊙ x_j)/ρ and x_i ⊙ v_c,
 
     .. math::
 
-        ∂x_i = G_i + \sum_j \frac{G_{ij} ⊙ x_j}{ρ} \;(\text{twice for } j = i) - \frac{c}{N ρ^2} x_i, \qquad
-        c = \sum_{ij} \left\langle G_{ij}, \frac{x_i ⊙ x_j}{ρ} \right\rangle
+        ∂x_i = G_i + \sum_j \frac{G_{ij} ⊙ x_j}{ρ} \;(\text{twice for } j = i) - \frac{q}{N ρ^2} x_i
+               + \sum_c G_{ci} ⊙ v_c, \qquad q = \sum_{ij} \left\langle G_{ij}, \frac{x_i ⊙ x_j}{ρ} \right\rangle
 
-    where the last term is the gradient through ρ. "centred" subtracts the mean over the row from G_ii. All operations
+    where the third term is the gradient through ρ. "centred" subtracts the mean over the row from G_ii. All operations
     are differentiable.
 
     Args:
         grad: gradient of the expansion, ``(K, d)``.
         X: factor, ``(r, d)``.
-        terms, normalization: as for :func:`expand`.
+        terms, normalization, signs: as for :func:`expand`.
         known: the :func:`normalizer` of X, if it is already computed.
-        inner: c, if it is already computed.
+        inner: q, if it is already computed.
 
     Returns:
         ``(r, d)``, float32 or better.
     """
     X, grad = working(X), working(grad)
     r = X.shape[0]
-    if grad.shape[0] == r:
-        return grad
-    products = grad[r:]
+    count = num_products(r, terms)
+    linear, products, crosses = grad[:r], grad[r : r + count], grad[r + count :]
+    if signs is not None:
+        linear = linear + (crosses.unflatten(0, (-1, r)) * _beside(signs, X).unsqueeze(1)).sum(0)
+    if not count:
+        return linear
     if normalization == "centred" and squares_and_crosses(terms)[0]:
         squares = products[:r] - products[:r].mean(-1, keepdim=True)
         products = torch.cat([squares, products[r:]])
     left, right, partners, selection = _indices(X, terms)
-    linear, divided = grad[:r], X
+    divided = X
     if normalization != "none":
         rho, energy = normalizer(X) if known is None else known
         divided = X / rho
@@ -212,14 +280,25 @@ def expand_backward(
     return torch.addmm(linear, selection.to(X.dtype), toward)
 
 
-def expand_A(A: Tensor, h: Tensor | None, terms: Terms = "all", normalization: Normalization = "none") -> Tensor:
+def expand_A(
+    A: Tensor,
+    h: Tensor | None,
+    terms: Terms = "all",
+    normalization: Normalization = "none",
+    anchors: Anchors | None = None,
+) -> Tensor:
     """Return Â = Poly2_H(A), eq. 7: ``(r, in_features)`` → ``(K, in_features)``."""
-    return expand(A, h, terms, normalization)
+    if anchors is None:
+        return expand(A, h, terms, normalization)
+    h = A.new_ones(num_coefficients(A.shape[-2], terms, anchors.count)) if h is None else h
+    return expand(A, h, terms, normalization, anchors.V)
 
 
-def expand_B(B: Tensor, terms: Terms = "all", normalization: Normalization = "none") -> Tensor:
+def expand_B(
+    B: Tensor, terms: Terms = "all", normalization: Normalization = "none", anchors: Anchors | None = None
+) -> Tensor:
     """Return B̂ = Poly2(B), eq. 6: ``(out_features, r)`` → ``(out_features, K)``."""
-    return expand(B.mT, None, terms, normalization).mT
+    return expand(B.mT, None, terms, normalization, None if anchors is None else anchors.U_T).mT
 
 
 def lora_factors(
@@ -228,6 +307,7 @@ def lora_factors(
     h: Tensor | None,
     terms: Terms = "all",
     normalization: Normalization = "none",
+    anchors: Anchors | None = None,
     scaling: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of the LoRA of rank K that equals this adapter exactly.
@@ -235,15 +315,16 @@ def lora_factors(
     Args:
         A: ``(r, in_features)``.
         B: ``(out_features, r)``.
-        h: ``(num_coefficients(r, terms),)``; None for terms "none".
-        terms, normalization: see the module.
+        h: ``(num_coefficients(r, terms, k),)``; None means 1 for every product and anchor.
+        terms, normalization, anchors: see the module.
         scaling: s = α / r.
 
     Returns:
         ``lora_A`` ``(K, in_features)`` and ``lora_B`` ``(out_features, K)``, with ΔW = lora_B @ lora_A. They contain
-        h, ρ and s.
+        h, ρ, 1/√k and s.
     """
-    return expand_A(A, h, terms, normalization), scaling * expand_B(B, terms, normalization)
+    lora_B = scaling * expand_B(B, terms, normalization, anchors)
+    return expand_A(A, h, terms, normalization, anchors), lora_B
 
 
 def delta_weight(
@@ -252,10 +333,11 @@ def delta_weight(
     h: Tensor | None,
     terms: Terms = "all",
     normalization: Normalization = "none",
+    anchors: Anchors | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
     """Return ΔW = s B̂ Â, eq. 9, ``(out_features, in_features)``. It takes the arguments of :func:`lora_factors`."""
-    lora_A, lora_B = lora_factors(A, B, h, terms, normalization, scaling)
+    lora_A, lora_B = lora_factors(A, B, h, terms, normalization, anchors, scaling)
     return lora_B @ lora_A
 
 
@@ -264,15 +346,28 @@ def working(X: Tensor) -> Tensor:
     return X if X.dtype in (torch.float32, torch.float64) else X.float()
 
 
-def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization) -> None:
+def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, anchors: int = 0) -> None:
     """Raise UserError if ``terms`` or ``normalization`` is unknown, or h does not fit ``X``."""
     known = get_args(Normalization)
     if normalization not in known:
         raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, known)}")
     *leading, r, _ = X.shape
-    needed = num_coefficients(r, terms)
+    needed = num_coefficients(r, terms, anchors)
     if h is not None and tuple(h.shape) not in ((needed,), (*leading, needed)):
-        raise UserError(f"h has shape {tuple(h.shape)}; r={r} and terms={terms!r} need ({needed},).")
+        frozen = f" with {anchors} anchors" if anchors else ""
+        raise UserError(f"h has shape {tuple(h.shape)}; r={r} and terms={terms!r}{frozen} need ({needed},).")
+
+
+def _beside(t: Tensor, X: Tensor) -> Tensor:
+    """Return the constant ``t`` on the device and in the dtype of ``X``; for a DTensor, on its mesh."""
+    t = t.to(X.device, X.dtype)
+    return _replicated(t, X) if hasattr(X, "device_mesh") else t
+
+
+def _replicated(t: Tensor, X: Any) -> Tensor:
+    """Return ``t`` as a DTensor on the mesh of the DTensor ``X``."""
+    whole: Tensor = type(X).from_local(t, X.device_mesh)
+    return whole
 
 
 class _Indices(NamedTuple):
@@ -301,8 +396,7 @@ def _indices(X: Tensor, terms: Terms) -> _Indices:
             if all(type(t) is Tensor for t in found):  # no fake tensors
                 _known_indices[key] = found
     if hasattr(X, "device_mesh"):  # a DTensor, which only DTensors can index
-        sharded: Any = type(X)
-        found = _Indices(*(sharded.from_local(t, X.device_mesh) for t in found))
+        found = _Indices(*(_replicated(t, X) for t in found))
     return found
 
 

@@ -102,7 +102,8 @@ def _scores(task: str, scores: dict[str, _Figure]) -> str:
             if s.scorer == scorer
         ]
         metric = next(s.metric for s in scores.values() if s.scorer == scorer)
-        head = f"Held-out rows of {_code(task)}, {_SCORERS.get(scorer) or markdown(scorer)}."
+        rows_of = "Rows of" if scorer == "recall" else "Held-out rows of"
+        head = f"{rows_of} {_code(task)}, {_SCORERS.get(scorer) or markdown(scorer)}."
         columns = f"| | n | {markdown(metric)} | 95 % interval |"
         blocks.append("\n".join([head, "", columns, "| --- | --- | --- | --- |", *rows]))
     return "\n\n".join(blocks)
@@ -112,6 +113,7 @@ _SCORERS = {
     "exact_match": "answers judged by the task's own scorer",
     "generation": "the first answer found in what the model writes",
     "likelihood": "options ranked by log-probability",
+    "recall": "exact answers by greedy decoding, tested on the facts that the adapter was trained on",
     "classification": "the class or number of the head",
 }
 

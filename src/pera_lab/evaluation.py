@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,11 @@ def _evaluate_run(run: Run, recipe: Recipe, splits: Splits, which: str, name: st
         score, predictions = evaluate(
             model, tokenizer, task, splits, spec, which, console, journal=journal, max_length=max_length
         )
+        if score.memory is not None and which == "adapter":
+            parameters, bits = sum(run.adapter.sizes.values()), score.memory.bits
+            per_parameter = None if bits is None else bits / parameters
+            memory = replace(score.memory, parameters=parameters, bits_per_parameter=per_parameter)
+            score = replace(score, memory=memory)
         write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
         with updated_object(run.scores_file) as scores:
             scores[name] = asdict(score)

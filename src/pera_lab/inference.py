@@ -120,11 +120,19 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-@torch.no_grad()
 def generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int, num_beams: int = 1
 ) -> list[str]:
-    """The answers to one batch of prompts, without sampling.
+    """The answers to one batch of prompts as text; see :func:`generate_ids`."""
+    answers = generate_ids(model, tokenizer, prompts, max_new_tokens, num_beams)
+    return [text_of(tokenizer, ids) for ids in answers]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int, num_beams: int = 1
+) -> list[list[int]]:
+    """Token ids of the answers to one batch of prompts, without sampling.
 
     Args:
         model: the language model.
@@ -135,7 +143,40 @@ def generate(
     """
     batch: Any = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(next(model.parameters()).device)
     config = generation_settings(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
-    return [text_of(tokenizer, ids) for ids in write(model, dict(batch), config)]
+    return write(model, dict(batch), config)
+
+
+@torch.no_grad()
+def token_log_likelihoods(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], answers: list[list[int]]
+) -> list[Tensor]:
+    """Log-probability of each token of an answer, given the prompt and the tokens before it, over the whole vocabulary.
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt of one batch.
+        answers: token ids of the answer to each prompt, each with at least one.
+
+    Returns:
+        For each answer a tensor with one value per token, in float32.
+    """
+    if not prompts:
+        return []
+    if len({len(p) + len(a) for p, a in zip(prompts, answers, strict=True)}) > 1 and not takes_padding(model):
+        alone = zip(prompts, answers, strict=True)
+        return [token_log_likelihoods(model, tokenizer, [p], [a])[0] for p, a in alone]
+    rows = [p + a[:-1] for p, a in zip(prompts, answers, strict=True)]
+    batch: Any = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="left")
+    inputs: dict[str, Any] = dict(batch.to(next(model.parameters()).device))
+    accepted, kept = inspect.signature(base_model(model).forward).parameters, max(map(len, answers))
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = kept
+    logits = model(**inputs).logits[:, -kept:].float().log_softmax(-1).cpu()
+    pairs = zip(logits, answers, strict=True)
+    return [row[-len(ids) :].gather(1, torch.tensor(ids)[:, None])[:, 0] for row, ids in pairs]
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

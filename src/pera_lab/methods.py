@@ -24,6 +24,7 @@ _FILLED_IN = {
     "peft_type",
     "peft_version",
     "pera_version",
+    "anchor_names",
     "auto_mapping",
     "base_model_name_or_path",
     "revision",
@@ -62,9 +63,12 @@ class Method:
         return "r" in self.options
 
 
-def _pera(terms: str, normalization: str = "none", init_coefficients: float = 0.0, **fixed: Any) -> Method:
+def _pera(
+    terms: str, normalization: str = "none", init_coefficients: float = 0.0, anchors: int = 0, **fixed: Any
+) -> Method:
     variant = {"terms": terms, "normalization": normalization, "init_coefficients": init_coefficients}
-    return Method(PeraConfig, _PERA, {"coefficients": "learned", **variant, **fixed})
+    frozen = {"anchors": anchors} if anchors else {"anchors": 0, "anchor_seed": 0}  # a seed has no effect without them
+    return Method(PeraConfig, _PERA, {"coefficients": "learned", **variant, **frozen, **fixed})
 
 
 _LORA = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
@@ -88,6 +92,11 @@ BUILT_IN = {
     "pera-rms": _pera("all", "rms"),
     "pera-rms-0.3": _pera("all", "rms", 0.3),  # h starts at 0.3
     "pera-rms-squares": _pera("square", "rms", 0.3),
+    "pera-anchors-1": _pera("none", anchors=1),  # no products
+    "pera-anchors-4": _pera("none", anchors=4),
+    "pera-anchors-16": _pera("none", anchors=16),
+    "pera-anchors-64": _pera("none", anchors=64),
+    "pera-anchors-4-all": _pera("all", "rms", 0.3, anchors=4),  # products as in pera-rms-0.3
 }
 """The methods of this package. "full" trains every parameter of the model."""
 

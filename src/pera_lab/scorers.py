@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -12,7 +13,16 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError
-from pera_lab.inference import Branches, common_length, generate, log_likelihoods, takes_padding
+from pera_lab.inference import (
+    Branches,
+    common_length,
+    generate,
+    generate_ids,
+    log_likelihoods,
+    takes_padding,
+    text_of,
+    token_log_likelihoods,
+)
 from pera_lab.intervals import bootstrap_interval, mean_interval, wilson_interval
 from pera_lab.models import check_tokens, longest_input
 from pera_lab.progress import ProgressBar
@@ -30,6 +40,28 @@ class Part:
     accuracy: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How much a model has stored of the facts on which it is tested. The end token after an answer is not counted."""
+
+    tokens: int
+    """Answer tokens."""
+    loss: float
+    """Mean of −ln p over the answer tokens, with p over the whole vocabulary."""
+    confident: float
+    """Share of the answer tokens with p > 0.5, which greedy decoding cannot miss."""
+    information: float | None = None
+    """Bits of all answers: the sum of log2 of the number of equally likely answers. None if that number is unknown."""
+    bits: float | None = None
+    """Stored bits: ``information`` less the loss of all answers in bits. A negative number is possible."""
+    low: float | None = None
+    """95 % interval of ``bits`` over facts, by bootstrap."""
+    high: float | None = None
+    parameters: int | None = None
+    """Trained parameters of the adapter, h included. None for a base model."""
+    bits_per_parameter: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +91,8 @@ class Score:
     """Members of the mix without data, which have no score."""
     scorer: str = ""
     """Name of the scorer, as in ``evaluation.scorer``."""
+    memory: Memory | None = None
+    """What is stored of the facts, if the task is tested on its training rows."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +110,8 @@ class Prediction:
     shortened: bool = False
     scores: dict[str, float] | None = None
     """Log-probability of each option, or logit of each class."""
+    log_likelihoods: list[float] | None = None
+    """Log-probability of each token of the expected answer, if the task measures what is remembered."""
 
 
 class Output(NamedTuple):
@@ -87,6 +123,8 @@ class Output(NamedTuple):
     """Log-probability of each option, or logit of each class."""
     shortened: bool = False
     """Whether the prompt was truncated."""
+    log_likelihoods: list[float] | None = None
+    """Log-probability of each token of the expected answer."""
 
 
 def make_scorer(
@@ -223,6 +261,70 @@ class GenerationScorer(Scorer):
         return Prediction(example.prompt, example.answer, text, correct, answer, example.group, output.shortened)
 
 
+class RecallScorer(GenerationScorer):
+    """Greedy decoding of as many tokens as the answer has, and the log-probability of each token of the answer.
+
+    If the task teaches an end token, decoding stops at it, and it is not counted.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        pairs = zip(self.prompts, self.examples, strict=True)
+        frame = self.task.frame
+        self.answers = [encode_answered(self.tokenizer, prompt, frame, e.answer)[1] for prompt, e in pairs]
+        longest, most = max(map(len, self.answers), default=0), self.spec.max_new_tokens or 0
+        if most < (needed := longest + frame.end * bool(longest)):
+            raise UserError(
+                f"evaluation.max_new_tokens={most} is less than the {needed} tokens of the longest answer; give "
+                f"{needed} or more."
+            )
+        check_tokens(self.model, self.tokenizer, self.answers)
+        self.lengths = [len(p.ids) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
+
+    def answer(self, rows: list[int]) -> list[Output]:
+        prompts, answers = ([of[i] for i in rows] for of in ([p.ids for p in self.prompts], self.answers))
+        most = [len(a) + self.task.frame.end if a else self.spec.max_new_tokens or 1 for a in answers]
+        written = generate_ids(self.model, self.tokenizer, prompts, max(most))
+        known = [k for k, a in enumerate(answers) if a]  # the rows of a prediction have no answers
+        found = token_log_likelihoods(
+            self.model, self.tokenizer, [prompts[k] for k in known], [answers[k] for k in known]
+        )
+        likelihoods = dict(zip(known, found, strict=True))
+        return [
+            Output(
+                text_of(self.tokenizer, ids[:length]),
+                shortened=self.prompts[i].shortened,
+                log_likelihoods=likelihoods[k].tolist() if k in likelihoods else None,
+            )
+            for k, (i, ids, length) in enumerate(zip(rows, written, most, strict=True))
+        ]
+
+    def judge(self, row: int, output: Output) -> Prediction:
+        return replace(super().judge(row, output), log_likelihoods=output.log_likelihoods)
+
+    def score(self, splits: Splits, predictions: list[Prediction], seconds: float) -> Score:
+        information = [self.task.information(example) for example in splits.test]
+        memory = measure_memory(information, [p.log_likelihoods or [] for p in predictions])
+        return replace(super().score(splits, predictions, seconds), metric=self.task.metric, memory=memory)
+
+
+def measure_memory(information: Sequence[float | None], log_likelihoods: Sequence[Sequence[float]]) -> Memory:
+    r"""What is stored of facts: Σ over facts of (information + Σ over tokens of ln p / ln 2) bits.
+
+    Args:
+        information: bits of the answer to each fact, or None where it is unknown.
+        log_likelihoods: ln p of each token of each answer.
+    """
+    tokens = [x for fact in log_likelihoods for x in fact]
+    lost = [-sum(fact) / math.log(2) for fact in log_likelihoods]
+    loss, confident = -sum(tokens) / len(tokens), sum(x > -math.log(2) for x in tokens) / len(tokens)
+    bits = [x for x in information if x is not None]
+    if len(bits) < len(information):
+        return Memory(len(tokens), loss, confident)
+    low, high = bootstrap_interval(lambda known, gone: sum(known) - sum(gone), bits, lost)
+    return Memory(len(tokens), loss, confident, sum(bits), sum(bits) - sum(lost), low, high)
+
+
 class LikelihoodScorer(Scorer):
     """The answer is the option with the highest log-probability, after the prefix that all answers share."""
 
@@ -334,6 +436,7 @@ class ClassificationScorer(Scorer):
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "exact_match": GenerationScorer,
     "generation": GenerationScorer,
+    "recall": RecallScorer,
     "likelihood": LikelihoodScorer,
     "classification": ClassificationScorer,
 }

@@ -12,7 +12,7 @@ import reference
 from pera import pera_linear
 from pera.linear import expanded_linear, expansions
 from pera.polynomial import expanded_rank
-from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, by_pair, draw, relative_error
+from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, by_pair, draw, draw_anchors, relative_error
 
 M, N = 7, 9
 
@@ -22,10 +22,10 @@ def leaves(*tensors):
     return [t.detach().clone().requires_grad_() for t in tensors]
 
 
-def reference_output(x, A, B, h, terms, normalization, scaling=1.0):
+def reference_output(x, A, B, h, terms, normalization, scaling=1.0, anchors=None):
     """x ΔWᵀ in float64 with an explicit ΔW."""
-    weights = by_pair(h, A.shape[0], terms)
-    return x.double() @ reference.delta_weight(A, B, weights, normalization, scaling).T
+    weights = by_pair(h, A.shape[0], terms, anchors)
+    return x.double() @ reference.delta_weight(A, B, weights, normalization, scaling, anchors).T
 
 
 def gradients(y, inputs, cotangent):
@@ -38,11 +38,13 @@ def gradients(y, inputs, cotangent):
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 @pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("r", [1, 4])
-def test_output_and_gradients_are_those_of_the_explicit_update(r, terms, coefficients, normalization):
-    inputs = leaves(torch.randn(5, N, dtype=torch.float64), *draw(r, terms, coefficients))
-    expected = reference_output(*inputs, terms, normalization, scaling=0.7)
-    actual = pera_linear(*inputs, terms=terms, normalization=normalization, scaling=0.7)
+@pytest.mark.parametrize(("r", "k"), [(1, 0), (1, 16), (4, 0), (4, 2)])
+def test_output_and_gradients_are_those_of_the_explicit_update(r, k, terms, coefficients, normalization):
+    A, B, h = draw(r, terms, coefficients)
+    anchors, h = draw_anchors(k, h)
+    inputs = leaves(torch.randn(5, N, dtype=torch.float64), A, B, h)
+    expected = reference_output(*inputs, terms, normalization, 0.7, anchors)
+    actual = pera_linear(*inputs, terms=terms, normalization=normalization, anchors=anchors, scaling=0.7)
     assert relative_error(actual, expected) <= 1e-10
     cotangent = torch.randn_like(expected)
     for gradient, right in zip(
@@ -54,20 +56,26 @@ def test_output_and_gradients_are_those_of_the_explicit_update(r, terms, coeffic
         )
 
 
-def test_without_h_every_product_has_weight_one():
+@pytest.mark.parametrize("k", [0, 4])
+def test_without_h_every_term_has_weight_one(k):
     x, A, B, h = torch.randn(5, N, dtype=torch.float64), *draw(3, "all")
-    expected = reference_output(x, A, B, torch.ones_like(h), "all", "none")
-    assert relative_error(pera_linear(x, A, B, None), expected) <= 1e-12
+    anchors, h = draw_anchors(k, h)
+    expected = reference_output(x, A, B, torch.ones_like(h), "all", "none", anchors=anchors)
+    assert relative_error(pera_linear(x, A, B, None, anchors=anchors), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("terms", TERMS)
-def test_first_and_second_derivatives(terms, normalization):
+@pytest.mark.parametrize("k", [0, 2])
+def test_first_and_second_derivatives(k, terms, normalization):
     base = torch.randn(3, 3, dtype=torch.float64)
-    inputs = leaves(torch.randn(3, 4, dtype=torch.float64), *draw(2, terms, m=3, n=4), base)
+    A, B, h = draw(2, terms, m=3, n=4)
+    anchors, h = draw_anchors(k, h, 3, 4)
+    inputs = leaves(torch.randn(3, 4, dtype=torch.float64), A, B, h, base)
+    options = {"terms": terms, "normalization": normalization, "anchors": anchors, "scaling": 0.7}
 
     def operator(x, A, B, h, base):
-        return pera_linear(x, A, B, h, base=base, terms=terms, normalization=normalization, scaling=0.7)
+        return pera_linear(x, A, B, h, base=base, **options)
 
     assert torch.autograd.gradcheck(operator, inputs)
     assert torch.autograd.gradgradcheck(operator, inputs)
@@ -171,17 +179,19 @@ def test_no_grad_computes_the_same_and_records_nothing():
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("factor_dtype", ["same", torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_output_is_within_rounding_of_float64(dtype, factor_dtype, normalization):
+@pytest.mark.parametrize("k", [0, 4])
+def test_output_is_within_rounding_of_float64(k, dtype, factor_dtype, normalization):
     A, B, h = draw(8, "all", dtype=dtype if factor_dtype == "same" else factor_dtype)
+    anchors, h = draw_anchors(k, h)
     x = torch.randn(5, N, dtype=dtype)
-    y = pera_linear(x, A, B, h, normalization=normalization)
+    y = pera_linear(x, A, B, h, normalization=normalization, anchors=anchors)
     assert y.dtype == dtype
-    weights = by_pair(h, 8, "all")
+    weights = by_pair(h, 8, "all", anchors)
     # Â, B̂, x Âᵀ, h, their product and the result are rounded to the dtype; sums and means are in float32.
-    sums = N + expanded_rank(8) + A.numel() + B.numel() + 12
+    sums = N + expanded_rank(8, "all", k) + A.numel() + B.numel() + 12
     rounding = (6 * torch.finfo(dtype).eps + sums * torch.finfo(torch.float32).eps) / 2
-    bound = rounding * (x.double().abs() @ reference.magnitude(A, B, weights, normalization).T)
-    assert ((y.double() - reference_output(x, A, B, h, "all", normalization)).abs() <= bound).all()
+    bound = rounding * (x.double().abs() @ reference.magnitude(A, B, weights, normalization, 1.0, anchors).T)
+    assert ((y.double() - reference_output(x, A, B, h, "all", normalization, 1.0, anchors)).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -196,14 +206,17 @@ def test_gradients_have_the_dtype_of_their_input(dtype):
     assert [g.dtype for g in gradients(pera_linear(*inputs), inputs, cotangent)] == [t.dtype for t in (x, A, B, h)]
 
 
-def test_autocast_computes_in_its_dtype_and_returns_float32_gradients():
-    x, A, B, h = inputs = leaves(torch.randn(5, N), *draw(3, "all", dtype=torch.float32))
+@pytest.mark.parametrize("k", [0, 4])
+def test_autocast_computes_in_its_dtype_and_returns_float32_gradients(k):
+    A, B, h = draw(3, "all", dtype=torch.float32)
+    anchors, h = draw_anchors(k, h)
+    x, A, B, h = inputs = leaves(torch.randn(5, N), A, B, h)
     cotangent = torch.randn(5, M, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = pera_linear(*inputs)
+        y = pera_linear(*inputs, anchors=anchors)
         inside = gradients(y, inputs, cotangent)
     assert y.dtype == torch.bfloat16
-    cast = pera_linear(x.bfloat16(), A, B, h)
+    cast = pera_linear(x.bfloat16(), A, B, h, anchors=anchors)
     assert torch.equal(y, cast)
     for gradient, same in zip(inside, gradients(cast, inputs, cotangent), strict=True):
         assert gradient.dtype == torch.float32
@@ -241,12 +254,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
         assert torch.equal(t.grad, gradient)
 
 
-@pytest.mark.parametrize(("normalization", "backend"), [("none", "aot_eager"), ("rms", "inductor")])
-def test_compiled_without_a_graph_break_gives_the_same(normalization, backend):
-    inputs = leaves(torch.randn(5, N), *draw(3, "all", dtype=torch.float32))
+@pytest.mark.parametrize(
+    ("normalization", "k", "backend"), [("none", 0, "aot_eager"), ("rms", 4, "aot_eager"), ("rms", 0, "inductor")]
+)
+def test_compiled_without_a_graph_break_gives_the_same(normalization, k, backend):
+    A, B, h = draw(3, "all", dtype=torch.float32)
+    anchors, h = draw_anchors(k, h)
+    inputs = leaves(torch.randn(5, N), A, B, h)
 
     def operator(*inputs):
-        return pera_linear(*inputs, normalization=normalization, scaling=0.7)
+        return pera_linear(*inputs, normalization=normalization, anchors=anchors, scaling=0.7)
 
     cotangent = torch.randn(5, M)
     expected = operator(*inputs)
@@ -255,9 +272,11 @@ def test_compiled_without_a_graph_break_gives_the_same(normalization, backend):
     torch.testing.assert_close(gradients(actual, inputs, cotangent), gradients(expected, inputs, cotangent))
 
 
-def test_func_transforms_give_the_gradients_of_autograd():
-    x, *factors = torch.randn(5, N, dtype=torch.float64), *draw(3, "all")
-    options = {"normalization": "rms", "scaling": 0.7}
+@pytest.mark.parametrize("k", [0, 4])
+def test_func_transforms_give_the_gradients_of_autograd(k):
+    x, A, B, h = torch.randn(5, N, dtype=torch.float64), *draw(3, "all")
+    anchors, h = draw_anchors(k, h)
+    factors, options = (A, B, h), {"normalization": "rms", "anchors": anchors, "scaling": 0.7}
 
     def loss(factors, x):
         return torch.tanh(pera_linear(x, *factors, **options)).square().sum()

@@ -58,11 +58,16 @@ def test_from_lora_converts_each_kind_of_layer(kind):
     assert relative_error(evaluate(from_lora(model), x), expected) <= 1e-6
 
 
-@pytest.mark.parametrize("terms", ["all", "square", "cross"])
-def test_from_lora_adds_coefficients_of_zero_that_training_moves(terms):
-    model = from_lora(lora(llama()), terms=terms).train()
+@pytest.mark.parametrize(("terms", "k"), [("all", 0), ("square", 0), ("cross", 0), ("square", 4), ("none", 4)])
+def test_from_lora_adds_coefficients_of_zero_that_training_moves(terms, k):
+    before = lora(llama())
+    expected = logits(before)
+    model = from_lora(before, terms=terms, anchors=k, anchor_seed=min(k, 1))
+    assert relative_error(logits(model), expected) <= 1e-6
+    model.train()
     h = [layer.pera_h["default"] for layer in layers(model).values()]
-    assert [len(one) for one in h] == [num_coefficients(3, terms)] * 4
+    assert [len(one) for one in h] == [num_coefficients(3, terms, k)] * 4
+    assert model.peft_config["default"].normalization == ("none" if terms == "none" else "rms")
     assert not any(one.any() for one in h)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -112,6 +117,11 @@ def merged_lora():
 
 NOT_PERA = {
     "terms": (lambda: lora(llama()), {"terms": "none"}, "terms='none' leaves no products to train"),
+    "nothing to normalize": (
+        lambda: lora(llama()),
+        {"terms": "none", "anchors": 2, "normalization": "rms"},
+        "normalization='rms' has no effect with terms='none'",
+    ),
     "rank 1": (lambda: lora(llama(), r=1), {"terms": "cross"}, "r=1 with terms='cross' leaves no products"),
     "PERA": (
         lambda: adapt(gpt2(), target_modules=["c_attn"]),

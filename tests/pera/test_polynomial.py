@@ -21,7 +21,7 @@ from pera.polynomial import (
     num_coefficients,
     rms,
 )
-from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, by_pair, draw, pairs, relative_error
+from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, by_pair, draw, draw_anchors, pairs, relative_error
 
 RANKS = (1, 4)
 
@@ -359,7 +359,7 @@ def test_a_far_off_name_is_refused_with_all_known():
         num_coefficients(4, "xyz")
 
 
-# Properties over shapes, ranks, dtypes and terms
+# Properties over shapes, ranks, dtypes, terms and anchors
 
 any_case = {
     "r": st.integers(1, 9),
@@ -368,48 +368,53 @@ any_case = {
     "terms": st.sampled_from(TERMS),
     "coefficients": st.sampled_from(COEFFICIENTS),
     "normalization": st.sampled_from(NORMALIZATIONS),
+    "k": st.integers(0, 3),
     "dtype": st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 }
 
 
 @given(**any_case, scaling=st.floats(0.1, 4))
-def test_update_is_within_rounding_of_the_reference(r, m, n, terms, coefficients, normalization, dtype, scaling):
+def test_update_is_within_rounding_of_the_reference(r, m, n, terms, coefficients, normalization, k, dtype, scaling):
     A, B, h = draw(r, terms, coefficients, m, n, dtype)
+    anchors, h = draw_anchors(k, h, m, n)
     before = [t.clone() for t in (A, B, h)]
-    update = delta_weight(A, B, h, terms, normalization, scaling)
+    update = delta_weight(A, B, h, terms, normalization, anchors, scaling)
     assert update.shape == (m, n)
     assert update.dtype == torch.promote_types(dtype, torch.float32)
     assert all(torch.equal(now, then) for now, then in zip((A, B, h), before, strict=True))
     # One rounding for each summand of the K products and of the two means, and a dozen for a single product.
-    roundings = expanded_rank(r, terms) + A.numel() + B.numel() + 12
-    weights = by_pair(h, r, terms)
-    expected = reference.delta_weight(A, B, weights, normalization, scaling)
-    bound = roundings * torch.finfo(update.dtype).eps * reference.magnitude(A, B, weights, normalization, scaling)
-    assert ((update.double() - expected).abs() <= bound).all()
+    roundings = expanded_rank(r, terms, k) + A.numel() + B.numel() + 12
+    weights = by_pair(h, r, terms, anchors)
+    expected = reference.delta_weight(A, B, weights, normalization, scaling, anchors)
+    bound = reference.magnitude(A, B, weights, normalization, scaling, anchors)
+    assert ((update.double() - expected).abs() <= roundings * torch.finfo(update.dtype).eps * bound).all()
 
 
 @given(**any_case)
-def test_expand_backward_is_adjoint_to_the_derivative(r, m, n, terms, coefficients, normalization, dtype):
+def test_expand_backward_is_adjoint_to_the_derivative(r, m, n, terms, coefficients, normalization, k, dtype):
     """⟨G, J v⟩ = ⟨Jᵀ G, v⟩, with J v from forward-mode differentiation."""
-    A = draw(r, terms, coefficients, m, n, dtype)[0].double()
+    A, _, h = draw(r, terms, coefficients, m, n, dtype)
+    V, A = (draw_anchors(k, h, m, n)[0] or (None,))[0], A.double()
     v = torch.randn_like(A)
-    _, Jv = torch.func.jvp(lambda A: expand(A, None, terms, normalization), (A,), (v,))
+    _, Jv = torch.func.jvp(lambda A: expand(A, None, terms, normalization, V), (A,), (v,))
     G = torch.randn_like(Jv)
-    grad_A = expand_backward(G, A, terms, normalization)
+    grad_A = expand_backward(G, A, terms, normalization, V)
     torch.testing.assert_close((G * Jv).sum(), (grad_A * v).sum(), rtol=1e-9, atol=1e-9)
 
 
 @given(**any_case, with_h=st.booleans(), data=st.data())
-def test_some_columns_expand_as_in_the_whole(r, m, n, terms, coefficients, normalization, dtype, with_h, data):
+def test_some_columns_expand_as_in_the_whole(r, m, n, terms, coefficients, normalization, k, dtype, with_h, data):
     """With ρ and means of the whole: the same values, and the same gradients, through them as well."""
     columns = data.draw(st.lists(st.integers(0, n - 1), max_size=n + 2))
     A, _, h = draw(r, terms, coefficients, m, n, dtype)
+    anchors, h = draw_anchors(k, h, m, n)
+    V, V_part = (None, None) if anchors is None else (anchors.V, anchors.V[:, columns])
     h = h if with_h else None
-    part = expand(A[:, columns], h, terms, normalization, whole=A)
-    assert torch.equal(part, expand(A, h, terms, normalization)[:, columns])
+    part = expand(A[:, columns], h, terms, normalization, V_part, whole=A)
+    assert torch.equal(part, expand(A, h, terms, normalization, V)[:, columns])
     A, h = A.double().requires_grad_(), h if h is None else h.double().requires_grad_()
-    part = expand(A[:, columns], h, terms, normalization, whole=A)
-    whole = expand(A, h, terms, normalization)[:, columns]
+    part = expand(A[:, columns], h, terms, normalization, V_part, whole=A)
+    whole = expand(A, h, terms, normalization, V)[:, columns]
     inputs, cotangent = [A] if h is None else [A, h], torch.randn_like(part)
     for gradient, expected in zip(
         torch.autograd.grad(part, inputs, cotangent, allow_unused=True, materialize_grads=True),
@@ -419,7 +424,59 @@ def test_some_columns_expand_as_in_the_whole(r, m, n, terms, coefficients, norma
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
-@given(r=st.integers(1, 12), terms=st.sampled_from(TERMS))
-def test_order_of_h_agrees_with_the_reference(r, terms):
+@given(r=st.integers(1, 12), terms=st.sampled_from(TERMS), k=st.integers(0, 5))
+def test_order_of_h_agrees_with_the_reference(r, terms, k):
     assert coefficient_pairs(r, terms) == pairs(r, terms)
-    assert expanded_rank(r, terms) == r + len(pairs(r, terms))
+    assert num_coefficients(r, terms, k) == len(pairs(r, terms)) + k
+    assert expanded_rank(r, terms, k) == r + len(pairs(r, terms)) + r * k
+
+
+# Anchors
+
+
+def test_anchors_alone_are_a_mask_of_the_linear_update():
+    """ΔW = s (BA) ⊙ (1 1ᵀ + U diag(h) V / √k)."""
+    A, B, h = draw(3, "none")
+    anchors, h = draw_anchors(4, h)
+    V, U = anchors.V.double(), anchors.U_T.double().T
+    update = delta_weight(A, B, h, "none", "none", anchors, scaling=0.7)
+    torch.testing.assert_close(update, 0.7 * (B @ A) * (1 + U @ torch.diag(h) @ V / 2))
+
+
+def test_rows_of_an_anchor_follow_one_another():
+    A, B, h = draw(2, "none")
+    anchors, h = draw_anchors(3, h)
+    a1, a2 = A
+    v1, v2, v3 = anchors.V
+    rows = [a1, a2, a1 * v1, a2 * v1, a1 * v2, a2 * v2, a1 * v3, a2 * v3]
+    assert torch.equal(expand(A, None, "none", "none", anchors.V), torch.stack(rows))
+    weights = torch.tensor([1, 1, *h.repeat_interleave(2) / 3**0.5], dtype=torch.float64).unsqueeze(1)
+    torch.testing.assert_close(expand_A(A, h, "none", "none", anchors), torch.stack(rows) * weights)
+    b1, u3 = B[:, 0], anchors.U_T[2]
+    assert torch.equal(expand_B(B, "none", "none", anchors)[:, 6], b1 * u3)
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_anchors_without_coefficients_weigh_one(terms):
+    A, B, h = draw(3, terms, "fixed")
+    anchors, _ = draw_anchors(4, h)
+    ones = torch.ones(num_coefficients(3, terms, 4), dtype=torch.float64)
+    update = delta_weight(A, B, ones, terms, "rms", anchors)
+    torch.testing.assert_close(delta_weight(A, B, None, terms, "rms", anchors), update)
+    published = fixed_coefficients(3, terms, 4)
+    assert published.tolist() == [*fixed_coefficients(3, terms).tolist(), 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_anchors_raise_the_rank_of_the_update_to_K(terms):
+    A, B, h = draw(3, terms, m=40, n=50)
+    anchors, h = draw_anchors(4, h, 40, 50)
+    update = delta_weight(A, B, h, terms, "none", anchors)
+    assert torch.linalg.matrix_rank(update).item() == expanded_rank(3, terms, 4) == expanded_rank(3, terms) + 12
+
+
+def test_h_that_lacks_the_anchors_is_refused():
+    A, B, h = draw(3, "square")
+    anchors, _ = draw_anchors(4, h)
+    with pytest.raises(UserError, match=r"h has shape \(3,\); r=3 and terms='square' with 4 anchors need \(7,\)"):
+        delta_weight(A, B, h, "square", "none", anchors)

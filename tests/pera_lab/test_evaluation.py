@@ -1,8 +1,13 @@
 """The scores of a run."""
 
 import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from pera_lab.evaluation import evaluate_run
 from pera_lab.files import locked
@@ -85,3 +90,67 @@ def test_two_evaluations_that_write_one_score_are_refused(which, pera, refused, 
     assert pera("evaluate", "run", *which).code == 0
     assert set(run.scores()) == {"adapter", "base"}
     assert list(run.path.glob(".*")) == []
+
+
+@pytest.fixture(scope="module")
+def trained_facts(train_run, tmp_path_factory):
+    """A run that stores four phone numbers."""
+    book = ["task={name: phonebook, size: 4}", "evaluation.max_new_tokens=10"]
+    return train_run(tmp_path_factory.mktemp("facts") / "run", *book)
+
+
+@pytest.fixture
+def facts_run(trained_facts, tmp_path):
+    """A copy of ``trained_facts`` that a test may change."""
+    return Run(Path(shutil.copytree(trained_facts.path, tmp_path / "facts")))
+
+
+def test_bits_per_parameter_count_every_trained_parameter(facts_run):
+    base, adapter = (evaluate_run(facts_run, base=which).memory for which in (True, False))
+    weights = load_file(facts_run.adapter.path / "adapter_model.safetensors")
+    assert any("pera_h" in name for name in weights)
+    assert adapter.parameters == sum(weight.numel() for weight in weights.values())
+    assert adapter.bits_per_parameter == adapter.bits / adapter.parameters
+    assert (base.parameters, base.bits_per_parameter) == (None, None)
+    assert adapter.tokens == base.tokens == 40
+    assert adapter.bits > base.bits
+    assert facts_run.scores()["adapter"]["memory"] == asdict(adapter)
+
+
+def test_training_and_pages_say_that_the_trained_facts_are_tested(facts_run, pera):
+    assert json.loads(facts_run.data_file.read_text())["notes"] == []
+    said = pera("evaluate", facts_run.path)
+    assert said.code == 0
+    lines = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in said.out.splitlines()}
+    assert lines["tested on"] == "the facts that it was trained on"
+    memory = facts_run.scores()["adapter"]["memory"]
+    assert lines["bits stored"].startswith(f"{memory['bits']:,.0f} of 133 (95 % interval over facts ".replace("-", "−"))
+    assert lines["bits per parameter"].endswith(f"({memory['parameters']:,} trained parameters)")
+    assert lines["tokens with p > 0.5"].endswith(" of 40 answer tokens")
+    page = (facts_run.path / "report.html").read_text()
+    assert "Tested on the facts that the adapter was trained on." in page
+    assert "What the adapter has stored" in page
+    card = (facts_run.adapter.path / "README.md").read_text()
+    assert "Rows of `phonebook`, exact answers by greedy decoding, tested on the facts" in card
+    assert "Held-out" not in card
+
+
+def test_own_facts_are_counted_against_the_base_model(train_run, tmp_path, pera):
+    rows = [{"question": f"Where is {name}?", "answer": place} for name, place in (("Ann", "Rome"), ("Bob", "Oslo"))]
+    (tmp_path / "own.csv").write_text("question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows))
+    own = f"task={{name: facts, data: {tmp_path / 'own.csv'}}}"
+    run = train_run(tmp_path / "own", own, "evaluation.max_new_tokens=16")
+    alone = pera("evaluate", run.path).out
+    assert "unknown, because task.answers does not say" in alone
+    assert f"unknown until the base model is scored: pera evaluate {run.path} --base" in alone
+    pera("evaluate", run.path, "--base")
+    base, adapter = (run.scores()[which]["memory"] for which in ("base", "adapter"))
+    bits = (base["loss"] - adapter["loss"]) * adapter["tokens"] / math.log(2)
+    assert f"bits over the base model {bits:,.0f} (95 %" in " ".join(pera("evaluate", run.path).out.split())
+
+
+def test_rows_of_a_phone_book_can_be_answered(facts_run, pera, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"query": "Ann Bell:"}\n')
+    assert pera("predict", facts_run.path, "--input", "rows.jsonl", "--output", "answers.jsonl").code == 0
+    (row,) = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    assert set(row) == {"query", "prediction"}

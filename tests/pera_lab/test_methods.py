@@ -176,14 +176,26 @@ def test_the_published_variant_is_the_published_method():
 
 
 @pytest.mark.parametrize(
-    ("name", "terms", "normalization", "h"),
-    [("pera-squares", "square", "none", 0.0), ("pera-crosses", "cross", "none", 0.0), ("pera-rms", "all", "rms", 0.0),
-     ("pera-rms-0.3", "all", "rms", 0.3), ("pera-rms-squares", "square", "rms", 0.3)],
+    ("name", "terms", "normalization", "h", "anchors"),
+    [("pera-squares", "square", "none", 0.0, 0), ("pera-crosses", "cross", "none", 0.0, 0),
+     ("pera-rms", "all", "rms", 0.0, 0), ("pera-rms-0.3", "all", "rms", 0.3, 0),
+     ("pera-rms-squares", "square", "rms", 0.3, 0), ("pera-anchors-1", "none", "none", 0.0, 1),
+     ("pera-anchors-4", "none", "none", 0.0, 4), ("pera-anchors-16", "none", "none", 0.0, 16),
+     ("pera-anchors-64", "none", "none", 0.0, 64), ("pera-anchors-4-all", "all", "rms", 0.3, 4)],
 )  # fmt: skip
-def test_a_named_variant_fixes_its_options(name, terms, normalization, h):
+def test_a_named_variant_fixes_its_options(name, terms, normalization, h, anchors):
     config = peft_config(name, r=4)
     assert (config.terms, config.normalization, config.init_coefficients) == (terms, normalization, h)
-    assert config.coefficients == "learned"
+    assert (config.coefficients, config.anchors) == ("learned", anchors)
+    if anchors:
+        assert peft_config(name, anchor_seed=7).anchor_seed == 7
+    else:
+        with pytest.raises(UserError, match=r"method\.anchor_seed is an option of pera, not of"):
+            peft_config(name, anchor_seed=7)
+    with pytest.raises(UserError, match=r"method\.anchors is an option of pera, not of"):
+        peft_config(name, anchors=7)
+    with pytest.raises(UserError, match=r"method\.anchor_names is not an option of"):
+        peft_config(name, anchor_names="7")
     with pytest.raises(UserError, match=r"method\.init_coefficients is an option of pera, not of"):
         peft_config(name, init_coefficients=0.1)
 

@@ -1,6 +1,7 @@
 """Scorers: answers in batches, judged, and counted exactly."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from pera_lab.files import Journal
 from pera_lab.inference import Branches, log_likelihoods, takes_padding
 from pera_lab.intervals import wilson_interval
 from pera_lab.scorers import answer_batches, make_scorer
-from pera_lab.tasks import EvaluationSection, Example, subsample
+from pera_lab.tasks import EvaluationSection, Example, parse_task, subsample
 from pera_lab.tasks.commonsense import CommonsenseTask
 from pera_lab.tasks.encoding import encode_chat, encode_prompt, encode_question
 from pera_lab.tasks.reasoning import ReasoningTask
@@ -309,3 +310,90 @@ def test_a_long_option_fits_behind_a_long_question(tiny_gpt2, tokenizer, options
     assert scorer.answer([0])[0].shortened
     with pytest.raises(UserError, match=r"an option has \d+ tokens, but the model reads at most 512; shorten it"):
         make_scorer(model, tokenizer, options[0], [Example("a", "b", options=("b", "long " * 600))], spec, None)
+
+
+# What is remembered
+
+
+@pytest.fixture
+def facts(tiny_llama):
+    """A model, codes of five passphrases, and their splits."""
+    codes = parse_task({"name": "codewords", "size": 5, "vocabulary": 4, "length": 2})
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64).eval(), codes, codes.build()
+
+
+@torch.no_grad()
+def by_hand(model, tokenizer, book, fact):
+    """Log-probabilities of the tokens of an answer, from one forward pass of the whole text."""
+    prompt = encode_question(tokenizer, fact, book.frame).ids
+    answer = tokenizer(fact.answer, add_special_tokens=False).input_ids
+    logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return [float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_bits_count_every_token_of_an_answer_over_the_whole_vocabulary(facts, tokenizer, batch_size):
+    model, book, splits = facts
+    score, predictions = evaluate(
+        model, tokenizer, book, splits, EvaluationSection(scorer="recall", batch_size=batch_size, max_new_tokens=64)
+    )
+    expected = [by_hand(model, tokenizer, book, fact) for fact in splits.test]
+    for prediction, values in zip(predictions, expected, strict=True):
+        assert prediction.log_likelihoods == pytest.approx(values, abs=1e-4)
+    tokens = [x for values in expected for x in values]
+    memory = score.memory
+    assert memory.tokens == len(tokens)
+    assert memory.loss == pytest.approx(-sum(tokens) / len(tokens))
+    assert memory.confident == sum(x > math.log(0.5) for x in tokens) / len(tokens)
+    assert memory.information == 5 * 2 * 2
+    assert memory.bits == pytest.approx(20 + sum(tokens) / math.log(2), rel=1e-4)
+    assert memory.low < memory.bits < memory.high
+
+
+class Recalling(Frames):
+    """An oracle with equal probabilities for 400 tokens."""
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 400))
+
+
+def test_recall_needs_every_token_of_the_answer_and_ignores_what_follows(facts, tokenizer):
+    _, codes, splits = facts
+    first, second, third, fourth, _ = (fact.answer for fact in splits.test)
+    model = Recalling(tokenizer, codes, splits, [first, second + " and more", third[:-1], "no" + fourth, ""])
+    spec = EvaluationSection(scorer="recall", max_new_tokens=64, batch_size=2)
+    score, predictions = evaluate(model, tokenizer, codes, splits, spec)
+    assert [p.correct for p in predictions] == [True, True, False, False, False]
+    assert (score.metric, score.correct, score.value) == ("recall", 2, 0.4)
+    assert (score.low, score.high) == wilson_interval(2, 5)
+    assert score.memory.bits == pytest.approx(20 - score.memory.tokens * math.log2(400))
+    assert score.memory.confident == 0
+
+
+def test_bits_of_answers_whose_number_is_unknown_are_not_counted(facts, tokenizer, tmp_path):
+    model, _, splits = facts
+    (tmp_path / "own.jsonl").write_text("{}")
+    own = parse_task({"name": "facts", "data": str(tmp_path / "own.jsonl"), "template": "plain"})
+    memory = evaluate(model, tokenizer, own, splits, EvaluationSection(scorer="recall", max_new_tokens=64))[0].memory
+    assert (memory.information, memory.bits, memory.low) == (None, None, None)
+    assert memory.loss > 0
+
+
+def test_an_answer_that_is_cut_cannot_be_recalled(facts, tokenizer):
+    model, book, splits = facts
+    longest = max(len(tokenizer(e.answer, add_special_tokens=False).input_ids) for e in splits.test)
+    make_scorer(model, tokenizer, book, splits.test, EvaluationSection(scorer="recall", max_new_tokens=longest), None)
+    short = EvaluationSection(scorer="recall", max_new_tokens=longest - 1)
+    sentence = rf"^evaluation\.max_new_tokens={longest - 1} is less than the {longest} tokens of the longest answer"
+    with pytest.raises(UserError, match=sentence):
+        make_scorer(model, tokenizer, book, splits.test, short, None)
+
+
+def test_a_question_without_an_answer_gets_as_many_tokens_as_asked_for(facts, tokenizer):
+    model, book, _ = facts
+    spec = EvaluationSection(scorer="recall", max_new_tokens=3)
+    scorer = make_scorer(model, tokenizer, book, [book.question({"question": "Who?"})], spec, None)
+    (output,) = scorer.answer([0])
+    ids = model.generate(torch.tensor([scorer.prompts[0].ids]), max_new_tokens=3, do_sample=False, pad_token_id=2)
+    assert output.answer == tokenizer.decode(ids[0, -3:], skip_special_tokens=True).strip()
+    assert output.log_likelihoods is None

@@ -113,25 +113,44 @@ def check_lists(config: PeftConfig) -> None:
             _check_expression(key, pattern)
 
 
-def check_sizes(rows: int, columns: int, r: int, K: int) -> None:
+def check_anchors(anchors: Any, seed: Any) -> None:
+    """Raise a UserError unless ``anchors`` is a whole number of at least 0, and ``seed`` one from 0 to 2³² − 1."""
+    if not _is_whole(anchors) or anchors < 0:
+        raise UserError(f"anchors={shown(anchors)} should be a whole number of at least 0, which means none.")
+    if anchors > LARGEST_RANK:
+        raise UserError(f"anchors={shown(anchors)} is above every side of any layer; use a number such as 4.")
+    if not _is_whole(seed) or not 0 <= seed < 2**32:
+        raise UserError(f"anchor_seed={shown(seed)} should be a whole number from 0 to {2**32 - 1}.")
+
+
+def check_sizes(rows: int, columns: int, r: int, K: int, anchors: int = 0) -> None:
     """Check a rank against the weight that it is for, before anything is allocated.
 
     Args:
         rows, columns: sides of ΔW.
         r: rank.
         K: expanded rank.
+        anchors: number of anchors.
 
     Raises:
-        UserError: r is above both sides and above 64 (up to 64 is cheap, and a warning), or an expansion would have
-            more entries than PyTorch can index.
+        UserError: r or the number of anchors is above both sides and above 64 (up to 64 is cheap, and for r a warning),
+            or an expansion would have more entries than PyTorch can index.
     """
     if r > max(rows, columns, 64):
         raise UserError(
             f"r={r} is above both sides of a ({rows}, {columns}) weight (K={K}); use r of at most "
             f"{min(rows, columns)}, or leave the layer out."
         )
+    if anchors > max(rows, columns, 64):
+        raise UserError(
+            f"anchors={anchors} is above both sides of a ({rows}, {columns}) weight; use at most {min(rows, columns)}, "
+            "or leave the layer out."
+        )
     if K * min(rows, columns) >= 2**31:
-        raise UserError(f"r={r} expands to K={K} on a ({rows}, {columns}) weight, which is too large; use a smaller r.")
+        fewer = "r or fewer anchors" if anchors else "r"
+        raise UserError(
+            f"r={r} expands to K={K} on a ({rows}, {columns}) weight, which is too large; use a smaller {fewer}."
+        )
 
 
 def check_ranks(model: nn.Module, config: PeftConfig) -> None:
@@ -155,8 +174,10 @@ def check_ranks(model: nn.Module, config: PeftConfig) -> None:
         weight: Any = module.weight
         rank: int = patterns.get(get_pattern_key(list(patterns), name), r)
         columns = weight[0].numel() if weight.ndim > 1 else 1
+        anchors: int = getattr(config, "anchors", 0)
         try:
-            check_sizes(len(weight), columns, rank, expanded_rank(rank, getattr(config, "terms", "none")))
+            K = expanded_rank(rank, getattr(config, "terms", "none"), anchors)
+            check_sizes(len(weight), columns, rank, K, anchors)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
 

@@ -13,10 +13,13 @@ from peft.utils import PeftType
 
 from pera.errors import UserError, nearest
 from pera.polynomial import Coefficients, Normalization, Terms
-from pera.tuner.checks import LARGEST, check_alpha, check_lists, check_rank, is_number, shown
+from pera.tuner.checks import LARGEST, check_alpha, check_anchors, check_lists, check_rank, is_number, shown
 
-LAYOUT_VERSION = 1
-"""Version of the names, shapes and order of the saved parameters (docs/architecture.md)."""
+LAYOUT_VERSION = 2
+"""Latest version of the names, shapes and order of the saved parameters (docs/architecture.md).
+
+An adapter without anchors has version 1, so that 0.1.0 still reads it.
+"""
 
 
 _RETIRED = {
@@ -59,6 +62,13 @@ class PeraConfig(PeftConfig):
         normalization: scale of the products. With "none", as published, products are orders of magnitude smaller than
             the factors and have almost no effect. "rms" divides each product by the root mean square of its factor; use
             it when the high-order terms should take part. "centred" also subtracts the mean from each square.
+        anchors: number k of frozen rows of random signs, U and V, whose crosses with the learned rows take part:
+            without products, ΔW = s (BA) ⊙ (1 1ᵀ + U diag(h) V / √k). They raise the expanded rank by r k at the cost
+            of k parameters, in ``pera_h``, which start at 1. Use about 4 to 16 when the task needs more rank than r, as
+            in memorizing facts. 0 means none.
+        anchor_seed: seed of the frozen rows, a whole number. The rows follow from the seed, the layer's name in the
+            base model and its shape alone, on every machine and version, and are not saved. An adapter whose layers
+            have other names than in training is refused.
         bias: biases to train: "none", "all", or "pera_only" (biases of adapted modules). With trained biases,
             disabling the adapter does not restore the base model.
         modules_to_save: other modules to train in full and save with the adapter, such as a new classification head.
@@ -77,6 +87,7 @@ class PeraConfig(PeftConfig):
             module, the longest wins (PEFT: the first). An entry that matches nothing is an error.
         alpha_pattern: α by module name or regular expression, where it differs from ``pera_alpha``, by the same rule.
         pera_version: version of the saved layout. It is filled in; do not set it.
+        anchor_names: digest of the names that the frozen rows are drawn from. It is filled in; do not set it.
 
     Raises:
         UserError: an option has a value that cannot work. The message names the option and what would be right.
@@ -99,6 +110,8 @@ class PeraConfig(PeftConfig):
     coefficients: Coefficients = "learned"
     init_coefficients: float = 0.0
     normalization: Normalization = "none"
+    anchors: int = 0
+    anchor_seed: int = 0
     bias: Literal["none", "all", "pera_only"] = "none"
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -108,7 +121,8 @@ class PeraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    pera_version: int = LAYOUT_VERSION
+    pera_version: int = 1
+    anchor_names: str | None = None
 
     random_signs: InitVar[bool] = False  # this and recompute are only read from adapters of 0.1.0
     recompute: InitVar[bool | None] = None
@@ -127,6 +141,7 @@ class PeraConfig(PeftConfig):
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self._check()
+        self.pera_version = max(self.pera_version, 2 if self.anchors else 1)
         if not loaded:
             self._check_idle()
         self.checks_effects = not loaded
@@ -139,8 +154,8 @@ class PeraConfig(PeftConfig):
     def published(cls, **options: Any) -> PeraConfig:
         """The method of the paper, independent of the defaults of this class.
 
-        It has all terms, learned coefficients that start at 0, and no normalization. ``options`` set everything else,
-        such as ``r`` and ``target_modules``.
+        It has all terms, learned coefficients that start at 0, no normalization and no anchors. ``options`` set
+        everything else, such as ``r`` and ``target_modules``.
 
         Raises:
             UserError: ``options`` set something that the paper fixes.
@@ -150,6 +165,7 @@ class PeraConfig(PeftConfig):
             "coefficients": "learned",
             "init_coefficients": 0.0,
             "normalization": "none",
+            "anchors": 0,
         }
         for key in method.keys() & options.keys():
             raise UserError(f"{key}={options[key]!r} is not for published(), which sets it to {method[key]!r}.")
@@ -198,7 +214,7 @@ class PeraConfig(PeftConfig):
     @property
     def learns_coefficients(self) -> bool:
         """Whether the adapter trains coefficients h."""
-        return self.coefficients == "learned" and self.terms != "none"
+        return self.coefficients == "learned" and (self.terms != "none" or self.anchors > 0)
 
     def scaling(self, r: int, alpha: float | None) -> float:
         """s = α / r, or α / sqrt(r) with ``use_rslora``, for a layer of rank ``r``. ``alpha=None`` means r."""
@@ -229,6 +245,9 @@ class PeraConfig(PeftConfig):
             value = getattr(self, key)
             if value not in choices:
                 raise UserError(f"{key}={value!r} is not known; {nearest(value, choices)}")
+        check_anchors(self.anchors, self.anchor_seed)
+        if self.anchor_names is not None and not isinstance(self.anchor_names, str):
+            raise UserError(f"anchor_names={self.anchor_names!r} should be a string; leave it out.")
         check_lists(self)
         check_rank("r", self.r, self.terms)
         for pattern, rank in self.rank_pattern.items():
@@ -272,11 +291,13 @@ class PeraConfig(PeftConfig):
 
     def _check_idle(self) -> None:
         """Raise UserError if an option has no effect next to the others."""
-        for key, default in (("normalization", "none"), ("coefficients", "learned")):
-            if self.terms == "none" and getattr(self, key) != default:
+        for key, default, anchored in (("normalization", "none", False), ("coefficients", "learned", self.anchors > 0)):
+            if self.terms == "none" and not anchored and getattr(self, key) != default:
                 raise UserError(
                     f"{key}={getattr(self, key)!r} has no effect with terms='none'; leave it at {default!r}."
                 )
+        if self.anchor_seed and not self.anchors:
+            raise UserError(f"anchor_seed={self.anchor_seed} has no effect without anchors; leave it at 0.")
 
 
 # Options of LoRA that PERA ignores. It detects the layout of Conv1D weights itself. The others say how other methods

@@ -26,11 +26,12 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     parameters. Dropout stays as it is::
 
         model = PeftModel.from_pretrained(base, "adapters/french")
-        hotswap_adapter(model, "adapters/german")   # same layers, ranks, terms and normalization
+        hotswap_adapter(model, "adapters/german")   # same layers, ranks, terms, …
 
     Args:
         model: model with the adapter, not merged.
-        path: folder or hub id of an adapter with the same layers, ranks, terms, coefficients and normalization.
+        path: folder or hub id of an adapter with the same layers, ranks, terms, coefficients, normalization and
+            anchors.
         adapter_name: name of the adapter to replace.
         kwargs: arguments of ``PeftConfig.from_pretrained`` and ``load_peft_weights``, such as ``revision``.
 
@@ -50,7 +51,8 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     for name, other in ((repr(path), config), (f"adapter {adapter_name!r}", before)):
         if not isinstance(other, PeraConfig):
             raise UserError(f"{name} is a {type(other).__name__}, not a PERA adapter; use load_adapter instead.")
-    for key in ("terms", "coefficients", "normalization", "trainable_token_indices", "ensure_weight_tying"):
+    expansion = ("terms", "coefficients", "normalization", "anchors", "anchor_seed")
+    for key in (*expansion, "trainable_token_indices", "ensure_weight_tying"):
         here, there = getattr(before, key), getattr(config, key)
         if here != there:
             raise UserError(f"{path!r} has {key}={there!r}, the loaded adapter {here!r}; use load_adapter instead.")

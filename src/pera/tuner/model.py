@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from peft.utils import (
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from pera.anchors import names_digest
 from pera.errors import UserError
 from pera.tuner.behaviour import resolve_all_linear
 from pera.tuner.call import one_call
@@ -31,7 +32,7 @@ from pera.tuner.checks import check_effects, check_names
 from pera.tuner.layers import ParamWrapper, PeraLayer, adapted_layers, keep_unpacked, layer_class
 from pera.tuner.names import check_wrapped, plain_name
 from pera.tuner.routing import route_samples
-from pera.tuner.saved import check_loaded, is_factor
+from pera.tuner.saved import anchored_name, check_anchored_names, check_loaded, is_factor
 from pera.tuner.tying import separate_shared_weights, sharing_the_embedding, with_name, without
 
 
@@ -73,11 +74,23 @@ class PeraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             config: Any = self.peft_config[adapter_name]
+            adapted = adapted_layers(model, adapter_name)
             if state_dict is None and config.checks_effects:
-                check_effects(adapted_layers(model, adapter_name), config)
+                check_effects(adapted, config)
+            self._check_anchors(adapted.values(), adapter_name)
         except Exception:
             self._remove_injected(model, adapter_name, before)
             raise
+
+    def _check_anchors(self, layers: Iterable[PeraLayer], adapter_name: str) -> None:
+        """Record the names that the anchors of a new adapter are drawn from; compare those of a saved adapter."""
+        config: Any = self.peft_config[adapter_name]
+        names = {layer.module_name for layer in layers if adapter_name not in layer.tied}
+        if config.anchors and names:
+            if config.checks_effects:  # a new adapter; its configuration may have served another model before
+                config.anchor_names = None
+            check_anchored_names(config, names)
+            config.anchor_names = names_digest(names)
 
     def _remove_injected(self, model: nn.Module, adapter_name: str, keep: set[str]) -> None:
         """Undo an injection that failed halfway. Its layers would become part of the next adapter with that name."""
@@ -162,7 +175,8 @@ class PeraModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = get_quantization_kwargs(self)
         cls = layer_class(base_layer, current_key, quantization)
-        layer = cls(target, adapter_name, config=pera_config, r=r, alpha=alpha, tied_to=source, **quantization)
+        settings = {"config": pera_config, "r": r, "alpha": alpha, "module_name": current_key}
+        layer = cls(target, adapter_name, tied_to=source, **settings, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -212,6 +226,7 @@ class PeraModel(BaseTuner):
             config=config,
             r=config.r,
             alpha=config.pera_alpha,
+            module_name=anchored_name(current_key.rpartition(".")[0]),
         )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pera.anchors import Anchors, draw_anchors, names_digest
 from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, fixed_coefficients, num_coefficients
 from pera.tuner.config import PeraConfig
 from pera.tuner.expressions import check_speed
+from pera.tuner.names import plain_name
 
 
 class Factors(NamedTuple):
@@ -22,6 +24,7 @@ class Factors(NamedTuple):
     h: Tensor
     terms: Terms
     normalization: Normalization
+    anchors: Anchors | None
     scaling: float
 
 
@@ -39,25 +42,29 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         The factors, with the expansion and the scale of the layer.
 
     Raises:
-        UserError: there is no layer, a tensor is missing or has a wrong shape, or an expression of the configuration
-            takes too long.
+        UserError: there is no layer, a tensor is missing or has a wrong shape, the layers were renamed, so that their
+            anchors are unknown, or an expression of the configuration takes too long.
     """
     layers: dict[str, Factors] = {}
+    names = set()
     check_speed((key.partition(".pera_A")[0].removeprefix("base_model.model.") for key in weights), config)
     for key, A in weights.items():
         layer, found, _ = key.partition(".pera_A")
         if not found:
             continue
-        r, alpha = config.layer_settings(layer.removeprefix("base_model.model."))
-        h = weights.get(f"{layer}.pera_h") if config.learns_coefficients else fixed_coefficients(r, config.terms)
+        name, k = layer.removeprefix("base_model.model."), config.anchors
+        r, alpha = config.layer_settings(name)
+        h = weights.get(f"{layer}.pera_h") if config.learns_coefficients else fixed_coefficients(r, config.terms, k)
         B = weights.get(f"{layer}.pera_B")
         if B is None or h is None:
             raise UserError(f"the weights file lacks {layer}.{'pera_B' if B is None else 'pera_h'}.")
-        experts, n = A.shape[:-2], num_coefficients(r, config.terms)
+        experts, n = A.shape[:-2], num_coefficients(r, config.terms, k)
         fits = A.ndim == B.ndim and (*A.shape[:-1], *B.shape[:-2], *B.shape[-1:]) == (*experts, r, *experts, r)
         if not fits or len(experts) > 1 or h.shape not in ((n,), (*experts, n)):
             raise UserError(f"the weights of {layer} do not have the rank in adapter_config.json, {r}.")
-        shared = config.terms, config.normalization, config.scaling(r, alpha)
+        names.add(module_name := anchored_name(name))
+        anchors = draw_anchors(k, config.anchor_seed, module_name, B.shape[-2], A.shape[-1])
+        shared = config.terms, config.normalization, anchors, config.scaling(r, alpha)
         A, B, h = A.double(), B.double(), h.double()
         if A.ndim == 2:
             layers[layer] = Factors(A, B, h, *shared)
@@ -66,7 +73,25 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
             layers[f"{layer}.{i}"] = Factors(A_i, B_i, h_i, *shared)
     if not layers:
         raise UserError("the weights file has no PERA layer.")
+    check_anchored_names(config, names)
     return layers
+
+
+def anchored_name(name: str) -> str:
+    """The name of a layer that its anchors are drawn from. Wrappers of parameters are nested under ``base_layer``."""
+    return plain_name(name).replace(".base_layer", "")
+
+
+def check_anchored_names(config: PeraConfig, names: Collection[str]) -> None:
+    """Raise UserError if layers do not have the names, as of :func:`anchored_name`, that they were trained under.
+
+    Their frozen rows, which are drawn from the names, would differ.
+    """
+    if config.anchors and config.anchor_names not in (None, names_digest(names)):
+        raise UserError(
+            f"anchors={config.anchors}: frozen rows follow from the names of the layers, such as {min(names)!r}, but "
+            "the adapter was trained under other names; load it on the class of model it was trained on."
+        )
 
 
 def check_values(weights: Mapping[str, Tensor], *, indices: bool = False) -> None:

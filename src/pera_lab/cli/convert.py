@@ -79,12 +79,18 @@ def import_(
     output: Output,
     form: Annotated[Literal["lora"], typer.Option("--from", help="Method of the adapter to import.")],
     terms: Annotated[
-        Literal["all", "square", "cross"], typer.Option(help="Products that the PERA adapter can learn.")
+        Literal["all", "square", "cross", "none"], typer.Option(help="Products that the PERA adapter can learn.")
     ] = "all",
     normalization: Annotated[
-        Literal["rms", "centred", "none"],
-        typer.Option(help="Normalization of the products; rms gives each product the scale of one factor."),
-    ] = "rms",
+        Literal["rms", "centred", "none"] | None,
+        typer.Option(
+            help="Normalization of the products; rms gives each product the scale of one factor (default: rms)."
+        ),
+    ] = None,
+    anchors: Annotated[
+        int, typer.Option(min=0, help="Frozen rows whose crosses with the learned rows the adapter can learn.")
+    ] = 0,
+    anchor_seed: Annotated[int, typer.Option(min=0, help="Seed of the frozen rows.")] = 0,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a trained LoRA as a PERA adapter with the same outputs (h = 0), as a start for further training."""
@@ -92,7 +98,8 @@ def import_(
     from pera_lab.opening import locate_adapter
 
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
-    agreement = import_lora(location, output, terms=terms, normalization=normalization)
+    options = {"terms": terms, "normalization": normalization, "anchors": anchors, "anchor_seed": anchor_seed}
+    agreement = import_lora(location, output, **options)
     print_agreement(agreement, f"PERA adapter written to {output}")
 
 

@@ -70,10 +70,11 @@ def inspect(
         raise UserError(
             f"--effect needs data, and {source!r} is an adapter folder; give --recipe with the task to measure it on."
         )
-    if unused := next(
-        (o for o in overrides or () if not o.startswith(("task", "data=", "training.max_length="))), None
-    ):
-        raise UserError(f"{unused!r} has no effect; --recipe uses only the task and training.max_length of a recipe.")
+    used = ("task", "data=", "training.max_length=")
+    if unused_key := next((override for override in overrides or () if not override.startswith(used)), None):
+        raise UserError(
+            f"{unused_key!r} has no effect; --recipe uses only the task and training.max_length of a recipe."
+        )
     task = None if recipe is None else load_recipe(recipe, overrides)
     found = diagnose_adapter(adapter)
     if plot is not None:

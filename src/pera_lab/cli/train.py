@@ -111,7 +111,7 @@ def evaluate(
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Score a run on the held-out examples of its task, or on tasks of lm-eval."""
+    """Score a run on the test rows of its task, or on tasks of lm-eval."""
     from pera.errors import UserError
     from pera_lab.evaluation import evaluate_run
     from pera_lab.opening import locate
@@ -213,6 +213,9 @@ def _next_steps(run: Run) -> str:
 
 
 def _scores(which: str, score: Score, run: Run) -> Facts:
+    from pera_lab.report.contents import Contents
+    from pera_lab.report.memory import memory_lines
+
     table = Facts()
     table.add_row(which, _value(score))
     for name, part in score.parts.items():
@@ -221,6 +224,8 @@ def _scores(which: str, score: Score, run: Run) -> Facts:
         table.add_row(name, "not scored: no data")
     for name, value in score.metrics.items():
         table.add_row(name, percent(value))
+    for name, text in memory_lines(Contents(run), which):
+        table.add_row(name, text)
     if score.majority is not None:
         table.add_row("majority", f"{percent(score.majority)}, the most frequent training answer for every row")
     if score.shortened:

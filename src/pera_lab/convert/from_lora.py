@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 
@@ -22,7 +23,9 @@ def import_lora(
     output: Path,
     *,
     terms: Terms = "all",
-    normalization: Normalization = "rms",
+    normalization: Normalization | None = None,
+    anchors: int = 0,
+    anchor_seed: int = 0,
     dtype: str = "float32",
 ) -> Agreement:
     """Write a LoRA as a PERA adapter, and check that the outputs agree.
@@ -32,8 +35,9 @@ def import_lora(
     Args:
         location: the LoRA and its base model.
         output: folder to write. It holds the adapter in PEFT's format, ``verification.json`` and a model card.
-        terms: products of the new adapter, "all", "square" or "cross".
-        normalization: normalization of the products; see :mod:`pera.polynomial`.
+        terms: products of the new adapter, "all", "square" or "cross"; with anchors also "none".
+        normalization: normalization of the products; None means "rms" if there are products.
+        anchors, anchor_seed: frozen rows of the new adapter; see :class:`pera.PeraConfig`.
         dtype: dtype of the check, a key of :data:`pera_lab.models.DTYPES`.
 
     Returns:
@@ -41,14 +45,15 @@ def import_lora(
 
     Raises:
         UserError: the adapter is not a LoRA, is broken, or uses an option that PERA lacks, such as DoRA; ``terms``
-            leave no product; the output exists or another process writes it.
+            leave no product and there are no anchors; the output exists or another process writes it.
     """
     with reserved(output):
         require_free(output)
-        return _import_lora(location, output, terms, normalization, dtype)
+        options = {"terms": terms, "normalization": normalization, "anchors": anchors, "anchor_seed": anchor_seed}
+        return _import_lora(location, output, options, dtype)
 
 
-def _import_lora(location: Location, output: Path, terms: Terms, normalization: Normalization, dtype: str) -> Agreement:
+def _import_lora(location: Location, output: Path, options: dict[str, Any], dtype: str) -> Agreement:
     """:func:`import_lora` to a folder that no other process writes."""
     adapter = location.require_adapter()
     if not isinstance(adapter.config, LoraConfig):
@@ -56,7 +61,7 @@ def _import_lora(location: Location, output: Path, terms: Terms, normalization: 
     model, tokenizer = open_model(location, dtype, needs_tokenizer=False)
     prompts = prompts_of(location)
     before = logits(model, tokenizer, prompts)
-    converted = from_lora(model, terms=terms, normalization=normalization)
+    converted = from_lora(model, **options)
     with atomic_folder(output) as folder:
         converted.save_pretrained(str(folder))
         copy_tokenizer(location, folder)

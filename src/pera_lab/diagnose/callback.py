@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pera.polynomial import expand_A, expand_B
+from pera.polynomial import expand_A, expand_B, num_products
 from pera.tuner import PeraLayer
 from pera_lab.diagnose.factors import kind
 
@@ -59,6 +59,7 @@ def high_order_ratios(model: nn.Module, adapter_name: str | None = None) -> dict
         r, s = A.shape[-2], layer.scaling[adapter]
         A_hat, B_hat = expand_A(A, h, *layer.expansion[adapter]), expand_B(B, *layer.expansion[adapter])
         gram = s * s * (A_hat @ A_hat.mT) * (B_hat.mT @ B_hat)
+        products = slice(r, r + num_products(r, layer.expansion[adapter].terms))
         linear, high_order = norms.get(key := kind(name, layer), (0.0, 0.0))
-        norms[key] = linear + gram[..., :r, :r].sum().item(), high_order + gram[..., r:, r:].sum().item()
+        norms[key] = linear + gram[..., :r, :r].sum().item(), high_order + gram[..., products, products].sum().item()
     return {key: (max(high, 0.0) / linear) ** 0.5 for key, (linear, high) in norms.items() if linear > 0}

@@ -86,7 +86,7 @@ def _pera(layer: PeraLayer, adapter_name: str) -> Decomposition:
     def replace(A: Tensor, B: Tensor) -> Iterator[None]:
         expansion, scaling = layer.expansion[adapter_name], layer.scaling[adapter_name]
         like = layer.factors(adapter_name)[0]
-        layer.expansion[adapter_name] = expansion._replace(terms="none", normalization="none")
+        layer.expansion[adapter_name] = expansion._replace(terms="none", normalization="none", anchors=None)
         layer.scaling[adapter_name] = 1.0
         try:
             with with_factors({layer: (A.to(like), B.to(like), like.new_empty(0))}, adapter_name):

@@ -24,7 +24,7 @@ from pera_lab.recipe import Recipe
 from pera_lab.runs import Run
 from pera_lab.tasks.encoding import IGNORED, count_labels
 
-Part = Literal["square", "cross", "high_order"]
+Part = Literal["square", "cross", "high_order", "anchors"]
 
 
 @dataclass(frozen=True)
@@ -258,5 +258,7 @@ def _without(layer: PeraLayer, part: Part, adapter_name: str) -> Factors:
     """The factors of the adapter, with a coefficient of 0 for each term of ``part``."""
     A, B, h = layer.factors(adapter_name)
     pairs = coefficient_pairs(layer.r[adapter_name], layer.expansion[adapter_name].terms)
-    kept = [part != "high_order" and (part == "square") != (i == j) for i, j in pairs]
+    dropped = [part == "high_order" or part == ("square" if i == j else "cross") for i, j in pairs]
+    dropped += [part == "anchors"] * layer.expansion[adapter_name].count
+    kept = [not term for term in dropped]
     return A, B, h.detach() * torch.tensor(kept, dtype=h.dtype, device=h.device)

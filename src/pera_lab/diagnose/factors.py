@@ -12,8 +12,9 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from pera.anchors import Anchors
 from pera.errors import UserError
-from pera.polynomial import Normalization, Terms, expand_A, expand_B, squares_and_crosses
+from pera.polynomial import Normalization, Terms, expand_A, expand_B, num_products, squares_and_crosses
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, check_speed
 from pera.tuner.saved import saved_factors
 from pera_lab.adapters import Adapter
@@ -40,6 +41,8 @@ class LayerDiagnosis:
     """Norm of the part that the crosses b_i ⊙ b_j, i < j, contribute."""
     high_order: float
     """Norm of squares and crosses together."""
+    anchors: float
+    """Norm of the part that the crosses with frozen rows contribute."""
     ones_weight: float
     """Share of the squared norm of the high-order part along the direction 1·1ᵀ, from 0 to 1."""
     singular_values: list[float]
@@ -59,6 +62,11 @@ class LayerDiagnosis:
     def cross_ratio(self) -> float:
         """‖cross part‖_F / ‖s BA‖_F."""
         return _ratio(self.cross, self.linear)
+
+    @property
+    def anchor_ratio(self) -> float:
+        """‖part of the anchors‖_F / ‖s BA‖_F."""
+        return _ratio(self.anchors, self.linear)
 
     @property
     def stable_rank(self) -> float:
@@ -89,6 +97,7 @@ def diagnose_layer(
     h: Tensor | None,
     terms: Terms = "all",
     normalization: Normalization = "none",
+    anchors: Anchors | None = None,
     scaling: float = 1.0,
 ) -> LayerDiagnosis:
     """Diagnose one layer in float64, without building ΔW.
@@ -99,16 +108,17 @@ def diagnose_layer(
     Args:
         A: ``(r, in_features)``.
         B: ``(out_features, r)``.
-        h: coefficients, ``(num_coefficients(r, terms),)``; None for terms "none".
+        h: coefficients, ``(num_coefficients(r, terms, k),)``; None means 1 for every term.
         terms: the products that take part; see :mod:`pera.polynomial`.
         normalization: how the products are normalized; see :mod:`pera.polynomial`.
+        anchors: the frozen rows that take part; see :mod:`pera.anchors`.
         scaling: s = α / r.
 
     Raises:
         UserError: ΔW is not finite.
     """
-    A_hat = expand_A(A.double(), None if h is None else h.double(), terms, normalization)
-    B_hat = scaling * expand_B(B.double(), terms, normalization)
+    A_hat = expand_A(A.double(), None if h is None else h.double(), terms, normalization, anchors)
+    B_hat = scaling * expand_B(B.double(), terms, normalization, anchors)
     R_A = torch.linalg.qr(A_hat.T, mode="r").R
     R_B = torch.linalg.qr(B_hat, mode="r").R
     core = R_B @ R_A.T
@@ -116,12 +126,14 @@ def diagnose_layer(
         raise UserError("the weights of a layer are too large for float64, so its ΔW is not finite.")
     r, K = A.shape[0], A_hat.shape[0]
     squares_end = r + r * squares_and_crosses(terms)[0]
+    products_end = r + num_products(r, terms)
 
     def norm(columns: slice) -> float:
         return float(torch.linalg.matrix_norm(R_B[:, columns] @ R_A[:, columns].T))
 
-    high_order = norm(slice(r, K))
-    along_ones = float(B_hat[:, r:].sum(0) @ A_hat[r:].sum(1)) / (B.shape[0] * A.shape[1]) ** 0.5
+    products = slice(r, products_end)
+    high_order = norm(products)
+    along_ones = float(B_hat[:, products].sum(0) @ A_hat[products].sum(1)) / (B.shape[0] * A.shape[1]) ** 0.5
     return LayerDiagnosis(
         out_features=B.shape[0],
         in_features=A.shape[1],
@@ -130,8 +142,9 @@ def diagnose_layer(
         norm=norm(slice(0, K)),
         linear=norm(slice(0, r)),
         square=norm(slice(r, squares_end)),
-        cross=norm(slice(squares_end, K)),
+        cross=norm(slice(squares_end, products_end)),
         high_order=high_order,
+        anchors=norm(slice(products_end, K)),
         ones_weight=(along_ones / high_order) ** 2 if high_order else 0.0,
         singular_values=torch.linalg.svdvals(core).tolist(),
     )
@@ -152,7 +165,7 @@ def diagnose_adapter(adapter: Adapter) -> dict[str, LayerDiagnosis]:
             found = _saved_lora(adapter.weights, config)
         except UserError as error:
             raise UserError(f"{str(adapter.path)!r}: {error}") from error
-        layers = {name: diagnose_layer(A, B, None, "none", "none", scaling) for name, (A, B, scaling) in found.items()}
+        layers = {name: diagnose_layer(A, B, None, "none", scaling=scaling) for name, (A, B, scaling) in found.items()}
     else:
         raise UserError(
             f"{str(adapter.path)!r} is a {adapter.method} adapter; only PERA and LoRA adapters can be diagnosed."

@@ -57,6 +57,8 @@ def accuracy(scores: Mapping[str, Score]) -> Picture:
         a, b = scores.values()
         apart = a.high < b.low or b.high < a.low
         finding += f" The intervals {'do not overlap' if apart else 'overlap'}."
+    if any(score.memory is not None for score in scores.values()):
+        finding += " Tested on the facts that the adapter was trained on."
     head = ["", metric, "from", "to", "right", "of", "scorer"]
     rows = [
         [names[k], *map(percent, (s.value, s.low, s.high)), count(s.correct), str(s.n), s.scorer]

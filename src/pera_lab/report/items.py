@@ -10,7 +10,7 @@ from typing import Any
 from pera_lab.intervals import mean
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.results import Results, Setting
-from pera_lab.study.spec import Cell
+from pera_lab.study.spec import HELD_OUT, Cell
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,16 @@ def setting_label(setting: Setting) -> str:
     r, placement, share = setting
     parts = [f"r = {r}" if r else "", placement or "", f"{100 * share:g} % of the data" if share < 1 else ""]
     return ", ".join(filter(None, parts)) or "all"
+
+
+def chosen_by(results: Results) -> str:
+    """Name the loss by which learning rates are chosen."""
+    tasks = {task.recalls: task for task in results.study.grid.task}
+    held_out = f"loss on {results.study.choose.rows or HELD_OUT} rows held out of the training set"
+    other = "loss on the trained facts, which differ from the reported facts"
+    if len(tasks) == 2:
+        return f"{held_out}, or for {tasks[True].label} {other}"
+    return other if True in tasks else held_out
 
 
 def mean_over_tasks(results: Results, cells: list[Cell]) -> float:

@@ -19,6 +19,7 @@ from pera_lab.report import figures
 from pera_lab.report.contents import Change, Contents, Metrics, Missing
 from pera_lab.report.drawing import Picture, Table
 from pera_lab.report.formatting import ABSENT, count, duration, flatten, number, percent, shortened, signed, size
+from pera_lab.report.memory import memory_lines
 from pera_lab.runs import Run
 from pera_lab.text import visible
 
@@ -91,6 +92,7 @@ def _section(contents: Contents) -> dict[str, Any]:
         "scores": scores,
         "unscored": [score for score in contents.scores.values() if isinstance(score, Missing)],
         "accuracy": figures.accuracy(scores) if scores else None,
+        "memory": {which: Table(["", ""], rows) for which in scores if (rows := memory_lines(contents, which))},
         "training": metrics if isinstance(metrics, Missing) else figures.training(metrics),
         "unfinished": _unfinished(contents),
         "changes": _changes(contents.changes),
@@ -222,6 +224,7 @@ def _facts(contents: Contents) -> dict[str, str]:
     if contents.is_pera and not isinstance(layers, Missing):
         ratio = median(x.diagnosis.high_order_ratio for x in layers)
     change = None if isinstance(effects, Missing) else effects.without.get("high_order")
+    stored = score.memory if score else None
     return {
         "folder": contents.name,
         "method": str(contents.recipe.method["name"]),
@@ -229,6 +232,7 @@ def _facts(contents: Contents) -> dict[str, str]:
         "score": percent(score.value if score else None),
         "95 % interval": f"{percent(score.low)} to {percent(score.high)}" if score else ABSENT,
         "base model": percent(base.value if base else None),
+        **({"bits per parameter": number(stored.bits_per_parameter, 3)} if stored else {}),
         "last loss": number(None if isinstance(metrics, Missing) else metrics.last_loss),
         "training time": duration(cost.seconds if cost else None),
         "peak memory": size(cost.peak_memory if cost else None),

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from pera import __version__
 from pera.errors import UserError
 from pera_lab.files import disk_errors, write_atomic
-from pera_lab.report import study_details, study_scores
+from pera_lab.report import memory, study_details, study_scores
 from pera_lab.report.drawing import Table
 from pera_lab.report.items import Section, run_command
 from pera_lab.report.pictures import save_figure
@@ -51,6 +51,7 @@ def study_sections(results: Results) -> list[Section]:
     sections = [
         Section("summary", "Summary", study_scores.summary(results)),
         Section("scores", "Scores", study_scores.scores(results)),
+        Section("memory", "Bits stored", memory.bits(results)),
         Section("differences", "Differences", study_scores.differences(results)),
         Section("rates", "Learning rates", study_scores.rates(results)),
         Section("costs", "Costs", study_scores.costs(results)),

@@ -15,7 +15,7 @@ from pera_lab.report import figures, study_figures
 from pera_lab.report.contents import Contents, Metrics
 from pera_lab.report.drawing import Table
 from pera_lab.report.formatting import ABSENT, count, number, signed
-from pera_lab.report.items import Item, mean_over_tasks, run_command, setting_label
+from pera_lab.report.items import Item, chosen_by, mean_over_tasks, run_command, setting_label
 from pera_lab.study.results import Results, Setting
 from pera_lab.study.spec import StudyMethod
 
@@ -59,11 +59,11 @@ def terms(results: Results) -> list[Item]:
             "truncated to rank r", "ratio", "n seeds", "n labels"]  # fmt: skip
     items.append(Item("table", Table(head, rows), "Effect of the high-order terms"))
     note = (
-        "Change of the loss on test rows when the high-order terms of the trained adapter are set to zero: above zero "
-        "the adapter relies on them, near zero they do nothing. “Truncated to rank r”: every ΔW is replaced by its r "
-        "leading directions, the most that a LoRA of rank r can hold; near zero, the rank beyond r is not used. The "
-        "ratio is ‖high-order part‖ / ‖BA‖, the median over the layers of the first seed; a high ratio alone does not "
-        "show that the terms are used."
+        "Change of the loss on the scored rows when the high-order terms of the trained adapter are set to zero: above "
+        "zero the adapter relies on them, near zero they do nothing. “Truncated to rank r”: every ΔW is replaced by "
+        "its r leading directions, the most that a LoRA of rank r can hold; near zero, the rank beyond r is not used. "
+        "The ratio is ‖high-order part‖ / ‖BA‖, the median over the layers of the first seed; a high ratio alone does "
+        "not show that the terms are used."
     )
     items.append(Item("note", note))
     for cell in results.cells:
@@ -156,10 +156,12 @@ def protocol(results: Results) -> list[Item]:
     own = "".join(f"; {m.label}: {', '.join(map(str, m.seeds))}" for m in study.grid.method if m.seeds)
     text = (
         "The methods of a comparison share the recipe except for the method: data and their order by seed, loss, "
-        f"steps, evaluator. Each learning rate was chosen by the loss on {study.choose.rows} held-out training rows "
+        f"steps, evaluator. Each learning rate was chosen by the {chosen_by(results)} "
         f"(seeds {', '.join(map(str, study.choose.seeds))}). Each method was then trained on all training rows with "
         f"each report seed ({', '.join(map(str, study.report.seeds))}{own}) and scored on the test rows."
     )
+    if recalling := [task.label for task in study.grid.task if task.recalls]:
+        text += f" {', '.join(recalling)}: the test rows are the training rows, and each seed draws its own."
     listed = ", ".join(f"{package} {' and '.join(found)}" for package, found in packages.items() if found)
     return [
         Item("text", text),

@@ -8,7 +8,7 @@ from typing import Any
 from pera_lab.report import study_figures
 from pera_lab.report.drawing import Table
 from pera_lab.report.formatting import ABSENT, count, duration, number, p_value, percent, points, size
-from pera_lab.report.items import Item, mean_over_tasks, setting_label
+from pera_lab.report.items import Item, chosen_by, mean_over_tasks, setting_label
 from pera_lab.study.results import Results, Setting
 from pera_lab.study.statistics import LEAST_SEEDS, Difference, average
 
@@ -24,7 +24,9 @@ def summary(results: Results) -> list[Item]:
         if len(results.settings) > 1:
             items.append(Item("heading", setting_label(setting)))
         gains = {method: gain for (s, method), gain in averages.items() if s == setting}
-        if gains:
+        if not any(cell.method.label != study.reference for cell in results.cells_of(setting)):
+            items.append(Item("text", f"Only {study.reference} has this setting."))
+        elif gains:
             p = {method: adjusted[setting, method] for method in gains}
             most = max(gain.tasks for gain in gains.values())
             for method, gain in sorted(gains.items(), key=study_figures.by_tasks_and_gain):
@@ -140,6 +142,11 @@ def differences(results: Results) -> list[Item]:
         "(Benjamini–Hochberg). McNemar's test asks whether two trained models differ; two seeds of one method can "
         "differ too."
     )
+    if any(task.recalls for task in results.study.grid.task):
+        note += (
+            " Where a task is tested on its training rows, each seed draws its own facts. The variance over the seeds "
+            "then includes the variance over the facts, and is the only part."
+        )
     return [*items, Item("note", note)] if items else []
 
 
@@ -156,9 +163,9 @@ def rates(results: Results) -> list[Item]:
                  for c in cells if results.chosen_rate(c) is not None]  # fmt: skip
     if rows:
         items.append(Item("table", Table(["cell", "chosen rate", "at an edge of the grid"], rows), "Chosen rates"))
-    held_out, seeds = results.study.choose.rows, len(results.study.choose.seeds)
+    seeds = len(results.study.choose.seeds)
     note = (
-        f"Loss on {held_out} rows held out of the training set, n = {seeds} seed{'s' if seeds > 1 else ''}. A "
+        f"{chosen_by(results)[0].upper()}{chosen_by(results)[1:]}, n = {seeds} seed{'s' if seeds > 1 else ''}. A "
         "comparison is fair if every curve rises at both ends. A cross marks a training that diverged."
     )
     return [*items, Item("note", note)] if items else []

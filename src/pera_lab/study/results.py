@@ -20,7 +20,7 @@ from pera_lab.evaluation import read_predictions
 from pera_lab.files import checked, number_or_nan, read_as
 from pera_lab.intervals import mean
 from pera_lab.runs import Run
-from pera_lab.scorers import Prediction, Score
+from pera_lab.scorers import Memory, Prediction, Score
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.interaction import Interaction
 from pera_lab.study.plan import Outcome, choose_trials, rate_losses, report_trials
@@ -31,7 +31,9 @@ from pera_lab.study.statistics import (
     adjusted,
     compare,
     describe,
+    equivalent_rank,
     mcnemar,
+    over_seeds,
     pearson,
 )
 from pera_lab.training import TrainingSummary
@@ -60,7 +62,10 @@ class Scored:
     weights: Array
     """One weight per example, 1 on average. They are equal, except for a mix: its members have equal total weight."""
     basis: dict[str, Any]
-    """What must be equal in runs that are compared, if it was recorded: rows, data files, base model."""
+    """What must be equal in runs that are compared, if it was recorded: rows, data files, base model. Where each seed
+    draws its own rows, only runs of one seed are compared."""
+    memory: Memory | None
+    """What is stored of the facts, for a task that recalls its training rows."""
 
 
 class Results:
@@ -151,6 +156,8 @@ class Results:
         pairs = self._pairs(cell, setting)
         if not pairs:
             return None
+        if cell.task.recalls:
+            return over_seeds([float((a.predicted - b.predicted).mean()) for a, b in pairs], len(pairs[0][0].expected))
         metric = _METRICS.get(pairs[0][0].metric)
         a, b = (np.stack([pair[i].weights * pair[i].predicted for pair in pairs]) for i in (0, 1))
         return compare(a, b, pairs[0][0].expected if metric else None, metric)
@@ -162,6 +169,30 @@ class Results:
         """
         pairs = [(a, b) for a, b in self._pairs(cell, setting) if a.metric not in _METRICS]
         return {(a.trial.seed, b.trial.seed): mcnemar(a.predicted, b.predicted) for a, b in pairs}
+
+    def memories(self, cell: Cell) -> list[Memory]:
+        """What the scored runs of a cell have stored, in the order of the seeds; empty if bits are not counted."""
+        return [s.memory for s in self.scored(cell) if s.memory is not None and s.memory.bits is not None]
+
+    def equivalent_ranks(self, cell: Cell) -> list[float]:
+        """The rank at which the reference method stores as many bits, divided by the cell's own rank, for each seed.
+
+        The values are ±∞ beyond the measured ranks. There are none if a run of either method diverged.
+        """
+        curve = [
+            c
+            for c in self.cells
+            if c.method.label == self.study.reference and c.task == cell.task and c.placement == cell.placement
+            and c.train_share == cell.train_share and c.r is not None
+        ]  # fmt: skip
+        if cell.r is None or any(map(self.num_diverged, [cell, *curve])):
+            return []
+        bits = {c: {s.trial.seed: s.memory.bits for s in self.scored(c) if s.memory} for c in [cell, *curve]}
+        return [
+            equivalent_rank(points, own) / cell.r
+            for seed, own in bits[cell].items()
+            if own is not None and (points := [(c.r, x) for c in curve if c.r and (x := bits[c].get(seed)) is not None])
+        ]
 
     def gains(self, method: str, setting: Setting) -> dict[str, Difference]:
         """The gain of a method over the reference, by task.
@@ -230,7 +261,8 @@ class Results:
 
         x, y = by_place(cell), by_place(reference)
         pairs = [(x[i], y[i]) for i in sorted(x.keys() & y.keys())]
-        for a, b in combinations(chain.from_iterable(pairs), 2):
+        compared = pairs if cell.task.recalls else combinations(chain.from_iterable(pairs), 2)
+        for a, b in compared:
             if unlike := [key for key in a.basis if key in b.basis and a.basis[key] != b.basis[key]]:
                 raise UserError(
                     f"study: {str(a.run.path)!r} and {str(b.run.path)!r} cannot be compared, because they differ in "
@@ -259,7 +291,7 @@ def _scored(trial: Trial, run: Run) -> Scored | None:
         **{f"file of {split!r} in data.json": digest for split, digest in run.data_hashes().items()},
         **{f"{key} of the base model": base[key] for key in ("dtype", "fingerprint") if key in base},
     }
-    return Scored(trial, run, score.value, score.metric, expected, predicted, np.array(weights), basis)
+    return Scored(trial, run, score.value, score.metric, expected, predicted, np.array(weights), basis, score.memory)
 
 
 def _values(rows: list[Prediction], metric: str) -> tuple[Array, Array]:

@@ -17,9 +17,14 @@ from pera.errors import UserError, nearest
 from pera_lab.methods import find_method
 from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml, write, write_value
 from pera_lab.sections import Section, flatten, one_message
+from pera_lab.tasks import family_of
 
 Phase = Literal["choose", "report"]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rank = Annotated[int, Field(ge=1)]
+
+HELD_OUT = 500
+"""Default number of training rows that are held out to choose a learning rate."""
 
 _TRAINING_OPTIONS = ("lr_ratio", "weight_decay")
 """Options of ``training`` that a method of the grid may set."""
@@ -86,12 +91,23 @@ class _Named(Section):
 class StudyTask(_Named):
     """A task. Further keys are sections of its recipes, such as ``training: {epochs: 3}``."""
 
+    @property
+    def recalls(self) -> bool:
+        """Whether the test rows are the training rows. Each seed then draws other rows.
+
+        Raises:
+            UserError: the task is not known.
+        """
+        return family_of(self.name).recalls
+
 
 class StudyMethod(_Named):
     """A method. Further keys are its options, or ``lr_ratio`` and ``weight_decay`` of its parameter groups."""
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field([])
     """Learning rates to try for this method (default: ``choose.learning_rate``)."""
+    r: list[Rank] = Field([])
+    """Ranks of this method (default: ``grid.r``). A LoRA at more ranks shows which rank equals another method."""
     seeds: list[Seed] = Field([])
     """Seeds to report, paired in order with the seeds of the other methods (default: ``report.seeds``). LoRA against
     LoRA with other seeds shows the size of a difference by chance."""
@@ -111,7 +127,7 @@ class Grid(Section):
 
     method: Annotated[list[StudyMethod], BeforeValidator(_as_list), Field(min_length=1)]
     task: Annotated[list[StudyTask], BeforeValidator(_as_list), Field(min_length=1)]
-    r: list[Annotated[int, Field(ge=1)]] = Field([8])
+    r: list[Rank] = Field([8])
     placement: dict[str, Annotated[list[str] | str, one_message("Input should be a list of names, or all-linear")]] = (
         Field({})
     )
@@ -131,12 +147,14 @@ class Grid(Section):
 
 
 class Choose(Section):
-    """How the learning rate of each method is chosen: by its loss on held-out training rows."""
+    """How the learning rate of each method is chosen: by its loss on held-out training rows, or for a task that recalls
+    its training rows by its loss on other rows than the reported ones."""
 
     learning_rate: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
     seeds: list[Seed] = Field([1], min_length=1)
-    rows: int = Field(500, ge=1)
-    """Number of held-out training rows. In this phase they are not trained on."""
+    rows: int | None = Field(None, ge=1)
+    """Number of held-out training rows (default: 500). In this phase they are not trained on. A task that recalls its
+    training rows has none."""
     extend: int = Field(0, ge=0)
     """How many further rates are tried while the best rate lies at an edge, in the ratio of the last two."""
 
@@ -145,6 +163,7 @@ class Reporting(Section):
     """The seeds that are trained with the chosen rate on all training rows, and scored on the test rows."""
 
     seeds: list[Seed] = Field([42, 43, 44], min_length=1)
+    """For a task that recalls its training rows, each seed also draws its own rows."""
 
     @model_validator(mode="after")
     def _check_seeds(self) -> Reporting:
@@ -182,17 +201,49 @@ class Study(Section):
         _check_reserved("settings", self.settings)
         for task in self.grid.task:
             _check_reserved(f"grid.task {task.label}", task.more)
-        for cell in self.cells():
-            Trial(self, cell, "report", 1e-3, 0).recipe()
+        self._check_drawn_rows()
         return self
+
+    def _check_drawn_rows(self) -> None:
+        """Check every recipe, and that a task which recalls its training rows draws other rows for other seeds."""
+        recalling = set()
+        for cell in self.cells():
+            task, label = Trial(self, cell, "report", 1e-3, 0).recipe().task, f"grid.task {cell.task.label}"
+            if not cell.task.recalls:
+                continue
+            recalling.add(cell.task.label)
+            if "task.seed" in flatten(self.settings) or "task.seed" in flatten(cell.task.more):
+                raise ValueError(f"{label}: task.seed cannot be set; each run draws its facts from its own seed")
+            if not task.drawn_by_seed:
+                raise ValueError(
+                    f"{label}: its rows come from data, so rates would be chosen on the reported facts; a study needs "
+                    "generated facts, such as task phonebook without data"
+                )
+            if cell.method.seeds:
+                raise ValueError(
+                    f"grid.method {cell.method.label}: seeds={cell.method.seeds} would compare other facts, because "
+                    f"the facts of task {cell.task.label!r} follow the seed; leave seeds out"
+                )
+        if recalling and (both := set(self.choose.seeds) & set(self.report.seeds)):
+            raise ValueError(
+                f"choose.seeds and report.seeds share {min(both)}, so a rate would be chosen on reported facts; give "
+                "other seeds"
+            )
+        if self.choose.rows is not None and len(recalling) == len(self.grid.task):
+            raise ValueError(
+                f"choose.rows={self.choose.rows} has no effect, because every task is tested on its training rows; "
+                "leave it out"
+            )
 
     def _check_method(self, key: str, method: StudyMethod) -> None:
         n = len(self.report.seeds)
         if method.seeds and len(method.seeds) != n:
             raise ValueError(f"{key}: seeds={method.seeds} should be {n} seeds, as in report.seeds")
         _check_distinct(f"{key}: seeds", method.seeds)
-        if "r" in method.more:
-            raise ValueError(f"{key}.r cannot be set here; set ranks in grid.r")
+        if method.r and not method.has_rank:
+            raise ValueError(f"{key}: r={method.r} has no effect, because the method has no rank; leave it out")
+        if len(set(method.r)) < len(method.r):
+            raise ValueError(f"{key}: r={method.r} should be distinct")
         if self.grid.placement and "target_modules" in method.more:
             raise ValueError(f"{key}.target_modules cannot be set with grid.placement; set targets there")
 
@@ -207,13 +258,15 @@ class Study(Section):
         Raises:
             ValueError: two different cells have the same name.
         """
+        own = [r for method in self.grid.method for r in method.r]
         cells = [
             Cell(task, method, r if method.has_rank else None, placement if method.has_rank else None, share)
             for task in self.grid.task
             for placement in self.grid.placement or [None]
-            for r in self.grid.r
+            for r in dict.fromkeys([*self.grid.r, *own])
             for share in self.grid.train_share
             for method in self.grid.method
+            if r in (method.r or self.grid.r)
         ]
         named: dict[str, Cell] = {}
         for cell in cells:
@@ -284,10 +337,11 @@ class Trial:
         common = _common_options(study.base, _overrides(setting)) if method.has_rank else {}
         if cell.placement is not None:
             common["target_modules"] = study.grid.placement[cell.placement]
+        held_out = [("training.held_out", study.choose.rows or HELD_OUT)] if self.phase == "choose" else []
         changes = [
             *setting,
             ("training.train_share", cell.train_share),
-            *([("training.held_out", study.choose.rows)] if self.phase == "choose" else []),
+            *([("task.seed", self.seed)] if cell.task.recalls else held_out),
             ("method", {"name": method.name, **({"r": cell.r} if cell.r else {}), **common, **options}),
             *((f"training.{key}", method.more[key]) for key in _TRAINING_OPTIONS if key in method.more),
             ("training.learning_rate", self.learning_rate),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,6 +117,40 @@ def compare(
         return Difference(mean, math.nan, math.nan, math.nan, seeds, examples)
     over_seeds = float(stats.sem(by_seed)) ** 2
     return _difference(mean, [(over_seeds, seeds - 1), (over_examples, examples - 1)], seeds, examples)
+
+
+def over_seeds(values: Sequence[float], examples: int) -> Difference:
+    """The mean of one value per seed, such as the gain on facts that each seed draws for itself.
+
+    Such seeds differ in their examples too, so the variance over the seeds is the whole variance.
+
+    Args:
+        values: one value per seed.
+        examples: number of examples of each seed.
+    """
+    mean, seeds = float(np.mean(values)), len(values)
+    if seeds < 2:
+        return Difference(mean, math.nan, math.nan, math.nan, seeds, examples)
+    return _difference(mean, [(float(stats.sem(values)) ** 2, seeds - 1)], seeds, examples)
+
+
+def equivalent_rank(curve: Sequence[tuple[int, float]], value: float) -> float:
+    """The rank at which a curve of bits over the rank, linear between the measured ranks, first reaches ``value``.
+
+    Args:
+        curve: pairs of rank and bits, at least one.
+        value: the bits to reach.
+
+    Returns:
+        The rank. It is infinite if no measured rank reaches ``value``, and −∞ if the smallest one exceeds it.
+    """
+    points = sorted(curve)
+    if points[0][1] > value:
+        return -math.inf
+    for (left, low), (right, high) in pairwise(points):
+        if low <= value <= high:
+            return left + (right - left) * (value - low) / (high - low) if high > low else float(left)
+    return float(points[-1][0]) if points[-1][1] == value else math.inf
 
 
 def average(differences: Sequence[Difference]) -> Difference:

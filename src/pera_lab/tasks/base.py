@@ -36,7 +36,8 @@ class EvaluationSection(Section):
     scorer: str = "exact_match"
     """"exact_match": the task judges the text that the model writes. "generation": the first of the task's answers that
     occurs in that text counts. "likelihood": the option with the highest log-probability counts. "classification": the
-    class, or the number, from the head. Scores of different scorers are not comparable."""
+    class, or the number, from the head. "recall": the answer must equal the output, and the stored bits are counted.
+    Scores of different scorers are not comparable."""
     batch_size: int = Field(32, ge=1, le=10**6)
     """Prompts answered at a time."""
     max_new_tokens: int | None = Field(16, ge=1, le=10**6)
@@ -54,6 +55,8 @@ class Task(Section):
     """PEFT's name of what the model is trained for."""
     scorers: ClassVar[tuple[str, ...]]
     """Values of ``evaluation.scorer`` that fit, the default first."""
+    recalls: ClassVar[bool] = False
+    """Whether the test rows are the training rows, because the task measures what is remembered."""
 
     name: str
     """Name of the task."""
@@ -88,6 +91,12 @@ class Task(Section):
             BadRow: a field is missing or has a wrong value.
         """
         raise NotImplementedError
+
+    @property
+    def drawn_by_seed(self) -> bool:
+        """Whether another ``task.seed`` draws other examples altogether, as for generated data. A study of a task that
+        recalls its training rows needs this: it chooses rates on other rows than it reports."""
+        return False
 
     # Model and training
 
@@ -203,6 +212,10 @@ class GenerationTask(Task):
         """The answer in an output, and whether it is right. By default the output must equal the answer, ignoring white
         space at both ends."""
         return Verdict(output, output.strip() == example.answer.strip())
+
+    def information(self, example: Example) -> float | None:
+        """Bits of a right answer: log2 of the number of equally likely answers. None if that number is unknown."""
+        return None
 
     def question(self, row: dict[str, Any]) -> Example:
         return example_of(row, answered=False)

@@ -73,12 +73,15 @@ class Splits:
     """Where the examples came from: files or Hub data sets, and how many rows of each are used."""
     unused: Sequence[str] = ()
     """Columns of the rows that nothing uses."""
+    recalled: bool = False
+    """Whether the test rows are the training rows on purpose, because the task measures what is remembered."""
 
     @property
     def notes(self) -> list[str]:
         """Warnings for the user: missing parts, unused columns, and test rows that also occur in the training data."""
         seen = set(map(_question, self.train))
-        rows, repeated = _groups(self.test), _groups([row for row in self.test if _question(row) in seen])
+        rows = _groups(self.test)
+        repeated = _groups([] if self.recalled else [row for row in self.test if _question(row) in seen])
         return [
             *self.missing,
             *([f"columns that are not used: {', '.join(self.unused)}."] if self.unused else []),
@@ -93,7 +96,7 @@ def subsample(splits: Splits, *, share: float = 1.0, held_out: int = 0) -> Split
     """Splits with fewer training rows, and with test rows taken from the training rows.
 
     The choice of rows depends on the splits alone. A smaller share is a subset of a larger one. In the manifest, "used"
-    counts the remaining rows.
+    counts the remaining rows. If the test rows are the training rows, they stay so.
 
     Args:
         splits: the splits of a task.
@@ -102,10 +105,15 @@ def subsample(splits: Splits, *, share: float = 1.0, held_out: int = 0) -> Split
             test rows.
 
     Raises:
-        UserError: no training rows are left.
+        UserError: no training rows are left, or rows are held out of a task that recalls its training rows.
     """
     if share == 1 and not held_out:
         return splits
+    if held_out and splits.recalled:
+        raise UserError(
+            f"training.held_out={held_out}: the facts that are trained are tested, so none can be held out; leave it "
+            "out."
+        )
     rows = random.Random(0).sample(range(len(splits.train)), len(splits.train))
     if held_out >= len(rows):
         raise UserError(f"training.held_out={held_out} leaves none of the {len(rows)} training rows; give fewer.")
@@ -116,7 +124,7 @@ def subsample(splits: Splits, *, share: float = 1.0, held_out: int = 0) -> Split
     manifest = {
         key: _subtract(record, removed[key]) if key in removed else record for key, record in splits.manifest.items()
     }
-    test = splits.test
+    test = train if splits.recalled else splits.test
     if held_out:
         test = [splits.train[i] for i in sorted(rows[:held_out])]
         manifest["held_out"] = {"rows": held_out, "of": "train"}

@@ -137,8 +137,10 @@ def test_dropout_does_not_break_the_graph():
         ("none", "learned", "none"),
     ],
 )
-def test_a_layer_is_one_graph_with_every_option(terms, coefficients, normalization):
-    layer, x = linear(r=2, terms=terms, coefficients=coefficients, normalization=normalization), torch.randn(4, 9)
+@pytest.mark.parametrize("anchors", [0, 2])
+def test_a_layer_is_one_graph_with_every_option(anchors, terms, coefficients, normalization):
+    options = {"terms": terms, "coefficients": coefficients, "normalization": normalization, "anchors": anchors}
+    layer, x = linear(r=2, **options), torch.randn(4, 9)
     functions = (layer, compiled(layer, backend="eager"))
     expected, found = (gradients(layer, f(x).square().sum()) for f in functions)
     check_equal(found, expected, 1e-5)
@@ -164,7 +166,7 @@ def test_the_compiled_graph_does_not_grow_with_the_rank():
 
     for r in (4, 16):
         torch._dynamo.reset()
-        torch.compile(linear(32, 32, r=r, normalization="rms"), backend=count)(torch.randn(2, 32))
+        torch.compile(linear(32, 32, r=r, normalization="rms", anchors=r), backend=count)(torch.randn(2, 32))
     assert sizes[0] == sizes[1]
 
 

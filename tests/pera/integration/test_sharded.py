@@ -6,6 +6,7 @@ from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from pera.anchors import draw_anchors
 from pera.polynomial import delta_weight, rms
 
 
@@ -21,6 +22,10 @@ def compare(rank, folder):
     for normalization in ("none", "rms", "centred"):
         found = delta_weight(*sharded, "all", normalization).full_tensor()
         torch.testing.assert_close(found, delta_weight(A, B, h, "all", normalization))
+    anchors = draw_anchors(3, 0, "layer", 6, 10)
+    h = torch.randn(13)
+    found = delta_weight(*sharded[:2], distribute_tensor(h, mesh, [Shard(0)]), "all", "rms", anchors).full_tensor()
+    torch.testing.assert_close(found, delta_weight(A, B, h, "all", "rms", anchors))
     distributed.destroy_process_group()
 
 

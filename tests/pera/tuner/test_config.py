@@ -17,6 +17,8 @@ PUBLISHED = {
     "coefficients": "learned",
     "init_coefficients": 0.0,
     "normalization": "none",
+    "anchors": 0,
+    "anchor_seed": 0,
 }
 
 
@@ -31,7 +33,7 @@ def test_the_defaults_are_the_published_method():
     config = PeraConfig()
     assert method(config) == PUBLISHED
     assert (config.r, config.pera_dropout, config.bias, config.init_weights) == (8, 0.0, "none", True)
-    assert config.pera_version == LAYOUT_VERSION == 1
+    assert config.pera_version == 1
     assert config.peft_type == "PERA"
 
 
@@ -41,9 +43,17 @@ def test_published_is_the_method_of_the_paper():
     assert (config.r, config.target_modules, config.pera_dropout) == (16, {"q_proj"}, 0.05)
 
 
-def test_published_refuses_to_change_the_method():
-    with pytest.raises(UserError, match=r"terms='square' is not for published\(\), which sets it to 'all'"):
-        PeraConfig.published(terms="square")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"terms": "square"}, r"terms='square' is not for published\(\), which sets it to 'all'"),
+        ({"anchors": 4}, r"anchors=4 is not for published\(\), which sets it to 0"),
+        ({"anchor_seed": 4}, r"anchor_seed=4 has no effect without anchors"),
+    ],
+)
+def test_published_refuses_to_change_the_method(options, message):
+    with pytest.raises(UserError, match=message):
+        PeraConfig.published(**options)
 
 
 def test_every_option_is_documented_in_order():
@@ -118,7 +128,7 @@ def test_expressions_that_match_one_module_and_differ_are_refused():
         ({"layers_pattern": "layers"}, "layers_pattern='layers' has no effect without layers_to_transform"),
         (
             {"pera_version": LAYOUT_VERSION + 1},
-            "pera_version=2 is newer than the layout that this pera reads, 1",
+            "pera_version=3 is newer than the layout that this pera reads, 2",
         ),
         ({"pera_version": "1"}, "pera_version='1' should be a whole number"),
         ({"use_rslora": "no"}, "use_rslora='no' should be True or False"),
@@ -179,7 +189,7 @@ def test_from_lora_keeps_every_shared_option():
     assert (config.pera_alpha, config.pera_dropout) == (16, 0.1)
     assert (config.bias, config.init_weights) == ("pera_only", False)
     assert config.peft_type == "PERA"
-    assert config.pera_version == LAYOUT_VERSION
+    assert config.pera_version == 1
 
 
 @pytest.mark.parametrize(("lora_bias", "bias"), [("none", "none"), ("all", "all"), ("lora_only", "pera_only")])
@@ -273,7 +283,7 @@ def test_the_file_names_the_method_and_its_layout(tmp_path):
     full_config().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "PERA"
-    assert saved["pera_version"] == LAYOUT_VERSION
+    assert saved["pera_version"] == 1
     assert saved["target_modules"] == ["down_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
 
 
@@ -302,11 +312,18 @@ def test_overlapping_patterns_mean_the_same_after_loading(tmp_path):
     assert loaded.layer_settings("layers.0.q_proj") == config.layer_settings("layers.0.q_proj")
 
 
+@pytest.mark.parametrize(("anchors", "version"), [(0, 1), (4, 2)])
+def test_only_anchors_need_the_second_layout(anchors, version, tmp_path):
+    """pera 0.1.0 would ignore the anchors of a configuration. It refuses layouts above 1."""
+    PeraConfig(anchors=anchors).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["pera_version"] == version
+
+
 def test_a_newer_layout_is_refused(tmp_path):
     PeraConfig().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "pera_version": 2}))
-    with pytest.raises(UserError, match=r"pera_version=2 is newer than the layout.*upgrade"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pera_version": 3}))
+    with pytest.raises(UserError, match=r"pera_version=3 is newer than the layout.*upgrade"):
         PeraConfig.from_pretrained(tmp_path)
 
 
@@ -364,6 +381,19 @@ def test_retired_options_in_use_are_refused_with_a_remedy(load, key, value, reme
         ({"pera_dropout": 10**400}, r"pera_dropout=a whole number of about 401 digits should be"),
         ({"pera_dropout": float("nan")}, r"pera_dropout=nan should be"),
         ({"pera_version": True}, r"pera_version=True should be a whole number"),
+        ({"anchors": -1}, r"anchors=-1 should be a whole number of at least 0"),
+        ({"anchors": 2.0}, r"anchors=2\.0 should be a whole number of at least 0"),
+        ({"anchors": True}, r"anchors=True should be a whole number of at least 0"),
+        ({"anchors": 10**18}, r"anchors=a whole number of about 19 digits is above every side of any layer"),
+        ({"anchors": 1, "anchor_seed": -1}, r"anchor_seed=-1 should be a whole number from 0 to 4294967295"),
+        ({"anchors": 1, "anchor_seed": 2**32}, r"anchor_seed=4294967296 should be a whole number from 0"),
+        ({"anchors": 1, "anchor_seed": "a"}, r"anchor_seed='a' should be a whole number from 0"),
+        ({"anchor_seed": 1}, r"anchor_seed=1 has no effect without anchors; leave it at 0"),
+        ({"anchors": 1, "anchor_names": 3}, r"anchor_names=3 should be a string"),
+        (
+            {"terms": "none", "anchors": 4, "normalization": "rms"},
+            r"normalization='rms' has no effect with terms='none'",
+        ),
         ({"inference_mode": "no"}, r"inference_mode='no' should be True or False"),
         ({"terms": "none", "normalization": "rms"}, r"normalization='rms' has no effect with terms='none'"),
         ({"terms": "none", "coefficients": "fixed"}, r"coefficients='fixed' has no effect with terms='none'"),

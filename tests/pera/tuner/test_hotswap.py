@@ -73,6 +73,7 @@ SAME = {
         {"terms": "square", "coefficients": "fixed", **RMS},
         {"terms": "square", "coefficients": "fixed", **RMS},
     ),
+    "anchors": ({"anchors": 3, "anchor_seed": 7}, {"anchors": 3, "anchor_seed": 7}),
     "modules_to_save": ({"modules_to_save": ["lm_head", "norm"]}, {"modules_to_save": ["lm_head", "norm"]}),
     "token rows": ({"trainable_token_indices": [0, 5, 11]}, {"trainable_token_indices": [0, 5, 11]}),
     "token rows, tied": (
@@ -250,6 +251,7 @@ DIFFERENT = {
     "terms": ({"terms": "square"}, "has terms='square', the loaded adapter 'all'"),
     "coefficients": ({"coefficients": "fixed"}, "has coefficients='fixed', the loaded adapter 'learned'"),
     "normalization": ({"normalization": "rms"}, "has normalization='rms', the loaded adapter 'none'"),
+    "anchors": ({"anchors": 2}, "has anchors=2, the loaded adapter 0"),
     "an extra module": (
         {"modules_to_save": ["lm_head"]},
         "has .*lm_head.weight, which .*; use load_adapter instead",
@@ -289,6 +291,12 @@ def test_an_adapter_that_lacks_something_is_refused(save, here, message):
 def test_other_tokens_are_refused(save):
     model = adapt(base(), trainable_token_indices=[1, 2])
     refused(model, save(trainable_token_indices=[1, 3]), r"has trainable_token_indices=\[1, 3\], .* \[1, 2\]")
+
+
+def test_other_frozen_rows_are_refused(save):
+    """The weights would fit."""
+    model = adapt(base(), anchors=2)
+    refused(model, save(anchors=2, anchor_seed=1), "has anchor_seed=1, the loaded adapter 0; use load_adapter instead")
 
 
 def test_a_lora_folder_is_refused(tmp_path):

@@ -1,10 +1,13 @@
 """What adapted layers of every kind have in common: parameters, forward, merging, several adapters, dtypes, scale."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import reference
 from pera import PeraConfig, UserError
 from pera.tuner import PeraConv1DLinear, PeraConvolution, PeraEmbedding, PeraLinear
 from pera.tuner.layers import BASE, layer_class
@@ -129,6 +132,59 @@ def test_parameters_have_the_settled_shapes(kind, terms, count):
         assert layer.pera_h["default"].shape == (count,)
 
 
+@pytest.mark.parametrize(("terms", "count"), [("all", 10), ("square", 4), ("cross", 6), ("none", 0)])
+def test_each_anchor_appends_a_coefficient_that_starts_at_one(kind, terms, count):
+    initial = 0.3 if count else 0.0
+    layer = kind.layer(r=4, terms=terms, anchors=3, init_weights=True, init_coefficients=initial)
+    assert layer.pera_h["default"].tolist() == pytest.approx([initial] * count + [1, 1, 1])
+    assert not layer.get_delta_weight("default").any()
+
+
+@pytest.mark.parametrize(("terms", "products"), [("all", [1, 1, 1, 2, 2, 2]), ("none", [])])
+def test_fixed_coefficients_of_anchors_are_no_parameters(kind, terms, products):
+    layer = kind.layer(terms=terms, anchors=2, coefficients="fixed")
+    assert not layer.pera_h
+    assert layer.coefficients("default").tolist() == [*products, 1, 1]
+
+
+def test_anchors_are_drawn_from_seed_name_and_shape_and_not_saved(kind):
+    layer = kind.layer(anchors=3, anchor_seed=5)
+    rows, columns = kind.shape
+    anchors = layer.expansion["default"].anchors
+    assert anchors.V.tolist() == [reference.sign_row(5, "0", "in", columns, c) for c in range(3)]
+    assert anchors.U_T.tolist() == [reference.sign_row(5, "0", "out", rows, c) for c in range(3)]
+    assert len(layer.state_dict()) == len(kind.layer().state_dict())
+
+
+def test_more_anchors_than_either_side_are_refused(kind):
+    rows, columns = kind.shape
+    with pytest.raises(
+        UserError,
+        match=rf"^anchors=65 is above both sides of a \({rows}, {columns}\) weight; use at most {min(kind.shape)}",
+    ):
+        kind.layer(anchors=65)
+    assert kind.layer(anchors=64).expansion["default"].count == 64
+
+
+def test_anchors_follow_the_layer_and_keep_their_values(kind):
+    """A cast, an emptied module or another device would change parameters and buffers."""
+    layer = kind.layer(anchors=3)
+    expected = [rows.clone() for rows in layer.expansion["default"].anchors]
+    x = kind.input()
+    layer(x)
+    for change in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to_empty(device="meta"),
+        lambda m: m.to_empty(device="cpu"),
+    ):
+        layer = copy.deepcopy(change(layer))
+        A = layer.pera_A["default"]
+        placed = layer.expansion_on(A.device, "default").anchors
+        assert placed.V.device == A.device
+    for rows, same in zip(layer.expansion["default"].anchors, expected, strict=True):
+        assert torch.equal(rows, same)
+
+
 @pytest.mark.parametrize("terms", ["all", "square", "cross"])
 def test_fixed_coefficients_are_no_parameters(kind, terms):
     layer = kind.layer(terms=terms, coefficients="fixed")
@@ -201,10 +257,12 @@ def test_an_adapter_that_is_not_there_is_named(kind):
         ("none", "learned", "none"),
     ],
 )
-def test_forward_adds_the_explicit_update(kind, terms, coefficients, normalization):
+@pytest.mark.parametrize("anchors", [0, 3])
+def test_forward_adds_the_explicit_update(kind, anchors, terms, coefficients, normalization):
     if kind is KINDS["embedding"] and normalization == "centred":
         normalization = "rms"  # embeddings refuse "centred": see test_embedding.py
-    layer = kind.layer(terms=terms, coefficients=coefficients, normalization=normalization, pera_alpha=5)
+    options = {"terms": terms, "coefficients": coefficients, "normalization": normalization, "anchors": anchors}
+    layer = kind.layer(**options, pera_alpha=5)
     x = kind.input()
     expected = reference_output(layer, x)
     assert relative_error(expected, layer.base_layer(x)) > 1e-3
@@ -232,8 +290,9 @@ def test_scale_is_alpha_over_r(options, scaling):
     assert linear(r=4, **options).scaling["default"] == scaling
 
 
-def test_gradients_reach_the_adapter_alone(kind):
-    layer = kind.layer(**RMS)
+@pytest.mark.parametrize("options", [RMS, {"terms": "none", "anchors": 3}])
+def test_gradients_reach_the_adapter_alone(kind, options):
+    layer = kind.layer(**options)
     layer(kind.input()).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for name, p in layer.named_parameters() if "pera_" in name)
     assert all(p.grad is None for p in layer.base_layer.parameters())
@@ -251,8 +310,9 @@ def test_the_update_and_a_merge_are_the_same_under_autocast(kind):
     assert relative_error(layer.base_layer.weight, merged) <= 1e-6
 
 
-def test_merge_adds_the_update_and_unmerge_removes_it(kind):
-    layer = kind.layer(**RMS, pera_alpha=5)
+@pytest.mark.parametrize("anchors", [0, 3])
+def test_merge_adds_the_update_and_unmerge_removes_it(kind, anchors):
+    layer = kind.layer(**RMS, pera_alpha=5, anchors=anchors)
     x = kind.input()
     expected, weight = reference_output(layer, x), layer.base_layer.weight.detach().clone()
     merged = reference_base(layer).weight
@@ -369,7 +429,7 @@ def test_disabling_a_merged_layer_unmerges_it(kind):
 
 
 def test_active_adapters_add_up(kind):
-    layer = add(kind.layer(), "second", terms="square", pera_alpha=3)
+    layer = add(kind.layer(), "second", terms="square", anchors=3, pera_alpha=3)
     x = kind.input()
     for names in (["default"], ["second"], ["default", "second"], ["second", "default"]):
         layer.set_adapter(names)
@@ -394,7 +454,7 @@ def test_a_merged_adapter_is_not_added_again(kind):
 
 
 def test_each_sample_has_its_adapter(kind):
-    layer = add(kind.layer(), "second", terms="square")
+    layer = add(kind.layer(), "second", terms="square", anchors=3)
     x = kind.input(5)
     names = ["second", BASE, "default", "second", "default"]
     y = layer(x, adapter_names=names)

@@ -9,6 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from pera import PeraConfig, UserError, hotswap_adapter, to_lora
 from pera.tuner.names import plain_name
+from reference import sign_row
 from tiny import adapt, layers, llama, logits
 
 
@@ -41,6 +42,7 @@ OPTIONS = {
     "expression": {"target_modules": r"model\.layers\.\d\.mlp\.up_proj"},
     "layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     "all-linear": {"target_modules": "all-linear"},
+    "anchors": {"target_modules": ["q_proj", "down_proj"], "terms": "none", "anchors": 3},
 }
 
 
@@ -49,6 +51,9 @@ OPTIONS = {
     [
         (lambda: compiled(compiled_layers()), "all-linear"),
         (compiled_layers, "names"),
+        (compiled_layers, "anchors"),
+        (lambda: compiled(compiled_layers()), "anchors"),
+        (lambda: compiled_layers(checkpoint_wrapper), "anchors"),
         (compiled_layers, "expression"),
         (compiled_layers, "layer"),
         (compiled_in_place, "names"),
@@ -121,6 +126,31 @@ def test_conversion_on_a_compiled_base_is_refused():
     model = adapt(compiled(llama()), target_modules=["q_proj"])
     with pytest.raises(UserError, match="the base model is compiled or wrapped; load the adapter on the plain base"):
         to_lora(model)
+
+
+def test_layers_with_other_names_are_refused_if_they_have_anchors(tmp_path):
+    """PEFT can rename saved weights while it loads them. The frozen rows would then be others."""
+    layer = nn.Linear(4, 4)
+    adapt(nn.ModuleDict({"old": layer}), target_modules="old|new", anchors=2).save_pretrained(tmp_path)
+    adapt(nn.ModuleDict({"old": layer}), target_modules="old|new").save_pretrained(tmp_path / "without")
+
+    def load(folder):
+        return PeftModel.from_pretrained(nn.ModuleDict({"new": layer}), folder, key_mapping={"old": "new"})
+
+    assert layers(load(tmp_path / "without")).keys() == {"new"}
+    refusal = r"^anchors=2: frozen rows follow from the names of the layers, such as 'new', but .* trained under other"
+    with pytest.raises(UserError, match=refusal):
+        load(tmp_path)
+
+
+def test_one_configuration_with_anchors_serves_models_with_other_names():
+    config = PeraConfig(target_modules="a|b", anchors=2)
+    digests = []
+    for name in ("a", "b", "a"):
+        model = get_peft_model(nn.ModuleDict({name: nn.Linear(8, 8)}), config)
+        assert layers(model)[name].expansion["default"].anchors.V[0].tolist() == sign_row(0, name, "in", 8, 0)
+        digests.append(config.anchor_names)
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_name_that_looks_like_a_wrapper_stays():

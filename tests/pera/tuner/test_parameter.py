@@ -11,6 +11,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3M
 
 import reference
 from pera import PeraConfig, UserError, combine, to_lora
+from pera.polynomial import delta_weight
 from pera.tuner.layers import ParamWrapper
 from pera.tuner.saved import saved_factors
 from reference import relative_error
@@ -59,16 +60,18 @@ def adapt(model, **options):
 
 def explicit_delta(layer, name="default"):
     """ΔW of every expert from the reference, in the layout of the parameter."""
-    terms, normalization = layer.expansion[name]
+    terms, normalization, anchors = layer.expansion[name]
     deltas = []
     for A, B, h in zip(layer.pera_A[name], layer.pera_B[name], layer.pera_h[name], strict=True):
-        h_by_pair = reference.by_pair(h, A.shape[0], terms)
-        delta = reference.delta_weight(A, B, h_by_pair, normalization, layer.scaling[name]).detach()
+        h_by_pair = reference.by_pair(h, A.shape[0], terms, anchors)
+        delta = reference.delta_weight(A, B, h_by_pair, normalization, layer.scaling[name], anchors).detach()
         deltas.append(delta.T if getattr(layer.get_base_layer(), "is_transposed", False) else delta)
     return torch.stack(deltas)
 
 
-@pytest.mark.parametrize("options", [{}, {"normalization": "rms", "pera_alpha": 3}, {"terms": "square"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"normalization": "rms", "pera_alpha": 3}, {"terms": "square"}, {"terms": "none", "anchors": 3}]
+)
 def test_forward_is_the_model_with_the_explicit_update(make, options):
     model = make()
     base = logits(model)
@@ -128,13 +131,20 @@ def test_training_moves_every_factor_and_lowers_the_loss(make):
         assert torch.equal(parameter, before[name]) != ("pera_" in name), name
 
 
-def test_saved_and_loaded_it_gives_equal_logits(make, tmp_path):
-    adapted = adapt(make())
+@pytest.mark.parametrize("anchors", [0, 3])
+def test_saved_and_loaded_it_gives_equal_logits(make, anchors, tmp_path):
+    adapted = adapt(make(), anchors=anchors)
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(adapted))
     factors = saved_factors(load_file(tmp_path / "adapter_model.safetensors"), adapted.peft_config["default"])
     assert len(factors) == 2 + 2 * 2 * 4, "an attention layer, and two parameters of four experts, in two layers"
+    for name, layer in layers(adapted).items():
+        if isinstance(layer, ParamWrapper):
+            transposed = getattr(layer.get_base_layer(), "is_transposed", False)
+            for i, explicit in enumerate(explicit_delta(layer)):
+                update = delta_weight(*factors[f"base_model.model.{name}.{i}"])
+                assert relative_error(update, explicit.T if transposed else explicit) <= 1e-12
 
 
 def test_merge_unmerge_and_unload(make):
@@ -161,8 +171,9 @@ def test_two_adapters_add_up_and_can_be_deleted(make):
     assert torch.equal(logits(adapted), first)
 
 
-def test_it_equals_a_lora(make):
-    adapted = adapt(make(), normalization="rms")
+@pytest.mark.parametrize("anchors", [0, 3])
+def test_it_equals_a_lora(make, anchors):
+    adapted = adapt(make(), normalization="rms", anchors=anchors)
     expected = logits(adapted)
     assert relative_error(logits(to_lora(adapted)), expected) <= 1e-5
 

@@ -37,8 +37,9 @@ def check(model):
         ("none", "learned", "none"),
     ],
 )
-def test_saved_factors_give_the_update(terms, coefficients, normalization):
-    options = {"terms": terms, "coefficients": coefficients, "normalization": normalization}
+@pytest.mark.parametrize("anchors", [0, 3])
+def test_saved_factors_give_the_update(anchors, terms, coefficients, normalization):
+    options = {"terms": terms, "coefficients": coefficients, "normalization": normalization, "anchors": anchors}
     check(adapt(llama(), target_modules=["q_proj", "down_proj"], pera_alpha=5, use_rslora=True, **options))
 
 
@@ -50,6 +51,21 @@ def test_ranks_and_alphas_follow_the_patterns():
 @pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
 def test_patterns_may_be_anchored_at_the_start_of_a_name(pattern):
     check(adapt(llama(), target_modules=["q_proj"], **{pattern: {r"^model\.layers\.0\.self_attn\.q_proj": 7}}))
+
+
+def test_anchors_of_tied_layers_are_those_of_the_embedding():
+    options = {"target_modules": ["lm_head"], "ensure_weight_tying": True, "anchors": 3}
+    model = adapt(llama(tie_word_embeddings=True), **options)
+    saved = saved_factors(*save(model))[f"{PREFIX}model.embed_tokens"]
+    assert relative_error(delta_weight(*saved), reference_delta(layers(model)["model.embed_tokens"])) <= 1e-12
+
+
+def test_layers_that_were_renamed_are_refused_if_they_have_anchors():
+    weights, config = save(adapt(llama(), target_modules=["q_proj"], anchors=3))
+    renamed = {key.replace("self_attn", "attention"): weight for key, weight in weights.items()}
+    refusal = r"^anchors=3: frozen rows .* such as 'model\.layers\.0\.attention\.q_proj', but .* under other names"
+    with pytest.raises(UserError, match=refusal):
+        saved_factors(renamed, config)
 
 
 def test_other_tensors_are_ignored():

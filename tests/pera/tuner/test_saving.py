@@ -87,13 +87,14 @@ with torch.no_grad():
     ("terms", "coefficients"),
     [("all", "learned"), ("square", "learned"), ("cross", "learned"), ("none", "learned"), ("all", "fixed")],
 )
-def test_saved_names_and_shapes(terms, coefficients, tmp_path):
-    model = adapt(gpt2(), r=4, target_modules=["h.1.mlp.c_fc"], terms=terms, coefficients=coefficients)
+@pytest.mark.parametrize("k", [0, 3])
+def test_saved_names_and_shapes(k, terms, coefficients, tmp_path):
+    model = adapt(gpt2(), r=4, target_modules=["h.1.mlp.c_fc"], terms=terms, coefficients=coefficients, anchors=k)
     model.save_pretrained(tmp_path)
     prefix = "base_model.model.transformer.h.1.mlp.c_fc"
     expected = {f"{prefix}.pera_A": (4, 32), f"{prefix}.pera_B": (128, 4)}
-    if coefficients == "learned" and terms != "none":
-        expected[f"{prefix}.pera_h"] = ({"all": 10, "square": 4, "cross": 6}[terms],)
+    if coefficients == "learned" and (terms != "none" or k):
+        expected[f"{prefix}.pera_h"] = ({"all": 10, "square": 4, "cross": 6, "none": 0}[terms] + k,)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected
     assert torch.equal(logits(PeftModel.from_pretrained(gpt2(), tmp_path)), logits(model))

@@ -104,6 +104,15 @@ def test_tied_layers_share_one_update(tied, adapted):
     assert relative_error(logits(adapted), logits(explicit(tied, adapted))) <= 1e-5
 
 
+def test_tied_layers_share_their_anchors(tied):
+    """The frozen rows of the head are those of the embedding, with the sides exchanged."""
+    model = tied.adapt("embedding", "other", terms="none", anchors=3)
+    embedding, head = (layers(model)[name].expansion["default"].anchors for name in (tied.embedding, "lm_head"))
+    assert torch.equal(head.V, embedding.U_T)
+    assert torch.equal(head.U_T, embedding.V)
+    assert relative_error(logits(model), logits(explicit(tied, model))) <= 1e-5
+
+
 @pytest.mark.parametrize("normalization", ["none", "rms"])
 def test_gradients_of_both_uses_add_up(tied, normalization):
     model = tied.adapt("embedding", normalization=normalization, pera_alpha=2).double()

@@ -18,6 +18,7 @@ from pera_lab.study import load_study
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.plan import known_trials
 from pera_lab.study.results import Results
+from pera_lab.study.runner import run_study
 from pera_lab.training import TrainingSummary
 
 STUDY = """
@@ -397,3 +398,96 @@ def test_folder_without_runs_is_rejected(study_file, tmp_path):
     folder.prepare(load_study(str(study_file)))
     with pytest.raises(UserError, match="has no run that has ended"):
         write_study_report(folder, tmp_path / "report.html")
+
+
+MEMORY = """
+base: RECIPE
+settings:
+  task: {size: 4}
+  training: {max_steps: 2}
+  evaluation: {max_new_tokens: 10}
+grid:
+  task: [phonebook]
+  method: [{name: lora, r: [1, 2]}, pera-published]
+  r: [1]
+choose: {learning_rate: [1e-3], seeds: [1]}
+report: {seeds: [42, 43]}
+"""
+
+
+@pytest.fixture(scope="module")
+def memory_study(recipe_file, tmp_path_factory):
+    """The folder of a study of facts, run on the tiny LLaMA. Bits are replaced by round numbers."""
+    folder = tmp_path_factory.mktemp("memory")
+    lines = recipe_file.read_text().splitlines()
+    base = "\n".join("task: phonebook" if line.startswith("task:") else line for line in lines)
+    (folder / "base.yaml").write_text(base)
+    (folder / "memory.yaml").write_text(MEMORY.replace("RECIPE", str(folder / "base.yaml")))
+    study, done = load_study(str(folder / "memory.yaml")), StudyFolder(folder / "study")
+    run_study(study, done)
+    stored = {("lora", 1): 100.0, ("lora", 2): 300.0, ("pera-published", 1): 150.0}
+    for trial in known_trials(study, done.outcomes(study)):
+        if trial.phase == "report":
+            set_bits(done.run(trial), stored[trial.cell.method.label, trial.cell.r] + 20 * (trial.seed == 43))
+    return done
+
+
+def set_bits(run, bits):
+    scores = run.scores()
+    scores["adapter"]["memory"] |= {"bits": bits, "bits_per_parameter": bits / 1000}
+    write(run.scores_file, scores)
+
+
+def test_bits_and_equivalent_rank_of_each_method_are_shown(memory_study):
+    (table,) = items(memory_study, "memory", "table")
+    columns = ["method", "r", "bits stored", "of", "bits per parameter", "equivalent rank of lora / r", "n seeds"]
+    assert [[row[table.head.index(name)] for name in columns] for row in table.rows] == [
+        ["lora", "1", "110 ± 14", "133", "0.110 ± 0.014", ABSENT, "2"],
+        ["lora", "2", "310 ± 14", "133", "0.310 ± 0.014", ABSENT, "2"],
+        ["pera-published", "1", "160 ± 14", "133", "0.160 ± 0.014", "1.25", "2"],
+    ]
+    (picture,) = items(memory_study, "memory", "picture")
+    assert picture.table.rows == [["lora", "0.11", "0.31"], ["pera-published", "0.16", ABSENT]]
+    assert items(memory_study, "memory", "note")[0].startswith(
+        "Every model is tested on the facts that it was trained on."
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        (400.0, "beyond the measured ranks in 1 of 2 seeds"),
+        (10.0, "below the measured ranks in 1 of 2 seeds"),
+    ],
+)
+def test_equivalent_rank_is_not_extrapolated(memory_study, tmp_path, bits, said):
+    copy = damaged(memory_study, tmp_path)
+    set_bits(Run(copy.runs / "phonebook-pera-published-r1-report-lr0.001-seed42"), bits)
+    (table,) = items(copy, "memory", "table")
+    assert table.rows[2][table.head.index("equivalent rank of lora / r")] == said
+
+
+def test_methods_are_compared_on_the_facts_of_one_seed(memory_study, tmp_path):
+    """Other seeds have other facts, so the variance over the seeds is all there is."""
+    results = Results(memory_study)
+    (cell,) = (cell for cell in results.cells if cell.method.label == "pera-published")
+    lora = results.reference(cell, results.settings[0])
+    ours, theirs = (np.array([s.value for s in results.scored(c)]) for c in (cell, lora))
+    assert results.difference(cell, results.settings[0]).mean == pytest.approx((ours - theirs).mean())
+    copy = damaged(memory_study, tmp_path)
+    expect_another_answer(Run(copy.runs / "phonebook-pera-published-r1-report-lr0.001-seed42"))
+    with pytest.raises(UserError, match="differ in the rows that were scored"):
+        study_sections(Results(copy))
+
+
+def test_page_of_a_study_of_facts_says_on_which_facts_rates_were_chosen(memory_study):
+    assert items(memory_study, "summary", "text")[-1] == "Only lora has this setting."
+    (note,) = items(memory_study, "rates", "note")
+    assert note.startswith("Loss on the trained facts, which differ from the reported facts, n = 1 seed.")
+    text = items(memory_study, "protocol", "text")[0]
+    assert text.endswith("phonebook: the test rows are the training rows, and each seed draws its own.")
+    assert "held" not in text
+
+
+def test_study_without_facts_has_no_section_on_bits(folder):
+    assert "memory" not in {section.id for section in study_sections(Results(folder))}

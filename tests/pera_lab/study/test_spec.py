@@ -112,7 +112,10 @@ def test_text_reaches_the_recipes_as_it_is(study_file, text, tmp_path):
         ("grid.method=[{name: lora, label: a/b}]", "label='a/b' is part of folder names"),
         ("grid.method=[{name: lora, ranks: 3}]", "method.ranks is not an option of lora"),
         ("grid.method=[{name: lora, seeds: [1]}]", "seeds=[1] should be 2 seeds, as in report.seeds"),
-        ("grid.method=[{name: lora, r: 4}]", "grid.method lora.r cannot be set here; set ranks in grid.r"),
+        ("grid.method=[{name: lora, r: 4}]", "grid.method.0.r=4: input should be a valid list"),
+        ("grid.method=[{name: lora, r: [0]}]", "grid.method.0.r.0=0: input should be greater than or equal to 1"),
+        ("grid.method=[{name: lora, r: [2, 2]}]", "grid.method lora: r=[2, 2] should be distinct"),
+        ("grid.method=[{name: full, r: [2]}]", "grid.method full: r=[2] has no effect, because the method has no rank"),
         ("against=dora", "against='dora' is not a method of the grid"),
         ("report.seeds=[1,1]", "report: seeds=[1, 1] should be distinct"),
         ("report.seeds=[-1]", "report.seeds.0=-1: input should be greater than or equal to 0"),
@@ -206,3 +209,66 @@ def test_the_command_names_a_mistake_in_one_sentence(refused, study_file):
     refused("study", "run", study_file, "against=dora", words=["against='dora'", "lora"])
     refused("study", "report", "nowhere", "--output", "a.md", words=["--output='a.md' should end in .html"])
     refused("study", "report", "nowhere", words=["'nowhere' is not the folder of a study"])
+
+
+def test_a_method_can_have_ranks_of_its_own(study_file):
+    study = load_study(str(study_file), ["grid.method=[{name: lora, r: [1, 2, 8]},dora]", "grid.r=[2,4]"])
+    assert {(cell.method.label, cell.r) for cell in study.cells()} == {
+        *(("lora", r) for r in (1, 2, 8)),
+        *(("dora", r) for r in (2, 4)),
+    }
+    assert {Trial(study, cell, "report", 1e-3, 42).recipe().peft_config().r for cell in study.cells()} == {1, 2, 4, 8}
+
+
+MEMORY = """
+base: phonebook-smollm2
+settings: {task: {size: 4}, training: {max_steps: 2}}
+grid: {task: [phonebook], method: [lora, pera-published], r: [2]}
+choose: {learning_rate: [1.0e-2], seeds: [1]}
+report: {seeds: [42, 43]}
+"""
+
+
+@pytest.fixture
+def memory_file(tmp_path):
+    (tmp_path / "memory.yaml").write_text(MEMORY)
+    return tmp_path / "memory.yaml"
+
+
+def test_rates_are_chosen_on_other_facts_and_each_reported_seed_has_its_own(memory_file):
+    study = load_study(str(memory_file))
+    cell, other = study.cells()
+
+    def facts(cell, phase, seed):
+        splits = Trial(study, cell, phase, 1e-2, seed).recipe().build_splits()
+        assert splits.test == splits.train
+        return set(splits.train)
+
+    drawn = [facts(cell, "choose", 1), facts(cell, "report", 42), facts(cell, "report", 43)]
+    assert len(set().union(*drawn)) == 12
+    assert facts(other, "report", 42) == drawn[1]
+
+
+def test_facts_and_other_tasks_share_a_study(memory_file, tmp_path):
+    method = "method: {name: lora, target_modules: [q_proj]}"
+    (tmp_path / "base.yaml").write_text(f"model: tiny\n{method}\ntask: phonebook\ntraining: {{max_steps: 1}}\n")
+    mixed = [f"base={tmp_path / 'base.yaml'}", "grid.task=[phonebook,leg_counting]", "settings={}", "choose.rows=7"]
+    study = load_study(str(memory_file), mixed)
+    held_out = {c.task.label: Trial(study, c, "choose", 1e-2, 1).recipe().training.held_out for c in study.cells()}
+    assert held_out == {"phonebook": 0, "leg_counting": 7}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("choose.rows=5", "choose.rows=5 has no effect, because every task is tested on its training rows; leave it"),
+        ("choose.seeds=[1,43]", "choose.seeds and report.seeds share 43, so a rate would be chosen on reported facts"),
+        ("task.seed=3", "grid.task phonebook: task.seed cannot be set; each run draws its facts from its own seed"),
+        ("task.data=DATA", "grid.task phonebook: its rows come from data, so rates would be chosen on the reported"),
+        ("grid.method=[lora,{name: lora, label: b, seeds: [7, 8]}]", "grid.method b: seeds=[7, 8] would compare other"),
+    ],
+)
+def test_studies_that_would_choose_on_reported_facts_are_refused(memory_file, override, sentence):
+    with pytest.raises(UserError) as error:
+        load_study(str(memory_file), [override.replace("DATA", str(memory_file))])
+    assert sentence in str(error.value)

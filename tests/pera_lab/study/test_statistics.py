@@ -7,7 +7,18 @@ import pytest
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
 
-from pera_lab.study.statistics import Mean, adjusted, average, compare, describe, mcnemar, pareto, pearson
+from pera_lab.study.statistics import (
+    Mean,
+    adjusted,
+    average,
+    compare,
+    describe,
+    equivalent_rank,
+    mcnemar,
+    over_seeds,
+    pareto,
+    pearson,
+)
 
 GAUSS = np.random.default_rng(0).normal(size=(3, 50))
 
@@ -147,3 +158,33 @@ def test_p_values_are_adjusted_for_their_number():
 def test_pareto_returns_the_front():
     points = [(1, 0.8), (2, 0.9), (3, 0.85), (1, 0.7), (4, math.nan), (2, 0.9)]
     assert pareto(points) == [0, 1, 5]
+
+
+def test_gains_on_facts_of_their_own_have_the_interval_of_a_t_test_over_seeds():
+    gains = [0.31, 0.28, 0.40, 0.22]
+    found, expected = over_seeds(gains, 100), stats.ttest_1samp(gains, 0)
+    interval = expected.confidence_interval(0.95)
+    assert (found.mean, found.low, found.high) == pytest.approx((np.mean(gains), interval.low, interval.high))
+    assert (found.p, found.seeds, found.examples) == (pytest.approx(expected.pvalue), 4, 100)
+    assert math.isnan(over_seeds(gains[:2], 100).low)
+    assert math.isnan(over_seeds(gains[:1], 100).p)
+
+
+@pytest.mark.parametrize(
+    ("bits", "rank"),
+    [
+        (100, 1),
+        (150, 1.5),
+        (300, 3),
+        (400, 4),
+        (99, -math.inf),
+        (401, math.inf),
+    ],
+)
+def test_equivalent_rank_lies_on_the_lines_between_the_measured_ranks(bits, rank):
+    assert equivalent_rank([(4, 400.0), (1, 100.0), (2, 200.0)], bits) == pytest.approx(rank)
+
+
+def test_equivalent_rank_is_where_a_curve_that_falls_again_first_reaches_the_bits():
+    assert equivalent_rank([(1, 100.0), (2, 300.0), (3, 200.0), (4, 400.0)], 250) == pytest.approx(1.75)
+    assert equivalent_rank([(1, 100.0), (2, 100.0)], 100) == 1

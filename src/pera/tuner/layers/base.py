@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from pera.anchors import Anchors, draw_anchors
 from pera.errors import UserError
 from pera.linear import Expansions, expansions, without_autocast
 from pera.polynomial import Normalization, Terms, delta_weight, expanded_rank, fixed_coefficients, num_coefficients
@@ -37,18 +38,29 @@ class Expansion(NamedTuple):
 
     terms: Terms
     normalization: Normalization
+    anchors: Anchors | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of anchors."""
+        return 0 if self.anchors is None else self.anchors.count
 
 
 class PeraLayer(nn.Module, BaseTunerLayer):
     """Base class of the adapted layers: y = base(x) + Σ s · x ΔWᵀ over the active adapters.
 
     Each adapter has the parameters ``pera_A`` ``(r, columns)``, ``pera_B`` ``(rows, r)`` and, for learned coefficients,
-    ``pera_h`` ``(num_coefficients,)``: squares first, then crosses lexicographically. Rows and columns are
+    ``pera_h`` ``(num_coefficients,)``: squares, then crosses lexicographically, then anchors. Rows and columns are
     :attr:`delta_shape`. An adapter in ``tied`` has no parameters here; it uses the transposed ΔW of another layer.
+
+    The frozen rows of anchors follow from the seed, :attr:`module_name` and :attr:`delta_shape`. ``expansion`` holds
+    them. They are neither parameters nor buffers, which can be cast, sharded, broadcast and emptied.
     """
 
     adapter_layer_names = ("pera_A", "pera_B", "pera_h")
     other_param_names = ("r", "pera_alpha", "scaling", "pera_dropout", "expansion", "tied")
+    module_name: str
+    """Name of the layer in the base model without wrappers; for a tied layer, of the layer that it is tied to."""
 
     def __init__(
         self,
@@ -58,10 +70,12 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         r: int,
         alpha: float | None,
         tied_to: PeraLayer | None = None,
+        module_name: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.module_name = module_name
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -122,8 +136,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """
         self.check_config(config)
         rows, columns = self.delta_shape
-        K = expanded_rank(r, config.terms)
-        check_sizes(rows, columns, r, K)
+        K = expanded_rank(r, config.terms, config.anchors)
+        check_sizes(rows, columns, r, K, config.anchors)
         if r > min(rows, columns):
             warnings.warn(
                 f"r={r} (K={K}) is above a side of a ({rows}, {columns}) weight: "
@@ -133,7 +147,10 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = r
         self.pera_alpha[adapter_name] = r if alpha is None else alpha
         self.scaling[adapter_name] = self._initial_scaling[adapter_name] = config.scaling(r, alpha)
-        self.expansion[adapter_name] = Expansion(config.terms, config.normalization)
+        anchors = draw_anchors(config.anchors, config.anchor_seed, self.module_name, rows, columns)
+        if tied_to is not None and (anchors := tied_to.expansion[adapter_name].anchors) is not None:
+            anchors = anchors if type(tied_to) is type(self) else anchors.transposed
+        self.expansion[adapter_name] = Expansion(config.terms, config.normalization, anchors)
         self.pera_dropout[adapter_name] = nn.Dropout(config.pera_dropout) if config.pera_dropout else nn.Identity()
         for parameters in (self.pera_A, self.pera_B, self.pera_h, self.tied):
             if adapter_name in parameters:
@@ -144,17 +161,20 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             self.pera_A[adapter_name] = nn.Parameter(torch.empty(*self.experts, r, columns))
             self.pera_B[adapter_name] = nn.Parameter(torch.empty(*self.experts, rows, r))
             if config.learns_coefficients:
-                self.pera_h[adapter_name] = nn.Parameter(torch.empty(*self.experts, num_coefficients(r, config.terms)))
+                count = num_coefficients(r, config.terms, config.anchors)
+                self.pera_h[adapter_name] = nn.Parameter(torch.empty(*self.experts, count))
             self.reset_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, config: PeraConfig) -> None:
-        """Initialize with ΔW = 0 and constant h. With ``init_weights=False``, initialize with a random ΔW."""
+        """Initialize with ΔW = 0 and constant h, 1 for anchors. With ``init_weights=False``, draw a random ΔW."""
         self._reset_factors(self.pera_A[adapter_name], self.pera_B[adapter_name], config.init_weights)
         if adapter_name in self.pera_h:
             if config.init_weights:
-                nn.init.constant_(self.pera_h[adapter_name], config.init_coefficients)
+                h = self.pera_h[adapter_name]
+                nn.init.constant_(h, config.init_coefficients)
+                nn.init.ones_(h[..., h.shape[-1] - config.anchors :])
             else:
                 nn.init.normal_(self.pera_h[adapter_name])
 
@@ -183,8 +203,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.pera_h:
             h: Tensor = self.pera_h[adapter_name]
             return h
-        A, terms = self.pera_A[adapter_name], self.expansion[adapter_name].terms
-        return fixed_coefficients(self.r[adapter_name], terms, dtype=A.dtype, device=A.device)
+        A, expansion = self.pera_A[adapter_name], self.expansion[adapter_name]
+        r = self.r[adapter_name]
+        return fixed_coefficients(r, expansion.terms, expansion.count, dtype=A.dtype, device=A.device)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return (A, B, h) of the adapter: ``(r, columns)``, ``(rows, r)``, ``(num_coefficients,)``.
@@ -202,17 +223,30 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     def expansions(self, adapter_name: str, dtype: torch.dtype) -> Expansions:
         """Return the expansions in ``dtype``; in evaluation without gradients they are kept while a call lasts."""
-        terms, normalization = self.expansion[adapter_name]
-        scaling = self.scaling[adapter_name]
+        expansion, scaling = self.expansion[adapter_name], self.scaling[adapter_name]
 
         def compute() -> Expansions:
-            return expansions(
-                *self.factors(adapter_name), terms=terms, normalization=normalization, scaling=scaling, dtype=dtype
-            )
+            factors = self.factors(adapter_name)
+            form = self.expansion_on(factors[0].device, adapter_name)._asdict()
+            return expansions(*factors, **form, scaling=scaling, dtype=dtype)
 
         if not self._unchanging():
             return compute()
-        return keep((self, adapter_name, dtype, terms, normalization, scaling), compute)
+        form = (expansion.terms, expansion.normalization, expansion.count)
+        return keep((self, adapter_name, dtype, *form, scaling), compute)
+
+    def expansion_on(self, device: torch.device, adapter_name: str) -> Expansion:
+        """Return how the factors of the adapter are expanded, with the anchors on ``device``, where they then stay."""
+        expansion = self.expansion[adapter_name]
+        if expansion.anchors is None or expansion.anchors.V.device == device:
+            return expansion
+        with torch.inference_mode(False):
+            anchors = expansion.anchors.to(device)
+        if not torch.compiler.is_compiling() and device.type != "meta":  # those have no values
+            anchors = Anchors(*map(torch.func.debug_unwrap, anchors))
+            if all(type(t) is Tensor for t in anchors):  # no fake tensors
+                self.expansion[adapter_name] = expansion._replace(anchors=anchors)
+        return expansion._replace(anchors=anchors)
 
     def _unchanging(self) -> bool:
         """Return whether the weights of the adapter stay the same during a call."""
@@ -222,7 +256,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """Return ΔW of the adapter in the layout of the base weight, float32 or better."""
         factors = self.factors(adapter_name)
         with without_autocast(factors[0]):
-            delta = delta_weight(*factors, *self.expansion[adapter_name], self.scaling[adapter_name])
+            expansion = self.expansion_on(factors[0].device, adapter_name)
+            delta = delta_weight(*factors, *expansion, self.scaling[adapter_name])
         return self._to_base_layout(delta)
 
     def _to_base_layout(self, delta: Tensor) -> Tensor:

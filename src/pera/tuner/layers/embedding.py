@@ -50,10 +50,11 @@ class PeraEmbedding(PeraLayer):
         """Map indices ``(...)`` to ``(..., embedding_dim)``, in the dtype of the factors or of autocast."""
         base: Any = self.get_base_layer()
         A, B, h = self.factors(adapter_name)
-        terms, normalization = self.expansion[adapter_name]
+        terms, normalization, anchors = self.expansion_on(A.device, adapter_name)
         rows = embedding(x.flatten(), A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-        rows_hat = expand(rows.T, h, terms, normalization, whole=A).T
-        update = self.scaling[adapter_name] * rows_hat @ expand_B(B, terms, normalization).T
+        signs = None if anchors is None else anchors.V.index_select(1, x.flatten())
+        rows_hat = expand(rows.T, h, terms, normalization, signs, whole=A).T
+        update = self.scaling[adapter_name] * rows_hat @ expand_B(B, terms, normalization, anchors).T
         update = update * self.pera_dropout[adapter_name](update.new_ones(len(update), 1))
         embed_scale = self._get_embed_scale()
         if embed_scale is not None:

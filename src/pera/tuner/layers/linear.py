@@ -23,15 +23,9 @@ class PeraLinear(PeraLayer):
         x = self.pera_dropout[adapter_name](x)  # users may switch it on in evaluation
         if self._unchanging() and (base is None or base.dtype == dtype):
             return expanded_linear(x.to(dtype), self.expansions(adapter_name, dtype), base)
-        terms, normalization = self.expansion[adapter_name]
-        return pera_linear(
-            x,
-            *self.factors(adapter_name),
-            terms=terms,
-            normalization=normalization,
-            scaling=self.scaling[adapter_name],
-            base=base,
-        )
+        factors = self.factors(adapter_name)
+        form = self.expansion_on(factors[0].device, adapter_name)._asdict()
+        return pera_linear(x, *factors, **form, scaling=self.scaling[adapter_name], base=base)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
