@@ -34,7 +34,7 @@ def lora(r):
     return LoraConfig(r=r, lora_alpha=r, target_modules=["0"])
 
 
-def planted(rank, r=6):
+def planted(rank, r=8):
     """A LoRA of rank r whose ΔW has ``rank`` directions of equal strength, and its loss on labels that follow them."""
     model = model_of(lora(r))
     layer = model.base_model.model[0]
