@@ -415,8 +415,7 @@ class _Progress(TrainerCallback):
             "tokens_per_second": round(tokens / seconds, 1),
             **self._online.take(),
         }
-        if "high_order_ratio" in logs:
-            line["high_order_ratio"] = logs["high_order_ratio"]
+        line |= {key: logs[key] for key in ("high_order_ratio", "anchor_ratio") if key in logs}
         with self._run.metrics_file.open("a", encoding="utf-8") as f:
             f.write(json_line(line))
         memory = peak_memory()

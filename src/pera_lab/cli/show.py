@@ -89,7 +89,7 @@ def inspect(
     if json:
         import json as writer
 
-        derived = ("high_order_ratio", "square_ratio", "cross_ratio", "stable_rank", "effective_rank")
+        derived = ("high_order_ratio", "square_ratio", "cross_ratio", "anchor_ratio", "stable_rank", "effective_rank")
         content = {
             "layers": {n: {**asdict(d), **{key: getattr(d, key) for key in derived}} for n, d in found.items()},
             **({"effect": asdict(effects)} if effects else {}),
@@ -176,9 +176,11 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool, is_pera: bool) 
         }
     caption = None if by_layer else "Medians over the layers of each kind; --layers shows every layer."
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption=caption, caption_justify="left")
+    products = ("linear", "square", "cross", "ratio", "1·1ᵀ") if is_pera else ()
+    anchored = any(d.anchors for d in found.values())
+    of_anchors = ("anchors", "ratio of anchors") if anchored else ()
     table.add_column("layer" if by_layer else "kind", overflow="fold")
-    parts = ("‖ΔW‖", "linear", "square", "cross", "ratio", "1·1ᵀ") if is_pera else ("‖ΔW‖",)
-    for column in (*parts, "rank ≤", "stable", "effective"):
+    for column in ("‖ΔW‖", *products, *of_anchors, "rank ≤", "stable", "effective"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, layers in groups.items():
         keys = ("norm", "linear", "square", "cross") if is_pera else ("norm",)
@@ -186,6 +188,8 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool, is_pera: bool) 
         if is_pera:
             values.append(f"{median(d.high_order_ratio for d in layers):.2g}")
             values.append(f"{median(d.ones_weight for d in layers):.0%}")
+        if anchored:
+            values += [f"{median(getattr(d, key) for d in layers):.3g}" for key in ("anchors", "anchor_ratio")]
         values.append(str(len(layers[0].singular_values)))
         values += [f"{median(getattr(d, key) for d in layers):.1f}" for key in ("stable_rank", "effective_rank")]
         table.add_row(visible(name if by_layer else f"{name} ({len(layers)})", inline=True), *values)
@@ -196,7 +200,8 @@ def _effects(effects: Effects) -> Facts:
     table = Facts()
     table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out labels")
     for part, change in effects.without.items():
-        table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")
+        what = "anchors" if part == "anchors" else f"{part.replace('_', '-')} terms"
+        table.add_row(f"without {what}", f"{change:+.5f}")
     if effects.at_rank_r is not None:
         table.add_row("every ΔW truncated to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")
     for group, change in effects.without_high_order.items():
