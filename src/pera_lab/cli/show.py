@@ -157,7 +157,7 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
 
 def _effects(effects: Effects) -> Facts:
     table = Facts()
-    table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out labels")
+    table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} labels of test rows")
     for part, change in effects.without.items():
         table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")
     table.add_row("every ΔW truncated to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")
