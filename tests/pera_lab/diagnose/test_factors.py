@@ -16,13 +16,16 @@ from pera_lab.diagnose.factors import kind
 from reference import NORMALIZATIONS
 
 
-def parts(A, B, h, terms, normalization, scaling):
-    """Explicit linear, square and cross parts of ΔW."""
-    by_pair = reference.by_pair(h, A.shape[0], terms)
+def parts(A, B, h, terms, normalization, anchors, scaling):
+    """Explicit linear, square and cross parts of ΔW, and the part of the anchors."""
+    by_pair = reference.by_pair(h, A.shape[0], terms, anchors)
+    of_anchors = by_pair.pop("anchors", None)
     squares = {(i, j): c for (i, j), c in by_pair.items() if i == j}
     crosses = {(i, j): c for (i, j), c in by_pair.items() if i != j}
     high_order = [reference.high_order_part(A, B, chosen, normalization) for chosen in (squares, crosses)]
-    return [scaling * part for part in (reference.linear_part(A, B), *high_order)]
+    linear = reference.linear_part(A, B)
+    frozen = linear * 0 if anchors is None else reference.anchor_part(A, B, of_anchors, anchors)
+    return [scaling * part for part in (linear, *high_order, frozen)]
 
 
 @given(
@@ -30,18 +33,21 @@ def parts(A, B, h, terms, normalization, scaling):
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     terms=st.sampled_from(["all", "square", "cross", "none"]),
     normalization=st.sampled_from(NORMALIZATIONS),
+    k=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-def test_norms_ratios_and_spectrum_equal_those_of_the_explicit_update(r, shape, terms, normalization, seed):
+def test_norms_ratios_and_spectrum_equal_those_of_the_explicit_update(r, shape, terms, normalization, k, seed):
     generator = torch.Generator().manual_seed(seed)
     m, n = shape
     A, B, h = (
         torch.randn(size, generator=generator, dtype=torch.float64)
         for size in ((r, n), (m, r), (num_coefficients(r, terms),))
     )
-    found = diagnose_layer(A, B, h, terms, normalization, 0.7)
-    linear, square, cross = parts(A, B, h, terms, normalization, 0.7)
-    update = linear + square + cross
+    torch.manual_seed(seed)
+    anchors, h = reference.draw_anchors(k, h, m, n)
+    found = diagnose_layer(A, B, h, terms, normalization, anchors, 0.7)
+    linear, square, cross, frozen = parts(A, B, h, terms, normalization, anchors, 0.7)
+    update = linear + square + cross + frozen
     close = lambda value: pytest.approx(float(value), rel=1e-8, abs=1e-10)  # noqa: E731
     assert found.norm == close(update.norm())
     assert (found.linear, found.square, found.cross) == (
@@ -49,6 +55,8 @@ def test_norms_ratios_and_spectrum_equal_those_of_the_explicit_update(r, shape, 
         close(square.norm()),
         close(cross.norm()),
     )
+    assert found.anchors == close(frozen.norm())
+    assert found.anchor_ratio == close(frozen.norm() / linear.norm())
     assert found.high_order == close((square + cross).norm())
     assert found.high_order_ratio == close((square + cross).norm() / linear.norm())
     explicit = torch.linalg.svdvals(update)
