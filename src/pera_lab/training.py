@@ -367,8 +367,7 @@ class _Progress(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": round(tokens / seconds, 1),
         }
-        if "high_order_ratio" in logs:
-            line["high_order_ratio"] = logs["high_order_ratio"]
+        line |= {key: logs[key] for key in ("high_order_ratio", "anchor_ratio") if key in logs}
         with self._run.metrics_file.open("a", encoding="utf-8") as f:
             f.write(json_line(line))
         memory = peak_memory()

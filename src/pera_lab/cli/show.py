@@ -54,7 +54,7 @@ def inspect(
     if json:
         import json as writer
 
-        derived = ("high_order_ratio", "square_ratio", "cross_ratio", "stable_rank", "entropy_rank")
+        derived = ("high_order_ratio", "square_ratio", "cross_ratio", "anchor_ratio", "stable_rank", "entropy_rank")
         content = {
             "layers": {n: {**asdict(d), **{key: getattr(d, key) for key in derived}} for n, d in found.items()},
             **({"effect": asdict(effects)} if effects else {}),
@@ -139,7 +139,9 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
         }
     caption = None if by_layer else "Medians over the layers of each kind; --layers shows every layer."
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption=caption, caption_justify="left")
-    columns = ("‖ΔW‖", "linear", "square", "cross", "ratio", "1·1ᵀ", "rank ≤", "stable", "entropy")
+    anchored = any(d.anchors for d in found.values())
+    of_anchors = ("anchors", "ratio of anchors") if anchored else ()
+    columns = ("‖ΔW‖", "linear", "square", "cross", "ratio", "1·1ᵀ", *of_anchors, "rank ≤", "stable", "entropy")
     table.add_column("layer" if by_layer else "kind", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -148,6 +150,7 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
             *(f"{median(getattr(d, key) for d in layers):.3g}" for key in ("norm", "linear", "square", "cross")),
             f"{median(d.high_order_ratio for d in layers):.2g}",
             f"{median(d.ones_weight for d in layers):.0%}",
+            *(f"{median(getattr(d, key) for d in layers):.3g}" for key in ("anchors", "anchor_ratio") if anchored),
             str(len(layers[0].singular_values)),
             *(f"{median(getattr(d, key) for d in layers):.1f}" for key in ("stable_rank", "entropy_rank")),
         ]
@@ -159,7 +162,8 @@ def _effects(effects: Effects) -> Facts:
     table = Facts()
     table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} labels of test rows")
     for part, change in effects.without.items():
-        table.add_row(f"without {part.replace('_', '-')} terms", f"{change:+.5f}")
+        what = "anchors" if part == "anchors" else f"{part.replace('_', '-')} terms"
+        table.add_row(f"without {what}", f"{change:+.5f}")
     table.add_row("every ΔW truncated to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")
     for group, change in effects.without_high_order.items():
         table.add_row(visible(f"without high-order terms in {group}", inline=True), f"{change:+.5f}")

@@ -36,7 +36,7 @@ class Effects:
     tokens: int
     loss: float
     without: dict[Part, float]
-    """Change of the loss when these terms are zeroed in every layer."""
+    """Change of the loss when these terms are zeroed in every layer: squares, crosses, both, or the anchors, if any."""
     without_high_order: dict[str, float]
     """Change of the loss when all high-order terms are zeroed in one group of layers, by group."""
     at_rank_r: float | None = None
@@ -53,7 +53,7 @@ def effects(
     adapter_name: str = "default",
     group: Callable[[str], str] | None = None,
 ) -> Effects:
-    """Measure the loss without the square, the cross and all high-order terms, and with ΔW cut to rank r.
+    """Measure the loss without squares, without crosses, without both, without anchors, and with ΔW cut to rank r.
 
     All high-order terms are also zeroed in one group of layers at a time.
 
@@ -80,6 +80,8 @@ def effects(
     with cut_to_r(layers.values(), adapter_name):
         at_rank_r = mean_loss(model, batches)[0] - loss
     parts: tuple[Part, ...] = ("square", "cross", "high_order")
+    if any(layer.expansion[adapter_name].count for layer in layers.values()):
+        parts += ("anchors",)
     return Effects(
         tokens=tokens,
         loss=loss,

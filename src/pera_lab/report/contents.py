@@ -77,7 +77,15 @@ class Metrics:
     @property
     def ratios(self) -> list[tuple[int, dict[str, float]]]:
         """Step and high-order ratio by kind of module, for the lines that have them."""
-        recorded = [(line["step"], line.get("high_order_ratio")) for line in self.lines]
+        return self._by_kind("high_order_ratio")
+
+    @property
+    def anchor_ratios(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and ratio of the anchors by kind of module, for the lines that have them."""
+        return self._by_kind("anchor_ratio")
+
+    def _by_kind(self, key: str) -> list[tuple[int, dict[str, float]]]:
+        recorded = [(line["step"], line.get(key)) for line in self.lines]
         return [(s, {str(k): number_or_nan(v) for k, v in r.items()}) for s, r in recorded if isinstance(r, dict) and r]
 
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pera import __version__
 from pera.errors import UserError
 from pera_lab.convert.verify import Agreement
-from pera_lab.diagnose import Layer, by_kind
+from pera_lab.diagnose import Layer, Part, by_kind
 from pera_lab.files import check_output_file, write_atomic
 from pera_lab.report import figures
 from pera_lab.report.contents import Change, Contents, Metrics, Missing
@@ -98,6 +98,7 @@ def _section(contents: Contents) -> dict[str, Any]:
         "changes": _changes(contents.changes),
         "layers": layers if isinstance(layers, Missing) else _diagnosis(layers),
         "over_time": _over_time(contents),
+        "anchors_over_time": _anchors_over_time(contents),
         "effect": effects if isinstance(effects := contents.effects, Missing) else figures.effect(effects),
         "costs": _costs(contents),
         "verifications": {k: v for k, v in contents.verifications.items() if isinstance(v, Agreement)},
@@ -137,6 +138,8 @@ def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
     """Figures of the layers, and tables by kind and by layer."""
     parts = ("norm", "linear", "square", "cross", "high_order_ratio", "stable_rank", "entropy_rank", "ones_weight")
     names = ["‖ΔW‖", "linear", "squares", "crosses", "ratio", "stable rank", "entropy rank", "all-ones"]
+    if any(x.diagnosis.anchors for x in layers):
+        parts, names = (*parts, "anchors", "anchor_ratio"), [*names, "anchors", "anchor ratio"]
 
     def cells(members: list[Layer]) -> list[str]:
         return [number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
@@ -145,6 +148,7 @@ def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
     single = [[x.name, str(x.diagnosis.r), str(x.diagnosis.expanded_rank), *cells([x])] for x in layers]
     return {
         "map": figures.ratio_map(layers),
+        "anchor_map": figures.ratio_map(layers, "anchor"),
         "spectra": figures.spectra(layers),
         "kinds": Table(["kind of module", "layers", *names], kinds),
         "layers": Table(["layer", "r", "K", *names], single),
@@ -160,6 +164,12 @@ def _over_time(contents: Contents) -> Picture | Missing:
     if not metrics.ratios:
         return Missing("metrics.jsonl has no high-order ratios.")
     return figures.ratio_over_time(metrics.ratios)
+
+
+def _anchors_over_time(contents: Contents) -> Picture | None:
+    metrics = contents.metrics
+    recorded = [] if isinstance(metrics, Missing) else metrics.anchor_ratios
+    return figures.ratio_over_time(recorded, "anchor") if recorded else None
 
 
 def _costs(contents: Contents) -> Table:
@@ -217,7 +227,8 @@ def _facts(contents: Contents) -> dict[str, str]:
     cost = None if isinstance(contents.cost, Missing) else contents.cost
     layers, effects, metrics = contents.layers, contents.effects, contents.metrics
     ratio = None if isinstance(layers, Missing) else median(x.diagnosis.high_order_ratio for x in layers)
-    change = None if isinstance(effects, Missing) else effects.without.get("high_order")
+    without: dict[Part, float] = {} if isinstance(effects, Missing) else effects.without
+    change, frozen = without.get("high_order"), without.get("anchors")
     stored = score.memory if score else None
     return {
         "folder": contents.name,
@@ -233,4 +244,5 @@ def _facts(contents: Contents) -> dict[str, str]:
         "parameters": count(contents.parameters),
         "high-order ratio": number(ratio, 3),
         "effect": ABSENT if change is None else signed(change),
+        "effect of anchors": ABSENT if frozen is None else signed(frozen),
     }

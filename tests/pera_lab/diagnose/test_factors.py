@@ -128,6 +128,19 @@ def test_inspect_shows_kinds_and_layers_and_json(pera, finished_run):
     assert content["layers"]["model.layers.0.self_attn.q_proj"]["high_order_ratio"] == explicit.high_order_ratio
 
 
+def test_inspect_shows_anchors_where_there_are_some(pera, save_adapter, tiny_llama, adapter, tmp_path):
+    save_adapter(tmp_path / "anchored", tiny_llama, terms="none", anchors=2)
+    shown = pera("inspect", tmp_path / "anchored", "--json").out
+    layer = json.loads(shown)["layers"]["model.layers.0.self_attn.q_proj"]
+    assert layer["high_order"] == 0
+    assert layer["anchors"] > 0
+    assert layer["anchor_ratio"] == pytest.approx(layer["anchors"] / layer["linear"])
+    assert "anchors" in pera("inspect", tmp_path / "anchored").out
+    assert "anchors" not in pera("inspect", adapter).out
+    assert pera("inspect", tmp_path / "anchored", "--plot", tmp_path / "ratio.svg").code == 0
+    assert "anchor ratio" in (tmp_path / "ratio.svg").read_text()
+
+
 @pytest.mark.parametrize(
     ("names", "places"),
     [

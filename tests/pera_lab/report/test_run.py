@@ -27,10 +27,11 @@ VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """A saved PERA adapter, a LoRA, and a PERA adapter whose coefficients are zero."""
+    """A saved PERA adapter, a LoRA, a PERA adapter without high-order terms, and one with anchors alone."""
     folder = tmp_path_factory.mktemp("adapters")
     tiny.adapt(tiny.llama(), target_modules=KINDS).save_pretrained(folder / "pera")
     tiny.adapt(tiny.llama(), target_modules=KINDS, terms="none").save_pretrained(folder / "linear")
+    tiny.adapt(tiny.llama(), target_modules=KINDS, terms="none", anchors=2).save_pretrained(folder / "anchors")
     get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=KINDS)).save_pretrained(str(folder / "lora"))
     return folder
 
@@ -292,6 +293,19 @@ def test_adapter_without_high_order_terms(tmp_path, adapters):
     found = page(full_run(tmp_path / "demo", adapters, adapter="linear"))
     assert "map" not in figures(found)
     assert "The high-order terms of every layer are zero." in found.text
+
+
+def test_anchors_are_shown(tmp_path, adapters):
+    run = full_run(tmp_path / "demo", adapters, adapter="anchors")
+    effect = json.loads(run.effect_file.read_text())
+    write(run.effect_file, {**effect, "without": {"square": 0, "cross": 0, "high_order": 0, "anchors": 0.04}})
+    write(run.metrics_file, [{**line, "anchor_ratio": {"q_proj": 0.2}} for line in run.metrics()])
+    found = page(run)
+    shown = {figure["id"] for figure in found.figures}
+    assert {"run1-anchor-map-figure", "run1-anchor-ratio-figure"} <= shown
+    assert "Without the anchors it changes by +0.04." in found.text
+    assert "The high-order terms of every layer are zero." in found.text
+    assert "The adapter acts as a LoRA." not in found.text
 
 
 def test_hostile_text_is_escaped(tmp_path, adapters):
