@@ -1,8 +1,8 @@
-"""The high-order ratio during training."""
+"""The high-order ratio, and that of the anchors, during training."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,10 +14,10 @@ from pera_lab.diagnose.factors import kind
 
 
 class RatioCallback(TrainerCallback):
-    """Adds ``high_order_ratio``, by kind of module, to the logs of transformers' Trainer.
+    """Adds ``high_order_ratio`` and, if there are anchors, ``anchor_ratio``, by kind of module, to the Trainer's logs.
 
     The callback does nothing for a model without PERA layers. Trackers that come earlier in the list of callbacks do
-    not see the entry. ``history`` keeps it for all steps.
+    not see the entries. ``history`` keeps the high-order ratios of all steps.
 
     Args:
         adapter_name: the adapter to measure. None means the active adapter.
@@ -29,24 +29,43 @@ class RatioCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the Trainer after each logging step."""
-        ratios = high_order_ratios(kwargs["model"], self.adapter_name)
-        if ratios and "loss" in kwargs["logs"]:
-            kwargs["logs"]["high_order_ratio"] = ratios
-            self.history.append((state.global_step, ratios))
+        found = ratios(kwargs["model"], self.adapter_name)
+        if found.high_order and "loss" in kwargs["logs"]:
+            kwargs["logs"]["high_order_ratio"] = found.high_order
+            if found.anchors:
+                kwargs["logs"]["anchor_ratio"] = found.anchors
+            self.history.append((state.global_step, found.high_order))
+
+
+class Ratios(NamedTuple):
+    """‖part‖_F / ‖linear parts‖_F over all layers of one kind, such as "q_proj", by kind.
+
+    Kinds whose linear part is zero, as before the first step, are left out.
+    """
+
+    high_order: dict[str, float]
+    """Of squares and crosses together."""
+    anchors: dict[str, float]
+    """Of the crosses with frozen rows, for the kinds that have some."""
+
+
+def high_order_ratios(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
+    """The high-order part of :func:`ratios`."""
+    return ratios(model, adapter_name).high_order
 
 
 @torch.no_grad()
-def high_order_ratios(model: nn.Module, adapter_name: str | None = None) -> dict[str, float]:
-    """‖high-order parts‖_F / ‖linear parts‖_F over all layers of one kind, such as "q_proj", by kind.
+def ratios(model: nn.Module, adapter_name: str | None = None) -> Ratios:
+    """Compare the parts of ΔW with its linear part.
 
-    The norms come from the K × K Gram matrices of the expansions, in O((m + n) K²) per layer. Kinds whose linear part
-    is zero, as before the first step, are left out.
+    The norms come from the K × K Gram matrices of the expansions, in O((m + n) K²) per layer.
 
     Args:
         model: a model with PERA layers.
         adapter_name: the adapter to measure. None means the active adapters.
     """
-    norms: dict[str, tuple[float, float]] = {}
+    norms: dict[str, list[float]] = {}
+    anchored = set()
     adapted = [
         (name, layer, adapter)
         for name, layer in model.named_modules()
@@ -59,7 +78,13 @@ def high_order_ratios(model: nn.Module, adapter_name: str | None = None) -> dict
         r, s = A.shape[-2], layer.scaling[adapter]
         A_hat, B_hat = expand_A(A, h, *layer.expansion[adapter]), expand_B(B, *layer.expansion[adapter])
         gram = s * s * (A_hat @ A_hat.mT) * (B_hat.mT @ B_hat)
-        products = slice(r, r + num_products(r, layer.expansion[adapter].terms))
-        linear, high_order = norms.get(key := kind(name, layer), (0.0, 0.0))
-        norms[key] = linear + gram[..., :r, :r].sum().item(), high_order + gram[..., products, products].sum().item()
-    return {key: (max(high, 0.0) / linear) ** 0.5 for key, (linear, high) in norms.items() if linear > 0}
+        end = r + num_products(r, layer.expansion[adapter].terms)
+        found = norms.setdefault(key := kind(name, layer), [0.0, 0.0, 0.0])
+        for i, part in enumerate((slice(0, r), slice(r, end), slice(end, None))):
+            found[i] += gram[..., part, part].sum().item()
+        if layer.expansion[adapter].count:
+            anchored.add(key)
+    high_order, anchors = (
+        {key: (max(parts[i], 0.0) / parts[0]) ** 0.5 for key, parts in norms.items() if parts[0] > 0} for i in (1, 2)
+    )
+    return Ratios(high_order, {key: ratio for key, ratio in anchors.items() if key in anchored})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from statistics import median
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pera_lab.diagnose import Effects, Layer, by_kind
+from pera_lab.diagnose import Effects, Fullness, Layer, by_kind
 from pera_lab.files import number_or_nan
 from pera_lab.intervals import mean
 from pera_lab.report.contents import Metrics
@@ -107,9 +107,13 @@ def losses(runs: Mapping[str, Metrics]) -> Picture:
     return Picture(figure, "Lines: loss of the runs over the steps", finding, Table(["step", *runs], rows))
 
 
-def ratio_map(layers: list[Layer]) -> Picture | None:
-    """Draw the high-order ratio by block and kind of module; None if no layer has high-order terms."""
-    ratios = {layer.name: layer.diagnosis.high_order_ratio for layer in layers}
+Ratio = Literal["high-order", "anchor"]
+
+
+def ratio_map(layers: list[Layer], of: Ratio = "high-order") -> Picture | None:
+    """Draw the ratio of a part to the linear part by block and kind of module; None if no layer has the part."""
+    key = {"high-order": "high_order_ratio", "anchor": "anchor_ratio"}[of]
+    ratios: dict[str, float] = {layer.name: getattr(layer.diagnosis, key) for layer in layers}
     finite = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
     positive = [ratio for ratio in finite.values() if ratio > 0]
     if not positive:
@@ -132,12 +136,12 @@ def ratio_map(layers: list[Layer]) -> Picture | None:
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.tick_params(length=0)
-        bar = figure.colorbar(mesh, ax=axes, location="bottom", aspect=40, label="high-order ratio")
+        bar = figure.colorbar(mesh, ax=axes, location="bottom", aspect=40, label=f"{of} ratio")
         set_scale(bar.ax, positive if wide else [], axis="x")
         bar.outline.set_visible(False)
     low, high = min(finite, key=finite.__getitem__), max(finite, key=finite.__getitem__)
     finding = (
-        f"High-order ratio: median {number(median(finite.values()), 3)} over {len(finite)} layers; "
+        f"{of.capitalize()} ratio: median {number(median(finite.values()), 3)} over {len(finite)} layers; "
         f"smallest {number(finite[low], 3)} ({low}), largest {number(finite[high], 3)} ({high})."
     )
     table = Table(
@@ -147,7 +151,7 @@ def ratio_map(layers: list[Layer]) -> Picture | None:
             for i, b in enumerate(blocks)
         ],
     )
-    return Picture(figure, "Map: high-order ratio by block and kind of module", finding, table)
+    return Picture(figure, f"Map: {of} ratio by block and kind of module", finding, table)
 
 
 def spectra(layers: list[Layer]) -> Picture | None:
@@ -182,16 +186,16 @@ def spectra(layers: list[Layer]) -> Picture | None:
         if i <= expanded
     ]
     stable = number(median(layer.diagnosis.stable_rank for layer in layers), 3)
-    entropy = number(median(layer.diagnosis.entropy_rank for layer in layers), 3)
+    effective = number(median(layer.diagnosis.effective_rank for layer in layers), 3)
     finding = (
-        f"Median over {len(layers)} layers: stable rank {stable}, entropy rank {entropy}. "
+        f"Median over {len(layers)} layers: stable rank {stable}, effective rank {effective}. "
         f"Nominal rank {', '.join(map(str, ranks))}; expanded rank at most {expanded}."
     )
     return Picture(figure, "Lines: singular values of the weight updates", finding, Table(["i", *curves], rows))
 
 
-def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
-    """Draw the high-order ratio by kind of module over the steps."""
+def ratio_over_time(recorded: list[tuple[int, dict[str, float]]], of: Ratio = "high-order") -> Picture:
+    """Draw the ratio of a part to the linear part by kind of module over the steps."""
     kinds = sorted({kind for _, ratios in recorded for kind in ratios})
     steps = [step for step, _ in recorded]
     series = {kind: [ratios.get(kind, math.nan) for _, ratios in recorded] for kind in kinds}
@@ -200,19 +204,19 @@ def ratio_over_time(recorded: list[tuple[int, dict[str, float]]]) -> Picture:
         figure, axes = new_figure(3)
         for i, (kind, values) in enumerate(first):
             draw_line(axes, steps, values, i, kind)
-        axes.set(xlabel="step", ylabel="high-order ratio")
+        axes.set(xlabel="step", ylabel=f"{of} ratio")
         set_scale(axes, [value for values in series.values() for value in values])
         legend(figure)
     changes = (f"{kind} {number(values[0], 3)} → {number(values[-1], 3)}" for kind, values in first)
-    finding = f"High-order ratio from step {steps[0]} to step {steps[-1]}: {', '.join(changes)}."
+    finding = f"{of.capitalize()} ratio from step {steps[0]} to step {steps[-1]}: {', '.join(changes)}."
     shown = _thinned(list(range(len(steps))))
     rows = [[str(steps[i]), *(number(values[i], 3) for values in series.values())] for i in shown]
-    return Picture(figure, "Lines: high-order ratio during training", finding, Table(["step", *kinds], rows))
+    return Picture(figure, f"Lines: {of} ratio during training", finding, Table(["step", *kinds], rows))
 
 
 def effect(effects: Effects) -> Picture:
     """Draw the change of the loss without each kind of term, and without the terms of each group of layers."""
-    terms = {"square": "squares", "cross": "crosses", "high_order": "both"}
+    terms = {"square": "squares", "cross": "crosses", "high_order": "both", "anchors": "anchors"}
     parts = {terms[part]: change for part, change in effects.without.items()}
     if effects.at_rank_r is not None:
         parts["ranks beyond r"] = effects.at_rank_r
@@ -237,11 +241,12 @@ def effect(effects: Effects) -> Picture:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
-    whole = effects.without.get("high_order", math.nan)
+    whole, frozen = effects.without.get("high_order", math.nan), effects.without.get("anchors")
     share = f" ({percent(whole / effects.loss)} of it)" if effects.loss and math.isfinite(whole / effects.loss) else ""
     finding = (
         f"Over {effects.tokens:,} labels the loss is {number(effects.loss)}. Without the high-order terms it changes "
         f"by {signed(whole)}{share}."
+        + (f" Without the anchors it changes by {signed(frozen)}." if frozen is not None else "")
         + (f" The figure shows the first {ROWS} of {len(changes)} changes." if len(changes) > ROWS else "")
     )
     rows = [
@@ -250,6 +255,33 @@ def effect(effects: Effects) -> Picture:
     ]
     table = Table(["removed", "change of the loss", "relative"], rows)
     return Picture(figure, "Bars: change of the loss without the high-order terms", finding, table)
+
+
+def loss_at_rank(found: Fullness) -> Picture:
+    """Draw the loss over the rank that every ΔW is cut to, with the loss that the tolerance allows."""
+    losses = {**dict(sorted(found.loss_at_rank.items())), found.rank: found.loss}
+    with style():
+        figure, axes = new_figure(2.6)
+        draw_line(axes, list(losses), [drawable(loss) for loss in losses.values()], 0)
+        if found.needed is not None:
+            axes.axhline(drawable(found.tolerated), color="black", linewidth=0.8, alpha=0.6)
+        axes.set(xlabel="rank of every ΔW", ylabel="loss per label")
+        set_scale(axes, list(losses.values()))
+    rows = [
+        [str(rank), number(loss), signed(loss - found.loss), percent((loss - found.loss) / found.gain or 0.0)]
+        if found.gain
+        else [str(rank), number(loss), signed(loss - found.loss), ABSENT]
+        for rank, loss in losses.items()
+    ]
+    bits = f"unknown. {found.not_learned}"
+    if found.learned is not None:
+        bits = f"{number(found.learned.bits)}, {number(found.learned.per_parameter, 2)} per trained parameter."
+    finding = (
+        f"{found.sentence()} Effective rank of ΔW: {number(found.effective_rank, 2)} of {found.rank}. "
+        f"Bits learned in the first epoch: {bits}"
+    )
+    head = ["rank", "loss per label", "change", "share of the gain lost"]
+    return Picture(figure, "Line: loss with every weight update cut to a rank", finding, Table(head, rows))
 
 
 def _course(metrics: Metrics) -> str:

@@ -34,10 +34,13 @@ def loss_picture(run: Run, file: Path) -> None:
 def ratio_picture(adapter: Adapter, file: Path) -> None:
     """Save a figure of the high-order ratio of a saved PERA adapter by block and kind of module.
 
+    If all products are zero, the figure shows the ratio of the anchors.
+
     Raises:
-        UserError: there is no PERA adapter, it has no high-order terms, or :func:`save_figure` fails.
+        UserError: there is no PERA adapter, it has no high-order terms or anchors, or :func:`save_figure` fails.
     """
-    picture = ratio_map(place_layers(diagnose_adapter(adapter)))
+    layers = place_layers(diagnose_adapter(adapter))
+    picture = ratio_map(layers) or ratio_map(layers, "anchor")
     if picture is None:
         raise UserError(f"{str(adapter.path)!r} has no high-order terms to draw.")
     save_figure(picture.figure, file)

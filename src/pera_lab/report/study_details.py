@@ -43,19 +43,20 @@ def terms(results: Results) -> list[Item]:
         effects, layers = results.effects(cell), results.layers(cell)
         if not effects:
             continue
-        parts: tuple[Part, ...] = ("high_order", "square", "cross")
-        changes, squares, crosses = ([e.without.get(part, math.nan) for e in effects] for part in parts)
+        parts: tuple[Part, ...] = ("high_order", "square", "cross", "anchors")
+        changes, squares, crosses, anchors = ([e.without.get(part, math.nan) for e in effects] for part in parts)
         low, high = min(changes), max(changes)
         cut = [e.at_rank_r for e in effects if e.at_rank_r is not None]
         labels = sorted({e.tokens for e in effects})
         ratio = number(median(d.high_order_ratio for d in layers.values()), 3) if layers else ABSENT
         rows.append([cell.label, number(mean(e.loss for e in effects)), signed(mean(changes)),
                      f"{signed(low)} to {signed(high)}", signed(mean(squares)), signed(mean(crosses)),
+                     ABSENT if any(map(math.isnan, anchors)) else signed(mean(anchors)),
                      signed(mean(cut)) if len(cut) == len(effects) else ABSENT, ratio, str(len(changes)),
                      " to ".join(map(count, dict.fromkeys([labels[0], labels[-1]])))])  # fmt: skip
     if not rows:
         return []
-    head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses",
+    head = ["cell", "loss", "without them", "over the seeds", "without squares", "without crosses", "without anchors",
             "truncated to rank r", "ratio", "n seeds", "n labels"]  # fmt: skip
     items.append(Item("table", Table(head, rows), "Effect of the high-order terms"))
     note = (
@@ -71,11 +72,14 @@ def terms(results: Results) -> list[Item]:
         if not layers:
             continue
         contents = Contents(results.scored(cell)[0].run)
-        over_time = contents.metrics.ratios if isinstance(contents.metrics, Metrics) else []
+        metrics = contents.metrics if isinstance(contents.metrics, Metrics) else Metrics([])
+        over_time, anchors_over_time = metrics.ratios, metrics.anchor_ratios
         pictures = [
             figures.ratio_map(place_layers(layers)),
+            figures.ratio_map(place_layers(layers), "anchor"),
             study_figures.effect_by_group(results.effects(cell)),
             figures.ratio_over_time(over_time) if over_time else None,
+            figures.ratio_over_time(anchors_over_time, "anchor") if anchors_over_time else None,
             figures.spectra(place_layers(layers)),
         ]
         items.append(Item("heading", f"{cell.label}, first seed"))

@@ -32,6 +32,12 @@ CONV1D = {"target_modules": ["c_attn", "c_fc", "c_proj"]}
 VARIANTS = {
     # name: base, options of the adapter, K of the export
     "published": ("tiny_llama", {}, 9),
+    "anchors": ("tiny_llama", {"terms": "none", "anchors": 4, "anchor_seed": 3}, 15),
+    "anchors and products, tied": (
+        "tied_llama",
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "anchors": 2},
+        15,
+    ),
     "K above both sides": ("tiny_llama", {"r": 8, "normalization": "rms"}, 44),
     "alpha of each": ("tiny_llama", {"pera_alpha": 2, "alpha_pattern": {"v_proj": 7}}, 9),
     "rank of each, fixed, rslora": (

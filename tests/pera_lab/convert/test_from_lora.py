@@ -59,6 +59,17 @@ def test_the_outputs_equal_those_of_the_lora(variant, normalization, request, sa
     assert all((weight == 0).all() for weight in h)
 
 
+def test_a_lora_is_imported_with_anchors_whose_coefficients_are_zero(save_lora, tiny_llama, pera, tmp_path, logits):
+    expected = logits(save_lora(tmp_path / "lora", tiny_llama))
+    options = ("--terms", "none", "--anchors", "4", "--anchor-seed", "7")
+    assert pera("import", tmp_path / "lora", "--from", "lora", "--output", tmp_path / "pera", *options).code == 0
+    found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "pera")
+    config = found.peft_config["default"]
+    assert (config.terms, config.anchors, config.anchor_seed) == ("none", 4, 7)
+    assert (expected - logits(found)).abs().max() < 1e-5 * max(1, expected.abs().max())
+    assert [weight.tolist() for name, weight in found.named_parameters() if "pera_h" in name] == [[0] * 4] * 4
+
+
 def test_the_tokenizer_and_the_tokens_of_a_lora_are_kept(save_lora, own_tokenizer, tiny_llama, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     base.resize_token_embeddings(len(own_tokenizer), mean_resizing=False)

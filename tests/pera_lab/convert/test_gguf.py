@@ -61,7 +61,8 @@ def model_of(kind, **options):
 
 
 def adapted(kind, **options):
-    config = PeraConfig(r=2, target_modules=LINEAR, normalization="rms", init_weights=False, **options)
+    options = {"normalization": "rms", **options}
+    config = PeraConfig(r=2, target_modules=LINEAR, init_weights=False, **options)
     return get_peft_model(model_of(kind), config).eval()
 
 
@@ -104,9 +105,14 @@ def tensors(file):
     }
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_an_adapter_read_back_gives_the_logits_of_the_pera_adapter(kind, tmp_path):
-    model = adapted(kind)
+ANCHORS = {"terms": "none", "normalization": "none", "anchors": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expansion"), [*((kind, {}) for kind in ARCHITECTURES), ("llama", ANCHORS), ("qwen3", ANCHORS)]
+)
+def test_an_adapter_read_back_gives_the_logits_of_the_pera_adapter(kind, expansion, tmp_path):
+    model = adapted(kind, **expansion)
     write(model, tmp_path / ADAPTER)
     expected, base = logits(model), model_of(kind)
     assert (expected - logits(base)).abs().max() > 0.1

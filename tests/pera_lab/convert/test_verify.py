@@ -226,15 +226,14 @@ def test_base_needs_a_gguf_adapter_and_llama_cpp_a_gguf_base(tiny_llama, save_ad
 
 
 @pytest.mark.slow
-def test_llama_cpp_agrees_with_transformers_on_a_float32_file(save_adapter, tmp_path):
+@pytest.mark.parametrize("expansion", [{}, {"terms": "none", "anchors": 4}], ids=["products", "anchors"])
+def test_llama_cpp_agrees_with_transformers_on_a_float32_file(expansion, tmp_path):
     """The embedded model agrees with a random adapter in llama.cpp, and disagrees without it."""
     pytest.importorskip("xllamacpp")
     f32 = tmp_path / "f32.gguf"
     in_float32(resolve_gguf("smollm2-135m"), f32)
-    model = get_peft_model(
-        load_model("smollm2-135m", dtype="float32"),
-        PeraConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"], init_weights=False, task_type="CAUSAL_LM"),
-    )
+    options = {"target_modules": ["q_proj", "k_proj", "down_proj"], "init_weights": False, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(load_model("smollm2-135m", dtype="float32"), PeraConfig(r=2, **options, **expansion))
     model.save_pretrained(tmp_path / "adapter")
     export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "gguf", to="gguf")
     (tmp_path / "prompts.txt").write_text("What is the capital of France?\n")

@@ -12,8 +12,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tiny
 from pera import PeraConfig, UserError
-from pera_lab.diagnose import diagnose_adapter, effects, high_order_ratios, run_effects, zeroed
-from pera_lab.diagnose.effect import cut_to_r, mean_loss
+from pera_lab.diagnose import Cuts, diagnose_adapter, effects, high_order_ratios, run_effects, zeroed
+from pera_lab.diagnose.effect import mean_loss
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 from pera_lab.tasks.encoding import IGNORED
@@ -98,12 +98,20 @@ def test_a_batch_whose_labels_are_all_ignored_adds_nothing():
     assert mean_loss(model, [BATCH, unlabelled]) == mean_loss(model, [BATCH])
 
 
-@pytest.mark.parametrize("options", [{"normalization": "rms"}, {"coefficients": "fixed", "terms": "square"}])
-def test_zeroing_equals_an_adapter_without_the_terms_and_is_undone(options):
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"normalization": "rms"}, "high_order"),
+        ({"coefficients": "fixed", "terms": "square"}, "high_order"),
+        ({"terms": "none", "anchors": 3}, "anchors"),
+        ({"terms": "none", "anchors": 3, "coefficients": "fixed"}, "anchors"),
+    ],
+)
+def test_zeroing_equals_an_adapter_without_the_terms_and_is_undone(options, part):
     model = tiny.adapt(tiny.llama(), target_modules=["q_proj", "down_proj"], **options)
     layers = tiny.layers(model).values()
     before = tiny.logits(model)
-    with zeroed(layers, "high_order"):
+    with zeroed(layers, part):
         without = tiny.logits(model)
     assert torch.equal(tiny.logits(model), before)
     linear = tiny.adapt(tiny.llama(), target_modules=["q_proj", "down_proj"], terms="none")
@@ -122,14 +130,17 @@ def test_zeroing_is_undone_after_an_error():
     assert torch.equal(tiny.logits(model), before)
 
 
-@pytest.mark.parametrize("options", [{"normalization": "rms"}, {"coefficients": "fixed", "pera_alpha": 7}])
-def test_cut_to_r_keeps_the_leading_directions_of_every_delta_weight_and_is_undone(options):
+@pytest.mark.parametrize(
+    "options",
+    [{"normalization": "rms"}, {"coefficients": "fixed", "pera_alpha": 7}, {"terms": "none", "anchors": 3}],
+)
+def test_a_cut_to_r_keeps_the_leading_directions_of_every_delta_weight_and_is_undone(options):
     """The reference is NumPy's decomposition of ΔW, added to the weights of the base."""
     targets = ["q_proj", "down_proj", "embed_tokens"]
     model = tiny.adapt(tiny.llama(), target_modules=targets, rank_pattern={"down_proj": 3}, **options)
     layers = tiny.layers(model)
     before = tiny.logits(model)
-    with cut_to_r(layers.values()):
+    with Cuts(model).at(None):
         cut = tiny.logits(model)
     assert torch.equal(tiny.logits(model), before)
     expected = tiny.llama()
@@ -152,6 +163,23 @@ def test_square_and_cross_are_zeroed_separately():
         assert torch.equal(coefficients(layer), torch.cat([torch.zeros(3), h[3:]]))
     with zeroed([layer], "cross"):
         assert torch.equal(coefficients(layer), torch.cat([h[:3], torch.zeros(3)]))
+
+
+def test_products_and_anchors_are_zeroed_separately():
+    (layer, *_) = tiny.layers(tiny.adapt(tiny.llama(), target_modules=["q_proj"], r=3, anchors=2)).values()
+    h = coefficients(layer)
+    for part, first, last in (("square", 0, 3), ("cross", 3, 6), ("high_order", 0, 6), ("anchors", 6, 8)):
+        with zeroed([layer], part):
+            assert torch.equal(coefficients(layer), torch.cat([h[:first], torch.zeros(last - first), h[last:]]))
+
+
+def test_the_effect_of_anchors_is_measured_apart_from_that_of_products():
+    """Squares and crosses do not exist here, so that zeroing them changes nothing."""
+    found = effects(tiny.adapt(tiny.llama(), target_modules=["q_proj", "down_proj"], terms="none", anchors=3), [BATCH])
+    assert found.without["high_order"] == 0
+    assert abs(found.without["anchors"]) > 1e-3
+    products = effects(tiny.adapt(tiny.llama(), target_modules=["q_proj"]), [BATCH])
+    assert set(products.without) == {"square", "cross", "high_order"}
 
 
 def test_a_nested_context_is_undone_without_the_outer_one():
@@ -210,7 +238,7 @@ def test_the_effect_of_a_run_is_measured_on_held_out_examples_and_written(run, p
     assert kept["without"]["high_order"] != 0
     assert kept["at_rank_r"] != 0
     assert "truncated to rank r" in pera("inspect", run.path, "--effect").out
-    assert "needs a run folder" in pera("inspect", run.adapter.path, "--effect").err
+    assert "give --recipe with the task" in pera("inspect", run.adapter.path, "--effect").err
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from pera_lab.report.run import render, write_report
 from pera_lab.runs import Run
 
 KINDS = ["q_proj", "v_proj", "down_proj"]
-FIGURES = ["accuracy", "training", "map", "spectra", "ratio", "effect"]
+FIGURES = ["accuracy", "training", "map", "spectra", "ratio", "effect", "rank"]
 HOSTILE = (
     '<script>alert("x")</script> <img src=http://evil.test/x onerror=alert(1)> **b** $\\frac$ '
     "{{ 7*7 }} \x1b[31mred\x07 \u202eback\x9b"
@@ -27,10 +27,11 @@ VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """A saved PERA adapter, a LoRA, and a PERA adapter whose coefficients are zero."""
+    """A saved PERA adapter, a LoRA, a PERA adapter without high-order terms, and one with anchors alone."""
     folder = tmp_path_factory.mktemp("adapters")
     tiny.adapt(tiny.llama(), target_modules=KINDS).save_pretrained(folder / "pera")
     tiny.adapt(tiny.llama(), target_modules=KINDS, terms="none").save_pretrained(folder / "linear")
+    tiny.adapt(tiny.llama(), target_modules=KINDS, terms="none", anchors=2).save_pretrained(folder / "anchors")
     get_peft_model(tiny.llama(), LoraConfig(r=2, target_modules=KINDS)).save_pretrained(str(folder / "lora"))
     return folder
 
@@ -77,7 +78,11 @@ def full_run(path, adapters, adapter="pera", text="How is Ann related to Bob?", 
         write(run.predictions / f"{which}.jsonl", rows)
     parts = {"square": 0.1, "cross": -0.02, "high_order": 0.09}
     groups = {"q_proj": 0.05, "v_proj": -0.003}
+    bits = {"labels": 64, "bits": 900.0, "parameters": 600}
+    rank = {"r": 3, "rank": 9, "effective_rank": 1.2, "loss": 0.3, "loss_at_rank": {0: 2.0, 1: 0.31}}
+    rank |= {"frequency_loss": 2.5, "learned": bits}
     effect = {"tokens": 512, "loss": 0.3, "without": parts, "without_high_order": groups, "at_rank_r": 0.07}
+    effect["fullness"] = rank
     write(path / "effect.json", effect)
     cost = {"seconds": 125.0, "tokens": 5000, "peak_memory": 3 * 2**29, "final_loss": 0.9, "left_out": 2}
     write(path / "cost.json", cost)
@@ -273,8 +278,9 @@ def test_lora_has_no_high_order_parts(tmp_path, adapters):
     run = full_run(tmp_path / "demo", adapters, adapter="lora", method="lora")
     (run.path / "lora" / "verification.json").unlink()
     found = page(run)
-    assert figures(found) == ["accuracy", "training"]
-    assert "only PERA adapters can be diagnosed" in found.text
+    assert figures(found) == ["accuracy", "training", "rank"]
+    assert "A LoRA of rank 1 would do" in found.text
+    assert "crosses" not in found.text
     assert "The adapter is not a PERA adapter, so it has no high-order terms." in found.text
     assert "pera export" not in found.text
     assert "trained parameters" in found.text
@@ -292,6 +298,19 @@ def test_adapter_without_high_order_terms(tmp_path, adapters):
     found = page(full_run(tmp_path / "demo", adapters, adapter="linear"))
     assert "map" not in figures(found)
     assert "The high-order terms of every layer are zero." in found.text
+
+
+def test_anchors_are_shown(tmp_path, adapters):
+    run = full_run(tmp_path / "demo", adapters, adapter="anchors")
+    effect = json.loads(run.effect_file.read_text())
+    write(run.effect_file, {**effect, "without": {"square": 0, "cross": 0, "high_order": 0, "anchors": 0.04}})
+    write(run.metrics_file, [{**line, "anchor_ratio": {"q_proj": 0.2}} for line in run.metrics()])
+    found = page(run)
+    shown = {figure["id"] for figure in found.figures}
+    assert {"run1-anchor-map-figure", "run1-anchor-ratio-figure"} <= shown
+    assert "Without the anchors it changes by +0.04." in found.text
+    assert "The high-order terms of every layer are zero." in found.text
+    assert "The adapter acts as a LoRA." not in found.text
 
 
 def test_hostile_text_is_escaped(tmp_path, adapters):
