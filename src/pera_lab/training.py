@@ -313,7 +313,7 @@ class _OnlineLoss:
         if self._since is None:
             return {}
         entry = {"since": self._since, "labels": self._labels, "nats": float(self._nats)}
-        self.__init__()  # type: ignore[misc]
+        self._since, self._labels, self._nats = None, 0, 0.0
         return {"first_epoch": entry}
 
 
