@@ -240,7 +240,7 @@ def frequency_loss(batches: list[dict[str, Tensor]]) -> float:
     labels = torch.cat(every)
     if labels.is_floating_point():
         return float(labels.double().var(correction=0))
-    counts = labels[labels != IGNORED].unique(return_counts=True)[1].double()
+    counts = torch.bincount(labels[labels != IGNORED]).double()
     return float(torch.special.entr(counts / counts.sum()).sum())
 
 
