@@ -136,10 +136,11 @@ def _changes(changes: list[Change] | Missing) -> Any:
 
 def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
     """Figures of the layers, and tables by kind and by layer."""
-    parts = ("norm", "linear", "square", "cross", "high_order_ratio", "stable_rank", "entropy_rank", "ones_weight")
+    parts = ["norm", "linear", "square", "cross", "high_order_ratio", "stable_rank", "entropy_rank", "ones_weight"]
     names = ["‖ΔW‖", "linear", "squares", "crosses", "ratio", "stable rank", "entropy rank", "all-ones"]
     if any(x.diagnosis.anchors for x in layers):
-        parts, names = (*parts, "anchors", "anchor_ratio"), [*names, "anchors", "anchor ratio"]
+        parts += ["anchors", "anchor_ratio"]
+        names += ["anchors", "anchor ratio"]
 
     def cells(members: list[Layer]) -> list[str]:
         return [number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
