@@ -331,9 +331,10 @@ def by_hand(model, tokenizer, book, fact):
     return [float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_bits_count_every_token_of_an_answer_over_the_whole_vocabulary(facts, tokenizer, batch_size):
-    model, book, splits = facts
+@pytest.mark.parametrize(("name", "batch_size"), [("tiny_llama", 1), ("tiny_llama", 5), ("tiny_gpt2", 5)])
+def test_bits_count_every_token_of_an_answer_over_the_whole_vocabulary(facts, tokenizer, name, batch_size, request):
+    _, book, splits = facts
+    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(name), dtype=torch.float64).eval()
     score, predictions = evaluate(
         model, tokenizer, book, splits, EvaluationSection(scorer="recall", batch_size=batch_size, max_new_tokens=64)
     )

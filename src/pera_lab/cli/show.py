@@ -160,7 +160,7 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
 
 def _effects(effects: Effects) -> Facts:
     table = Facts()
-    table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} held-out labels")
+    table.add_row("loss with the adapter", f"{effects.loss:.4f} over {effects.tokens} labels of test rows")
     for part, change in effects.without.items():
         what = "anchors" if part == "anchors" else f"{part.replace('_', '-')} terms"
         table.add_row(f"without {what}", f"{change:+.5f}")

@@ -187,7 +187,8 @@ def _summary(
 ) -> Facts:
     table = Facts(f"{recipe.name}: done in {duration(seconds)}")
     table.add_row("model", recipe.model.name)
-    table.add_row("task", f"{recipe.task.name}, {base.n} held-out problems")
+    tested = "trained facts" if recipe.task.recalls else "held-out problems"
+    table.add_row("task", f"{recipe.task.name}, {base.n} {tested}")
     table.add_row("base model", _value(base))
     table.add_row("with adapter", Text(_value(adapter), "bold"))
     table.add_row("training", _cost(run, summary))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pera_lab.intervals import bootstrap_interval, mean
+from pera_lab.memory import Memory
 from pera_lab.report.contents import Contents
 from pera_lab.report.drawing import (
     COLORS,
@@ -21,7 +22,7 @@ from pera_lab.report.drawing import (
 )
 from pera_lab.report.formatting import ABSENT, count, number, percent
 from pera_lab.report.items import Item, setting_label
-from pera_lab.scorers import Memory, Prediction
+from pera_lab.scorers import Prediction
 from pera_lab.study.results import Results, Setting
 from pera_lab.study.spec import Cell, StudyTask
 from pera_lab.study.statistics import LEAST_SEEDS, describe, over_seeds

@@ -19,8 +19,9 @@ from pera_lab.diagnose import Effects, LayerDiagnosis, diagnose_adapter
 from pera_lab.evaluation import read_predictions
 from pera_lab.files import checked, number_or_nan, read_as
 from pera_lab.intervals import mean
+from pera_lab.memory import Memory
 from pera_lab.runs import Run
-from pera_lab.scorers import Memory, Prediction, Score
+from pera_lab.scorers import Prediction, Score
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.interaction import Interaction
 from pera_lab.study.plan import Outcome, choose_trials, rate_losses, report_trials
