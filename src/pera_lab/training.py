@@ -42,7 +42,7 @@ from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
-from pera_lab.tasks.encoding import Encoded, check_lengths
+from pera_lab.tasks.encoding import Encoded, check_lengths, count_labels
 
 
 class LossNotFinite(UserError):
@@ -122,10 +122,12 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         write_json(run.data_file, {**splits.manifest, "notes": notes})
         progress.keep_metrics()
 
-    progress = _Progress(run, console, notes, checkpoint, begin)
+    online = _OnlineLoss()
+    progress = _Progress(run, console, notes, checkpoint, begin, online)
     try:
         trainer = _Trainer(
             order,
+            online,
             model=adapted,
             args=arguments,
             train_dataset=encoded.rows,
@@ -284,12 +286,56 @@ class _ByLength(LengthGroupedSampler):
         self.generator.manual_seed(random.Random(f"{self._seed}, {epoch}").getrandbits(32))
 
 
+class _OnlineLoss:
+    """Loss on batches of the first epoch, summed over their labels. Each batch counts before the model learns it."""
+
+    def __init__(self) -> None:
+        self._since: int | None = None
+        self._labels = 0
+        self._nats: torch.Tensor | float = 0.0  # a tensor, so that no step waits for the device
+
+    def add(self, step: int, loss: torch.Tensor, labels: int, divisor: torch.Tensor | int | None) -> None:
+        """Add a batch.
+
+        Args:
+            step: the number of optimizer steps before it.
+            loss: the loss of the batch, a sum over its labels divided by ``divisor``.
+            labels: the number of its labels.
+            divisor: the labels of all batches of the optimizer step, or None for ``labels``.
+        """
+        self._since = step if self._since is None else self._since
+        self._labels += labels
+        if labels:  # otherwise the mean is NaN
+            self._nats = self._nats + loss.detach().double() * (labels if divisor is None else divisor)
+
+    def take(self) -> dict[str, Any]:
+        """What was added since the last call, as an entry of ``metrics.jsonl``; empty after the first epoch."""
+        if self._since is None:
+            return {}
+        entry = {"since": self._since, "labels": self._labels, "nats": float(self._nats)}
+        self.__init__()  # type: ignore[misc]
+        return {"first_epoch": entry}
+
+
 class _Trainer(Trainer):
     """A Trainer with the row order of a sampler, or with the default random order if there is none."""
 
-    def __init__(self, order: Sampler[int] | None, **options: Any) -> None:
-        self._order = order
+    def __init__(self, order: Sampler[int] | None, online: _OnlineLoss, **options: Any) -> None:
+        self._order, self._online = order, online
         super().__init__(**options)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As in transformers; also records the loss in the first epoch."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training and (self.state.epoch or 0.0) < 1:
+            labels = inputs["labels"]
+            # A classifier's loss is the mean of the batch, and a language model's is divided by num_items_in_batch.
+            divisor = num_items_in_batch if self.model_accepts_loss_kwargs and labels.dim() == 2 else None
+            loss = result[0] if return_outputs else result
+            self._online.add(self.state.global_step, loss, count_labels(labels), divisor)
+        return result
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         return super()._get_train_sampler(train_dataset) if self._order is None else self._order
@@ -306,9 +352,10 @@ class _Progress(TrainerCallback):
         notes: list[str],
         since: Path | None,
         begin: Callable[[], None],
+        online: _OnlineLoss,
     ) -> None:
         self._console, self._notes = console, notes
-        self._run, self._since, self._begin = run, since, begin
+        self._run, self._since, self._begin, self._online = run, since, begin, online
         self._bar = ProgressBar("training", console)
         self._announced = False
         self._start = 0.0
@@ -366,6 +413,7 @@ class _Progress(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": round(tokens / seconds, 1),
+            **self._online.take(),
         }
         line |= {key: logs[key] for key in ("high_order_ratio", "anchor_ratio") if key in logs}
         with self._run.metrics_file.open("a", encoding="utf-8") as f:

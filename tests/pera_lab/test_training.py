@@ -14,9 +14,11 @@ from transformers import TrainingArguments
 
 from pera.errors import UserError
 from pera_lab.checkpoints import COMPLETE
+from pera_lab.diagnose.effect import run_loss
+from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
-from pera_lab.tasks.encoding import encode_example
+from pera_lab.tasks.encoding import IGNORED, encode_example
 from pera_lab.training import _arguments, train
 
 STEPS = [2, 4, 6, 8, 10, 12]
@@ -428,3 +430,39 @@ def test_the_recipe_in_the_folder_is_the_one_that_was_trained(finished_run, reci
     given = yaml.safe_load(recipe_file.read_text())
     assert content["method"] == given["method"]
     assert content["training"]["weight_decay"] == 0.0
+
+
+def first_epoch(run):
+    """Labels and summed loss of the first epoch, as ``metrics.jsonl`` records them."""
+    parts = [line["first_epoch"] for line in run.metrics() if "first_epoch" in line]
+    return sum(part["labels"] for part in parts), sum(part["nats"] for part in parts)
+
+
+ASLEEP = ["training.learning_rate=1e-30", "training.gradient_accumulation_steps=2", "training.batch_size=4"]
+
+
+def test_the_losses_of_the_first_epoch_are_those_of_each_row(train_run, tmp_path):
+    """The adapter does not move, so the reference is the loss of the base model on each row alone. An epoch has 3 steps
+    of 2 batches, and a line is logged every 2 steps."""
+    method = "method={name: lora, r: 2, target_modules: [q_proj]}"
+    run = train_run(tmp_path / "run", *ASLEEP, method, "task.train_size=24", "training.max_steps=5")
+    assert [line.get("first_epoch", {}).get("since") for line in run.metrics()] == [0, 2, None]
+    base, tokenizer = open_model(locate_run(run, base=True), "float32")
+    labels, nats = 0, 0.0
+    for row in run.recipe.task.encode(tokenizer, run.recipe.build_splits().train).rows:
+        logits = base(torch.tensor([row["input_ids"]])).logits[0].detach().log_softmax(-1)
+        learned = [i for i, label in enumerate(row["labels"]) if label != IGNORED]
+        labels += len(learned)
+        nats -= sum(float(logits[i - 1, row["labels"][i]]) for i in learned)
+    assert first_epoch(run) == (labels, pytest.approx(nats, rel=1e-5))
+
+
+def test_the_losses_of_the_first_epoch_of_a_classifier_are_those_of_each_row(glue_recipe, tmp_path):
+    """A classifier's loss is a mean over the batch, also with gradient accumulation. BERT has dropout."""
+    recipe = load_recipe(str(glue_recipe), [*ASLEEP, "training.epochs=2"])
+    run = Run.create(recipe, tmp_path / "run")
+    train(recipe, run)
+    labels, nats = first_epoch(run)
+    rows = len(recipe.build_splits().train)
+    assert labels == rows
+    assert nats == pytest.approx(run_loss(run) * rows, rel=0.1)

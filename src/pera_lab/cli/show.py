@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pera_lab.cli.console import Facts, out
-from pera_lab.cli.options import Source, Trust
+from pera_lab.cli.options import Overrides, Source, Trust
 from pera_lab.text import visible
 
 if TYPE_CHECKING:
@@ -20,13 +20,28 @@ if TYPE_CHECKING:
 
 def inspect(
     source: Source,
+    overrides: Overrides = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Print one row per layer (default: one row per kind of layer).")
     ] = False,
     effect: Annotated[
         bool,
-        typer.Option("--effect", help="Also measure how the high-order terms change the loss. This loads the model."),
+        typer.Option(
+            "--effect",
+            help="Also measure which rank the data needs, and how the high-order terms change the loss. This loads "
+            "the model.",
+        ),
     ] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe with the task to measure an adapter folder on, for --effect; KEY=VALUE overrides its keys "
+            "(default: the recipe of the run)."
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Held-out examples to measure on, for --effect (default: 64).")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print all values as JSON.")] = False,
     plot: Annotated[
         Path | None,
@@ -34,34 +49,56 @@ def inspect(
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show the norms, high-order ratio and effective rank of an adapter, computed from its factors."""
+    """Show the norms, high-order ratio and effective rank of a PERA or LoRA adapter, and whether it is full."""
     from dataclasses import asdict
 
     from pera.errors import UserError
-    from pera_lab.diagnose import diagnose_adapter, run_effects
+    from pera_lab.diagnose import adapter_effects, diagnose_adapter, run_effects
     from pera_lab.opening import locate_adapter
+    from pera_lab.recipe import load_recipe
 
+    if not effect and (examples is not None or recipe is not None):
+        unused = "--examples" if recipe is None else "--recipe"
+        raise typer.BadParameter("only --effect uses it; add --effect.", param_hint=unused)
+    if overrides and recipe is None:
+        raise typer.BadParameter(f"{overrides[0]!r} has no effect without --recipe.", param_hint="KEY=VALUE")
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
     adapter = location.require_adapter()
-    if effect and location.run is None:
-        raise UserError(f"--effect needs a run folder, which records the data; {source!r} is an adapter folder.")
+    if location.run is not None and recipe is not None:
+        raise UserError(f"--recipe={recipe!r} has no effect for a run, which has its own; leave it out.")
+    if effect and location.run is None and recipe is None:
+        raise UserError(
+            f"--effect needs data, and {source!r} is an adapter folder; give --recipe with the task to measure it on."
+        )
+    used = ("task", "data=", "training.max_length=")
+    if unused_key := next((override for override in overrides or () if not override.startswith(used)), None):
+        raise UserError(
+            f"{unused_key!r} has no effect; --recipe uses only the task and training.max_length of a recipe."
+        )
+    task = None if recipe is None else load_recipe(recipe, overrides)
     found = diagnose_adapter(adapter)
     if plot is not None:
         from pera_lab.report.pictures import ratio_picture
 
         ratio_picture(adapter, plot)
-    effects = run_effects(location.run) if effect and location.run else None
+    effects = None
+    if effect and location.run is not None:
+        effects = run_effects(location.run, examples=examples or 64)
+    elif task is not None:
+        effects = adapter_effects(location, task, examples=examples or 64)
     if json:
         import json as writer
 
-        derived = ("high_order_ratio", "square_ratio", "cross_ratio", "anchor_ratio", "stable_rank", "entropy_rank")
+        derived = ("high_order_ratio", "square_ratio", "cross_ratio", "anchor_ratio", "stable_rank", "effective_rank")
         content = {
             "layers": {n: {**asdict(d), **{key: getattr(d, key) for key in derived}} for n, d in found.items()},
             **({"effect": asdict(effects)} if effects else {}),
         }
+        if effects and effects.fullness:
+            content["verdict"] = {"verdict": effects.fullness.verdict, "sentence": effects.fullness.sentence()}
         out.out(writer.dumps(content, indent=2), highlight=False)
         return
-    out.print(_diagnosis(found, layers))
+    out.print(_diagnosis(found, layers, adapter.is_pera))
     if effects is not None:
         out.print(_effects(effects), soft_wrap=True)
 
@@ -124,7 +161,7 @@ def env() -> None:
         out.print(f"{key}: {value}", soft_wrap=True)
 
 
-def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
+def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool, is_pera: bool) -> Table:
     from statistics import median
 
     from rich.table import Table
@@ -139,21 +176,22 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool) -> Table:
         }
     caption = None if by_layer else "Medians over the layers of each kind; --layers shows every layer."
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", caption=caption, caption_justify="left")
+    products = ("linear", "square", "cross", "ratio", "1·1ᵀ") if is_pera else ()
     anchored = any(d.anchors for d in found.values())
     of_anchors = ("anchors", "ratio of anchors") if anchored else ()
-    columns = ("‖ΔW‖", "linear", "square", "cross", "ratio", "1·1ᵀ", *of_anchors, "rank ≤", "stable", "entropy")
     table.add_column("layer" if by_layer else "kind", overflow="fold")
-    for column in columns:
+    for column in ("‖ΔW‖", *products, *of_anchors, "rank ≤", "stable", "effective"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, layers in groups.items():
-        values = [
-            *(f"{median(getattr(d, key) for d in layers):.3g}" for key in ("norm", "linear", "square", "cross")),
-            f"{median(d.high_order_ratio for d in layers):.2g}",
-            f"{median(d.ones_weight for d in layers):.0%}",
-            *(f"{median(getattr(d, key) for d in layers):.3g}" for key in ("anchors", "anchor_ratio") if anchored),
-            str(len(layers[0].singular_values)),
-            *(f"{median(getattr(d, key) for d in layers):.1f}" for key in ("stable_rank", "entropy_rank")),
-        ]
+        keys = ("norm", "linear", "square", "cross") if is_pera else ("norm",)
+        values = [f"{median(getattr(d, key) for d in layers):.3g}" for key in keys]
+        if is_pera:
+            values.append(f"{median(d.high_order_ratio for d in layers):.2g}")
+            values.append(f"{median(d.ones_weight for d in layers):.0%}")
+        if anchored:
+            values += [f"{median(getattr(d, key) for d in layers):.3g}" for key in ("anchors", "anchor_ratio")]
+        values.append(str(len(layers[0].singular_values)))
+        values += [f"{median(getattr(d, key) for d in layers):.1f}" for key in ("stable_rank", "effective_rank")]
         table.add_row(visible(name if by_layer else f"{name} ({len(layers)})", inline=True), *values)
     return table
 
@@ -164,7 +202,20 @@ def _effects(effects: Effects) -> Facts:
     for part, change in effects.without.items():
         what = "anchors" if part == "anchors" else f"{part.replace('_', '-')} terms"
         table.add_row(f"without {what}", f"{change:+.5f}")
-    table.add_row("every ΔW truncated to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")
+    if effects.at_rank_r is not None:
+        table.add_row("every ΔW truncated to rank r, as a LoRA", f"{effects.at_rank_r:+.5f}")
     for group, change in effects.without_high_order.items():
         table.add_row(visible(f"without high-order terms in {group}", inline=True), f"{change:+.5f}")
+    if (found := effects.fullness) is None:
+        return table
+    for rank, loss in found.loss_at_rank.items():
+        table.add_row(f"every ΔW cut to rank {rank}" if rank else "without ΔW", f"{loss - found.loss:+.5f}")
+    table.add_row("effective rank of ΔW", f"{found.effective_rank:.1f} of {found.rank}")
+    if found.needed is not None:
+        table.add_row("least rank for 95 % of the gain", str(found.needed))
+    if (learned := found.learned) is not None:
+        table.add_row("bits learned", f"{learned.bits:,.0f}, {learned.per_parameter:.2g} per trained parameter")
+    else:
+        table.add_row("bits learned", f"unknown. {found.not_learned}")
+    table.add_row("verdict", found.sentence())
     return table

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pera.errors import UserError
-from pera.lora import truncate_factors
-from pera.polynomial import coefficient_pairs, lora_factors
+from pera.polynomial import coefficient_pairs
 from pera.tuner import PeraLayer, adapted_layers
-from pera_lab.diagnose.factors import kind
+from pera_lab.diagnose.cuts import Cuts, Factors, with_factors
+from pera_lab.diagnose.factors import diagnose_adapter, kind
+from pera_lab.diagnose.fullness import Fullness, Learned, fullness, learned
 from pera_lab.files import write_json
 from pera_lab.inference import largest_batch
 from pera_lab.models import check_tokens, longest_input
-from pera_lab.opening import locate_run, open_model
+from pera_lab.opening import Location, locate_run, open_model
+from pera_lab.recipe import Recipe
 from pera_lab.runs import Run
-from pera_lab.tasks.encoding import IGNORED
+from pera_lab.tasks.encoding import IGNORED, count_labels
 
 Part = Literal["square", "cross", "high_order", "anchors"]
-Factors = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Effects:
     """Mean loss of an adapter on a data set, and the change of that loss without some of the terms.
 
-    A positive change means that the terms help on these data. All changes are zero for a LoRA.
+    A positive change means that the terms help on these data. A LoRA has no terms to leave out.
     """
 
     tokens: int
@@ -44,6 +45,8 @@ class Effects:
 
     A LoRA of the same r can hold these directions. A change near zero means that the additional rank is not used, even
     if the adapter relies on its terms."""
+    fullness: Fullness | None = None
+    """The rank that the adapter needs and the bits that it learned; None if they were not measured."""
 
 
 def effects(
@@ -77,7 +80,7 @@ def effects(
         with zeroed(chosen, part, adapter_name, others=layers.values()):
             return mean_loss(model, batches)[0] - loss
 
-    with cut_to_r(layers.values(), adapter_name):
+    with Cuts(model, adapter_name).at(None):
         at_rank_r = mean_loss(model, batches)[0] - loss
     parts: tuple[Part, ...] = ("square", "cross", "high_order")
     if any(layer.expansion[adapter_name].k for layer in layers.values()):
@@ -91,20 +94,65 @@ def effects(
     )
 
 
-def run_effects(run: Run, *, examples: int = 32, batch_size: int = 8) -> Effects:
-    """Run :func:`effects` on the first held-out examples of a run's task, and write ``effect.json``.
+def run_effects(run: Run, *, examples: int = 64, batch_size: int = 8, ranks: bool = True) -> Effects:
+    """Run :func:`adapter_effects` on the first held-out examples of a run's task, and write ``effect.json``.
+
+    Args:
+        run: a finished run with a PERA or LoRA adapter.
+        examples: how many held-out examples are used.
+        batch_size: examples per batch.
+        ranks: whether the loss at lower ranks is measured.
+
+    Raises:
+        UserError: as for :func:`adapter_effects`, or the data changed since the training.
+    """
+    result = adapter_effects(locate_run(run), run.recipe, examples=examples, batch_size=batch_size, ranks=ranks)
+    write_json(run.effect_file, asdict(result))
+    return result
+
+
+def adapter_effects(
+    location: Location, recipe: Recipe, *, examples: int = 64, batch_size: int = 8, ranks: bool = True
+) -> Effects:
+    """Run :func:`effects`, if it is a PERA adapter, and :func:`fullness` on the first held-out examples of a task.
 
     The computation is in float32: the rounding of bfloat16 would hide small effects.
 
     Args:
-        run: a finished run.
+        location: a PERA or LoRA adapter, with or without a run.
+        recipe: the recipe with the task. Only its ``task`` and ``training.max_length`` are used.
         examples: how many held-out examples are used.
         batch_size: examples per batch.
+        ranks: whether the loss at lower ranks is measured.
+
+    Raises:
+        UserError: the adapter is of another method, a variant of LoRA or broken, or an example does not fit the model.
     """
-    model, batches = held_out(run, examples, batch_size)
-    result = effects(model, batches)
-    write_json(run.effect_file, asdict(result))
+    adapter = location.require_adapter()
+    diagnose_adapter(adapter)  # refuses other adapters before the model is loaded
+    if adapter.labels != recipe.task.labels:
+        made, asked = (f"a head of {n} outputs" if n else "no head" for n in (adapter.labels, recipe.task.labels))
+        raise UserError(f"task.name={recipe.task.name!r} needs {asked}, but {location.name!r} has {made}.")
+    model, batches = _held_out(location, recipe, examples, batch_size)
+    if adapter.is_pera:
+        result = effects(model, batches)
+    else:
+        loss, tokens = mean_loss(model, batches)
+        result = Effects(tokens, loss, without={}, without_high_order={})
+    if ranks:
+        known = _learned(location, result.loss)
+        found = fullness(Cuts(model), lambda: mean_loss(model, batches)[0], frequency_loss(batches), known)
+        result = replace(result, fullness=found)
     return result
+
+
+def _learned(location: Location, loss: float) -> Learned | str:
+    run = location.run
+    if run is None:
+        return "An adapter folder does not have the losses of the first epoch; the folder of a run has them."
+    if run.recipe.task.labels == 1:
+        return "The loss of a regression does not count bits."
+    return learned(run.metrics(), loss, sum(run.adapter.sizes.values()))
 
 
 def run_loss(run: Run, *, examples: int | None = None, batch_size: int = 32) -> float:
@@ -126,10 +174,16 @@ def held_out(run: Run, examples: int | None, batch_size: int) -> tuple[Any, list
         examples: how many held-out examples are used, from the first. None means all.
         batch_size: examples per batch.
     """
-    recipe = run.recipe
-    model, tokenizer = open_model(locate_run(run), "float32")
+    return _held_out(locate_run(run), run.recipe, examples, batch_size)
+
+
+def _held_out(
+    location: Location, recipe: Recipe, examples: int | None, batch_size: int
+) -> tuple[Any, list[dict[str, Tensor]]]:
     splits = recipe.build_splits()
-    run.check_data(splits.manifest)
+    if location.run is not None:
+        location.run.check_data(splits.manifest)
+    model, tokenizer = open_model(location, "float32")
     limit = min(recipe.training.max_length, longest_input(model, tokenizer))
     encoded = recipe.task.encode(tokenizer, splits.test[:examples], limit).rows
     check_tokens(model, tokenizer, (row["input_ids"] for row in encoded))
@@ -156,47 +210,7 @@ def zeroed(
         others: layers that keep their coefficients even if they are tied to one of ``layers``.
     """
     kept = {layer: layer.factors(adapter_name) for layer in others}
-    return _with_factors(kept | {layer: _without(layer, part, adapter_name) for layer in layers}, adapter_name)
-
-
-@contextmanager
-def cut_to_r(layers: Iterable[PeraLayer], adapter_name: str = "default") -> Iterator[None]:
-    """Context manager that replaces each ΔW with its best approximation of the layer's own r (Eckart and Young)."""
-    cut: dict[PeraLayer, Factors] = {}
-    for layer in layers:
-        factors = layer.factors(adapter_name)
-        A, B, h = (factor.detach().cpu().double() for factor in factors)  # not every accelerator has float64
-        exact = lora_factors(A, B, h, *layer.expansion[adapter_name], layer.scaling[adapter_name])
-        near_A, near_B = (factor.to(factors[0]) for factor in truncate_factors(*exact, layer.r[adapter_name]))
-        cut[layer] = near_A, near_B, near_A.new_empty(0)
-    own = [(layer, layer.expansion[adapter_name], layer.scaling[adapter_name]) for layer in cut]
-    try:
-        for layer, expansion, _ in own:
-            layer.expansion[adapter_name] = expansion._replace(terms="none", normalization="none", anchors=None)
-            layer.scaling[adapter_name] = 1.0
-        with _with_factors(cut, adapter_name):
-            yield
-    finally:
-        for layer, expansion, scaling in own:
-            layer.expansion[adapter_name], layer.scaling[adapter_name] = expansion, scaling
-
-
-@contextmanager
-def _with_factors(factors: dict[PeraLayer, Factors], adapter_name: str) -> Iterator[None]:
-    """Context manager in which ``layer.factors`` returns these factors for the adapter."""
-    outer = {layer: vars(layer).get("factors") for layer in factors}  # set by an enclosing context manager
-    for layer, values in factors.items():
-        vars(layer)["factors"] = lambda name, own=layer.factors, values=values: (
-            values if name == adapter_name else own(name)
-        )
-    try:
-        yield
-    finally:
-        for layer, before in outer.items():
-            if before is None:
-                del vars(layer)["factors"]
-            else:
-                vars(layer)["factors"] = before
+    return with_factors(kept | {layer: _without(layer, part, adapter_name) for layer in layers}, adapter_name)
 
 
 @torch.no_grad()
@@ -208,8 +222,7 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float
     """
     total, tokens = 0.0, 0
     for batch in batches:
-        labels: Any = batch["labels"]
-        count = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
+        count = count_labels(batch["labels"])
         if count:  # otherwise the loss is the mean over zero labels, NaN
             total += model(**batch).loss.item() * count
             tokens += count
@@ -218,6 +231,17 @@ def mean_loss(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[float
             f"batches: all labels of the {len(batches)} batches are ignored ({IGNORED}); give examples with an answer."
         )
     return total / tokens, tokens
+
+
+def frequency_loss(batches: list[dict[str, Tensor]]) -> float:
+    """Loss per label of a guess that knows only how often each label occurs in the batches: the entropy of the labels,
+    or the variance of real numbers."""
+    every = [batch["labels"][:, 1:].flatten() if batch["labels"].dim() == 2 else batch["labels"] for batch in batches]
+    labels = torch.cat(every)
+    if labels.is_floating_point():
+        return float(labels.double().var(correction=0))
+    counts = labels[labels != IGNORED].unique(return_counts=True)[1].double()
+    return float(torch.special.entr(counts / counts.sum()).sum())
 
 
 def _require_in_use(model: nn.Module, layers: Collection[PeraLayer], adapter_name: str) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 
 import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from pera.anchors import Anchors
 from pera.errors import UserError
 from pera.polynomial import Normalization, Terms, expand_A, expand_B, num_products, squares_and_crosses
-from pera.tuner import ParamWrapper, PeraConfig, PeraLayer
+from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, check_speed
 from pera.tuner.saved import saved_factors
 from pera_lab.adapters import Adapter
 
@@ -73,12 +75,19 @@ class LayerDiagnosis:
         return sum(energy) / energy[0] if energy[0] else 0.0
 
     @property
-    def entropy_rank(self) -> float:
-        """exp of the entropy of σ_i / Σσ (Roy and Vetterli 2007). k for k equal singular values, 0 for ΔW = 0."""
-        values = torch.tensor(self.singular_values, dtype=torch.float64)
-        if not values[0]:
-            return 0.0
-        return float(torch.special.entr(values / values.sum()).sum().exp())
+    def effective_rank(self) -> float:
+        """:func:`effective_rank` of ΔW."""
+        return effective_rank(torch.tensor(self.singular_values, dtype=torch.float64))
+
+
+def effective_rank(singular_values: Tensor) -> float:
+    """exp of the entropy of σ_i² / Σσ². k for k equal singular values, 0 if all are zero.
+
+    Each direction counts by its share of ‖ΔW‖_F², so many tiny singular values add little.
+    """
+    energy = singular_values.square()
+    total = energy.sum()
+    return float(torch.special.entr(energy / total).sum().exp()) if total > 0 else 0.0
 
 
 @torch.no_grad()
@@ -142,16 +151,75 @@ def diagnose_layer(
 
 
 def diagnose_adapter(adapter: Adapter) -> dict[str, LayerDiagnosis]:
-    """Diagnose each layer of a saved PERA adapter without its base model.
+    """Diagnose each layer of a saved PERA or LoRA adapter without its base model. A LoRA has a linear part only.
 
     Raises:
-        UserError: the folder holds no PERA adapter, or a broken one.
+        UserError: the folder holds an adapter of another method, a variant of LoRA, or a broken adapter.
     """
     config = adapter.config
-    if not isinstance(config, PeraConfig):
-        raise UserError(f"{str(adapter.path)!r} is a {adapter.method} adapter; only PERA adapters can be diagnosed.")
-    layers = saved_factors(adapter.weights, config)
-    return {name.removeprefix("base_model.model."): diagnose_layer(*factors) for name, factors in layers.items()}
+    if isinstance(config, PeraConfig):
+        layers = {name: diagnose_layer(*factors) for name, factors in saved_factors(adapter.weights, config).items()}
+    elif isinstance(config, LoraConfig):
+        try:
+            check_lora(config)
+            found = _saved_lora(adapter.weights, config)
+        except UserError as error:
+            raise UserError(f"{str(adapter.path)!r}: {error}") from error
+        layers = {name: diagnose_layer(A, B, None, "none", scaling=scaling) for name, (A, B, scaling) in found.items()}
+    else:
+        raise UserError(
+            f"{str(adapter.path)!r} is a {adapter.method} adapter; only PERA and LoRA adapters can be diagnosed."
+        )
+    return {name.removeprefix("base_model.model."): diagnosis for name, diagnosis in layers.items()}
+
+
+def check_lora(config: LoraConfig) -> None:
+    """Check that ΔW of every layer of a LoRA is s B A.
+
+    Raises:
+        UserError: it is a variant of LoRA, its initialization changed the base model, or it adapts fused experts.
+    """
+    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
+    if variants:
+        value = getattr(config, variants[0])
+        raise UserError(
+            f"{variants[0]}={value!r:.80} makes ΔW something else than the product B A, so it has no rank to measure."
+        )
+    if config.init_lora_weights not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        raise UserError(
+            f"init_lora_weights={config.init_lora_weights!r} also changed the base model, so B A is not the whole ΔW; "
+            "save the adapter with PEFT's path_initial_model_for_weight_conversion."
+        )
+    if config.target_parameters:
+        raise UserError(
+            f"target_parameters={config.target_parameters!r:.80}: a LoRA of single parameters cannot be diagnosed."
+        )
+
+
+def _saved_lora(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A ``(r, in)``, B ``(out, r)`` and scale of each layer in a LoRA weights file, in float64. Kernels are flat."""
+    found = {}
+    alphas = config.alpha_pattern or {}
+    check_speed((key.removeprefix("base_model.model.").partition(".lora_")[0] for key in weights), config)
+    for key, A in weights.items():
+        name, is_A, rest = key.partition(".lora_A.weight")
+        if not is_A:
+            name, is_A, rest = key.partition(".lora_embedding_A")
+        if not is_A or rest:
+            continue
+        B = weights.get(key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B"))
+        if B is None:
+            raise UserError(f"the weights file lacks the lora_B of {name!r}.")
+        A, B = A.double().flatten(1), B.double().flatten(1)
+        if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+            raise UserError(
+                f"lora_A and lora_B of {name!r} have ranks {len(A)} and {B.shape[-1]}; they should be equal."
+            )
+        alpha = alphas.get(get_pattern_key(alphas, name.removeprefix("base_model.model.")), config.lora_alpha)
+        found[name] = A, B, alpha / (len(A) ** 0.5 if config.use_rslora else len(A))
+    if not found:
+        raise UserError("the weights file has no LoRA layer.")
+    return found
 
 
 def kind(name: str, layer: PeraLayer | None = None) -> str:

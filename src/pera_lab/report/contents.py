@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pera.errors import UserError, one_line
 from pera.tuner import PeraConfig
 from pera_lab.convert.verify import Agreement
-from pera_lab.diagnose import Effects, Layer, diagnose_adapter, place_layers
+from pera_lab.diagnose import Effects, Fullness, Layer, diagnose_adapter, place_layers
 from pera_lab.evaluation import read_predictions
 from pera_lab.files import checked, number_or_nan, read_as
 from pera_lab.runs import Run
@@ -184,14 +184,25 @@ class Contents:
     @cached_property
     def effects(self) -> Effects | Missing:
         """The effect of the high-order terms on the loss."""
-        file = self.run.effect_file
         if not self.is_pera:
             return Missing("The adapter is not a PERA adapter, so it has no high-order terms.")
+        return self._measured("The effect of the high-order terms has not been measured.")
+
+    @cached_property
+    def fullness(self) -> Fullness | Missing:
+        """The rank that the adapter needs and the bits that it learned."""
+        if self.trained and isinstance(self.layers, Missing):
+            return self.layers
+        reason = "The loss at lower ranks has not been measured."
+        found = self._measured(reason)
+        return found if isinstance(found, Missing) else found.fullness or self._missing(reason, "effect")
+
+    def _measured(self, reason: str) -> Effects | Missing:
         if not self.trained:
             return self._missing("Training has not finished, so there is no adapter to measure yet.", "adapter")
-        if not file.is_file():
-            return self._missing("The effect of the high-order terms has not been measured.", "effect")
-        return self._read(file, Effects, "effect")
+        if not self.run.effect_file.is_file():
+            return self._missing(reason, "effect")
+        return self._read(self.run.effect_file, Effects, "effect")
 
     @cached_property
     def cost(self) -> TrainingSummary | Missing:

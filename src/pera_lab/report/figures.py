@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pera_lab.diagnose import Effects, Layer, by_kind
+from pera_lab.diagnose import Effects, Fullness, Layer, by_kind
 from pera_lab.files import number_or_nan
 from pera_lab.intervals import mean
 from pera_lab.report.contents import Metrics
@@ -186,9 +186,9 @@ def spectra(layers: list[Layer]) -> Picture | None:
         if i <= expanded
     ]
     stable = number(median(layer.diagnosis.stable_rank for layer in layers), 3)
-    entropy = number(median(layer.diagnosis.entropy_rank for layer in layers), 3)
+    effective = number(median(layer.diagnosis.effective_rank for layer in layers), 3)
     finding = (
-        f"Median over {len(layers)} layers: stable rank {stable}, entropy rank {entropy}. "
+        f"Median over {len(layers)} layers: stable rank {stable}, effective rank {effective}. "
         f"Nominal rank {', '.join(map(str, ranks))}; expanded rank at most {expanded}."
     )
     return Picture(figure, "Lines: singular values of the weight updates", finding, Table(["i", *curves], rows))
@@ -255,6 +255,33 @@ def effect(effects: Effects) -> Picture:
     ]
     table = Table(["removed", "change of the loss", "relative"], rows)
     return Picture(figure, "Bars: change of the loss without the high-order terms", finding, table)
+
+
+def loss_at_rank(found: Fullness) -> Picture:
+    """Draw the loss over the rank that every ΔW is cut to, with the loss that the tolerance allows."""
+    losses = {**dict(sorted(found.loss_at_rank.items())), found.rank: found.loss}
+    with style():
+        figure, axes = new_figure(2.6)
+        draw_line(axes, list(losses), [drawable(loss) for loss in losses.values()], 0)
+        if found.needed is not None:
+            axes.axhline(drawable(found.tolerated), color="black", linewidth=0.8, alpha=0.6)
+        axes.set(xlabel="rank of every ΔW", ylabel="loss per label")
+        set_scale(axes, list(losses.values()))
+    rows = [
+        [str(rank), number(loss), signed(loss - found.loss), percent((loss - found.loss) / found.gain or 0.0)]
+        if found.gain
+        else [str(rank), number(loss), signed(loss - found.loss), ABSENT]
+        for rank, loss in losses.items()
+    ]
+    bits = f"unknown. {found.not_learned}"
+    if found.learned is not None:
+        bits = f"{number(found.learned.bits)}, {number(found.learned.per_parameter, 2)} per trained parameter."
+    finding = (
+        f"{found.sentence()} Effective rank of ΔW: {number(found.effective_rank, 2)} of {found.rank}. "
+        f"Bits learned in the first epoch: {bits}"
+    )
+    head = ["rank", "loss per label", "change", "share of the gain lost"]
+    return Picture(figure, "Line: loss with every weight update cut to a rank", finding, Table(head, rows))
 
 
 def _course(metrics: Metrics) -> str:

@@ -96,10 +96,11 @@ def _section(contents: Contents) -> dict[str, Any]:
         "training": metrics if isinstance(metrics, Missing) else figures.training(metrics),
         "unfinished": _unfinished(contents),
         "changes": _changes(contents.changes),
-        "layers": layers if isinstance(layers, Missing) else _diagnosis(layers),
+        "layers": layers if isinstance(layers, Missing) else _diagnosis(layers, contents.is_pera),
         "over_time": _over_time(contents),
         "anchors_over_time": _anchors_over_time(contents),
         "effect": effects if isinstance(effects := contents.effects, Missing) else figures.effect(effects),
+        "rank": rank if isinstance(rank := contents.fullness, Missing) else figures.loss_at_rank(rank),
         "costs": _costs(contents),
         "verifications": {k: v for k, v in contents.verifications.items() if isinstance(v, Agreement)},
         "unverified": [v for v in contents.verifications.values() if isinstance(v, Missing)],
@@ -134,16 +135,18 @@ def _changes(changes: list[Change] | Missing) -> Any:
     }
 
 
-def _diagnosis(layers: list[Layer]) -> dict[str, Any]:
-    """Figures of the layers, and tables by kind and by layer."""
-    parts = ["norm", "linear", "square", "cross", "high_order_ratio", "stable_rank", "entropy_rank", "ones_weight"]
-    names = ["‖ΔW‖", "linear", "squares", "crosses", "ratio", "stable rank", "entropy rank", "all-ones"]
+def _diagnosis(layers: list[Layer], is_pera: bool) -> dict[str, Any]:
+    """Figures of the layers, and tables by kind and by layer. A LoRA has no high-order part to show."""
+    columns = {"norm": "‖ΔW‖", "stable_rank": "stable rank", "effective_rank": "effective rank"}
+    if is_pera:
+        parts = {"linear": "linear", "square": "squares", "cross": "crosses", "high_order_ratio": "ratio"}
+        columns = {"norm": "‖ΔW‖", **parts, **columns, "ones_weight": "all-ones"}
     if any(x.diagnosis.anchors for x in layers):
-        parts += ["anchors", "anchor_ratio"]
-        names += ["anchors", "anchor ratio"]
+        columns |= {"anchors": "anchors", "anchor_ratio": "anchor ratio"}
+    names = list(columns.values())
 
     def cells(members: list[Layer]) -> list[str]:
-        return [number(median(getattr(x.diagnosis, part) for x in members), 3) for part in parts]
+        return [number(median(getattr(x.diagnosis, part) for x in members), 3) for part in columns]
 
     kinds = [[kind, str(len(members)), *cells(members)] for kind, members in by_kind(layers).items()]
     single = [[x.name, str(x.diagnosis.r), str(x.diagnosis.expanded_rank), *cells([x])] for x in layers]
@@ -227,7 +230,9 @@ def _facts(contents: Contents) -> dict[str, str]:
     base, score = contents.score("base"), contents.score("adapter")
     cost = None if isinstance(contents.cost, Missing) else contents.cost
     layers, effects, metrics = contents.layers, contents.effects, contents.metrics
-    ratio = None if isinstance(layers, Missing) else median(x.diagnosis.high_order_ratio for x in layers)
+    ratio = None
+    if contents.is_pera and not isinstance(layers, Missing):
+        ratio = median(x.diagnosis.high_order_ratio for x in layers)
     without: dict[Part, float] = {} if isinstance(effects, Missing) else effects.without
     change, frozen = without.get("high_order"), without.get("anchors")
     stored = score.memory if score else None

@@ -172,7 +172,7 @@ def _report(trial: Trial, run: Run) -> None:
     if "adapter" not in run.scores():
         evaluate_run(run)
     if isinstance(trial.recipe().peft_config(), PeraConfig) and not run.effect_file.is_file():
-        run_effects(run, examples=EFFECT_EXAMPLES)
+        run_effects(run, examples=EFFECT_EXAMPLES, ranks=False)
     if trial.seed == trial.study.report_seeds(trial.cell)[0] and not run.interaction_file.is_file():
         run_interaction(run)
 

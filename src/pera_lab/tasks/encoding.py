@@ -266,6 +266,12 @@ def check_lengths(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> Non
         )
 
 
+def count_labels(labels: torch.Tensor) -> int:
+    """The labels in a batch that the loss is on: all of a classifier's ``(batch,)``, or a language model's ``(batch,
+    length)`` without :data:`IGNORED` and without the first column, which no token predicts."""
+    return int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
+
+
 class AnswerCollator:
     """Makes batches for a causal language model, padded on the left so that the answers end together.
 

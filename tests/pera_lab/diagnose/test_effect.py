@@ -12,8 +12,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tiny
 from pera import PeraConfig, UserError
-from pera_lab.diagnose import diagnose_adapter, effects, high_order_ratios, run_effects, zeroed
-from pera_lab.diagnose.effect import cut_to_r, mean_loss
+from pera_lab.diagnose import Cuts, diagnose_adapter, effects, high_order_ratios, run_effects, zeroed
+from pera_lab.diagnose.effect import mean_loss
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 from pera_lab.tasks.encoding import IGNORED
@@ -134,13 +134,13 @@ def test_zeroing_is_undone_after_an_error():
     "options",
     [{"normalization": "rms"}, {"coefficients": "fixed", "pera_alpha": 7}, {"terms": "none", "anchors": 3}],
 )
-def test_cut_to_r_keeps_the_leading_directions_of_every_delta_weight_and_is_undone(options):
+def test_a_cut_to_r_keeps_the_leading_directions_of_every_delta_weight_and_is_undone(options):
     """The reference is NumPy's decomposition of ΔW, added to the weights of the base."""
     targets = ["q_proj", "down_proj", "embed_tokens"]
     model = tiny.adapt(tiny.llama(), target_modules=targets, rank_pattern={"down_proj": 3}, **options)
     layers = tiny.layers(model)
     before = tiny.logits(model)
-    with cut_to_r(layers.values()):
+    with Cuts(model).at(None):
         cut = tiny.logits(model)
     assert torch.equal(tiny.logits(model), before)
     expected = tiny.llama()
@@ -238,7 +238,7 @@ def test_the_effect_of_a_run_is_measured_on_held_out_examples_and_written(run, p
     assert kept["without"]["high_order"] != 0
     assert kept["at_rank_r"] != 0
     assert "truncated to rank r" in pera("inspect", run.path, "--effect").out
-    assert "needs a run folder" in pera("inspect", run.adapter.path, "--effect").err
+    assert "give --recipe with the task" in pera("inspect", run.adapter.path, "--effect").err
 
 
 @pytest.mark.slow

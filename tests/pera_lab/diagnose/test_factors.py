@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import HiraConfig, LoraConfig, get_peft_model
 
 import reference
+import tiny
 from pera.errors import UserError
 from pera.polynomial import num_coefficients
 from pera_lab.adapters import Adapter
@@ -75,12 +77,12 @@ def test_the_effective_rank_of_k_equal_singular_values_is_k(k):
     B[:, k:] = 0
     found = diagnose_layer(A, B, None, "none")
     assert found.stable_rank == pytest.approx(k)
-    assert found.entropy_rank == pytest.approx(k)
+    assert found.effective_rank == pytest.approx(k)
 
 
 def test_a_zero_update_has_rank_zero_and_ratio_zero():
     found = diagnose_layer(torch.randn(3, 5), torch.zeros(4, 3), torch.ones(6), "all", "rms")
-    assert (found.norm, found.stable_rank, found.entropy_rank, found.high_order_ratio) == (0, 0, 0, 0)
+    assert (found.norm, found.stable_rank, found.effective_rank, found.high_order_ratio) == (0, 0, 0, 0)
 
 
 def test_random_squares_lie_along_the_ones_and_crosses_do_not():
@@ -112,10 +114,21 @@ def test_a_saved_adapter_is_diagnosed_without_its_base(finished_run, monkeypatch
     assert "model.layers.1.mlp.up_proj" in found
 
 
-def test_an_adapter_of_another_method_is_rejected(train_run, tmp_path):
-    run = train_run(tmp_path / "lora", "method={name: lora, r: 2, target_modules: [q_proj]}", "training.max_steps=1")
-    with pytest.raises(UserError, match="is a LORA adapter"):
-        diagnose_adapter(run.adapter)
+LORA = {"r": 2, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (HiraConfig(**LORA), "is a HIRA adapter; only PERA and LoRA adapters"),
+        (LoraConfig(**LORA, use_dora=True), "use_dora=True makes ΔW something else than the product B A"),
+        (LoraConfig(**LORA, init_lora_weights="pissa"), "init_lora_weights='pissa' also changed the base model"),
+    ],
+)
+def test_an_adapter_of_another_method_is_rejected(config, message, tmp_path):
+    get_peft_model(tiny.llama(), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        diagnose_adapter(Adapter(tmp_path))
 
 
 def test_inspect_shows_kinds_and_layers_and_json(pera, finished_run):

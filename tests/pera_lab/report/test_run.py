@@ -17,7 +17,7 @@ from pera_lab.report.run import render, write_report
 from pera_lab.runs import Run
 
 KINDS = ["q_proj", "v_proj", "down_proj"]
-FIGURES = ["accuracy", "training", "map", "spectra", "ratio", "effect"]
+FIGURES = ["accuracy", "training", "map", "spectra", "ratio", "effect", "rank"]
 HOSTILE = (
     '<script>alert("x")</script> <img src=http://evil.test/x onerror=alert(1)> **b** $\\frac$ '
     "{{ 7*7 }} \x1b[31mred\x07 \u202eback\x9b"
@@ -78,7 +78,11 @@ def full_run(path, adapters, adapter="pera", text="How is Ann related to Bob?", 
         write(run.predictions / f"{which}.jsonl", rows)
     parts = {"square": 0.1, "cross": -0.02, "high_order": 0.09}
     groups = {"q_proj": 0.05, "v_proj": -0.003}
+    bits = {"labels": 64, "bits": 900.0, "parameters": 600}
+    rank = {"r": 3, "rank": 9, "effective_rank": 1.2, "loss": 0.3, "loss_at_rank": {0: 2.0, 1: 0.31}}
+    rank |= {"frequency_loss": 2.5, "learned": bits}
     effect = {"tokens": 512, "loss": 0.3, "without": parts, "without_high_order": groups, "at_rank_r": 0.07}
+    effect["fullness"] = rank
     write(path / "effect.json", effect)
     cost = {"seconds": 125.0, "tokens": 5000, "peak_memory": 3 * 2**29, "final_loss": 0.9, "left_out": 2}
     write(path / "cost.json", cost)
@@ -274,8 +278,9 @@ def test_lora_has_no_high_order_parts(tmp_path, adapters):
     run = full_run(tmp_path / "demo", adapters, adapter="lora", method="lora")
     (run.path / "lora" / "verification.json").unlink()
     found = page(run)
-    assert figures(found) == ["accuracy", "training"]
-    assert "only PERA adapters can be diagnosed" in found.text
+    assert figures(found) == ["accuracy", "training", "rank"]
+    assert "A LoRA of rank 1 would do" in found.text
+    assert "crosses" not in found.text
     assert "The adapter is not a PERA adapter, so it has no high-order terms." in found.text
     assert "pera export" not in found.text
     assert "trained parameters" in found.text
