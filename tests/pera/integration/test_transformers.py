@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pera import PeraConfig
+from pera import PeraConfig, UserError
 from reference import NORMALIZATIONS, relative_error
 from tiny import VOCABULARY, adapt, gpt2, layers, llama, logits, tokens
 
@@ -135,6 +135,13 @@ def test_an_adapter_can_be_loaded_from_tensors(saved):
 def test_from_pretrained_of_an_adapter_folder_loads_base_and_adapter(saved):
     folder, expected = saved
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
+
+
+def test_anchors_are_refused_on_a_model_that_names_its_layers_otherwise(tmp_path):
+    """Without its head, the model has no prefix in the names of its layers."""
+    adapt(llama(), target_modules=["q_proj"], anchors=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^anchors=2: frozen rows .* such as 'layers\.0\..* under other names"):
+        llama().model.load_adapter(str(tmp_path))
 
 
 def test_saving_writes_only_the_adapter_for_both_libraries(tmp_path):
