@@ -226,7 +226,7 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
             for kind in kinds
         ]
         memory = [
-            f"{row[key] / 2**20:.1f} MiB, {row[f'{key}_ratio']:.3f}" if key in row else "–"
+            f"{row[key] / 2**20:.3g} MiB, {row[f'{key}_ratio']:.3f}" if key in row else "–"
             for key in ("saved_bytes", "peak_bytes", "file_bytes")
         ]
         table.add_row(name, str(row["rank"]), row["baseline"], *cells, *memory)

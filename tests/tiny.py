@@ -114,7 +114,7 @@ def reference_delta(layer, adapter_name="default"):
     if adapter_name in layer.pera_h:
         h = reference.by_pair(layer.pera_h[adapter_name], A.shape[0], terms, anchors)
     else:
-        h = {**reference.fixed_by_pair(A.shape[0], terms), "anchors": torch.ones(layer.expansion[adapter_name].count)}
+        h = {**reference.fixed_by_pair(A.shape[0], terms), "anchors": torch.ones(layer.expansion[adapter_name].k)}
     return reference.delta_weight(A, B, h, normalization, layer.scaling[adapter_name], anchors).detach()
 
 

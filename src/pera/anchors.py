@@ -24,8 +24,8 @@ class Anchors(NamedTuple):
     """``(k, out_features)``."""
 
     @property
-    def count(self) -> int:
-        """k, the number of anchors."""
+    def k(self) -> int:
+        """Number of anchors."""
         return len(self.V)
 
     @property

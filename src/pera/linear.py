@@ -165,9 +165,9 @@ class _Form(NamedTuple):
         weights: Tensor | float = float(self.scaling)
         r, frozen = A.shape[0], self.anchors
         if h is None and frozen is not None:
-            h = A.new_ones(num_coefficients(r, self.terms, frozen.count))
+            h = A.new_ones(num_coefficients(r, self.terms, frozen.k))
         if h is not None and h.numel():
-            k = 0 if frozen is None else frozen.count
+            k = 0 if frozen is None else frozen.k
             weights = pad(appended_weights(h, r, self.terms, k), (r, 0), value=1.0)
             weights = (weights if self.scaling == 1 else weights * self.scaling).to(dtype)
         V, U_T = self.signs
@@ -189,7 +189,7 @@ class _Form(NamedTuple):
 
     def coefficient_gradient(self, grad_weights: Tensor, r: int) -> Tensor:
         """Return the gradient of h from the gradient of the weights of all rows."""
-        k = 0 if self.anchors is None else self.anchors.count
+        k = 0 if self.anchors is None else self.anchors.k
         return self.scaling * coefficient_gradient(grad_weights[r:], r, self.terms, k)
 
 

@@ -25,7 +25,7 @@ polynomials of B and A.
 
 ``anchors`` are k frozen rows of random signs for each factor (:mod:`pera.anchors`), V ∈ {±1}^{k×n} with rows v_c and
 U ∈ {±1}^{m×k} with columns u_c. They append, behind the products, the crosses of every learned row with every frozen
-row: b_i ⊙ u_c to B̂, and (h_c/√k) (a_i ⊙ v_c) to Â, in the order (c, i). Without products,
+row: b_i ⊙ u_c to B̂, and (h_c/√k) (a_i ⊙ v_c) to Â, first all i for c = 1, then for c = 2, and so on. Without products,
 
 .. math::
 
@@ -191,12 +191,11 @@ def expand(
         ``(..., K, d)``, float32 or better.
 
     Raises:
-        UserError: ``terms`` or ``normalization`` is unknown, or h has the wrong length.
+        UserError: ``terms`` or ``normalization`` is unknown, or h or ``signs`` has the wrong length.
     """
     X = working(X)
-    k = 0 if signs is None else len(signs)
-    check(X, h, terms, normalization, k)
-    r = X.shape[-2]
+    check(X, h, terms, normalization, signs)
+    r, k = X.shape[-2], 0 if signs is None else len(signs)
     appended = []
     if num_products(r, terms):
         X = X.contiguous()  # rows that lie apart are slow to gather
@@ -290,7 +289,7 @@ def expand_A(
     """Return Â = Poly2_H(A), eq. 7: ``(r, in_features)`` → ``(K, in_features)``."""
     if anchors is None:
         return expand(A, h, terms, normalization)
-    h = A.new_ones(num_coefficients(A.shape[-2], terms, anchors.count)) if h is None else h
+    h = A.new_ones(num_coefficients(A.shape[-2], terms, anchors.k)) if h is None else h
     return expand(A, h, terms, normalization, anchors.V)
 
 
@@ -346,15 +345,18 @@ def working(X: Tensor) -> Tensor:
     return X if X.dtype in (torch.float32, torch.float64) else X.float()
 
 
-def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, anchors: int = 0) -> None:
-    """Raise UserError if ``terms`` or ``normalization`` is unknown, or h does not fit ``X``."""
+def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalization, signs: Tensor | None = None) -> None:
+    """Raise UserError if ``terms`` or ``normalization`` is unknown, or h or the frozen rows do not fit ``X``."""
     known = get_args(Normalization)
     if normalization not in known:
         raise UserError(f"normalization={normalization!r} is not known; {nearest(normalization, known)}")
-    *leading, r, _ = X.shape
-    needed = num_coefficients(r, terms, anchors)
+    *leading, r, d = X.shape
+    k = 0 if signs is None else len(signs)
+    if signs is not None and signs.shape[-1] != d:
+        raise UserError(f"anchors: the frozen rows have {signs.shape[-1]} entries, and the rows of the factor {d}.")
+    needed = num_coefficients(r, terms, k)
     if h is not None and tuple(h.shape) not in ((needed,), (*leading, needed)):
-        frozen = f" with {anchors} anchors" if anchors else ""
+        frozen = f" with {k} anchors" if k else ""
         raise UserError(f"h has shape {tuple(h.shape)}; r={r} and terms={terms!r}{frozen} need ({needed},).")
 
 

@@ -313,7 +313,7 @@ class _OnlineLoss:
         if self._since is None:
             return {}
         entry = {"since": self._since, "labels": self._labels, "nats": float(self._nats)}
-        self.__init__()  # type: ignore[misc]
+        self._since, self._labels, self._nats = None, 0, 0.0
         return {"first_epoch": entry}
 
 
@@ -333,7 +333,7 @@ class _Trainer(Trainer):
             labels = inputs["labels"]
             # A classifier's loss is the mean of the batch, and a language model's is divided by num_items_in_batch.
             divisor = num_items_in_batch if self.model_accepts_loss_kwargs and labels.dim() == 2 else None
-            loss = result[0] if return_outputs else result
+            loss: Any = result[0] if return_outputs else result
             self._online.add(self.state.global_step, loss, count_labels(labels), divisor)
         return result
 

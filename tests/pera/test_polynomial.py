@@ -475,6 +475,15 @@ def test_anchors_raise_the_rank_of_the_update_to_K(terms):
     assert torch.linalg.matrix_rank(update).item() == expanded_rank(3, terms, 4) == expanded_rank(3, terms) + 12
 
 
+@pytest.mark.parametrize("width", [1, 8])
+def test_frozen_rows_of_another_width_are_refused(width):
+    """A width of 1 would be broadcast."""
+    with pytest.raises(
+        UserError, match=rf"anchors: the frozen rows have {width} entries, and the rows of the factor 9"
+    ):
+        expand(torch.ones(3, 9), None, "none", "none", torch.ones(2, width, dtype=torch.int8))
+
+
 def test_h_that_lacks_the_anchors_is_refused():
     A, B, h = draw(3, "square")
     anchors, _ = draw_anchors(4, h)

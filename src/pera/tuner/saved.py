@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pera.anchors import Anchors, draw_anchors, names_digest
 from pera.errors import UserError
-from pera.polynomial import Normalization, Terms, fixed_coefficients, num_coefficients
+from pera.polynomial import Normalization, Terms, expanded_rank, fixed_coefficients, num_coefficients
+from pera.tuner.checks import check_sizes
 from pera.tuner.config import PeraConfig
 from pera.tuner.expressions import check_speed
 from pera.tuner.names import plain_name
@@ -42,8 +43,9 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         The factors, with the expansion and the scale of the layer.
 
     Raises:
-        UserError: there is no layer, a tensor is missing or has a wrong shape, the layers were renamed, so that their
-            anchors are unknown, or an expression of the configuration takes too long.
+        UserError: there is no layer, a tensor is missing or has a wrong shape, the rank or the number of anchors is far
+            above the sides of a layer, the layers were renamed, so that their anchors are unknown, or an expression of
+            the configuration takes too long.
     """
     layers: dict[str, Factors] = {}
     names = set()
@@ -62,6 +64,7 @@ def saved_factors(weights: dict[str, Tensor], config: PeraConfig) -> dict[str, F
         fits = A.ndim == B.ndim and (*A.shape[:-1], *B.shape[:-2], *B.shape[-1:]) == (*experts, r, *experts, r)
         if not fits or len(experts) > 1 or h.shape not in ((n,), (*experts, n)):
             raise UserError(f"the weights of {layer} do not have the rank in adapter_config.json, {r}.")
+        check_sizes(B.shape[-2], A.shape[-1], r, expanded_rank(r, config.terms, k), k)
         names.add(module_name := anchored_name(name))
         anchors = draw_anchors(k, config.anchor_seed, module_name, B.shape[-2], A.shape[-1])
         shared = config.terms, config.normalization, anchors, config.scaling(r, alpha)

@@ -98,8 +98,9 @@ def import_(
     from pera_lab.opening import locate_adapter
 
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
-    options = {"terms": terms, "normalization": normalization, "anchors": anchors, "anchor_seed": anchor_seed}
-    agreement = import_lora(location, output, **options)
+    agreement = import_lora(
+        location, output, terms=terms, normalization=normalization, anchors=anchors, anchor_seed=anchor_seed
+    )
     print_agreement(agreement, f"PERA adapter written to {output}")
 
 

@@ -82,7 +82,7 @@ def ratios(model: nn.Module, adapter_name: str | None = None) -> Ratios:
         found = norms.setdefault(key := kind(name, layer), [0.0, 0.0, 0.0])
         for i, part in enumerate((slice(0, r), slice(r, end), slice(end, None))):
             found[i] += gram[..., part, part].sum().item()
-        if layer.expansion[adapter].count:
+        if layer.expansion[adapter].k:
             anchored.add(key)
     high_order, anchors = (
         {key: (max(parts[i], 0.0) / parts[0]) ** 0.5 for key, parts in norms.items() if parts[0] > 0} for i in (1, 2)

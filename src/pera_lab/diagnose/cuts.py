@@ -97,11 +97,11 @@ def _pera(layer: PeraLayer, adapter_name: str) -> Decomposition:
     return Decomposition(*factored_svd(*exact), layer.r[adapter_name], replace)
 
 
-def _lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+def _lora_layers(model: Any, adapter_name: str) -> dict[str, Any]:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     found = {name: layer for name, layer in layers.items() if adapter_name in layer._get_available_adapters()}
     if found:
-        check_lora(model.peft_config[adapter_name])  # type: ignore[index,union-attr]
+        check_lora(model.peft_config[adapter_name])
     return found
 
 

@@ -83,7 +83,7 @@ def effects(
     with Cuts(model, adapter_name).at(None):
         at_rank_r = mean_loss(model, batches)[0] - loss
     parts: tuple[Part, ...] = ("square", "cross", "high_order")
-    if any(layer.expansion[adapter_name].count for layer in layers.values()):
+    if any(layer.expansion[adapter_name].k for layer in layers.values()):
         parts += ("anchors",)
     return Effects(
         tokens=tokens,
@@ -240,7 +240,7 @@ def frequency_loss(batches: list[dict[str, Tensor]]) -> float:
     labels = torch.cat(every)
     if labels.is_floating_point():
         return float(labels.double().var(correction=0))
-    counts = labels[labels != IGNORED].unique(return_counts=True)[1].double()
+    counts = torch.bincount(labels[labels != IGNORED]).double()
     return float(torch.special.entr(counts / counts.sum()).sum())
 
 
@@ -261,6 +261,6 @@ def _without(layer: PeraLayer, part: Part, adapter_name: str) -> Factors:
     A, B, h = layer.factors(adapter_name)
     pairs = coefficient_pairs(layer.r[adapter_name], layer.expansion[adapter_name].terms)
     dropped = [part == "high_order" or part == ("square" if i == j else "cross") for i, j in pairs]
-    dropped += [part == "anchors"] * layer.expansion[adapter_name].count
+    dropped += [part == "anchors"] * layer.expansion[adapter_name].k
     kept = [not term for term in dropped]
     return A, B, h.detach() * torch.tensor(kept, dtype=h.dtype, device=h.device)

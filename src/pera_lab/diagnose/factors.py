@@ -215,7 +215,7 @@ def _saved_lora(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, tup
             raise UserError(
                 f"lora_A and lora_B of {name!r} have ranks {len(A)} and {B.shape[-1]}; they should be equal."
             )
-        alpha = alphas.get(get_pattern_key(alphas, name.removeprefix("base_model.model.")), config.lora_alpha)
+        alpha = alphas.get(get_pattern_key(list(alphas), name.removeprefix("base_model.model.")), config.lora_alpha)
         found[name] = A, B, alpha / (len(A) ** 0.5 if config.use_rslora else len(A))
     if not found:
         raise UserError("the weights file has no LoRA layer.")

@@ -162,7 +162,7 @@ def fullness(cuts: Cuts, loss: Callable[[], float], frequency_loss: float, learn
     for rank in ranks_below(cuts.rank):
         with cuts.at(rank):
             at_rank[rank] = loss()
-    known = isinstance(learned, Learned)
+    bits, reason = (learned, "") if isinstance(learned, Learned) else (None, learned)
     return Fullness(
         r=cuts.r,
         rank=cuts.rank,
@@ -170,8 +170,8 @@ def fullness(cuts: Cuts, loss: Callable[[], float], frequency_loss: float, learn
         loss=whole,
         loss_at_rank=at_rank,
         frequency_loss=frequency_loss,
-        learned=learned if known else None,
-        not_learned="" if known else learned,
+        learned=bits,
+        not_learned=reason,
     )
 
 

@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from pera import PeraConfig
+from pera import PeraConfig, UserError
 from reference import NORMALIZATIONS, relative_error
 from tiny import VOCABULARY, adapt, gpt2, layers, llama, logits, tokens
 
@@ -41,7 +41,8 @@ def base_folder(tmp_path_factory):
 def saved(base_folder, tmp_path_factory):
     """The folder of an adapter that PEFT saved, and the logits of its model."""
     folder = tmp_path_factory.mktemp("adapter")
-    model = adapt(AutoModelForCausalLM.from_pretrained(base_folder), target_modules="all-linear", normalization="rms")
+    options = {"target_modules": "all-linear", "normalization": "rms", "anchors": 2}
+    model = adapt(AutoModelForCausalLM.from_pretrained(base_folder), **options)
     model.save_pretrained(folder)
     return folder, logits(model)
 
@@ -136,8 +137,15 @@ def test_from_pretrained_of_an_adapter_folder_loads_base_and_adapter(saved):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), expected)
 
 
+def test_anchors_are_refused_on_a_model_that_names_its_layers_otherwise(tmp_path):
+    """Without its head, the model has no prefix in the names of its layers."""
+    adapt(llama(), target_modules=["q_proj"], anchors=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^anchors=2: frozen rows .* such as 'layers\.0\..* under other names"):
+        llama().model.load_adapter(str(tmp_path))
+
+
 def test_saving_writes_only_the_adapter_for_both_libraries(tmp_path):
-    model = added({"normalization": "rms"})
+    model = added({"normalization": "rms", "anchors": 2})
     expected = logits(model)
     model.save_pretrained(tmp_path)
     files = {file.name for file in tmp_path.iterdir()}

@@ -163,7 +163,7 @@ def test_more_anchors_than_either_side_are_refused(kind):
         match=rf"^anchors=65 is above both sides of a \({rows}, {columns}\) weight; use at most {min(kind.shape)}",
     ):
         kind.layer(anchors=65)
-    assert kind.layer(anchors=64).expansion["default"].count == 64
+    assert kind.layer(anchors=64).expansion["default"].k == 64
 
 
 def test_anchors_follow_the_layer_and_keep_their_values(kind):

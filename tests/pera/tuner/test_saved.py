@@ -68,6 +68,13 @@ def test_layers_that_were_renamed_are_refused_if_they_have_anchors():
         saved_factors(renamed, config)
 
 
+def test_a_number_of_anchors_that_no_layer_has_is_refused_before_they_are_drawn():
+    weights, config = save(adapt(llama(), target_modules=["q_proj"], terms="none", anchors=3, coefficients="fixed"))
+    config.anchors = 10**6
+    with pytest.raises(UserError, match=r"^anchors=1000000 is above both sides of a \(32, 32\) weight"):
+        saved_factors(weights, config)
+
+
 def test_other_tensors_are_ignored():
     check(adapt(gpt2(), target_modules=["c_attn"], bias="all", modules_to_save=["ln_f"]))
 

@@ -27,6 +27,7 @@ def folders(tmp_path_factory):
         AutoModelForCausalLM.from_pretrained(base_folder),
         target_modules="all-linear",
         normalization="rms",
+        anchors=2,
         rank_pattern={"q_proj": 5},
         task_type="CAUSAL_LM",
     )
@@ -106,7 +107,7 @@ def test_the_configuration_saved_with_the_adapter(folders):
     assert saved["base_model_name_or_path"] == str(base_folder)
     assert saved["inference_mode"] is True
     assert saved["target_modules"] == sorted(saved["target_modules"])
-    assert (saved["peft_type"], saved["pera_version"], saved["normalization"]) == ("PERA", 1, "rms")
+    assert (saved["peft_type"], saved["pera_version"], saved["normalization"]) == ("PERA", 2, "rms")
 
 
 # Files that do not fit

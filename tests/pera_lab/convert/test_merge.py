@@ -55,6 +55,7 @@ def test_the_merged_model_has_the_files_and_configuration_of_the_base(finished_r
     [
         ("tiny_llama", {"normalization": "rms", "rank_pattern": {"v_proj": 2}, "pera_alpha": 5, "use_rslora": True}),
         ("tiny_llama", {"target_modules": ["lm_head"], "terms": "square"}),
+        ("tiny_llama", {"target_modules": ["embed_tokens", "q_proj"], "terms": "none", "anchors": 3}),
         ("tiny_llama", {"modules_to_save": ["lm_head"], "coefficients": "fixed"}),
         ("biased_llama", {"bias": "all"}),
         ("tiny_gpt2", {"target_modules": ["c_attn", "c_fc"], "normalization": "rms"}),

@@ -41,9 +41,9 @@ class Expansion(NamedTuple):
     anchors: Anchors | None = None
 
     @property
-    def count(self) -> int:
+    def k(self) -> int:
         """Number of anchors."""
-        return 0 if self.anchors is None else self.anchors.count
+        return 0 if self.anchors is None else self.anchors.k
 
 
 class PeraLayer(nn.Module, BaseTunerLayer):
@@ -205,7 +205,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             return h
         A, expansion = self.pera_A[adapter_name], self.expansion[adapter_name]
         r = self.r[adapter_name]
-        return fixed_coefficients(r, expansion.terms, expansion.count, dtype=A.dtype, device=A.device)
+        return fixed_coefficients(r, expansion.terms, expansion.k, dtype=A.dtype, device=A.device)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return (A, B, h) of the adapter: ``(r, columns)``, ``(rows, r)``, ``(num_coefficients,)``.
@@ -232,7 +232,7 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
         if not self._unchanging():
             return compute()
-        form = (expansion.terms, expansion.normalization, expansion.count)
+        form = (expansion.terms, expansion.normalization, expansion.k)
         return keep((self, adapter_name, dtype, *form, scaling), compute)
 
     def expansion_on(self, device: torch.device, adapter_name: str) -> Expansion:
