@@ -89,7 +89,7 @@ def _far(*settings: dict[str, Any], seeds: tuple[int, ...] = (1, 2, 3)) -> Plan:
 PLANS |= {
     "law-codes": _law("codes", (256, 512, 1024, 2048)),
     "law-phonebook": _law("phonebook", (50, 100, 200, 400)),
-    "steps": _far({"steps": 400}, {"steps": 6400}),
+    "steps": _far({"steps": 6400}, {"steps": 400}),
     "overload": _far({"count": 2048}),
     "settings": _far({"dtype": "bfloat16"}, {"batch": 128}, {"weight_decay": 0.01}, {"facts": "codes-reworded"}),
     "mlp": Plan(({"facts": "codes", "count": 1536, "site": "mlp", "steps": 400},), at(1, *CHOSEN)),

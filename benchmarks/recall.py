@@ -86,22 +86,23 @@ def measure(folder: Path, output: Path, ranks: Sequence[int]) -> None:
     pera("merge", str(folder), "--output", str(output / "merged"))
     base = str(local_folder(recipe.model.name))
     gguf = resolve_gguf(recipe.model.name)
-    found: dict[str, list[list[int]]] = {
-        "pera": own,
-        "LoRA, plain PEFT, float32": plain(base, output / "lora", "float32", prompts, length),
-        "LoRA, plain PEFT, bfloat16": plain(base, output / "lora", "bfloat16", prompts, length),
-        "merged, transformers, bfloat16": plain(str(output / "merged"), None, "bfloat16", prompts, length),
-    }
-    if gguf is not None:
-        found["GGUF, llama.cpp, base in Q4_1"] = llama_cpp(gguf, output / "gguf/adapter.gguf", prompts, length)
+    print("| run by | recall | answers equal to pera's |\n| --- | --- | --- |")
+
+    def show(name: str, answers: list[list[int]]) -> None:
+        right = sum(a[: len(e)] == e for a, e in zip(answers, expected, strict=True))
+        same = sum(a[: len(b)] == b for a, b in zip(answers, own, strict=True))
+        print(f"| {name} | {right} of {len(facts)} | {same} of {len(facts)} |", flush=True)
+
+    show("pera", own)
+    show("LoRA, plain PEFT, float32", plain(base, output / "lora", "float32", prompts, length))
+    show("LoRA, plain PEFT, bfloat16", plain(base, output / "lora", "bfloat16", prompts, length))
+    show("merged, transformers, bfloat16", plain(str(output / "merged"), None, "bfloat16", prompts, length))
     for rank in ranks:
         pera("export", str(folder), "--to", "lora", "--max-rank", str(rank), "--output", str(output / f"lora-{rank}"))
-        found[f"LoRA truncated to rank {rank}"] = plain(base, output / f"lora-{rank}", "float32", prompts, length)
-    print("| run by | recall | answers equal to pera's |\n| --- | --- | --- |")
-    for name, answers in found.items():
-        right = sum(a[: len(e)] == e for a, e in zip(answers, expected, strict=True))
-        same = sum(a == b for a, b in zip(answers, own, strict=True))
-        print(f"| {name} | {right} of {len(facts)} | {same} of {len(facts)} |")
+        show(f"LoRA truncated to rank {rank}", plain(base, output / f"lora-{rank}", "float32", prompts, length))
+    if gguf is not None:
+        answers = llama_cpp(gguf, output / "gguf/adapter.gguf", prompts, length)
+        show(f"GGUF, llama.cpp on {gguf.name}", answers)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def expand(
         X = X.contiguous()  # rows that lie apart are slow to gather
         appended.append(_products(X, terms, normalization, X if whole is None else working(whole), rho))
     if signs is not None:
-        appended.append((X.unsqueeze(-3) * _beside(signs, X).unsqueeze(-2)).flatten(-3, -2))
+        appended.append((X.unsqueeze(-3) * _constant_like(signs, X).unsqueeze(-2)).flatten(-3, -2))
     if not appended:
         return X
     if h is not None:
@@ -260,7 +260,7 @@ def expand_backward(
     count = num_products(r, terms)
     linear, products, crosses = grad[:r], grad[r : r + count], grad[r + count :]
     if signs is not None:
-        linear = linear + (crosses.unflatten(0, (-1, r)) * _beside(signs, X).unsqueeze(1)).sum(0)
+        linear = linear + (crosses.unflatten(0, (-1, r)) * _constant_like(signs, X).unsqueeze(1)).sum(0)
     if not count:
         return linear
     if normalization == "centred" and squares_and_crosses(terms)[0]:
@@ -360,7 +360,7 @@ def check(X: Tensor, h: Tensor | None, terms: Terms, normalization: Normalizatio
         raise UserError(f"h has shape {tuple(h.shape)}; r={r} and terms={terms!r}{frozen} need ({needed},).")
 
 
-def _beside(t: Tensor, X: Tensor) -> Tensor:
+def _constant_like(t: Tensor, X: Tensor) -> Tensor:
     """Return the constant ``t`` on the device and in the dtype of ``X``; for a DTensor, on its mesh."""
     t = t.to(X.device, X.dtype)
     return _replicated(t, X) if hasattr(X, "device_mesh") else t

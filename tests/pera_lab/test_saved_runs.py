@@ -26,11 +26,13 @@ def answers(run, which="adapter"):
     """The rows of the predictions without their scores, and the scores as a tensor."""
     rows = read_lines(run.predictions / f"{which}.jsonl")
     scores = [list((row.pop("scores") or {}).values()) for row in rows]
+    assert all(row.pop("log_likelihoods", None) is None for row in rows)  # 0.1.0 had no tasks that record them
     return rows, torch.tensor(scores, dtype=torch.float64)
 
 
 def without_seconds(scores):
-    return {which: {key: value for key, value in score.items() if key != "seconds"} for which, score in scores.items()}
+    later = {"seconds", "memory"}  # 0.1.0 had no tasks that measure memory
+    return {which: {key: value for key, value in score.items() if key not in later} for which, score in scores.items()}
 
 
 @pytest.mark.parametrize(
@@ -65,9 +67,7 @@ def test_the_effect_of_a_saved_run_is_reproduced(saved_run):
 def test_a_saved_run_is_opened_inspected_and_reported(name, saved_run, pera):
     run = saved_run(name)
     assert open_model(locate(str(run.path)))[0].active_adapter == "default"
-    inspected = pera("inspect", run.path)
-    assert inspected.code == (2 if name == "family" else 0), inspected.err
-    assert "is a LORA adapter" in inspected.err or name != "family"
+    assert pera("inspect", run.path).code == 0
     assert pera("report", run.path).code == 0
     page = (run.path / "report.html").read_text()
     assert name in page
