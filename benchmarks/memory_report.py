@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
+from memory_facts import CHOOSING
 from pera_lab.report.drawing import COLORS, draw_line, legend, new_figure, style, svg_text
 from pera_lab.study.statistics import adjusted
 from pera_lab.study.statistics import equivalent_rank as reaching_rank
 
-CHOOSING = 1000
 SETTING = ("facts", "count", "site", "steps", "batch", "vocabulary", "dtype", "weight_decay")
 Result = dict[str, Any]
 Setting = tuple[Any, ...]
