@@ -139,9 +139,10 @@ def chosen_table(runs: Runs, setting: Setting) -> str:
     for r in runs.ranks(setting):
         for method in runs.methods(setting, r):
             if found := runs.chosen(setting, method, r):
-                rows.append((r, method, f"{found[0]['rate']:g}", len(found), *_row(found)))
-    rows.sort(key=lambda row: (row[0], -float(row[6])))
-    return table(["r", "method", "rate", "n", *_COLUMNS], rows)
+                per_parameter = np.mean([x["bits_per_parameter"] for x in found])
+                rows.append((r, method, f"{found[0]['rate']:g}", len(found), f"{per_parameter:.2f}", *_row(found)))
+    rows.sort(key=lambda row: (row[0], -float(row[4])))
+    return table(["r", "method", "rate", "n", "bits per parameter", *_COLUMNS], rows)
 
 
 def reported_table(runs: Runs, setting: Setting) -> str:
@@ -159,7 +160,6 @@ def reported_table(runs: Runs, setting: Setting) -> str:
 _COLUMNS = (
     "parameters",
     "bits",
-    "bits per parameter",
     "recall",
     "p > 0.5",
     "effective rank",
@@ -182,7 +182,6 @@ def _row(found: Sequence[Result]) -> list[str]:
     return [
         f"{found[0]['parameters']:,}",
         f"{mean('bits'):,.0f}",
-        f"{mean('bits_per_parameter'):.2f}",
         f"{100 * mean('recall'):.0f} %",
         f"{100 * mean('likely'):.0f} %",
         f"{mean('effective_rank'):.1f}",
