@@ -20,7 +20,7 @@ LEARNED = 0.05
 """Share of the loss of :attr:`Fullness.base` below which nothing is left to learn."""
 
 Verdict = Literal["enough", "full", "undecided"]
-"""A LoRA of the needed rank would do; the adapter is full; or the measurements do not decide."""
+"""The adapter or a smaller one would do; the adapter is full; or the measurements do not decide."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,11 @@ class Fullness:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether a LoRA of the needed rank would do, or a larger adapter would learn more.
+        """Whether the adapter or a smaller one would do, or a larger adapter would learn more.
 
-        The needed rank suffices if it is at most r / 2, if hardly any loss is left, or if the adapter learned few bits
-        per parameter. Otherwise the adapter is full if it learned many bits per parameter.
+        A LoRA of the needed rank suffices if that is at most r / 2, or if the adapter learned few bits per parameter.
+        The adapter suffices as it is if hardly any loss is left. Otherwise it is full if it learned many bits per
+        parameter.
         """
         if self.needed is None:
             return "undecided"
@@ -131,17 +132,16 @@ class Fullness:
             return f"A LoRA of rank {needed} would do: cut to that rank, the adapter keeps {_share(kept)} of its gain."
         below = max(rank for rank in self.loss_at_rank if rank < needed)
         lost = (self.loss_at_rank[below] - self.loss) / self.gain
-        uses = f"a cut to rank {below} loses {_share(lost)} of the gain"
+        uses = f"a cut to rank {below} loses {_share(min(lost, 1.0))} of the gain"
         bits = f"it learned {self.learned.per_parameter:.2g} bits per parameter" if self.learned else ""
         if self.verdict == "full":
             return f"The adapter is full: {uses}, and {bits}. Anchors, a larger rank or more layers will store more."
         if self.verdict == "undecided":
             why = f"{bits}, between {ELICITED} and {TAUGHT}" if bits else "the bits that it learned are unknown"
             return f"Undecided: {uses}, and {why}. Train longer or with a larger rank to see whether the loss falls."
-        but = f"{bits}, which is far from full"
         if self.loss <= LEARNED * self.base:
-            but = f"only {_share(self.loss / self.base)} of the loss is left"
-        return f"A LoRA of rank {needed} would do: {uses}, but {but}."
+            return f"The adapter suffices: of a loss of {self.base:.3g}, {self.loss:.2g} is left. But {uses}."
+        return f"A LoRA of rank {needed} would do: {uses}, but {bits}, which is far from full."
 
 
 def _share(value: float) -> str:

@@ -105,7 +105,7 @@ def test_an_adapter_that_memorized_everything_is_not_full():
     found = memorized(lora(8), rows=32)
     assert found.loss < 0.01
     assert found.verdict == "enough"
-    assert " would do: " in found.sentence()
+    assert found.sentence().startswith("The adapter suffices: of a loss of 3.47, ")
 
 
 WHOLE = Fullness(2, 2, 1.9, 1.0, {0: 3.0, 1: 2.0}, 9.0, Learned(100, 700.0, 1000))
@@ -126,7 +126,8 @@ WHOLE = Fullness(2, 2, 1.9, 1.0, {0: 3.0, 1: 2.0}, 9.0, Learned(100, 700.0, 1000
             "A LoRA of rank 2 would do: a cut to rank 1 loses 50 % of the gain, but it learned 0.02 bits per parameter",
         ),
         ({"learned": None}, "undecided", "and the bits that it learned are unknown."),
-        ({"loss": 0.1}, "enough", "A LoRA of rank 2 would do: a cut to rank 1 loses 66 % of the gain, but only 3 % of"),
+        ({"loss": 0.1}, "enough", "of a loss of 3, 0.1 is left. But a cut to rank 1 loses 66 % of the gain."),
+        ({"loss_at_rank": {0: 3.0, 1: 9.0}}, "full", "a cut to rank 1 loses 100 % of the gain"),
         ({"loss_at_rank": {0: 3.0, 1: 1.09}}, "enough", "rank 1 would do: cut to that rank, the adapter keeps 96 %"),
         ({"loss_at_rank": {0: 3.0, 1: 1.2}}, "full", "a cut to rank 1 loses 10 %"),
         ({"frequency_loss": 2.0, "loss_at_rank": {0: 30.0, 1: 1.2}}, "full", "a cut to rank 1 loses 20 % of the gain"),
