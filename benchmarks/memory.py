@@ -40,6 +40,7 @@ from torch.nn.functional import cross_entropy
 import memory_plans
 from memory_facts import BASE, FACTS, Facts
 from memory_methods import METHODS
+from pera_lab.diagnose.factors import effective_rank
 from pera_lab.models import load_model
 
 
@@ -301,16 +302,12 @@ def _cuts(
 ) -> dict[str, Any]:
     """Effective rank of ΔW, and the scores with ΔW cut to r and 2 r directions and merged in bfloat16."""
     spectra = {name: torch.linalg.svd(delta.float(), full_matrices=False) for name, delta in deltas.items()}
-    ranks = []
-    for _, S, _ in spectra.values():
-        p = S.double().square()
-        p = p / p.sum().clamp(min=1e-300)
-        ranks.append(float(torch.special.entr(p).sum().exp()))
+    ranks = [effective_rank(S.double()) for _, S, _ in spectra.values()]
 
     def scored(weights: dict[str, Tensor]) -> dict[str, float]:
         for name, weight in weights.items():
             subject.model.get_submodule(name).weight.copy_(weight)
-        _forget(subject)
+        subject.remember()
         return subject.score(whole=whole)
 
     found: dict[str, Any] = {"effective_rank": sum(ranks) / len(ranks)}
@@ -321,13 +318,6 @@ def _cuts(
     found["merged_bfloat16"] = scored(merged)
     scored(originals)
     return found
-
-
-def _forget(subject: Subject) -> None:
-    """Compute the kept outputs again after a change of the base weights."""
-    for module in subject.model.modules():
-        if isinstance(module, Remembering) and module.seen is not None:
-            module.remember(module.seen)
 
 
 @lru_cache(maxsize=16)

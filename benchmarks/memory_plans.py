@@ -65,7 +65,6 @@ def at(r: int, *methods: str) -> tuple[tuple[str, int], ...]:
 PLANS: dict[str, Plan] = {
     **{f"variants-codes-{r}": Plan((codes(r),), at(r, *VARIANTS)) for r in (1, 2, 4)},
     **{f"anchors-codes-{r}": Plan((codes(r),), at(r, *ANCHORS)) for r in (1, 2, 4)},
-    **{f"rates-phonebook-{r}": Plan((phonebook(r),), at(r, *TESTED)) for r in (1, 2, 4)},
     **{
         f"confirm-{name}-{r}": Plan((load(r),), at(r, *TESTED), report=SEEDS)
         for name, load in (("codes", codes), ("phonebook", phonebook))

@@ -4,7 +4,7 @@
 
 The rate of a method is chosen on facts of other seeds; the tables use the seeds that are reported. Intervals are 95 %
 intervals of Student's t over seeds. A ratio of bits per parameter is the geometric mean over paired seeds, whose facts
-are the same, and its interval is that of the mean of the logarithms.
+are the same. Its interval and its p come from the logarithms; p is adjusted by Holm over all ratios of the test.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize
 
 from memory_facts import CHOOSING
 from pera_lab.report.drawing import COLORS, draw_line, legend, new_figure, style, svg_text
-from pera_lab.study.statistics import adjusted
 from pera_lab.study.statistics import equivalent_rank as reaching_rank
+from pera_lab.study.statistics import over_seeds
 
 SETTING = ("facts", "count", "site", "steps", "batch", "vocabulary", "dtype", "weight_decay")
 Result = dict[str, Any]
@@ -47,13 +47,8 @@ class Interval(NamedTuple):
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean with its 95 % interval; NaN ends for fewer than three values."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 3:
-        return Interval(mean, math.nan, math.nan, n)
-    error = stats.sem(values)
-    half = float(stats.t.ppf(0.975, n - 1) * error)
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
-    return Interval(mean, mean - half, mean + half, n, p)
+    found = over_seeds(values, 0)
+    return Interval(found.mean, found.low, found.high, found.seeds, found.p)
 
 
 def ratio(values: Sequence[float]) -> Interval:
@@ -62,6 +57,16 @@ def ratio(values: Sequence[float]) -> Interval:
         return Interval(math.nan, math.nan, math.nan, len(values))
     x = interval([math.log(value) for value in values])
     return Interval(math.exp(x.mean), math.exp(x.low), math.exp(x.high), x.n, x.p)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p-values of several comparisons, adjusted for their number (Holm): the chance of any false one is bounded."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    found, least = [1.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(p) - rank) * p[i]))
+        found[i] = least
+    return found
 
 
 def load(files: Iterable[Path]) -> list[Result]:
@@ -220,7 +225,7 @@ def comparisons(runs: Runs, setting: Setting, methods: Sequence[str], against: S
 
 def ratio_table(found: Sequence[Comparison]) -> str:
     decided = [x for x in found if not math.isnan(x.ratio.p)]
-    corrected = dict(zip(map(id, decided), adjusted([x.ratio.p for x in decided]), strict=True))
+    corrected = dict(zip(map(id, decided), holm([x.ratio.p for x in decided]), strict=True))
     rows = [
         (
             x.setting[0],

@@ -5,7 +5,7 @@
 The run is exported with `pera export` to a LoRA and to GGUF and merged with `pera merge`. Greedy decoding of all facts
 is then done by pera, by plain PEFT in a process that does not import pera, by the merged model in bfloat16, by
 llama.cpp on the base's GGUF file, and by LoRAs that are truncated to lower ranks. The table shows the recall of each,
-and how many answers are those of pera.
+and how many answers equal pera's.
 """
 
 from __future__ import annotations

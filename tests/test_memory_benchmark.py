@@ -55,6 +55,10 @@ def test_ratio_is_paired_by_seed_and_its_interval_is_students():
     assert x.ratio[:3] == pytest.approx([math.exp(mean), math.exp(mean - half), math.exp(mean + half)], rel=1e-5)
 
 
+def test_p_is_adjusted_by_holm():
+    assert report.holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+
+
 def test_lora_is_the_better_start_on_the_facts_for_choosing():
     found = runs(
         line("lora", 1, 1000, 40),

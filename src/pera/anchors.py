@@ -41,8 +41,7 @@ class Anchors(NamedTuple):
 def draw_anchors(count: int, seed: int, name: str, rows: int, columns: int) -> Anchors | None:
     """Return the frozen rows of a layer, on the CPU; None for ``count`` 0.
 
-    Row c depends on the other arguments and on c alone, so the rows of a smaller ``count`` come first in those of a
-    larger one.
+    Row c depends on the other arguments and on c alone, so a larger ``count`` begins with the rows of a smaller one.
 
     Args:
         count: k, the number of anchors.

@@ -83,7 +83,7 @@ class PeraModel(BaseTuner):
             raise
 
     def _check_anchors(self, layers: Iterable[PeraLayer], adapter_name: str) -> None:
-        """Record the names that the anchors of a new adapter are drawn from; compare those of a saved adapter."""
+        """Record the names that the anchors of a new adapter are drawn from; compare the names of a saved adapter."""
         config: Any = self.peft_config[adapter_name]
         names = {layer.module_name for layer in layers if adapter_name not in layer.tied}
         if config.anchors and names:

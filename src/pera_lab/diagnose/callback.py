@@ -1,4 +1,4 @@
-"""The high-order ratio, and that of the anchors, during training."""
+"""The ratios of the high-order terms and of the anchors during training."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ class PhoneBookTask(MemoryTask):
         tokens = len(tokenizer(number, add_special_tokens=False).input_ids)
         uneven = (
             f"the tokenizer writes the ten digits {number} as {tokens} tokens; loss and p > 0.5 by token cannot be "
-            "compared with those of tokenizers that write one token per digit. Bits can."
+            "compared between this tokenizer and one that writes one token per digit. Bits can."
         )
         return [*super().tokenizer_notes(tokenizer, splits), *([uneven] if tokens != len(number) else [])]
 

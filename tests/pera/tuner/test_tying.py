@@ -105,7 +105,7 @@ def test_tied_layers_share_one_update(tied, adapted):
 
 
 def test_tied_layers_share_their_anchors(tied):
-    """The frozen rows of the head are those of the embedding, with the sides exchanged."""
+    """The head has the frozen rows of the embedding, with the sides exchanged."""
     model = tied.adapt("embedding", "other", terms="none", anchors=3)
     embedding, head = (layers(model)[name].expansion["default"].anchors for name in (tied.embedding, "lm_head"))
     assert torch.equal(head.V, embedding.U_T)
