@@ -18,26 +18,23 @@ NLL / ln 2) over the answer tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import re
-import subprocess
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import memory_plans
+from grid import Store, choose
 from memory_facts import BASE, FACTS, Facts
 from memory_methods import METHODS
 from pera_lab.diagnose.factors import effective_rank
@@ -65,10 +62,6 @@ class Run:
     """What the softmax is over: "answers", the possible answers, or "whole"."""
     dtype: str = "float32"
     weight_decay: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 class Site(NamedTuple):
@@ -277,7 +270,7 @@ def train(run: Run) -> dict[str, Any]:
             layer.weight.copy_(weight)
         if math.isfinite(scores["loss"]):
             found |= _cuts(subject, originals, deltas, run.r, whole)
-    return {**asdict(run), **found, "curve": curve, "seconds": round(seconds, 1), **environment()}
+    return {**found, "curve": curve, "seconds": round(seconds, 1)}
 
 
 def _layer(layers: dict[str, nn.Linear], name: str) -> nn.Linear:
@@ -332,75 +325,14 @@ def prepared(run: Run) -> Subject:
     return subject
 
 
-@cache
-def environment() -> dict[str, Any]:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
-    versions = {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()}
-    return {"commit": commit, "versions": versions}
-
-
-class Store:
-    """The finished runs of a folder, one JSON line each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "runs.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
-        if lines and not lines[-1].endswith("\n"):  # cut off by an interruption
-            self.file.write_text("".join(lines[:-1]))
-            lines.pop()
-        self.results = {_run(line).name: line for line in map(json.loads, lines)}
-
-    def result(self, run: Run) -> dict[str, Any]:
-        """The result of ``run``, trained now unless it is there."""
-        if run.name not in self.results:
-            self.results[run.name] = found = train(run)
-            with self.file.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            print(
-                f"{run.facts} {run.count} {run.site} {run.method} r={run.r} rate={run.rate:.3g} seed={run.seed}: "
-                f"{found['bits']:.0f} bits, {found['bits_per_parameter']:.2f} a parameter, "
-                f"recall {found['recall']:.0%}, {found['seconds']} s",
-                flush=True,
-            )
-        return self.results[run.name]
-
-
-def _run(line: dict[str, Any]) -> Run:
-    return Run(**{f.name: line[f.name] for f in fields(Run)})
-
-
-def choose(store: Store, run: Run, rates: Iterable[float], seeds: Iterable[int]) -> float:
-    """The rate with the most bits, in the mean of the choosing seeds. A best rate at an edge extends the grid."""
-    bits: dict[int, float] = {}
-    wanted = [round(4 * math.log10(rate)) for rate in rates]
-    while wanted:
-        for step in wanted:
-            found = [store.result(replace(run, rate=rate_at(step), seed=seed))["bits"] for seed in seeds]
-            bits[step] = sum(found) / len(found) if all(map(math.isfinite, found)) else -math.inf
-        best = max(bits, key=lambda step: bits[step])
-        edge = {min(bits): -STEP, max(bits): STEP}
-        wanted = [best + edge[best]] if best in edge else []
-    return rate_at(best)
-
-
-STEP = 2
-"""Steps of the grid of rates, in quarters of a decade."""
-
-
-def rate_at(step: int) -> float:
-    return float(f"{10 ** (step / 4):.3g}")
-
-
-def work(store: Store, plan: memory_plans.Plan, minutes: float) -> bool:
+def work(store: Store[Run], plan: memory_plans.Plan, minutes: float) -> bool:
     """Do what is left of a plan for so many minutes. Returns whether all is done."""
     end = time.monotonic() + 60 * minutes
     for cell in plan.cells():
         if time.monotonic() > end:
             return False
         run = Run(**cell, rate=0.0, seed=0)
-        rate = plan.fixed.get(run.method) or choose(store, run, plan.rates, plan.choose)
+        rate = plan.fixed.get(run.method) or choose(store, run, plan.rates, plan.choose, lambda x: x["bits"])
         for seed in plan.report:
             store.result(replace(run, rate=rate, seed=seed))
     return True
@@ -414,7 +346,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop before the next method after this time")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    store = Store(options.output)
+    store = Store(options.output, Run, train)
     for name in options.plan:
         done = work(store, memory_plans.PLANS[name], options.minutes)
         print(f"{name}: {'done' if done else 'stopped; the same command resumes'}")

@@ -1,0 +1,286 @@
+"""Do anchors help where nothing has to be stored? Ordinary tasks at the site of benchmarks/memory.py.
+
+    python benchmarks/ordinary.py [TASK ...] [--output FOLDER] [--data ../shared/data]   # resumes; one JSON line a run
+
+SmolLM2-135M with an adapter on down_proj of the last block, as in the test of docs/results/memory.md. The answer is one
+token after a prompt (GLUE), or every token of a solution (GSM8K). All layers below are frozen, so the inputs of
+the site are computed once, in bfloat16, and kept. The softmax is over the possible answers; for GSM8K over the tokens
+that occur in solutions.
+
+A run draws its training rows, their order and its initial weights from its seed. Rates are chosen by the loss on
+held-out training rows. Reported runs are scored on the validation set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import get_peft_model
+from sklearn.metrics import matthews_corrcoef
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from grid import Store, choose
+from memory import SITES, base
+from memory_facts import CHOOSING, tokenizer
+from memory_methods import METHODS
+from pera_lab.diagnose.factors import effective_rank
+
+SITE = SITES["down"]
+TESTED = ("lora", "anchors-16", "hira", "pera-rms")
+RANKS = (1, 2, 4)
+SEEDS = (1, 2, 3, 4, 5)
+RATES = {"hira": (0.0316, 0.1, 0.316, 1.0), "full": (1e-5, 3.16e-5, 1e-4, 3.16e-4)}
+"""The first grid of a method; all others start from ``USUAL``. A best rate at an edge extends it."""
+USUAL = (1e-3, 3.16e-3, 0.01, 0.0316)
+ROWS = 4000
+"""Training rows (GSM8K: tokens) that a seed draws."""
+HELD_OUT = 1000
+STEPS = 600
+BATCH = 128
+CURVE = (25, 50, 100, 200, 400)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. Two runs with equal fields are the same training."""
+
+    task: str
+    method: str
+    r: int
+    rate: float
+    seed: int
+
+
+class Prompted(NamedTuple):
+    """A task whose answer is one word after a prompt."""
+
+    prompt: Callable[[dict[str, Any]], str]
+    answers: tuple[str, str]
+    """Of label 0 and label 1."""
+
+
+GLUE = {
+    "sst2": Prompted(lambda row: f"Review: {row['sentence']}\nSentiment:", (" negative", " positive")),
+    "cola": Prompted(lambda row: f"Sentence: {row['sentence']}\nGrammatical:", (" no", " yes")),
+    "mrpc": Prompted(lambda row: f"{row['sentence1']}\n{row['sentence2']}\nSame meaning:", (" no", " yes")),
+    "qnli": Prompted(lambda row: f"{row['question']}\n{row['sentence']}\nAnswered:", (" yes", " no")),
+}
+TASKS = (*GLUE, "gsm8k")
+
+
+def texts(task: str, part: str, data: Path) -> Iterator[tuple[str, str]]:
+    """Prompts and answers of the training or the test rows."""
+    if task in GLUE:
+        file = data / "glue" / task / {"train": "train.jsonl", "test": "validation.jsonl"}[part]
+        for row in map(json.loads, file.read_text().splitlines()):
+            yield GLUE[task].prompt(row), GLUE[task].answers[row["label"]]
+    else:
+        for row in map(json.loads, (data / "gsm8k" / f"{part}.jsonl").read_text().splitlines()):
+            yield f"{row['question']}\n", row["answer"]
+
+
+class Inputs(NamedTuple):
+    """What enters the site for tokens to predict: ``(tokens, in_features)``, the residual stream, and the tokens."""
+
+    x: Tensor
+    residual: Tensor
+    labels: Tensor
+
+    def rows(self, index: Tensor) -> Inputs:
+        return Inputs(*(part[index] for part in self))
+
+
+LIMIT = {"train": 6000, "test": 2000}
+"""Rows of a task that are used, drawn with a fixed seed (GSM8K: 300 and 60 problems)."""
+PROBLEMS = {"train": 300, "test": 60}
+
+
+@torch.no_grad()
+def inputs(task: str, part: str, data: Path) -> Inputs:
+    """The inputs of the site for every answer token of a task."""
+    model = base(torch.bfloat16)
+    rows = list(texts(task, part, data))
+    random.Random(0).shuffle(rows)
+    rows = rows[: (PROBLEMS if task == "gsm8k" else LIMIT)[part]]
+    encoded = []
+    for prompt, answer in rows:
+        p, a = (tokenizer()(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+        encoded.append((p[-256:], a if task == "gsm8k" else a[:1]))
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
+    found: dict[int, Inputs] = {}
+    block = model.model.layers[SITE.block]
+    for part_of in torch.tensor(order).split(32):
+        chosen = [encoded[i] for i in part_of.tolist()]
+        width = max(len(p) + len(a) for p, a in chosen) - 1
+        ids = torch.tensor([(p + a[:-1]) + [0] * (width - len(p) - len(a) + 1) for p, a in chosen])
+        rotary = model.model.rotary_emb(torch.empty(1, dtype=torch.bfloat16), torch.arange(width).unsqueeze(0))
+        h = model.model.embed_tokens(ids)
+        for layer in model.model.layers[: SITE.block]:
+            h = layer(h, position_embeddings=rotary)
+        attended, _ = block.self_attn(block.input_layernorm(h), position_embeddings=rotary, attention_mask=None)
+        h = h + attended
+        inner = block.post_attention_layernorm(h)
+        x = block.mlp.act_fn(block.mlp.gate_proj(inner)) * block.mlp.up_proj(inner)
+        for i, row, (p, a) in zip(part_of.tolist(), range(len(chosen)), chosen, strict=True):
+            places = slice(len(p) - 1, len(p) + len(a) - 1)
+            found[i] = Inputs(x[row, places].float(), h[row, places].float(), torch.tensor(a))
+    return Inputs(*(torch.cat(parts) for parts in zip(*(found[i] for i in range(len(rows))), strict=True)))
+
+
+@cache
+def kept(task: str, part: str, data: Path, folder: Path) -> Inputs:
+    """:func:`inputs`, kept in a file."""
+    file = folder / f"{task}-{part}.pt"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(inputs(task, part, data), file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+    return Inputs(*torch.load(file, weights_only=False))
+
+
+class Subject:
+    """The last projection and the head of the base, for the inputs of a task."""
+
+    def __init__(self, task: str, data: Path, folder: Path) -> None:
+        self.model = base(torch.float32)
+        self.train, self.test = (kept(task, part, data, folder) for part in ("train", "test"))
+        candidates = torch.cat([self.train.labels, self.test.labels]).unique()
+        self.index = torch.full((self.model.config.vocab_size,), -1)
+        self.index[candidates] = torch.arange(len(candidates))
+        self.head = self.model.lm_head.weight[candidates]
+        other = "sst2" if task == "gsm8k" else "gsm8k"
+        self.other = kept(other, "test", data, folder).rows(torch.arange(500))
+
+    def split(self, seed: int) -> tuple[Inputs, Inputs]:
+        """Training rows and the rows that are scored. Rates are chosen on the first rows, reported on the others."""
+        count = len(self.train.labels)
+        if seed >= CHOOSING:
+            chosen = torch.arange(HELD_OUT, min(count, HELD_OUT + ROWS))
+            return self.train.rows(chosen), self.train.rows(torch.arange(HELD_OUT))
+        draw = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return self.train.rows(draw[: min(ROWS, count - HELD_OUT)]), self.test
+
+    def states(self, rows: Inputs) -> Tensor:
+        block = self.model.model.layers[SITE.block]
+        return self.model.model.norm(rows.residual + block.mlp.down_proj(rows.x))
+
+    def logits(self, rows: Inputs) -> Tensor:
+        return self.states(rows) @ self.head.T
+
+    def loss(self, rows: Inputs) -> Tensor:
+        return cross_entropy(self.logits(rows), self.index[rows.labels])
+
+    @torch.no_grad()
+    def score(self, rows: Inputs) -> dict[str, float]:
+        """Mean NLL in nats, accuracy, and Matthews' correlation of the answers."""
+        logits, labels = self.logits(rows), self.index[rows.labels]
+        answers = logits.argmax(-1)
+        return {
+            "loss": float(cross_entropy(logits, labels)),
+            "accuracy": float((answers == labels).double().mean()),
+            "matthews": float(matthews_corrcoef(labels, answers)),
+        }
+
+    @torch.no_grad()
+    def elsewhere(self) -> Tensor:
+        """Log-probabilities of the whole vocabulary on texts of another kind, ``(tokens, vocabulary)``."""
+        return self.model.lm_head(self.states(self.other)).log_softmax(-1)
+
+
+def train(run: Run, subject: Subject) -> dict[str, Any]:
+    """Train and score one run."""
+    start = time.perf_counter()
+    rows, scored = subject.split(run.seed)
+    layer = subject.model.get_submodule("model.layers.29.mlp.down_proj")
+    original, before = layer.weight.detach().clone(), subject.elsewhere()
+    torch.manual_seed(run.seed)
+    method = METHODS[run.method]
+    adapted = None
+    if method.config is None:
+        parameters = [layer.weight.requires_grad_()]
+    else:
+        adapted = get_peft_model(subject.model, method.config(run.r, SITE.targets))
+        method.prepare(adapted)
+        parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    curve = {0: subject.score(scored)["loss"]}
+    for step, batch in enumerate(_batches(len(rows.labels)), 1):
+        loss = subject.loss(rows.rows(batch))
+        if not math.isfinite(loss.item()):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in CURVE:
+            curve[step] = subject.score(scored)["loss"]
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in parameters), **subject.score(scored)}
+    found |= {"train_loss": subject.score(rows)["loss"], "curve": curve}
+    after = subject.elsewhere()
+    found["forgetting"] = float((before.exp() * (before - after)).sum(-1).mean())
+    with torch.no_grad():
+        if adapted is not None:
+            adapted.merge_adapter()
+            delta = subject.model.get_submodule("model.layers.29.mlp.down_proj").base_layer.weight - original
+            adapted.unmerge_adapter()
+            adapted.unload()
+        else:
+            delta = layer.weight - original
+        layer = subject.model.get_submodule("model.layers.29.mlp.down_proj")
+        layer.weight.requires_grad_(False)
+        if math.isfinite(found["loss"]):
+            U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+            found["effective_rank"] = effective_rank(S.double())
+            layer.weight.copy_(original + U[:, : run.r] * S[: run.r] @ Vh[: run.r])
+            found["cut_r"] = subject.score(scored)["loss"]
+        layer.weight.copy_(original)
+    return {**found, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _batches(count: int) -> Iterator[Tensor]:
+    done = 0
+    while True:
+        for batch in torch.randperm(count).split(BATCH):
+            if done == STEPS:
+                return
+            done += 1
+            yield batch
+
+
+def main() -> None:
+    torch.set_flush_denormal(True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="*", choices=TASKS, default=TASKS)
+    parser.add_argument(
+        "--output", type=Path, default=Path("ordinary"), help="folder of runs.jsonl (default: ordinary)"
+    )
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    options = parser.parse_args()
+    for task in options.task:
+        subject = Subject(task, options.data, options.output / "inputs")
+        store = Store(options.output, Run, partial(train, subject=subject))
+        for method, r in [*((method, r) for r in RANKS for method in TESTED), ("full", 1)]:
+            run = Run(task, method, r, 0.0, 0)
+            rate = choose(store, run, RATES.get(method, USUAL), [CHOOSING], lambda x: -x["loss"])
+            if method == "lora":
+                of_lora = rate
+            for seed in SEEDS:
+                store.result(replace(run, rate=rate, seed=seed))
+                if method in ("anchors-16", "pera-rms"):  # learning curves at LoRA's own rate
+                    store.result(replace(run, rate=of_lora, seed=seed))
+
+
+if __name__ == "__main__":
+    main()
