@@ -26,7 +26,19 @@ from pera_lab.report.drawing import COLORS, draw_line, legend, new_figure, style
 from pera_lab.study.statistics import equivalent_rank as reaching_rank
 from pera_lab.study.statistics import over_seeds
 
-SETTING = ("facts", "count", "site", "steps", "batch", "vocabulary", "dtype", "weight_decay")
+SETTING = {
+    "facts": "",
+    "count": 0,
+    "site": "down",
+    "steps": 1600,
+    "batch": None,
+    "vocabulary": "answers",
+    "dtype": "float32",
+    "weight_decay": 0.0,
+    "dropout": 0.0,
+    "base": "pretrained",
+}
+"""What is varied, with its usual value, which early runs of the archive do not state."""
 Result = dict[str, Any]
 Setting = tuple[Any, ...]
 
@@ -83,7 +95,7 @@ class Runs:
     def __init__(self, results: Iterable[Result]) -> None:
         self.all: dict[tuple[Setting, str, int], list[Result]] = defaultdict(list)
         for x in results:
-            self.all[tuple(x[key] for key in SETTING), x["method"], x["r"]].append(x)
+            self.all[tuple(x.get(key, usual) for key, usual in SETTING.items()), x["method"], x["r"]].append(x)
 
     def rate(self, setting: Setting, method: str, r: int) -> tuple[float, float]:
         """The rate with the most bits on the facts for choosing, and those bits. Where none was chosen, the rate that
@@ -126,10 +138,11 @@ class Runs:
 
 
 def described(setting: Setting) -> str:
-    facts, count, site, steps, batch, vocabulary, dtype, decay = setting
+    facts, count, site, steps, batch, vocabulary, dtype, decay, dropout, base = setting
     parts = [f"{count:,} facts of {facts!r}", f"site {site!r}", f"{steps:,} steps"]
     parts += [f"minibatches of {batch}"] * (batch is not None) + ["whole vocabulary"] * (vocabulary == "whole")
     parts += [dtype] * (dtype != "float32") + [f"weight decay {decay:g}"] * (decay != 0)
+    parts += [f"dropout {dropout:g}"] * (dropout != 0) + [f"{base} base"] * (base != "pretrained")
     return ", ".join(parts)
 
 
@@ -343,7 +356,7 @@ def tested_settings(runs: Runs) -> list[Setting]:
     return [
         s
         for s in runs.settings()
-        if s[2:] == ("down", 1600, None, "answers", "float32", 0.0)
+        if s[2:] == tuple(SETTING.values())[2:]
         and s[0] in ("codes", "phonebook")
         and s[1] in {load_at(s[0], r) for r in (1, 2, 4)}
     ]

@@ -99,7 +99,7 @@ def test_cached_hidden_states_give_the_logits_of_the_whole_model(site):
     import memory
 
     facts = memory.FACTS["generated"](6, seed=3)
-    subject = memory.Subject(facts, memory.SITES[site], torch.float32)
+    subject = memory.Subject(facts, memory.SITES[site], memory.base("float32"))
     subject.remember()
     for i, (question, answer) in enumerate(zip(facts.questions, facts.answers, strict=True)):
         with torch.no_grad():
