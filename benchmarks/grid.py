@@ -35,7 +35,7 @@ class Store(Generic[R]):
             self.file.write_text("".join(lines[:-1]))
             lines.pop()
         keys = [f.name for f in fields(kind)]
-        self.results = {name(kind(**{key: x[key] for key in keys})): x for x in map(json.loads, lines)}
+        self.results = {name(kind(**{key: x[key] for key in keys if key in x})): x for x in map(json.loads, lines)}
 
     def result(self, run: R) -> Result:
         """The result of ``run``, trained now unless it is there."""

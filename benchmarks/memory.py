@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes.functional import dequantize_nf4, quantize_nf4
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -61,7 +62,12 @@ class Run:
     vocabulary: str = "answers"
     """What the softmax is over: "answers", the possible answers, or "whole"."""
     dtype: str = "float32"
+    """Of the model and its arithmetic. "nf4" rounds the frozen matrices to NF4 and computes in float32."""
     weight_decay: float = 0.0
+    dropout: float = 0.0
+    """Of the adapter's input."""
+    base: str = "pretrained"
+    """"random" draws the weights of the base model anew, so its hidden states carry no knowledge."""
 
 
 class Site(NamedTuple):
@@ -107,9 +113,9 @@ class Remembering(nn.Linear):
 class Subject:
     """The base model from the first adapted layer on, with the hidden states that enter it for given facts."""
 
-    def __init__(self, facts: Facts, site: Site, dtype: torch.dtype) -> None:
-        self.facts, self.site = facts, site
-        self.model = base(dtype)
+    def __init__(self, facts: Facts, site: Site, model: Any) -> None:
+        self.facts, self.site, self.model = facts, site, model
+        dtype = model.dtype
         self.layers = self.model.model.layers
         self.block = self.layers[site.block]
         rows = [q + a[:-1] for q, a in zip(facts.questions, facts.answers, strict=True)]
@@ -214,8 +220,15 @@ class Subject:
 
 
 @cache
-def base(dtype: torch.dtype) -> Any:
-    model = load_model(BASE, dtype=str(dtype).removeprefix("torch."))
+def base(dtype: str, weights: str = "pretrained") -> Any:
+    """SmolLM2-135M, frozen; ``dtype`` and ``weights`` as in :class:`Run`."""
+    model = load_model(BASE, dtype="float32" if dtype == "nf4" else dtype)
+    if weights == "random":
+        torch.manual_seed(0)
+        model = type(model)(model.config).to(model.dtype)
+    if dtype == "nf4":
+        for layer in (m for m in model.model.layers.modules() if isinstance(m, nn.Linear)):
+            layer.weight.data = dequantize_nf4(*quantize_nf4(layer.weight.data))
     return model.eval().requires_grad_(False)
 
 
@@ -233,7 +246,10 @@ def train(run: Run) -> dict[str, Any]:
         parameters = [subject.model.get_submodule(name).weight.requires_grad_() for name in names]
         groups: list[dict[str, Any]] = [{"params": parameters, "lr": run.rate}]
     else:
-        adapted = get_peft_model(subject.model, method.config(run.r, site.targets))
+        config = method.config(run.r, site.targets)
+        if run.dropout:
+            setattr(config, next(key for key in vars(config) if key.endswith("_dropout")), run.dropout)
+        adapted = get_peft_model(subject.model, config).train(run.dropout > 0)
         method.prepare(adapted)
         named = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad]
         groups = [{"params": [p], "lr": run.rate * method.ratio(n)} for n, p in named]
@@ -252,6 +268,7 @@ def train(run: Run) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         schedule.step()
+    subject.model.eval()
     seconds = time.perf_counter() - start
     count = sum(p.numel() for p in parameters)
     scores = subject.score(whole=whole)
@@ -314,13 +331,13 @@ def _cuts(
 
 
 @lru_cache(maxsize=16)
-def _prepared(facts: str, count: int, seed: int, site: str, dtype: str) -> Subject:
-    return Subject(FACTS[facts](count, seed), SITES[site], getattr(torch, dtype))
+def _prepared(facts: str, count: int, seed: int, site: str, dtype: str, weights: str) -> Subject:
+    return Subject(FACTS[facts](count, seed), SITES[site], base(dtype, weights))
 
 
 def prepared(run: Run) -> Subject:
     """The subject of a run, ready to be trained."""
-    subject = _prepared(run.facts, run.count, run.seed, run.site, run.dtype)
+    subject = _prepared(run.facts, run.count, run.seed, run.site, run.dtype, run.base)
     subject.remember()
     return subject
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import combinations_with_replacement
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from peft import (
 from torch import Tensor
 
 from pera import PeraConfig
-from pera.polynomial import expanded_rank
+from pera.polynomial import expanded_rank, rms
 from pera.tuner import adapted_layers
 
 
@@ -117,7 +118,33 @@ def _singular_rows(layer: Any, k: int, columns: int) -> tuple[Tensor, Tensor]:
     return Vh[:k] * columns**0.5, U[:, :k].T.contiguous() * layer.out_features**0.5
 
 
+def _third_degree(model: Any) -> None:
+    """Add the products of three learned rows, a_i ⊙ a_j ⊙ a_k / ρ_A² and the same of B, each with a coefficient."""
+    for layer in adapted_layers(model.get_base_model(), "default").values():
+        A, B = layer.pera_A["default"], layer.pera_B["default"]
+        index = torch.tensor(list(combinations_with_replacement(range(len(A)), 3))).unbind(1)
+        layer.pera_third = torch.nn.Parameter(torch.full((len(index[0]),), ACTIVE["init_coefficients"]))
+        second = layer.get_delta_weight
+
+        def factors(A: Tensor = A, B: Tensor = B, index: Any = index, layer: Any = layer) -> tuple[Tensor, Tensor]:
+            A3, B3 = (math.prod(X[i] for i in index) / rms(X) ** 2 for X in (A, B.T))
+            return layer.pera_third.unsqueeze(1) * A3, B3
+
+        def add(_: Any, inputs: Any, output: Tensor, factors: Any = factors, layer: Any = layer) -> Tensor:
+            A3, B3 = factors()
+            return output if layer.merged else output + inputs[0] @ A3.T @ B3
+
+        def whole(name: str, factors: Any = factors, second: Any = second) -> Tensor:
+            A3, B3 = factors()
+            return second(name) + B3.T @ A3
+
+        layer.register_forward_hook(add)
+        layer.get_delta_weight = whole
+
+
 METHODS |= {
+    "pera-third": METHODS["pera-rms"]._replace(prepare=_third_degree),
+    "anchors-16-third": METHODS["anchors-16-all"]._replace(prepare=_third_degree),
     "loha": Method(_loha),
     "lokr": Method(_lokr),
     "gralora": Method(_gralora),

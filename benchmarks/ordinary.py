@@ -109,7 +109,7 @@ PROBLEMS = {"train": 300, "test": 60}
 @torch.no_grad()
 def inputs(task: str, part: str, data: Path) -> Inputs:
     """The inputs of the site for every answer token of a task."""
-    model = base(torch.bfloat16)
+    model = base("bfloat16")
     rows = list(texts(task, part, data))
     random.Random(0).shuffle(rows)
     rows = rows[: (PROBLEMS if task == "gsm8k" else LIMIT)[part]]
@@ -124,7 +124,7 @@ def inputs(task: str, part: str, data: Path) -> Inputs:
         chosen = [encoded[i] for i in part_of.tolist()]
         width = max(len(p) + len(a) for p, a in chosen) - 1
         ids = torch.tensor([(p + a[:-1]) + [0] * (width - len(p) - len(a) + 1) for p, a in chosen])
-        rotary = model.model.rotary_emb(torch.empty(1, dtype=torch.bfloat16), torch.arange(width).unsqueeze(0))
+        rotary = model.model.rotary_emb(torch.empty(1, dtype=model.dtype), torch.arange(width).unsqueeze(0))
         h = model.model.embed_tokens(ids)
         for layer in model.model.layers[: SITE.block]:
             h = layer(h, position_embeddings=rotary)
@@ -153,7 +153,7 @@ class Subject:
     """The last projection and the head of the base, for the inputs of a task."""
 
     def __init__(self, task: str, data: Path, folder: Path) -> None:
-        self.model = base(torch.float32)
+        self.model = base("float32")
         self.train, self.test = (kept(task, part, data, folder) for part in ("train", "test"))
         candidates = torch.cat([self.train.labels, self.test.labels]).unique()
         self.index = torch.full((self.model.config.vocab_size,), -1)

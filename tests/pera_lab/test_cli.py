@@ -178,6 +178,25 @@ def test_usage_errors_are_one_sentence(line, words, refused):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        *("quickstart", "study run small", "study report study", "inspect run", "merge run --output merged"),
+        *("export run --to lora --output lora", "import lora --from lora --output run", "verify run run", "chat run"),
+        *("report run", "env"),
+    ],
+)
+def test_commands_that_run_in_one_process_are_refused_in_several(line, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = " ".join(line.split()[: 2 if line.startswith("study") else 1])
+    refused(*line.split(), words=["WORLD_SIZE=2", f"'pera {command}'", "one process", "without torchrun"])
+
+
+def test_lm_eval_is_refused_in_several_processes(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("evaluate", "run", "--lm-eval", "piqa", words=["WORLD_SIZE=2", "--lm-eval", "one process"])
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         ("trainign.seed=1", ["trainign", "'training'"]),

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from pera_lab import processes
 from pera_lab.cli import convert, show, study, train
 
 OUT_OF_MEMORY = (
@@ -30,12 +31,22 @@ LONGEST = 1000
 """Maximum number of characters of a message, which may quote a value of any length."""
 
 
+DISTRIBUTED = ("train", "evaluate", "predict")
+"""The commands that torchrun and accelerate can start in several processes."""
+
+
 class Command(TyperCommand):
     """A command that holds back the messages of the libraries, then runs. Its help and its usage errors come before."""
 
     def invoke(self, ctx: Any) -> Any:
         from pera_lab.cli.console import held_warnings
 
+        if processes.count() > 1 and ctx.command_path.removeprefix("pera ") not in DISTRIBUTED:
+            _exit(
+                f"WORLD_SIZE={processes.count()}: {ctx.command_path!r} runs in one process; start it without torchrun "
+                "and accelerate launch, or unset WORLD_SIZE.",
+                2,
+            )
         try:
             with nullcontext() if _debugging() else held_warnings():
                 from transformers.utils import logging
@@ -76,10 +87,12 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Run the ``pera`` command and exit. Every error is printed as one sentence."""
-    from pera_lab.cli.console import accept_any_text
+    from pera_lab.cli.console import accept_any_text, silence
 
     accept_any_text()
     try:
+        if not processes.is_main():
+            silence()
         result = app(prog_name="pera", standalone_mode=False)
         if isinstance(result, Exception):
             raise result
@@ -118,11 +131,13 @@ def _mistake(error: Exception) -> tuple[str, int]:
 
 def _exit(message: str, code: int) -> None:
     if message:
-        from pera_lab.cli.console import progress
+        from pera_lab.cli.console import progress, silence
 
         message = " ".join(line.strip() for line in message.splitlines())
         if len(message) > LONGEST:
             message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
-        progress.print("pera:", style="red", end=" ")
-        progress.print(message, soft_wrap=True)
+        with processes.reporting() as reports:
+            silence(not reports)
+            progress.print("pera:", style="red", end=" ")
+            progress.print(message, soft_wrap=True)
     sys.exit(code)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from pera_lab.convert.verify import Agreement
     from pera_lab.runs import Run
 
-__all__ = ["Facts", "accept_any_text", "held_warnings", "out", "print_agreement", "progress", "refreshed_report"]
+__all__ = [
+    *("Facts", "accept_any_text", "held_warnings", "out", "print_agreement", "progress", "refreshed_report", "silence"),
+]
 
 
 class _Plain(Console):
@@ -44,6 +46,11 @@ class _Plain(Console):
 _AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
 out = _Plain(**_AS_IT_IS)
 progress = _Plain(stderr=True, **_AS_IT_IS)
+
+
+def silence(silent: bool = True) -> None:
+    """Print nothing from now on, as in every process but the main one; False prints again."""
+    out.quiet = progress.quiet = silent
 
 
 def accept_any_text() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from pera_lab import processes
 from pera_lab.cli.console import Facts, out, progress, refreshed_report
 from pera_lab.cli.options import Overrides, RunFolder, Trust
 from pera_lab.report.formatting import duration, percent, size
@@ -127,6 +128,11 @@ def evaluate(
         raise typer.BadParameter(
             "only --lm-eval uses it; the number of test rows is task.test_size of the recipe, set before training.",
             param_hint="--limit" if limit is not None else "--include-path",
+        )
+    if names and processes.count() > 1:
+        raise UserError(
+            f"WORLD_SIZE={processes.count()}: --lm-eval runs in one process; start it without torchrun and accelerate "
+            "launch, or unset WORLD_SIZE."
         )
     location = locate(run, trust_remote_code=trust_remote_code)
     if location.run is None:
