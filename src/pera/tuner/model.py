@@ -67,7 +67,7 @@ class PeraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        if hasattr(Factors(), adapter_name):
+        if adapter_name in dir(Factors()):
             raise UserError(f"adapter_name={adapter_name!r} is reserved; use another name, such as 'default'.")
         check_wrapped(model, self.peft_config[adapter_name])
         if state_dict is None:  # otherwise its keys say what to adapt

@@ -26,9 +26,12 @@ class Factors(nn.ParameterDict):
     """
 
     @property
-    def weight(self) -> Tensor | None:
-        """A trainable parameter, if there is one."""
-        return next((parameter for parameter in self.parameters() if parameter.requires_grad), None)
+    def weight(self) -> Tensor:
+        """A trainable parameter. Without one, there is no such attribute."""
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                return parameter
+        raise AttributeError("no factor is trainable")
 
     __call__ = nn.Module.__call__  # torch forbids to call a dictionary of parameters
 

@@ -262,13 +262,83 @@ class Experts(nn.Module):
         return torch.einsum("bsi,eoi->bso", self.convolution(self.embedding(x).mT).mT, self.weight)
 
 
-class Model(nn.Module):
+class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.experts = Experts()
 
     def forward(self, x):
-        return self.experts(x).square().mean()
+        return self.experts(x)
+
+
+class Model(nn.Module):
+    _no_split_modules = ("Block",)
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(x).square().mean()
+
+
+X = torch.arange(10).reshape(2, 5) * 3 % 10
+
+
+def with_every_kind(base):
+    """The model with adapters on its embedding, convolution and experts."""
+    options = {"target_parameters": ["experts.weight"], "task_type": None}
+    model = adapted(base, ["embedding", "convolution"], **options).train()
+    with torch.no_grad():
+        for parameter in factors(dict(model.named_parameters())).values():
+            parameter.mul_(0.3)
+    return model
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+def descend(model, x=X):
+    """Return the losses of some steps of SGD."""
+    optimizer, losses = sgd(model), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).backward()
+        optimizer.step()
+        losses.append(model(X).detach())
+    return losses
+
+
+def check_every_kind(rank, folder, engine):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model, expected = with_every_kind(Model().double()), with_every_kind(Model().double())
+    if engine == "FSDP2":
+        fully_shard(model.get_base_model().block)
+        whole = fully_shard(model)
+    else:
+        options = {"auto_wrap_policy": fsdp_auto_wrap_policy(model), "use_orig_params": engine == "FSDP1"}
+        whole = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+    close(whole(X), expected(X))
+    close(descend(whole, X[rank : rank + 1]), descend(expected))
+
+
+def check_parameter_in_a_unit_of_its_own(rank, folder):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    message = "target_parameters: the module of 'weight' is an FSDP unit"
+    model = with_every_kind(Model())
+    fully_shard(model.get_base_model().block.experts.base_layer)
+    with pytest.raises(UserError, match=message):
+        model(X)
+    model = with_every_kind(Model())
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    wrapper = model.get_base_model().block.experts
+    wrapper.base_layer = FullyShardedDataParallel(wrapper.base_layer, **options)
+    whole = FullyShardedDataParallel(model, **options)
+    with pytest.raises(UserError, match=message):
+        whole(X)
 
 
 def check_zero3(rank, folder):
@@ -278,45 +348,28 @@ def check_zero3(rank, folder):
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "gradient_clipping": 0.0}
     config = {**config, "zero_allow_untested_optimizer": True}
-    options = {"target_parameters": ["experts.weight"], "task_type": None}
-
-    def adapt(base):
-        model = adapted(base, ["embedding", "convolution"], **options).train()
-        with torch.no_grad():
-            for parameter in factors(dict(model.named_parameters())).values():
-                parameter.mul_(0.3)
-        return model
-
-    def optimizer(model):
-        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    x = torch.arange(10).reshape(2, 5) * 3 % 10
-    expected = adapt(Model())
-    steps = optimizer(expected)
-    for _ in range(3):
-        steps.zero_grad()
-        expected(x).backward()
-        steps.step()
+    expected = with_every_kind(Model())
+    descend(expected)
     kept = HfDeepSpeedConfig(config)  # PEFT and transformers see it while it is alive
     with deepspeed.zero.Init(config_dict_or_path=config, remote_device="cpu"):
         base = Model()
-    model = adapt(base)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)
+    model = with_every_kind(base)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=config)
     for _ in range(3):
-        engine.backward(engine(x[rank : rank + 1]))
+        engine.backward(engine(X[rank : rank + 1]))
         engine.step()
     trained = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             trained[name] = parameter.detach().clone()
-    before = adapt(Model()).state_dict()
+    before = with_every_kind(Model()).state_dict()
     for name, weight in factors(expected.state_dict()).items():
         assert not torch.allclose(weight, before[name])
         torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="cannot be merged or replaced while FSDP1 or DeepSpeed ZeRO-3 divides"):
         model.merge_adapter()
     with pytest.raises(UserError, match="adapter 'default' is divided over processes"):
-        tiny.layers(model)["experts"].get_delta_weight("default")
+        tiny.layers(model)["block.experts"].get_delta_weight("default")
     del kept
 
 
@@ -329,6 +382,7 @@ CHECKS = [
     check_fsdp2_refusals,
     check_fsdp1_one_unit,
     check_fsdp1_frozen,
+    check_parameter_in_a_unit_of_its_own,
     check_tensor_parallel,
     check_tensor_parallel_new_adapter,
     check_tensor_parallel_refusals,
@@ -343,6 +397,11 @@ def test_two_processes_agree_with_one(check, tmp_path):
 @pytest.mark.parametrize("use_orig_params", [False, True])
 def test_fsdp1_with_the_wrap_policy_of_peft(use_orig_params, tmp_path):
     run_in_two_processes(check_fsdp1, tmp_path, use_orig_params)
+
+
+@pytest.mark.parametrize("engine", ["FSDP2", "FSDP1", "FSDP1, flat"])
+def test_every_kind_of_layer(engine, tmp_path):
+    run_in_two_processes(check_every_kind, tmp_path, engine)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

@@ -80,7 +80,8 @@ class ParamWrapper(PeraLayer):
         """Return the output of the base module with W + Σ ΔW of the active adapters as its parameter.
 
         Raises:
-            UserError: ``adapter_names`` is given, but a parameter is the same for all samples.
+            UserError: ``adapter_names`` is given, but a parameter is the same for all samples; or FSDP holds the
+                parameter apart from the factors.
         """
         if adapter_names is not None:
             raise UserError("Cannot pass `adapter_names` with adapters on target_parameters; run one at a time.")
@@ -90,15 +91,25 @@ class ParamWrapper(PeraLayer):
         deltas = [self.get_delta_weight(n) for n in names if self.has(n) and n not in self.merged_adapters]
         if not deltas:
             return self.base_layer(*args, **kwargs)
+        base, divided = self.base_layer, hasattr(deltas[0], "device_mesh")
+        if hasattr(base, "summon_full_params") or hasattr(self.parameter, "device_mesh") != divided:
+            raise UserError(
+                f"target_parameters: the module of {self.parameter_name!r} is an FSDP unit, which drops the parameter "
+                "before the adapter is added to it; make the block around it the unit."
+            )
         weight = self.parameter + torch.stack(deltas).sum(0).to(self.parameter.dtype)
-        if not hasattr(self.parameter, "ds_id"):
+        attributes = vars(self.get_base_layer())
+        before = attributes.get(self.parameter_name)
+        if before is None and not hasattr(self.parameter, "ds_id"):
             return functional_call(self.base_layer, {self._path(): weight}, args, kwargs)
-        attributes = vars(self.get_base_layer())  # DeepSpeed ZeRO-3 needs its own parameter to stay registered
+        # FSDP1 hides the parameter behind an attribute; ZeRO-3 needs its own parameter to stay registered.
         attributes[self.parameter_name] = weight
         try:
             return self.base_layer(*args, **kwargs)
         finally:
-            del attributes[self.parameter_name]
+            attributes.pop(self.parameter_name)
+            if before is not None:
+                attributes[self.parameter_name] = before
 
     def _path(self) -> str:
         """Return the name of the parameter relative to ``base_layer``, which may be a wrapper itself."""
