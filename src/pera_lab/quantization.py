@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
@@ -52,6 +53,16 @@ def quantizer(
         bnb_4bit_compute_dtype=dtype or config.dtype or torch.float32,
         llm_int8_skip_modules=skipped,
     )
+
+
+def check_engine(kind: Quantization) -> None:
+    """Raise UserError if an engine would divide packed weights over processes, which was not tried."""
+    for engine, name in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise UserError(
+                f"model.quantization={kind!r} is not supported with {name}; start the processes with torchrun, or "
+                "leave quantization out."
+            )
 
 
 def check_blocks(name: str, model: nn.Module) -> None:

@@ -39,6 +39,7 @@ from pera_lab.environment import command_line, device, out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
 from pera_lab.opening import locate_run, open_model
 from pera_lab.progress import ProgressBar
+from pera_lab.quantization import check_engine
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
@@ -83,6 +84,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> TrainingSummary:
     """:func:`train` in a run folder that no other process trains. The folder changes only after all checks."""
     spec, task = recipe.training, recipe.task
+    if recipe.model.quantization is not None:
+        check_engine(recipe.model.quantization)
     splits = recipe.build_splits()
     run.check_data(splits.manifest)
     set_seed(spec.seed)  # loading the model initializes the classification head

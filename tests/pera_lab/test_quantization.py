@@ -1,5 +1,6 @@
 """``model.quantization``: training, scores and conversions of an adapter on a base that is quantized while loading."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -129,6 +130,7 @@ def test_a_run_learns_and_is_scored_on_the_quantized_base(finished_nf4_run, nf4_
         found = open_model(locate(str(nf4_run.path)), "float32")[0](tokens).logits
     assert torch.equal(found, expected)
 
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     loaded, load_model = [], models.load_model
     monkeypatch.setattr(models, "load_model", lambda *a, **k: loaded.append(k["quantization"]) or load_model(*a, **k))
     rows = nf4_run.path / "rows.jsonl"
@@ -138,10 +140,11 @@ def test_a_run_learns_and_is_scored_on_the_quantized_base(finished_nf4_run, nf4_
         ("evaluate", nf4_run.path, "--base"),
         ("predict", nf4_run.path, "--input", rows, "--output", "answers.jsonl"),
         ("inspect", nf4_run.path, "--effect"),
+        ("chat", nf4_run.path),
     ):
         outcome = pera(*arguments)
         assert outcome.code == 0, outcome.err
-    assert loaded == ["nf4"] * 4
+    assert loaded == ["nf4"] * 5
 
 
 def test_the_terminal_the_record_the_page_and_the_card_name_the_quantization(pera, wide_recipe):
@@ -255,6 +258,12 @@ REFUSED = {
 def test_what_cannot_train_on_a_quantized_base_is_refused(case, refused, wide_recipe):
     overrides, words = REFUSED[case]
     refused("train", wide_recipe, *overrides, "--output", "run", words=words)
+
+
+@pytest.mark.parametrize(("engine", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_engines_that_divide_weights_are_refused(engine, name, refused, wide_recipe, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    refused("train", wide_recipe, NF4, words=["model.quantization='nf4'", name, "torchrun"])
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "hira"])

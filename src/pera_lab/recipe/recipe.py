@@ -14,8 +14,10 @@ from pydantic import (
     Field,
     PlainValidator,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -47,6 +49,11 @@ class ModelSection(Section):
     dtype of the computation."""
     trust_remote_code: bool = False
     """Whether to run code that comes with the model."""
+
+    @model_serializer(mode="wrap")
+    def _without_quantization(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``quantization`` out if it is not set: recipes of runs and studies from before it keep their text."""
+        return {key: value for key, value in known(self).items() if key != "quantization" or value is not None}
 
     @model_validator(mode="after")
     def _check_revision(self) -> ModelSection:
