@@ -86,7 +86,7 @@ def _far(*settings: dict[str, Any], seeds: tuple[int, ...] = (1, 2, 3)) -> Plan:
 
 
 PLANS |= {
-    "law-codes": _law("codes", (256, 512, 1024, 2048)),
+    "law-codes": _law("codes", (512, 1024, 2048, 4096)),
     "law-phonebook": _law("phonebook", (50, 100, 200, 400)),
     "steps": _far({"steps": 6400}, {"steps": 400}),
     "overload": _far({"count": 2048}),
@@ -98,6 +98,7 @@ PLANS |= {
         {"dropout": 0.1},
         {"facts": "codes-reworded"},
         {"base": "random"},
+        seeds=(1,),
     ),
     "third": Plan((phonebook(2),), at(2, "pera-third", "anchors-16-all", "anchors-16-third"), report=(1, 2, 3)),
     "mlp": Plan(({"facts": "codes", "count": 1536, "site": "mlp", "steps": 400},), at(1, *CHOSEN)),

@@ -14,12 +14,11 @@ import json
 import lzma
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize
 
 from memory_facts import CHOOSING
 from pera_lab.report.drawing import COLORS, draw_line, legend, new_figure, style, svg_text
@@ -275,30 +274,6 @@ def lora_ranks(runs: Runs, setting: Setting) -> list[int]:
     return [r for r in runs.ranks(setting) if {"lora", "lora-gaussian"} & set(runs.methods(setting, r))]
 
 
-class Law(NamedTuple):
-    """ΔL = C · r^α · ℓ^(−β) + b, fitted by least squares; ℓ is the number of answer tokens, ΔL in nats."""
-
-    C: float
-    alpha: float
-    beta: float
-    b: float
-    r2: float
-    n: int
-
-
-def law(points: Sequence[tuple[int, int, float]]) -> Law:
-    """Fit the law to (r, answer tokens, reduction of the loss)."""
-    r, tokens, gain = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-
-    def form(_: Any, C: float, alpha: float, beta: float, b: float) -> Any:
-        return np.exp(C) * r**alpha * (tokens / 1000) ** -beta + b
-
-    found, _ = optimize.curve_fit(form, r, gain, p0=[0.0, 0.5, 0.5, 0.0], maxfev=20000)
-    rest = float(np.sum((gain - form(r, *found)) ** 2))
-    r2 = 1 - rest / float(np.sum((gain - gain.mean()) ** 2))
-    return Law(math.exp(found[0]), *map(float, found[1:]), r2, len(points))
-
-
 TESTED = ("pera-rms", "anchors-16")
 NAMES = {"lora": "LoRA", "pera-rms": "PERA", "anchors-16": "PERA, 16 anchors", "hira": "HiRA"}
 
@@ -307,8 +282,10 @@ def label(method: str) -> str:
     return NAMES.get("lora" if method == "lora-gaussian" else method, method)
 
 
-def draw_bits(runs: Runs, settings: Sequence[Setting], file: Path) -> None:
-    """Bits per parameter over r at equal load, one panel for each kind of facts, with 95 % intervals."""
+def draw_ranks(
+    runs: Runs, settings: Sequence[Setting], value: Callable[[Result], float], what: str, file: Path
+) -> None:
+    """A value over r at equal load, one panel for each kind of facts, with 95 % intervals."""
     kinds = list(dict.fromkeys(setting[0] for setting in settings))
     figure, axes = new_figure(2.6 * len(kinds), rows=len(kinds), squeeze=False, sharex=True)
     for kind, panel in zip(kinds, axes[:, 0], strict=True):
@@ -320,14 +297,19 @@ def draw_bits(runs: Runs, settings: Sequence[Setting], file: Path) -> None:
                         name = runs.lora(setting, r) if method == "lora" else method
                         found = runs.reported(setting, name, r)
                         if found:
-                            points.append((r, interval([x["bits_per_parameter"] for x in found.values()])))
+                            points.append((r, interval([value(x) for x in found.values()])))
             points.sort()
-            x, y = [r for r, _ in points], [value.mean for _, value in points]
-            draw_line(panel, x, y, index, label(method) if panel is axes[0, 0] else "")
-            for r, value in points:
-                if not math.isnan(value.low):
-                    panel.vlines(r, value.low, value.high, color=COLORS[index % len(COLORS)], linewidth=1)
-        panel.set(ylabel=f"bits per parameter\n{kind}", ylim=(0, None))
+            draw_line(
+                panel,
+                [r for r, _ in points],
+                [x.mean for _, x in points],
+                index,
+                label(method) if panel is axes[0, 0] else "",
+            )
+            for r, x in points:
+                if not math.isnan(x.low):
+                    panel.vlines(r, x.low, x.high, color=COLORS[index % len(COLORS)], linewidth=1)
+        panel.set(ylabel=f"{what}\n{kind}", ylim=(0, None))
     axes[-1, 0].set(xlabel="rank r")
     legend(figure)
     file.write_text(svg_text(figure, metadata={"Date": None, "Creator": None}))
@@ -348,7 +330,9 @@ def main() -> None:
     runs = Runs(load(options.runs))
     (options.output / "tables.md").write_text(page(runs))
     with style():
-        draw_bits(runs, tested_settings(runs), options.output / "bits.svg")
+        tested = tested_settings(runs)
+        draw_ranks(runs, tested, lambda x: x["bits_per_parameter"], "bits per parameter", options.output / "bits.svg")
+        draw_ranks(runs, tested, lambda x: 100 * x["recall"], "recall, %", options.output / "recall.svg")
 
 
 def tested_settings(runs: Runs) -> list[Setting]:

@@ -124,7 +124,7 @@ def inputs(task: str, part: str, data: Path) -> Inputs:
         chosen = [encoded[i] for i in part_of.tolist()]
         width = max(len(p) + len(a) for p, a in chosen) - 1
         ids = torch.tensor([(p + a[:-1]) + [0] * (width - len(p) - len(a) + 1) for p, a in chosen])
-        rotary = model.model.rotary_emb(torch.empty(1, dtype=torch.bfloat16), torch.arange(width).unsqueeze(0))
+        rotary = model.model.rotary_emb(torch.empty(1, dtype=model.dtype), torch.arange(width).unsqueeze(0))
         h = model.model.embed_tokens(ids)
         for layer in model.model.layers[: SITE.block]:
             h = layer(h, position_embeddings=rotary)

@@ -1,4 +1,4 @@
-"""The statistics of benchmarks/memory_report.py, and its tables."""
+"""The statistics and tables of benchmarks/memory_report.py and ordinary_report.py, and their cached hidden states."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from shared import DATA, needs_data
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ARCHIVE = BENCHMARKS.parent / "docs/results/memory/runs.jsonl.xz"
+RESULTS = BENCHMARKS.parent / "docs/results/memory"
+ARCHIVE = RESULTS / "runs.jsonl.xz"
 sys.path.insert(0, str(BENCHMARKS))
 pytest.importorskip("scipy")
 
+import memory_law as law  # noqa: E402
 import memory_report as report  # noqa: E402
+import ordinary_report as ordinary  # noqa: E402
 
 
 def line(method: str, r: int, seed: int, bits: float, rate: float = 0.1, **changes):
@@ -82,13 +87,64 @@ def test_equivalent_rank_interpolates_the_bits_of_lora():
 
 def test_law_recovers_its_own_parameters():
     points = [(r, n, 2 * r**0.7 * (n / 1000) ** -0.4 + 0.3) for r in (1, 2, 4, 8) for n in (250, 500, 1000, 4000)]
-    found = report.law(points)
+    found = law.law(points)
     assert found[:5] == pytest.approx([2, 0.7, 0.4, 0.3, 1], rel=1e-4)
 
 
+def test_rank_by_the_laws_is_the_rank_at_which_they_predict_as_much():
+    cells = [(r, n) for r in (1, 2, 4, 8) for n in (250, 500, 1000, 4000)]
+    of_lora = law.law([(r, n, 2 * r**0.7 * (n / 1000) ** -0.4 + 0.3) for r, n in cells])
+    larger = law.law([(r, n, 2 * (1.5 * r) ** 0.7 * (n / 1000) ** -0.4 + 0.3) for r, n in cells])
+    best, low, high = law.law_rank(of_lora, larger, 2, 1000)
+    assert best == pytest.approx(1.5, rel=1e-3)
+    assert low <= best <= high
+
+
+def test_law_leaves_out_what_is_nearly_all_stored():
+    cells = [(256, 1, 0.95), (1024, 1, 0.5)]
+    lines = [line("lora", r, 1, 6 * n * share, count=n, offered=6 * n) for n, r, share in cells]
+    assert law.law_points(runs(*lines), "codes", "lora") == [(1, 1024, pytest.approx(0.5 * math.log(64)))]
+
+
+def ordinary_line(task: str, method: str, seed: int, loss: float, rate: float = 0.1):
+    return {"task": task, "method": method, "r": 1, "seed": seed, "rate": rate, "loss": loss}
+
+
+def test_loss_ratio_is_the_mean_over_tasks_then_over_paired_seeds():
+    losses = {"sst2": ([0.2, 0.3, 0.4], [0.4, 0.3, 0.5]), "cola": ([0.6, 0.5, 0.7], [0.5, 0.5, 0.6])}
+    found = ordinary.Runs(
+        ordinary_line(task, method, seed, value)
+        for task, pair in losses.items()
+        for method, values in zip(("hira", "lora"), pair, strict=True)
+        for seed, value in [*enumerate(values, 1), (1000, 0.5)]
+    )
+    x = ordinary.loss_ratio(found, ["sst2", "cola"], "hira", "lora", 1)
+    by_seed = [sum(math.log(a[i] / b[i]) for a, b in losses.values()) / 2 for i in range(3)]
+    assert x.n == 3
+    assert math.log(x.mean) == pytest.approx(sum(by_seed) / 3)
+
+
+def test_rate_of_an_ordinary_task_has_the_smallest_held_out_loss():
+    found = ordinary.Runs(
+        [
+            ordinary_line("sst2", "lora", 1000, 0.4, rate=0.1),
+            ordinary_line("sst2", "lora", 1000, math.nan, rate=1.0),
+            ordinary_line("sst2", "lora", 1000, 0.3, rate=0.01),
+            ordinary_line("sst2", "lora", 1, 0.9, rate=0.01),
+            ordinary_line("sst2", "lora", 1, 0.1, rate=0.1),
+        ]
+    )
+    assert [x["loss"] for x in found.reported("sst2", "lora", 1)] == [0.9]
+
+
 @pytest.mark.skipif(not ARCHIVE.exists(), reason="no archive of runs")
-def test_tables_are_those_of_the_archive():
-    assert (ARCHIVE.parent / "tables.md").read_text() == report.page(report.Runs(report.load([ARCHIVE])))
+@pytest.mark.parametrize(
+    ("module", "page", "runs"),
+    [(report, "tables.md", "runs"), (law, "law.md", "runs"), (ordinary, "ordinary.md", "ordinary")],
+)
+def test_tables_are_those_of_the_archive(module, page, runs):
+    found = report.load([RESULTS / f"{runs}.jsonl.xz"])
+    assert (RESULTS / page).read_text() == module.page((ordinary if runs == "ordinary" else report).Runs(found))
 
 
 @pytest.mark.slow
@@ -107,3 +163,32 @@ def test_cached_hidden_states_give_the_logits_of_the_whole_model(site):
             torch.testing.assert_close(subject.logits(torch.tensor([i]), whole=True)[0], whole, rtol=1e-4, atol=1e-3)
             part = whole[:, facts.candidates]
             torch.testing.assert_close(subject.logits(torch.tensor([i]))[0], part, rtol=1e-4, atol=1e-3)
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["cola", "gsm8k"])
+def test_kept_inputs_of_a_task_give_the_logits_of_the_whole_model(task, monkeypatch):
+    import torch
+
+    import memory
+    import ordinary as benchmark
+
+    model = memory.base("float32")
+    monkeypatch.setattr(benchmark, "base", lambda dtype: model)
+    monkeypatch.setattr(benchmark, "LIMIT", {"train": 5, "test": 5})
+    monkeypatch.setattr(benchmark, "PROBLEMS", {"train": 3, "test": 2})
+    found = benchmark.inputs(task, "train", DATA)
+    rows = list(benchmark.texts(task, "train", DATA))
+    benchmark.random.Random(0).shuffle(rows)
+    first = 0
+    for prompt, answer in rows[: 3 if task == "gsm8k" else 5]:
+        p, a = (benchmark.tokenizer()(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+        a = a if task == "gsm8k" else a[:1]
+        with torch.no_grad():
+            whole = model(torch.tensor([p + a[:-1]])).logits[0, len(p) - 1 :]
+            mine = found.rows(torch.arange(first, first + len(a)))
+            h = mine.residual + model.model.layers[29].mlp.down_proj(mine.x)
+            torch.testing.assert_close(model.lm_head(model.model.norm(h)), whole, rtol=1e-4, atol=1e-3)
+        assert mine.labels.tolist() == a
+        first += len(a)

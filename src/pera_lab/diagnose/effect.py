@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,11 @@ class Effects:
     tokens: int
     loss: float
     without: dict[Part, float]
-    """Change of the loss when these terms are zeroed in every layer: squares, crosses, both, or the anchors, if any."""
+    """Change of the loss when these terms are zeroed in every layer: squares, crosses, both, or the anchors. Only terms
+    that the adapter has."""
     without_high_order: dict[str, float]
-    """Change of the loss when all high-order terms are zeroed in one group of layers, by group."""
+    """Change of the loss when all high-order terms are zeroed in one group of layers, by group. Empty for an adapter
+    without products."""
     at_rank_r: float | None = None
     """Change of the loss when the ΔW of every layer is cut to its r leading directions; None if it was not measured.
 
@@ -82,14 +84,13 @@ def effects(
 
     with Cuts(model, adapter_name).at(None):
         at_rank_r = mean_loss(model, batches)[0] - loss
-    parts: tuple[Part, ...] = ("square", "cross", "high_order")
-    if any(layer.expansion[adapter_name].k for layer in layers.values()):
-        parts += ("anchors",)
+    parts = set().union(*(_parts(layer, adapter_name) for layer in layers.values()))
+    products = "high_order" in parts
     return Effects(
         tokens=tokens,
         loss=loss,
-        without={part: change(layers.values(), part) for part in parts},
-        without_high_order={name: change(members, "high_order") for name, members in groups.items()},
+        without={part: change(layers.values(), part) for part in get_args(Part) if part in parts},
+        without_high_order={name: change(members, "high_order") for name, members in groups.items() if products},
         at_rank_r=at_rank_r,
     )
 
@@ -254,6 +255,14 @@ def _require_in_use(model: nn.Module, layers: Collection[PeraLayer], adapter_nam
         raise UserError(f"adapter_name={adapter_name!r} is disabled; enable the adapters first.")
     if any(adapter_name not in layer.active_adapters for layer in layers):
         raise UserError(f"adapter_name={adapter_name!r} is not active; call set_adapter first.")
+
+
+def _parts(layer: PeraLayer, adapter_name: str) -> set[Part]:
+    """The kinds of terms that the adapter of a layer has besides the linear part."""
+    expansion = layer.expansion[adapter_name]
+    products = coefficient_pairs(layer.r[adapter_name], expansion.terms)
+    found: set[Part] = {"square" if i == j else "cross" for i, j in products}
+    return found | ({"high_order"} if products else set()) | ({"anchors"} if expansion.k else set())
 
 
 def _without(layer: PeraLayer, part: Part, adapter_name: str) -> Factors:

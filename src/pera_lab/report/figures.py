@@ -241,13 +241,14 @@ def effect(effects: Effects) -> Picture:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
-    whole, frozen = effects.without.get("high_order", math.nan), effects.without.get("anchors")
-    share = f" ({percent(whole / effects.loss)} of it)" if effects.loss and math.isfinite(whole / effects.loss) else ""
-    finding = (
-        f"Over {effects.tokens:,} labels the loss is {number(effects.loss)}. Without the high-order terms it changes "
-        f"by {signed(whole)}{share}."
-        + (f" Without the anchors it changes by {signed(frozen)}." if frozen is not None else "")
-        + (f" The figure shows the first {ROWS} of {len(changes)} changes." if len(changes) > ROWS else "")
+    told = []
+    for part, name in (("high_order", "high-order terms"), ("anchors", "anchors")):
+        if (change := effects.without.get(part)) is not None:
+            relative = change / effects.loss if effects.loss else math.nan
+            share = f" ({percent(relative)} of it)" if math.isfinite(relative) else ""
+            told.append(f"Without the {name} it changes by {signed(change)}{share}.")
+    finding = " ".join([f"Over {effects.tokens:,} labels the loss is {number(effects.loss)}.", *told]) + (
+        f" The figure shows the first {ROWS} of {len(changes)} changes." if len(changes) > ROWS else ""
     )
     rows = [
         [name, signed(change), percent(change / effects.loss if effects.loss else None)]

@@ -48,11 +48,10 @@ def fit(steps=1500, size=16, **options):
     return model.eval(), [batch]
 
 
-def test_the_effect_is_zero_for_a_lora_and_large_for_an_adapter_that_needs_the_terms():
+def test_the_effect_is_large_for_an_adapter_that_needs_the_terms_and_a_lora_has_none():
     lora, data = fit(terms="none")
     without = effects(lora, data)
-    assert without.without == {"square": 0, "cross": 0, "high_order": 0}
-    assert without.without_high_order == {"matrix": 0}
+    assert (without.without, without.without_high_order) == ({}, {})
     assert without.at_rank_r == pytest.approx(0, abs=1e-5 * without.loss)
 
     pera, data = fit(normalization="rms")
@@ -173,13 +172,22 @@ def test_products_and_anchors_are_zeroed_separately():
             assert torch.equal(coefficients(layer), torch.cat([h[:first], torch.zeros(last - first), h[last:]]))
 
 
-def test_the_effect_of_anchors_is_measured_apart_from_that_of_products():
-    """Squares and crosses do not exist here, so that zeroing them changes nothing."""
-    found = effects(tiny.adapt(tiny.llama(), target_modules=["q_proj", "down_proj"], terms="none", anchors=3), [BATCH])
-    assert found.without["high_order"] == 0
-    assert abs(found.without["anchors"]) > 1e-3
-    products = effects(tiny.adapt(tiny.llama(), target_modules=["q_proj"]), [BATCH])
-    assert set(products.without) == {"square", "cross", "high_order"}
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"terms": "none", "anchors": 3}, {"anchors"}),
+        ({"terms": "all"}, {"square", "cross", "high_order"}),
+        ({"terms": "all", "r": 1}, {"square", "high_order"}),
+        ({"terms": "cross", "anchors": 3}, {"cross", "high_order", "anchors"}),
+        ({"terms": "none"}, set()),
+    ],
+)
+def test_only_the_kinds_of_terms_that_the_adapter_has_are_measured(options, parts):
+    found = effects(tiny.adapt(tiny.llama(), target_modules=["q_proj", "down_proj"], **options), [BATCH])
+    assert set(found.without) == parts
+    assert set(found.without_high_order) == ({"q_proj", "down_proj"} if "high_order" in parts else set())
+    if "anchors" in parts:
+        assert abs(found.without["anchors"]) > 1e-3
 
 
 def test_a_nested_context_is_undone_without_the_outer_one():

@@ -303,12 +303,13 @@ def test_adapter_without_high_order_terms(tmp_path, adapters):
 def test_anchors_are_shown(tmp_path, adapters):
     run = full_run(tmp_path / "demo", adapters, adapter="anchors")
     effect = json.loads(run.effect_file.read_text())
-    write(run.effect_file, {**effect, "without": {"square": 0, "cross": 0, "high_order": 0, "anchors": 0.04}})
+    write(run.effect_file, {**effect, "without": {"anchors": 0.04}})
     write(run.metrics_file, [{**line, "anchor_ratio": {"q_proj": 0.2}} for line in run.metrics()])
     found = page(run)
     shown = {figure["id"] for figure in found.figures}
     assert {"run1-anchor-map-figure", "run1-anchor-ratio-figure"} <= shown
-    assert "Without the anchors it changes by +0.04." in found.text
+    assert "Without the anchors it changes by +0.04 (" in found.text
+    assert "Without the high-order terms" not in found.text
     assert "The high-order terms of every layer are zero." in found.text
     assert "The adapter acts as a LoRA." not in found.text
 

@@ -1,0 +1,155 @@
+"""Tables of benchmarks/ordinary.py, rebuilt from its archive without training.
+
+    python benchmarks/ordinary_report.py [--runs FILE ...] [--output docs/results/memory]
+
+The rate of a method is chosen by the loss on held-out training rows; the tables use the seeds that are reported. A
+ratio over several tasks is the geometric mean over the tasks for each seed, whose runs are paired. Intervals are 95 %
+intervals of Student's t over the seeds, for ratios of their logarithms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memory_facts import CHOOSING
+from memory_report import Interval, Result, holm, interval, label, load, ratio, table
+
+METHODS = ("lora", "pera-rms", "anchors-16", "hira")
+COMPARED = tuple(product(("pera-rms", "anchors-16"), ("lora", "hira")))
+METRIC = {"cola": "matthews"}
+
+
+class Runs:
+    """Results by task, method and rank."""
+
+    def __init__(self, results: Iterable[Result]) -> None:
+        self.all = list(results)
+        self.tasks = list(dict.fromkeys(x["task"] for x in self.all))
+        self.ranks = sorted({x["r"] for x in self.all if x["method"] != "full"})
+
+    def of(self, task: str, method: str, r: int) -> list[Result]:
+        return [x for x in self.all if (x["task"], x["method"], x["r"]) == (task, method, r)]
+
+    def rate(self, task: str, method: str, r: int) -> float:
+        """The rate with the smallest held-out loss."""
+        losses = {x["rate"]: x["loss"] for x in self.of(task, method, r) if x["seed"] >= CHOOSING}
+        return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+    def reported(self, task: str, method: str, r: int, rate: float | None = None) -> list[Result]:
+        """The results of the reported seeds in their order, at a rate (default: the chosen one)."""
+        rate = self.rate(task, method, r) if rate is None else rate
+        found = [x for x in self.of(task, method, r) if x["seed"] < CHOOSING and x["rate"] == rate]
+        return sorted(found, key=lambda x: x["seed"])
+
+    def values(self, task: str, method: str, r: int, value: Callable[[Result], float]) -> np.ndarray[Any, Any]:
+        return np.array([value(x) for x in self.reported(task, method, r)])
+
+
+def loss(x: Result) -> float:
+    return float(x["loss"])
+
+
+def metric(x: Result) -> float:
+    """Accuracy of the answers (CoLA: Matthews' correlation), in percent."""
+    return 100 * float(x[METRIC.get(x["task"], "accuracy")])
+
+
+def loss_ratio(runs: Runs, tasks: Sequence[str], method: str, against: str, r: int) -> Interval:
+    """Test loss over the test loss of another method: geometric mean over tasks, then over seeds."""
+    logs = [np.log(runs.values(t, method, r, loss) / runs.values(t, against, r, loss)) for t in tasks]
+    return ratio(list(np.exp(np.mean(logs, axis=0))))
+
+
+def compared_table(runs: Runs, tasks: Sequence[str]) -> str:
+    cells = [(r, *pair) for r in runs.ranks for pair in COMPARED]
+    found = [loss_ratio(runs, tasks, method, against, r) for r, method, against in cells]
+    adjusted = holm([x.p for x in found])
+    rows = [
+        (r, label(method), label(against), x.n, x.text(3), f"{p:.2g}")
+        for (r, method, against), x, p in zip(cells, found, adjusted, strict=True)
+    ]
+    return table(["r", "method", "against", "n", "ratio of test losses (95 %)", "p, Holm"], rows)
+
+
+def task_table(runs: Runs, task: str) -> str:
+    rows = []
+    for method, r in [*product(METHODS, runs.ranks), ("full", 1)]:
+        found = runs.reported(task, method, r)
+        gain = ratio_of_losses = "–"
+        if method not in ("lora", "full"):
+            gain = interval(runs.values(task, method, r, metric) - runs.values(task, "lora", r, metric)).text(1)
+            ratio_of_losses = loss_ratio(runs, [task], method, "lora", r).text(3)
+
+        def mean(key: str, found: list[Result] = found) -> float:
+            return float(np.mean([x[key] for x in found]))
+
+        rows.append(
+            (
+                "full matrix" if method == "full" else label(method),
+                "–" if method == "full" else r,
+                f"{found[0]['parameters']:,}",
+                f"{found[0]['rate']:g}",
+                interval([x["loss"] for x in found]).text(3),
+                ratio_of_losses,
+                interval([metric(x) for x in found]).text(1),
+                gain,
+                f"{mean('train_loss'):.3f}",
+                f"{mean('effective_rank'):.1f}",
+                "–" if method == "full" else f"{mean('cut_r'):.3f}",
+                f"{mean('forgetting'):.2f}",
+            )
+        )
+    name = "Matthews" if task in METRIC else "accuracy"
+    head = ["method", "r", "parameters", "rate", "test loss (95 %)", "over LoRA's", f"{name} %", "gain over LoRA"]
+    return table([*head, "training loss", "effective rank", "test loss, ΔW cut to r", "forgetting, nats"], rows)
+
+
+def curve_table(runs: Runs) -> str:
+    """Test loss at LoRA's own rate over LoRA's, after some steps: geometric mean over tasks, then seeds."""
+    rows = []
+    for r, method in product(runs.ranks, ("pera-rms", "anchors-16")):
+        steps: dict[str, list[float]] = {}
+        for task in runs.tasks:
+            rate = runs.rate(task, "lora", r)
+            pairs = zip(runs.reported(task, method, r, rate), runs.reported(task, "lora", r, rate), strict=True)
+            for x, other in pairs:
+                for step in x["curve"]:
+                    steps.setdefault(step, []).append(math.log(x["curve"][step] / other["curve"][step]))
+                steps.setdefault("600", []).append(math.log(x["loss"] / other["loss"]))
+        by_seed = {step: np.reshape(logs, (len(runs.tasks), -1)).mean(0) for step, logs in steps.items() if step != "0"}
+        rows.append((r, label(method), *(ratio(list(np.exp(logs))).text(3) for logs in by_seed.values())))
+    return table(["r", "method", *(f"{step} steps" for step in by_seed)], rows)
+
+
+def page(runs: Runs) -> str:
+    parts = [
+        "# Ordinary tasks at the site of memory.md",
+        "Written by `python benchmarks/ordinary_report.py` from ordinary.jsonl.xz.",
+        "## The test",
+        compared_table(runs, runs.tasks),
+        "## Test loss at LoRA's own rate, over LoRA's",
+        curve_table(runs),
+    ]
+    for task in runs.tasks:
+        parts += [f"## {task}", task_table(runs, task)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    folder = Path("docs/results/memory")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[folder / "ordinary.jsonl.xz"], help="files of results")
+    parser.add_argument("--output", type=Path, default=folder, help="folder of ordinary.md")
+    options = parser.parse_args()
+    (options.output / "ordinary.md").write_text(page(Runs(load(options.runs))))
+
+
+if __name__ == "__main__":
+    main()
