@@ -24,6 +24,7 @@ from pera.polynomial import Normalization, Terms, lora_factors, num_coefficients
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, PeraModel, adapted_layers
 from pera.tuner.layers import layer_class
 from pera.tuner.names import is_wrapped
+from pera.tuner.sharding import reshard
 from pera.tuner.tying import without
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -309,6 +310,13 @@ def _adapters(model: PeftModel, adapter_names: list[str] | None, tuner: type[Bas
         if name not in model.peft_config:
             raise UserError(f"adapter {name!r} is not in the model; {nearest(name, model.peft_config)}")
     layers: list[Any] = [module for module in model.modules() if isinstance(module, tuner.tuner_layer_cls)]
+    reshard(model)
+    factors = [p for layer in layers for key in layer.adapter_layer_names for p in getattr(layer, key).parameters()]
+    if any(hasattr(p, key) for p in factors for key in ("device_mesh", "ds_id", "_fsdp_flattened")):
+        raise UserError(
+            "the adapter is divided over processes, and can be converted in one process only; save it and load it on a "
+            "model that is not divided."
+        )
     for name in model.peft_config:
         if not any(name in layer._get_available_adapters() for layer in layers):
             raise UserError(f"adapter {name!r} is in no layer of the model; use the model that was returned from it.")

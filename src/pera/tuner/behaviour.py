@@ -56,7 +56,7 @@ def departure(layer: nn.Module, quantization: dict[str, Any]) -> str | None:
             f"has max_norm={layer.max_norm}, which changes its weight in every forward, so a merged adapter would "
             "differ; leave it out."
         )
-    if _replaced_forward(layer):
+    if _replaced_forward(layer) and not hasattr(layer.weight, "device_mesh"):  # not by tensor parallelism
         return "has a forward that was replaced, so an adapter would be wrong; leave it out."
     if type(layer).forward is not kind.forward and not _agrees(layer, kind):
         return (

@@ -14,6 +14,7 @@ from pera.tuner.config import PeraConfig
 from pera.tuner.layers import adapted_layers
 from pera.tuner.names import plain_name
 from pera.tuner.saved import check_values
+from pera.tuner.sharding import reshard, whole
 
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 """Errors that PEFT raises for a folder that is missing, truncated or of an unknown method."""
@@ -46,6 +47,10 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
         saved = load_peft_weights(path, device="cpu", **kwargs)
     except _UNREADABLE as error:
         raise UserError(f"{path!r} cannot be read as an adapter: {error}") from error
+    layers = adapted_layers(model.get_base_model(), adapter_name)
+    for layer in layers.values():
+        layer.check_base_weight()
+    reshard(model)
     weights = {plain_name(key): weight for key, weight in saved.items()}
     before: Any = model.peft_config[adapter_name]
     for name, other in ((repr(path), config), (f"adapter {adapter_name!r}", before)):
@@ -64,13 +69,13 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     base = dict(model.named_parameters(remove_duplicate=False))
     for key in sorted(shapes):  # with some adapters, PEFT also saves embeddings of the base
         there = base.get(key)
-        if there is None or there.shape != shapes[key] or not torch.equal(there.cpu(), weights[key].to(there.dtype)):
+        here = None if there is None else whole(there).cpu()
+        if here is None or here.shape != shapes[key] or not torch.equal(here, weights[key].to(here.dtype)):
             raise UserError(f"{path!r} has {key}, which the loaded adapter lacks; use load_adapter instead.")
     try:
         check_values({key: weights[key] for key in current})
     except UserError as error:
         raise UserError(f"{path!r}: {error}") from error
-    layers = adapted_layers(model.get_base_model(), adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise UserError(f"adapter {adapter_name!r} is merged; call unmerge_adapter first.")
     for key in ("inference_mode", "pera_dropout"):

@@ -33,11 +33,12 @@ from pera.tuner.layers import ParamWrapper, PeraLayer, adapted_layers, keep_unpa
 from pera.tuner.names import check_wrapped, plain_name
 from pera.tuner.routing import route_samples
 from pera.tuner.saved import anchored_name, check_anchored_names, check_loaded, is_factor
+from pera.tuner.sharding import Factors, reshard, tensor_parallel
 from pera.tuner.tying import separate_shared_weights, sharing_the_embedding, with_name, without
 
 
 def _has(module: nn.Module, adapter_name: str) -> bool:
-    return isinstance(module, PeraLayer) and (adapter_name in module.pera_A or adapter_name in module.tied)
+    return isinstance(module, PeraLayer) and module.has(adapter_name)
 
 
 class PeraModel(BaseTuner):
@@ -66,6 +67,8 @@ class PeraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        if hasattr(Factors(), adapter_name):
+            raise UserError(f"adapter_name={adapter_name!r} is reserved; use another name, such as 'default'.")
         check_wrapped(model, self.peft_config[adapter_name])
         if state_dict is None:  # otherwise its keys say what to adapt
             check_names(model, self.peft_config[adapter_name])
@@ -99,7 +102,7 @@ class PeraModel(BaseTuner):
             if name in keep:
                 continue
             layer.delete_adapter(adapter_name)
-            if not layer.pera_A and not layer.tied:
+            if not layer.r:
                 parent, _, last = name.rpartition(".")
                 setattr(model.get_submodule(parent), last, layer.base_layer)
 
@@ -175,7 +178,8 @@ class PeraModel(BaseTuner):
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = get_quantization_kwargs(self)
         cls = layer_class(base_layer, current_key, quantization)
-        settings = {"config": pera_config, "r": r, "alpha": alpha, "module_name": current_key}
+        parallel = tensor_parallel(self.model, base_layer, current_key)
+        settings = {"config": pera_config, "r": r, "alpha": alpha, "module_name": current_key, "parallel": parallel}
         layer = cls(target, adapter_name, tied_to=source, **settings, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -219,6 +223,7 @@ class PeraModel(BaseTuner):
         if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
             target.update_layer(adapter_name, config.r, config.pera_alpha, config=config)
             return
+        tensor_parallel(self.model, target, current_key.rpartition(".")[0], parameter_name)
         layer = ParamWrapper(
             target,
             adapter_name,
@@ -295,6 +300,7 @@ class PeraModel(BaseTuner):
         for name, layer in self.model.named_modules():
             if not isinstance(layer, PeraLayer):
                 continue
+            layer.check_base_weight()
             if isinstance(layer.get_base_layer(), AuxiliaryTrainingWrapper):
                 raise UserError(
                     f"{name!r} cannot be merged: trainable_token_indices replaces rows of its weight, which would lose "
@@ -306,6 +312,7 @@ class PeraModel(BaseTuner):
                     f"{name!r} is a {backend.backend_name} layer, which PEFT cannot merge into; load the adapter on "
                     "the base model before quantization and merge it there."
                 )
+        reshard(self.model)
         separate_shared_weights(self.model)
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:

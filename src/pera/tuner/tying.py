@@ -11,6 +11,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from pera.errors import UserError
 from pera.tuner.layers import PeraLayer
 
 
@@ -60,6 +61,11 @@ def separate_shared_weights(model: nn.Module) -> list[str]:
         if len(modules) > 1 and layers and not _tied_together([layer for _, layer in layers], len(modules)):
             for name, layer in layers:
                 base: Any = layer.get_base_layer()
+                if hasattr(base.weight, "device_mesh") and getattr(layer, "parallel", None) is None:
+                    raise UserError(
+                        f"{name!r} cannot be merged under FSDP2, because it shares its weight with another layer; save "
+                        "the adapter and merge it in one process, or train with ensure_weight_tying=True."
+                    )
                 base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
                 separated.append(name)
     if separated:

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pera.polynomial import expand_A, expand_B, num_products
 from pera.tuner import PeraLayer
+from pera.tuner.sharding import fsdp_units, gathered, whole
 from pera_lab.diagnose.factors import kind
 
 
@@ -58,14 +59,15 @@ def high_order_ratios(model: nn.Module, adapter_name: str | None = None) -> dict
 def ratios(model: nn.Module, adapter_name: str | None = None) -> Ratios:
     """Compare the parts of ΔW with its linear part.
 
-    The norms come from the K × K Gram matrices of the expansions, in O((m + n) K²) per layer.
+    The norms come from the K × K Gram matrices of the expansions, in O((m + n) K²) per layer. If the model is divided
+    over processes, all of them have to call this.
 
     Args:
         model: a model with PERA layers.
         adapter_name: the adapter to measure. None means the active adapters.
     """
     norms: dict[str, list[float]] = {}
-    anchored = set()
+    anchored, units = set(), fsdp_units(model)
     adapted = [
         (name, layer, adapter)
         for name, layer in model.named_modules()
@@ -74,7 +76,9 @@ def ratios(model: nn.Module, adapter_name: str | None = None) -> Ratios:
         if layer.has(adapter)
     ]
     for name, layer, adapter in adapted:
-        A, B, h = layer.factors(adapter)
+        source = layer.tied.get(adapter, layer)
+        with gathered(source, units.get(source)):
+            A, B, h = (whole(factor).clone() for factor in layer.factors(adapter))
         r, s = A.shape[-2], layer.scaling[adapter]
         A_hat, B_hat = expand_A(A, h, *layer.expansion[adapter]), expand_B(B, *layer.expansion[adapter])
         gram = s * s * (A_hat @ A_hat.mT) * (B_hat.mT @ B_hat)

@@ -1,13 +1,17 @@
 """The high-order ratio in the logs of a training."""
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
+import torch
+from peft.utils.other import fsdp_auto_wrap_policy
 
 import tiny
 from pera import PeraConfig
 from pera_lab.diagnose import RatioCallback, diagnose_layer, high_order_ratios
 from pera_lab.diagnose.callback import ratios
+from processes import needs_processes, run_in_two_processes
 
 
 @pytest.fixture
@@ -49,3 +53,47 @@ def test_products_and_anchors_have_ratios_of_their_own():
 
 def test_the_ratio_of_a_named_adapter_is_logged(model):
     assert logged(model, RatioCallback("second")) == high_order_ratios(model, "second")
+
+
+def sharded(model, engine):
+    """The model, divided over processes by an engine."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    if engine == "FSDP2":
+        return fully_shard(model)
+    if engine == "ZeRO-3":
+        import deepspeed
+
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "optimizer": {"type": "Adam"}}
+        return deepspeed.initialize(model=model, config={**config, "zero_force_ds_cpu_optimizer": False})[0]
+    policy = fsdp_auto_wrap_policy(model) if engine != "FSDP1, one unit" else None
+    options = {"auto_wrap_policy": policy, "use_orig_params": engine != "FSDP1, flat"}
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+def check_ratios(rank, folder, engine):
+    torch.manual_seed(0)
+    options = {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "normalization": "rms", "anchors": 2}
+    model = tiny.adapt(tiny.llama(tie_word_embeddings=True), ensure_weight_tying=True, **options)
+    expected = ratios(model)
+    divided = sharded(model, engine)
+    tiny.logits(divided)
+    for _ in range(2):
+        found = ratios(divided)
+        assert found.high_order == pytest.approx(expected.high_order, rel=1e-5)
+        assert found.anchors == pytest.approx(expected.anchors, rel=1e-5)
+        tiny.logits(divided)
+
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+ENGINES = ["FSDP2", "FSDP1", "FSDP1, flat", "FSDP1, one unit", pytest.param("ZeRO-3", marks=needs_deepspeed)]
+
+
+@pytest.mark.slow
+@needs_processes
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ratios_of_a_model_in_two_processes(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("DS_BUILD_OPS", "0")
+    run_in_two_processes(check_ratios, tmp_path, engine)

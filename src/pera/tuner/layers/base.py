@@ -19,6 +19,7 @@ from pera.polynomial import Normalization, Terms, delta_weight, expanded_rank, f
 from pera.tuner.call import keep
 from pera.tuner.checks import check_sizes
 from pera.tuner.config import PeraConfig
+from pera.tuner.sharding import Factors, Parallel, check_factors, check_whole, like_weight, read, reshard
 
 BASE = "__base__"
 """The name in ``adapter_names`` that means no adapter, as in PEFT."""
@@ -71,11 +72,13 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         alpha: float | None,
         tied_to: PeraLayer | None = None,
         module_name: str = "",
+        parallel: Parallel | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.module_name = module_name
+        self.parallel = parallel
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -85,9 +88,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.expansion: dict[str, Expansion] = {}
         self.tied: dict[str, PeraLayer] = {}
         self.pera_dropout = nn.ModuleDict()
-        self.pera_A = nn.ParameterDict()
-        self.pera_B = nn.ParameterDict()
-        self.pera_h = nn.ParameterDict()
+        self.pera_A = Factors()
+        self.pera_B = Factors()
+        self.pera_h = Factors()
         self._initial_scaling: dict[str, float] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -96,7 +99,10 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, r, alpha, config=config, tied_to=tied_to)
 
     def _features(self) -> tuple[int, int]:
-        features: Any = _get_in_out_features(self.get_base_layer())
+        base: Any = self.get_base_layer()
+        if isinstance(base, nn.Linear):
+            return base.in_features, base.out_features  # PEFT: of this process's part, if it is tensor-parallel
+        features: Any = _get_in_out_features(base)
         return features[0], features[1]
 
     @property
@@ -135,6 +141,11 @@ class PeraLayer(nn.Module, BaseTunerLayer):
             UserError: this kind of layer does not support ``config``.
         """
         self.check_config(config)
+        if self.parallel is not None and config.pera_dropout and not config.inference_mode:
+            raise UserError(
+                f"pera_dropout={config.pera_dropout} would drop other inputs in each process of a tensor-parallel "
+                "model; set it to 0."
+            )
         rows, columns = self.delta_shape
         K = expanded_rank(r, config.terms, config.anchors)
         check_sizes(rows, columns, r, K, config.anchors)
@@ -165,6 +176,9 @@ class PeraLayer(nn.Module, BaseTunerLayer):
                 self.pera_h[adapter_name] = nn.Parameter(torch.empty(*self.experts, count))
             self.reset_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if self.parallel is not None:
+            dictionaries = (self.pera_A, self.pera_B, self.pera_h)
+            self.parallel.share([d[adapter_name] for d in dictionaries if adapter_name in d])
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, config: PeraConfig) -> None:
@@ -194,16 +208,15 @@ class PeraLayer(nn.Module, BaseTunerLayer):
 
     def has(self, adapter_name: str) -> bool:
         """Return whether the adapter changes this layer."""
-        return adapter_name in self.pera_A or adapter_name in self.tied
+        return adapter_name in self.r
 
     def coefficients(self, adapter_name: str) -> Tensor:
         """Return h of the adapter, learned or fixed, ``(num_coefficients,)``."""
         if adapter_name in self.tied:
             return self.tied[adapter_name].coefficients(adapter_name)
-        if adapter_name in self.pera_h:
-            h: Tensor = self.pera_h[adapter_name]
-            return h
-        A, expansion = self.pera_A[adapter_name], self.expansion[adapter_name]
+        if not isinstance(self.pera_h, Factors) or adapter_name in self.pera_h:
+            return read(self.pera_h, adapter_name)
+        A, expansion = read(self.pera_A, adapter_name), self.expansion[adapter_name]
         r = self.r[adapter_name]
         return fixed_coefficients(r, expansion.terms, expansion.k, dtype=A.dtype, device=A.device)
 
@@ -211,15 +224,17 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """Return (A, B, h) of the adapter: ``(r, columns)``, ``(rows, r)``, ``(num_coefficients,)``.
 
         Raises:
-            UserError: the layer has no adapter of this name.
+            UserError: the layer has no adapter of this name, or its factors are divided over processes.
         """
         if adapter_name in self.tied:
             source = self.tied[adapter_name]
             A, B, h = source.factors(adapter_name)
             return (A, B, h) if type(source) is type(self) else (B.T, A.T, h)
-        if adapter_name not in self.pera_A:
-            raise UserError(f"adapter {adapter_name!r} is not on this layer; it has: {', '.join(self.pera_A)}.")
-        return self.pera_A[adapter_name], self.pera_B[adapter_name], self.coefficients(adapter_name)
+        if not self.has(adapter_name):
+            raise UserError(f"adapter {adapter_name!r} is not on this layer; it has: {', '.join(self.r)}.")
+        A, B = read(self.pera_A, adapter_name), read(self.pera_B, adapter_name)
+        check_factors(A, B, *self.delta_shape, self.r[adapter_name], adapter_name)
+        return A, B, self.coefficients(adapter_name)
 
     def expansions(self, adapter_name: str, dtype: torch.dtype) -> Expansions:
         """Return the expansions in ``dtype``; in evaluation without gradients they are kept while a call lasts."""
@@ -292,26 +307,6 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         Raises:
             UserError: the number of names differs from the number of samples.
         """
-        offloaded = self._offloaded()
-        if not offloaded:
-            return self._forward(x, *args, adapter_names=adapter_names, **kwargs)
-        for factors in offloaded:
-            factors._hf_hook.pre_forward(factors)
-        try:
-            return self._forward(x, *args, adapter_names=adapter_names, **kwargs)
-        finally:
-            for factors in offloaded:
-                factors._hf_hook.post_forward(factors, None)
-
-    def _offloaded(self) -> list[Any]:
-        """Return the dictionaries of factors that accelerate has offloaded.
-
-        accelerate loads a module when it is called, but a dictionary of parameters is never called.
-        """
-        dictionaries = (d for layer in (self, *self.tied.values()) for d in (layer.pera_A, layer.pera_B, layer.pera_h))
-        return [dictionary for dictionary in dictionaries if "_hf_hook" in vars(dictionary)]
-
-    def _forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -365,16 +360,23 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         names = [name for name in adapter_names if not self._merged_with_another(name)]
         if not names:
             return
+        self.check_base_weight()
+        reshard(self.get_base_layer())
         weight = self.get_base_weight()
         total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=check)
         for name in names:
-            total.add_(self.get_delta_weight(name).to(total), alpha=sign)
+            total.add_(like_weight(self.get_delta_weight(name), weight).to(total), alpha=sign)
             if check and not torch.isfinite(total.to(weight.dtype)).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if self.quantization_backend is not None:
             self.set_base_weight(total.to(weight.dtype))
         elif total is not weight:
             weight.copy_(total)
+
+    def check_base_weight(self) -> None:
+        """Raise UserError if FSDP1 or ZeRO-3 divides the base weight, which then cannot be changed."""
+        base: Any = self.get_base_layer()
+        check_whole(getattr(base, "weight", None), base, "weight")
 
     def _merged_with_another(self, adapter_name: str) -> bool:
         """Return whether the adapter is tied to a layer with the same weight, which merges it for both."""

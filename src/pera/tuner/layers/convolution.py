@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,18 +21,13 @@ class PeraConvolution(PeraLayer):
     Every group of channels uses all K kernels.
     """
 
-    @property
-    def delta_shape(self) -> tuple[int, int]:
-        weight = self._weight()
-        return weight.shape[0], weight[0].numel()
+    def _features(self) -> tuple[int, int]:
+        base: Any = self.get_base_layer()
+        self._kernel = base.in_channels // base.groups, *base.kernel_size
+        return math.prod(self._kernel), base.out_channels
 
     def _to_base_layout(self, delta: Tensor) -> Tensor:
-        return delta.reshape(self._weight().shape)
-
-    def _weight(self) -> Tensor:
-        base: Any = self.get_base_layer()
-        weight: Tensor = base.weight
-        return weight
+        return delta.reshape(-1, *self._kernel)
 
     @staticmethod
     def check_lora(base_layer: Any, name: str) -> None:
@@ -43,9 +39,8 @@ class PeraConvolution(PeraLayer):
                 )
 
     def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        kernel = self._weight().shape[1:]
-        mixing = B.reshape(*B.shape, *[1] * (len(kernel) - 1))
-        return {"lora_A.weight": A.reshape(-1, *kernel), "lora_B.weight": mixing}
+        mixing = B.reshape(*B.shape, *[1] * (len(self._kernel) - 1))
+        return {"lora_A.weight": A.reshape(-1, *self._kernel), "lora_B.weight": mixing}
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """Map ``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``, in the dtype of the computation."""
@@ -53,7 +48,7 @@ class PeraConvolution(PeraLayer):
         dtype = computation_dtype(x)
         A_hat, weights, B_hat_T = self.expansions(adapter_name, dtype)
         weights = weights.unsqueeze(1) if isinstance(weights, Tensor) else weights
-        kernels = (A_hat * weights).reshape(-1, *base.weight.shape[1:])
+        kernels = (A_hat * weights).reshape(-1, *self._kernel)
         kernels = kernels.repeat(base.groups, *[1] * (kernels.ndim - 1))
         z = base._conv_forward(self.pera_dropout[adapter_name](x).to(dtype), kernels, None)
         mixing = B_hat_T.T.reshape(self.out_features, -1, *[1] * (kernels.ndim - 2))

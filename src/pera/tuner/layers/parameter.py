@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from pera.errors import UserError
 from pera.tuner.layers.base import PeraLayer
+from pera.tuner.sharding import check_whole
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,15 +39,17 @@ class ParamWrapper(PeraLayer):
 
     @property
     def experts(self) -> tuple[int, ...]:
-        return tuple(self.parameter.shape[:-2])
+        return self._experts
 
     def _features(self) -> tuple[int, int]:
-        if self.parameter.ndim not in (2, 3) or self.parameter.dtype not in _FLOATING:
+        shape = tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))  # DeepSpeed ZeRO-3 leaves a part
+        if len(shape) not in (2, 3) or self.parameter.dtype not in _FLOATING:
             raise UserError(
-                f"target_parameters: {self.parameter_name!r} of shape {tuple(self.parameter.shape)} and dtype "
+                f"target_parameters: {self.parameter_name!r} of shape {shape} and dtype "
                 f"{self.parameter.dtype} cannot be adapted; it should have 2 or 3 dimensions and a floating dtype."
             )
-        rows, columns = self.parameter.shape[-2:]
+        *experts, rows, columns = shape
+        self._experts = tuple(experts)
         return (rows, columns) if self._transposed else (columns, rows)
 
     @property
@@ -67,6 +70,9 @@ class ParamWrapper(PeraLayer):
     def set_base_weight(self, weight_data: Tensor) -> None:
         self.parameter.data = weight_data
 
+    def check_base_weight(self) -> None:
+        check_whole(self.parameter, self.get_base_layer(), self.parameter_name)
+
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self.parameter.device, self.parameter.dtype
 
@@ -85,7 +91,14 @@ class ParamWrapper(PeraLayer):
         if not deltas:
             return self.base_layer(*args, **kwargs)
         weight = self.parameter + torch.stack(deltas).sum(0).to(self.parameter.dtype)
-        return functional_call(self.base_layer, {self._path(): weight}, args, kwargs)
+        if not hasattr(self.parameter, "ds_id"):
+            return functional_call(self.base_layer, {self._path(): weight}, args, kwargs)
+        attributes = vars(self.get_base_layer())  # DeepSpeed ZeRO-3 needs its own parameter to stay registered
+        attributes[self.parameter_name] = weight
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            del attributes[self.parameter_name]
 
     def _path(self) -> str:
         """Return the name of the parameter relative to ``base_layer``, which may be a wrapper itself."""
