@@ -349,6 +349,8 @@ def _is_table(name: str) -> bool:
 
 
 def _table_rows(module: Any) -> int | None:
+    if isinstance(module, nn.ParameterDict):  # the factors of an adapter
+        return None
     weight, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pera.errors import UserError
-from pera_lab import checkpoints, models
+from pera_lab import checkpoints, models, processes
 from pera_lab.adapters import Adapter
 from pera_lab.environment import environment
 from pera_lab.files import (
@@ -226,6 +226,21 @@ class Run:
                     f"{was} in data.json). Restore the file or start a new run."
                 )
 
+    def check_processes(self) -> None:
+        """Check that the run is resumed by as many processes as it was started with.
+
+        Each process has its own random numbers and its part of a checkpoint.
+
+        Raises:
+            UserError: the numbers differ.
+        """
+        recorded = read_object(self.environment_file) if self.environment_file.is_file() else {}
+        if (was := recorded.get("processes", 1)) != (now := processes.count()):
+            raise UserError(
+                f"--resume: {str(self.path)!r} was started with {was} {'process' if was == 1 else 'processes'} and "
+                f"cannot be resumed with {now}; start {was}, or start a new run."
+            )
+
     def recorded_base(self) -> dict[str, str]:
         """What :meth:`check_base` returned at the start, from ``environment.json``; empty if there is no such file."""
         recorded = read_object(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
@@ -269,6 +284,8 @@ class Run:
                 "command": command,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 **environment(),
+                "processes": processes.count(),
+                "effective_batch_size": self.recipe.training.effective_batch_size,
                 "seed": self.recipe.training.seed,
                 "base_model": base,
             },
