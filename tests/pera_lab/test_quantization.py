@@ -236,7 +236,7 @@ def test_another_base_is_refused(how, nf4_run, wide_llama, tmp_path, change_weig
 
 REFUSED = {
     "unknown": (["model.quantization=nf5"], ["model.quantization", "nf4", "int8"]),
-    "full": ([NF4, "method={name: full}"], ["model.quantization='nf4'", "'full'", "pera or lora"]),
+    "full": ([NF4, "method={name: full}"], ["model.quantization='nf4'", "'full' trains the weights", "pera or lora"]),
     "DeLoRA": ([NF4, "method={name: delora, target_modules: [q_proj]}"], ["model.quantization='nf4'", "delora"]),
     "whole layers": ([NF4, "method.modules_to_save=[o_proj]"], ["model.quantization='nf4'", "o_proj"]),
     "PiSSA": (
