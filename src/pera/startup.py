@@ -19,6 +19,7 @@ def held_logs() -> Iterator[None]:
     level = logging.root.manager.disable
     if sys.argv[:1] == ["-m"] and os.environ.get("PERA_DEBUG", "0") in ("", "0"):  # argv of a package that runs
         logging.disable(logging.WARNING)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
     try:
         yield
     finally:

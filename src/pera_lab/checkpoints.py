@@ -24,12 +24,16 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_pt_utils import safe_globals
 
 from pera.errors import UserError
+from pera_lab import processes
 from pera_lab.environment import out_of_memory
 
 COMPLETE = "complete"
 """Empty file that marks a completely saved checkpoint."""
-RANDOM = "rng_state.pth"
-"""The states of the random number generators."""
+
+
+def _random_states() -> str:
+    """The file with the states of this process's random number generators."""
+    return "rng_state.pth" if processes.count() == 1 else f"rng_state_{processes.index()}.pth"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -79,11 +83,11 @@ def check(checkpoint: Path, model: nn.Module) -> None:
     if ended(checkpoint):  # the weights are all that is needed
         needed = sorted(file.name for file in checkpoint.iterdir() if file.suffix in (".pt", ".pth"))
     else:
-        needed = [OPTIMIZER_NAME, SCHEDULER_NAME, RANDOM]
+        needed = [OPTIMIZER_NAME, SCHEDULER_NAME, _random_states()]
     for name in needed:
         with reading(checkpoint / name):
             content = _load(checkpoint / name)
-            if name == RANDOM:
+            if name == _random_states():
                 _check_random(content)
             if name == SCHEDULER_NAME and content["last_epoch"] != step_of(checkpoint):
                 raise ValueError(f"it is of step {content['last_epoch']}")

@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError, one_line
+from pera_lab import processes
 from pera_lab.card import card, write_card
 from pera_lab.files import (
     Journal,
@@ -43,7 +44,7 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
 
     The score is written to ``scores.json`` under "adapter" or "base", and the answers to ``predictions/``. The name of
     a scorer other than the recipe's is added, as in "adapter-likelihood". Answers are saved as they come, so an
-    interrupted evaluation resumes with the missing ones.
+    interrupted evaluation resumes with the missing ones. Several processes share the batches.
 
     Args:
         run: the run.
@@ -67,8 +68,10 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     run.scores()  # a broken file is refused before the work, also one that only the card needs
     if run.finished:
         card("adapter", locate_run(run))
-    with locked(run.path / f".{name}.lock", file):
-        return _evaluate_run(run, recipe, splits, which, name, console)
+    with processes.main_enters(locked(run.path / f".{name}.lock", file)):
+        score = _evaluate_run(run, recipe, splits, which, name, console)
+        processes.barrier()  # the files are complete
+    return score
 
 
 def _evaluate_run(run: Run, recipe: Recipe, splits: Splits, which: str, name: str, console: Console | None) -> Score:
@@ -89,11 +92,12 @@ def _evaluate_run(run: Run, recipe: Recipe, splits: Splits, which: str, name: st
             per_parameter = None if bits is None else bits / parameters
             memory = replace(score.memory, parameters=parameters, bits_per_parameter=per_parameter)
             score = replace(score, memory=memory)
-        write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
-        with updated_object(run.scores_file) as scores:
-            scores[name] = asdict(score)
-        journal.close()
-    if run.finished:
+        if processes.is_main():
+            write_atomic(run.predictions / f"{name}.jsonl", "".join(json_line(asdict(p)) for p in predictions))
+            with updated_object(run.scores_file) as scores:
+                scores[name] = asdict(score)
+            journal.close()
+    if run.finished and processes.is_main():
         write_card(run.adapter.path, "adapter", locate_run(run))
     return score
 

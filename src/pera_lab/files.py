@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from pera.errors import PeraError, UserError, one_line
+from pera_lab import processes
 
 T = TypeVar("T")
 
@@ -393,6 +394,8 @@ class Journal:
     The first line of the file is a hash of what the results depend on. If it differs, the file is discarded. As a
     context manager, it leaves no file behind if the block fails before the first result.
 
+    With several processes, each adds the results of all, and the main process writes the file.
+
     Args:
         path: the JSON-lines file. :meth:`close` removes it.
         key: everything that the results depend on.
@@ -400,29 +403,37 @@ class Journal:
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
         self.path = path
+        self.found: dict[int, dict[str, Any]]
+        self.found, self._made = processes.on_main(lambda: self._open(key))
+
+    def _open(self, key: dict[str, Any]) -> tuple[dict[int, dict[str, Any]], list[Path]]:
+        """The results in the file, and the folders that are made for it."""
+        path = self.path
         head = {"key": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}
         check_journal(path)
         lines = read_lines(path)
         kept = lines[1:] if lines[:1] == [head] else []
-        self.found: dict[int, dict[str, Any]] = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
-        self._made = [] if path.parent.exists() else [path.parent]
+        found = {x["index"]: x["row"] for x in kept if {"index", "row"} <= x.keys()}
+        made = [] if path.parent.exists() else [path.parent]
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        content: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in self.found.items())]
+        content: list[dict[str, Any]] = [head, *({"index": i, "row": row} for i, row in found.items())]
         write_atomic(path, "".join(map(json_line, content)))
+        return found, made
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None and not self.found:
+        if kind is not None and not self.found and processes.is_main():
             self.close()
             remove_empty(self._made)
 
     def add(self, rows: dict[int, dict[str, Any]]) -> None:
         """Save results by their index."""
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as f:
-            f.writelines(json_line({"index": i, "row": row}) for i, row in rows.items())
+        if processes.is_main():
+            with disk_errors(self.path), self.path.open("a", encoding="utf-8") as f:
+                f.writelines(json_line({"index": i, "row": row}) for i, row in rows.items())
         self.found.update(rows)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -430,7 +441,7 @@ class Journal:
         return [self.found[i] for i in sorted(self.found)]
 
     def close(self) -> None:
-        """Remove the file. Call it when the results are saved elsewhere."""
+        """Remove the file. The main process calls it when the results are saved elsewhere."""
         self.path.unlink(missing_ok=True)
 
 

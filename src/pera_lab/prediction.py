@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from pera.errors import UserError
+from pera_lab import processes
 from pera_lab.files import Journal, check_journal, json_line, reserved, write_atomic
 from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
@@ -30,7 +31,7 @@ def predict(
     A language model writes text. Its rows have ``prompt`` or ``messages``, or the task's own field. A classifier gives
     the name of the class and the logits, or a number. Its rows have the task's texts. ``shortened`` marks a row whose
     prompt was truncated. Answers are saved in ``<target>.partial`` as they come, so an interrupted call resumes with
-    the missing rows.
+    the missing rows. Several processes share the batches.
 
     Args:
         run: the run whose adapter answers.
@@ -48,13 +49,19 @@ def predict(
         UserError: the run is unfinished, a row lacks a field, ``target`` exists or another process
             writes it, or an option has no use.
     """
-    with reserved(target):
-        journal = target.with_name(f"{target.name}.partial")
-        check_journal(journal)
-        if target.exists():
-            journal.unlink(missing_ok=True)  # left by a kill after the last answer
-            raise UserError(f"--output: {str(target)!r} exists; give another file or remove it.")
-        return _predict(run, source, target, journal, base, max_new_tokens, batch_size, console)
+    journal = target.with_name(f"{target.name}.partial")
+    with processes.main_enters(reserved(target)):
+        processes.on_main(lambda: _check_target(target, journal))
+        number = _predict(run, source, target, journal, base, max_new_tokens, batch_size, console)
+        processes.barrier()  # the file is complete
+    return number
+
+
+def _check_target(target: Path, journal: Path) -> None:
+    check_journal(journal)
+    if target.exists():
+        journal.unlink(missing_ok=True)  # left by a kill after the last answer
+        raise UserError(f"--output: {str(target)!r} exists; give another file or remove it.")
 
 
 def _predict(
@@ -91,8 +98,9 @@ def _predict(
         for outputs in answer_batches(scorer, "predicting", console):
             journal.add({todo[row]: _columns(output) for row, output in outputs.items()})
         lines = [{**row, **answer} for row, answer in zip(content.rows, journal.rows(), strict=True)]
-        write_atomic(target, "".join(map(json_line, lines)))
-        journal.close()
+        if processes.is_main():
+            write_atomic(target, "".join(map(json_line, lines)))
+            journal.close()
     return len(lines)
 
 

@@ -122,9 +122,15 @@ def reporting() -> Iterator[bool]:
     from torch.distributed import TCPStore
 
     attempt = f"pera/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=GRACE)
-    if not is_main():
-        with suppress(RuntimeError):
-            store.wait([f"{attempt}/reported"], GRACE)
-    yield store.add(f"{attempt}/reports", 1) == 1
-    store.set(f"{attempt}/reported", "1")
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=GRACE)
+        if not is_main():
+            with suppress(RuntimeError):  # nothing was reported in time
+                store.wait([f"{attempt}/reported"], GRACE)
+        first = store.add(f"{attempt}/reports", 1) == 1
+    except RuntimeError:  # torchrun is gone
+        yield True
+        return
+    yield first
+    with suppress(RuntimeError):
+        store.set(f"{attempt}/reported", "1")

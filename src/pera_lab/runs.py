@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pera.errors import UserError
-from pera_lab import checkpoints, models
+from pera_lab import checkpoints, models, processes
 from pera_lab.adapters import Adapter
 from pera_lab.environment import environment
 from pera_lab.files import (
@@ -226,8 +226,23 @@ class Run:
                     f"{was} in data.json). Restore the file or start a new run."
                 )
 
+    def check_processes(self) -> None:
+        """Check that the run is resumed by as many processes as it was started with.
+
+        Each process has its own random numbers and its part of a checkpoint.
+
+        Raises:
+            UserError: the numbers differ.
+        """
+        recorded = read_object(self.environment_file) if self.environment_file.is_file() else {}
+        if (was := recorded.get("processes", 1)) != (now := processes.count()):
+            raise UserError(
+                f"--resume: {str(self.path)!r} was started with {was} {'process' if was == 1 else 'processes'} and "
+                f"cannot be resumed with {now}; start {was}, or start a new run."
+            )
+
     def recorded_base(self) -> dict[str, str]:
-        """Name, dtype and fingerprint of the base model from ``environment.json``; empty if there is no such file."""
+        """What :meth:`check_base` returned at the start, from ``environment.json``; empty if there is no such file."""
         recorded = read_object(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
         if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
             raise UserError(
@@ -237,16 +252,21 @@ class Run:
         return recorded
 
     def check_base(self, model: torch.nn.Module) -> dict[str, str]:
-        """Return name, dtype and fingerprint of the base model.
+        """Return name, dtype and fingerprint of the base model, and how it is quantized.
+
+        The fingerprint of a quantized base is that of its files, so it also tells whether the base before quantization
+        is the same.
 
         Raises:
             UserError: the run was started on another base model or in another dtype.
         """
-        base = {
-            "name": self.recipe.model.name,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "fingerprint": models.fingerprint(self.body(model)),
-        }
+        spec, dtype = self.recipe.model, next(model.parameters()).dtype
+        base = {"name": spec.name, "dtype": str(dtype).removeprefix("torch.")}
+        if spec.quantization is None:
+            base |= {"fingerprint": models.fingerprint(self.body(model))}
+        else:
+            stored = models.stored_fingerprint(spec.name, spec.revision, dtype)
+            base |= {"quantization": spec.quantization, "fingerprint": stored}
         recorded = self.recorded_base()
         for key in ("dtype", "fingerprint"):
             if (was := recorded.get(key, base[key])) != base[key]:
@@ -264,6 +284,8 @@ class Run:
                 "command": command,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 **environment(),
+                "processes": processes.count(),
+                "effective_batch_size": self.recipe.training.effective_batch_size,
                 "seed": self.recipe.training.seed,
                 "base_model": base,
             },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError
+from pera_lab import processes
 from pera_lab.inference import (
     Branches,
     common_length,
@@ -127,7 +128,9 @@ def make_scorer(
 
 
 def answer_batches(scorer: Scorer, label: str, console: Console | None) -> Iterator[dict[int, Output]]:
-    """The outputs for a scorer's examples by their index, one batch at a time.
+    """The outputs for a scorer's examples by their index, one batch at a time, or one for each process.
+
+    The batches do not depend on the number of processes, and every process gets all outputs.
 
     Args:
         scorer: the scorer.
@@ -136,8 +139,11 @@ def answer_batches(scorer: Scorer, label: str, console: Console | None) -> Itera
     """
     size = scorer.spec.batch_size
     equal = size > 1 and len(set(scorer.lengths)) > 1 and not takes_padding(scorer.model)
-    for rows in _batches(scorer.lengths, size, equal, label, console):
-        yield dict(zip(rows, scorer.answer(rows), strict=True))
+    batches = _batches(scorer.lengths, size, equal, label, console)
+    while share := list(islice(batches, processes.count())):
+        own = share[processes.index()] if processes.index() < len(share) else []
+        outputs = dict(zip(own, scorer.answer(own), strict=True)) if own else {}
+        yield {row: output for found in processes.gathered(outputs) for row, output in found.items()}
 
 
 class Scorer:

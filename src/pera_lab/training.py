@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from safetensors.torch import load_file
-from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,22 +25,23 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
-from pera_lab import checkpoints, methods, models
+from pera_lab import checkpoints, methods, models, processes
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
-from pera_lab.environment import command_line, device
+from pera_lab.environment import command_line, device, out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
 from pera_lab.opening import locate_run, open_model
 from pera_lab.progress import ProgressBar
+from pera_lab.quantization import check_engine
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
-from pera_lab.tasks.encoding import Encoded, check_lengths, count_labels
+from pera_lab.tasks.encoding import Encoded, check_lengths
+from pera_lab.trainer import LengthOrder, OnlineLoss, RunTrainer
 
 
 class LossNotFinite(UserError):
@@ -65,6 +64,8 @@ class TrainingSummary(NamedTuple):
 def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | None = None) -> TrainingSummary:
     """Train the adapter of a recipe, and save it with metrics and environment in the run folder.
 
+    Several processes share each batch (:class:`RunTrainer`). The main process writes the folder.
+
     Args:
         recipe: the recipe.
         run: the folder, made by :meth:`Run.create`.
@@ -73,16 +74,38 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
 
     Raises:
         UserError: the model, a target module or the task is not available, the data or the base model of a resumed run
-            changed, another process trains the run, or the disk fails.
+            or the number of processes changed, another command trains the run, or the disk fails.
         LossNotFinite: the loss is not finite.
     """
-    with run.in_use():
-        return _train(recipe, run, resume, console)
+    with processes.main_enters(run.in_use()):
+        with processes.together():
+            prepared = _prepare(recipe, run, resume, console)
+        summary = _train(run, prepared)
+        processes.barrier()  # the folder is complete
+    return summary
 
 
-def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> TrainingSummary:
-    """:func:`train` in a run folder that no other process trains. The folder changes only after all checks."""
+class _Prepared(NamedTuple):
+    """What a training needs."""
+
+    trainer: Trainer
+    adapted: PeftModel
+    encoded: Encoded
+    progress: _Progress
+    checkpoint: Path | None
+    """The checkpoint that the training is resumed from."""
+    ended: Path | None
+    """The checkpoint with the weights to save, if the training ended before the adapter was saved."""
+
+
+def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> _Prepared:
+    """Make every check. The folder does not change."""
     spec, task = recipe.training, recipe.task
+    _check_processes(spec)
+    if resume:
+        run.check_processes()
+    if recipe.model.quantization is not None:
+        check_engine(recipe.model.quantization)
     splits = recipe.build_splits()
     run.check_data(splits.manifest)
     set_seed(spec.seed)  # loading the model initializes the classification head
@@ -98,6 +121,11 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         _check_batch(model, "evaluation.batch_size", recipe.evaluation.batch_size, validation)
     base = run.check_base(model)
     notes = [*splits.notes, *task.tokenizer_notes(tokenizer, splits)]
+    if recipe.model.quantization is not None and device().type == "cpu":
+        notes.append(
+            f"model.quantization={recipe.model.quantization} saves memory, but this machine has no GPU, and on a CPU "
+            "each step takes longer than without it"
+        )
 
     set_seed(spec.seed)
     try:
@@ -105,6 +133,13 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         adapted = get_peft_model(model, config)
     except methods.REFUSALS as error:
         raise methods.refusal(recipe.method, error) from error
+    except RuntimeError as error:  # PEFT does not check for weights that are packed
+        if recipe.model.quantization is None or out_of_memory(error):
+            raise
+        raise UserError(
+            f"model.quantization={recipe.model.quantization!r}: PEFT cannot use {recipe.method} on a quantized base "
+            f"model ({one_line(error)}); give another method, such as pera or lora, or leave quantization out."
+        ) from error
 
     arguments = _arguments(recipe, run)
     optimizer = _optimizer(spec, arguments, adapted)
@@ -114,7 +149,7 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
     kept = checkpoints.best(checkpoint) if checkpoint is not None and spec.keep == "best" else checkpoint
     if kept is not None:
         checkpoints.check_weights(kept, adapted)
-    order = _ByLength(encoded.rows, arguments) if spec.group_by_length else None
+    order = LengthOrder(encoded.rows, spec.effective_batch_size, spec.seed) if spec.group_by_length else None
 
     def begin() -> None:
         run.remove_incomplete_checkpoints()
@@ -122,10 +157,10 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         write_json(run.data_file, {**splits.manifest, "notes": notes})
         progress.keep_metrics()
 
-    online = _OnlineLoss()
+    online = OnlineLoss()
     progress = _Progress(run, console, notes, checkpoint, begin, online)
     try:
-        trainer = _Trainer(
+        trainer = RunTrainer(
             order,
             online,
             model=adapted,
@@ -139,13 +174,22 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
         )
     except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
         raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
-    if checkpoint is not None and not checkpoints.ended(checkpoint):
+    ended = checkpoint is not None and checkpoints.ended(checkpoint)
+    if checkpoint is not None and not ended:
         checkpoints.check_optimizer(checkpoint, trainer.create_optimizer())
     trainer.remove_callback(PrinterCallback)
+    if processes.count() > 1:
+        set_seed((spec.seed + processes.index()) % 2**32)  # otherwise every process drops out the same entries
+    return _Prepared(trainer, adapted, encoded, progress, checkpoint, kept if ended else None)
+
+
+def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
+    """Train, and save the adapter."""
+    trainer, adapted, encoded, progress, checkpoint, ended = prepared
     start = time.perf_counter()
-    if kept is not None and checkpoint is not None and checkpoints.ended(checkpoint):  # the adapter was not saved yet
-        begin()
-        set_peft_model_state_dict(adapted, load_file(kept / SAFETENSORS_WEIGHTS_NAME))
+    if ended is not None:
+        progress.begin()
+        set_peft_model_state_dict(adapted, load_file(ended / SAFETENSORS_WEIGHTS_NAME))
     else:
         with progress, disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -155,10 +199,11 @@ def _train(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> T
     final_loss = losses[-1] if losses else None
     steps = trainer.state.global_step - progress.steps_before
     summary = TrainingSummary(seconds, tokens, peak_memory(), final_loss, encoded.left_out, encoded.shortened, steps)
-    write_json(run.cost_file, summary._asdict())
-    with atomic_folder(run.adapter.path) as folder:
-        adapted.save_pretrained(str(folder))
-        write_card(folder, "adapter", locate_run(run)._replace(adapter=Adapter(folder)))
+    if processes.is_main():
+        write_json(run.cost_file, summary._asdict())
+        with atomic_folder(run.adapter.path) as folder:
+            adapted.save_pretrained(str(folder))
+            write_card(folder, "adapter", locate_run(run)._replace(adapter=Adapter(folder)))
     return summary
 
 
@@ -172,6 +217,14 @@ def peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _check_processes(spec: TrainingSection) -> None:
+    if spec.batch_size % processes.count():
+        raise UserError(
+            f"training.batch_size={spec.batch_size} cannot be divided over {processes.count()} processes, which share "
+            f"each batch; give a multiple of {processes.count()}."
+        )
 
 
 _LONG = 1_000_000
@@ -226,7 +279,7 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         learning_rate=spec.learning_rate,
         max_steps=spec.max_steps or -1,
         num_train_epochs=spec.epochs or 1.0,
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=spec.batch_size // processes.count(),
         gradient_accumulation_steps=spec.gradient_accumulation_steps,
         warmup_steps=spec.warmup_steps or spec.warmup_ratio,  # below 1 it means a share
         lr_scheduler_type=spec.lr_scheduler,
@@ -271,76 +324,6 @@ def _checkpointing_option() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
-class _ByLength(LengthGroupedSampler):
-    """Batches of rows of similar length. The order depends on the seed and the epoch only, so it is the same for every
-    method, whatever its dropout draws, and for a resumed run."""
-
-    def __init__(self, rows: list[dict[str, Any]], arguments: TrainingArguments) -> None:
-        size = arguments.train_batch_size * arguments.gradient_accumulation_steps
-        lengths = [len(row["input_ids"]) for row in rows]
-        super().__init__(size, lengths=lengths, generator=torch.Generator())
-        self._seed = arguments.data_seed
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self.generator.manual_seed(random.Random(f"{self._seed}, {epoch}").getrandbits(32))
-
-
-class _OnlineLoss:
-    """Loss on batches of the first epoch, summed over their labels. Each batch counts before the model learns it."""
-
-    def __init__(self) -> None:
-        self._since: int | None = None
-        self._labels = 0
-        self._nats: torch.Tensor | float = 0.0  # a tensor, so that no step waits for the device
-
-    def add(self, step: int, loss: torch.Tensor, labels: int, divisor: torch.Tensor | int | None) -> None:
-        """Add a batch.
-
-        Args:
-            step: the number of optimizer steps before it.
-            loss: the loss of the batch, a sum over its labels divided by ``divisor``.
-            labels: the number of its labels.
-            divisor: the labels of all batches of the optimizer step, or None for ``labels``.
-        """
-        self._since = step if self._since is None else self._since
-        self._labels += labels
-        if labels:  # otherwise the mean is NaN
-            self._nats = self._nats + loss.detach().double() * (labels if divisor is None else divisor)
-
-    def take(self) -> dict[str, Any]:
-        """What was added since the last call, as an entry of ``metrics.jsonl``; empty after the first epoch."""
-        if self._since is None:
-            return {}
-        entry = {"since": self._since, "labels": self._labels, "nats": float(self._nats)}
-        self._since, self._labels, self._nats = None, 0, 0.0
-        return {"first_epoch": entry}
-
-
-class _Trainer(Trainer):
-    """A Trainer with the row order of a sampler, or with the default random order if there is none."""
-
-    def __init__(self, order: Sampler[int] | None, online: _OnlineLoss, **options: Any) -> None:
-        self._order, self._online = order, online
-        super().__init__(**options)
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """As in transformers; also records the loss in the first epoch."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model.training and (self.state.epoch or 0.0) < 1:
-            labels = inputs["labels"]
-            # A classifier's loss is the mean of the batch, and a language model's is divided by num_items_in_batch.
-            divisor = num_items_in_batch if self.model_accepts_loss_kwargs and labels.dim() == 2 else None
-            loss: Any = result[0] if return_outputs else result
-            self._online.add(self.state.global_step, loss, count_labels(labels), divisor)
-        return result
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
-
-
 class _Progress(TrainerCallback):
     """Shows notes and a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is
     not finite. ``begin`` is called when everything of the checkpoint was loaded."""
@@ -352,10 +335,10 @@ class _Progress(TrainerCallback):
         notes: list[str],
         since: Path | None,
         begin: Callable[[], None],
-        online: _OnlineLoss,
+        online: OnlineLoss,
     ) -> None:
         self._console, self._notes = console, notes
-        self._run, self._since, self._begin, self._online = run, since, begin, online
+        self._run, self._since, self._write_records, self._online = run, since, begin, online
         self._bar = ProgressBar("training", console)
         self._announced = False
         self._start = 0.0
@@ -367,6 +350,11 @@ class _Progress(TrainerCallback):
 
     def __exit__(self, *error: Any) -> None:
         self._bar.__exit__(*error)
+
+    def begin(self) -> None:
+        """Write the records of the run."""
+        if processes.is_main():
+            self._write_records()
 
     def keep_metrics(self) -> None:
         """Remove the lines that were logged after the checkpoint."""
@@ -387,7 +375,7 @@ class _Progress(TrainerCallback):
             )
         if self._since is not None and (kept := checkpoints.best(self._since)) is not None:
             state.best_model_checkpoint = str(kept)  # the folder may have moved since
-        self._begin()
+        self.begin()
         self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
         self.steps_before = state.global_step
         self._bar.update(state.global_step, state.max_steps)
@@ -416,8 +404,7 @@ class _Progress(TrainerCallback):
             **self._online.take(),
         }
         line |= {key: logs[key] for key in ("high_order_ratio", "anchor_ratio") if key in logs}
-        with self._run.metrics_file.open("a", encoding="utf-8") as f:
-            f.write(json_line(line))
+        _append(self._run.metrics_file, line)
         memory = peak_memory()
         note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
         self._bar.update(note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
@@ -438,16 +425,25 @@ class _Progress(TrainerCallback):
             self._console.print(note, soft_wrap=True)
         recipe = self._run.recipe
         what = f"{recipe.method['name']} on {recipe.model.name}, task {recipe.task.name}"
+        if processes.count() > 1:
+            what += f", {processes.count()} processes, effective batch size {recipe.training.effective_batch_size}"
         self._console.print(f"run folder {self._run.path}: {what}", soft_wrap=True)
 
     def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
         speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
         values = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_") and k not in speed}
-        with self._run.validation_file.open("a", encoding="utf-8") as f:
-            f.write(json_line({"step": state.global_step, "epoch": state.epoch, **values}))
+        _append(self._run.validation_file, {"step": state.global_step, "epoch": state.epoch, **values})
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoints.COMPLETE).touch()
+        processes.barrier()  # each process writes a part
+        if processes.is_main():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoints.COMPLETE).touch()
+
+
+def _append(file: Path, line: dict[str, Any]) -> None:
+    if processes.is_main():
+        with file.open("a", encoding="utf-8") as f:
+            f.write(json_line(line))
 
 
 def _diverged(args: TrainingArguments, what: str, state: TrainerState) -> LossNotFinite:

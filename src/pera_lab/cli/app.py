@@ -93,6 +93,8 @@ def main() -> None:
     try:
         if not processes.is_main():
             silence()
+        if not _debugging():
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
         result = app(prog_name="pera", standalone_mode=False)
         if isinstance(result, Exception):
             raise result

@@ -81,13 +81,18 @@ def train(
     from pera_lab.runs import Run, resumable
     from pera_lab.training import train as train_recipe
 
-    if resume:
-        run = resumable(recipe, overrides, output, trust_remote_code=trust_remote_code)
-    else:
+    def opened() -> Run:
+        if resume:
+            return resumable(recipe, overrides, output, trust_remote_code=trust_remote_code)
         run = Run.create(load_recipe(recipe, overrides), output)
         run.trust_remote_code |= trust_remote_code
-    with run.discarded_on_error():
+        return run
+
+    run = processes.on_main(opened)
+    with processes.main_enters(run.discarded_on_error()):
         summary = train_recipe(run.recipe, run, resume=resume, console=progress)
+    if not processes.is_main():
+        return
     table = Facts()
     table.add_row("adapter", str(run.adapter.path))
     table.add_row("training", _cost(run, summary))
@@ -146,7 +151,8 @@ def evaluate(
         out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
         return
     score = evaluate_run(location.run, base=base, scorer=scorer, console=progress)
-    out.print(_scores(which, score, location.run), soft_wrap=True)
+    if processes.is_main():
+        out.print(_scores(which, score, location.run), soft_wrap=True)
 
 
 def predict(

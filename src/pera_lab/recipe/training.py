@@ -22,7 +22,7 @@ class TrainingSection(Section):
     epochs: float | None = Field(None, gt=0, le=10**6)
     """Passes over the training rows."""
     batch_size: int = Field(16, ge=1, le=10**6)
-    """Examples in a forward pass."""
+    """Examples in a forward pass. Several processes share them, so the results do not depend on their number."""
     gradient_accumulation_steps: int = Field(1, ge=1, le=10**6)
     """Forward passes for each optimizer step."""
     warmup_steps: int = Field(0, ge=0)
@@ -62,6 +62,11 @@ class TrainingSection(Section):
     or, for classification, by the task's metric. A checkpoint is then saved with each evaluation."""
     report_to: list[str] = Field(default_factory=list)
     """Trackers for transformers: tensorboard, trackio, wandb."""
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Examples in an optimizer step, over all processes."""
+        return self.batch_size * self.gradient_accumulation_steps
 
     @model_validator(mode="after")
     def _check_steps(self) -> TrainingSection:

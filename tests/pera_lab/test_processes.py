@@ -1,0 +1,305 @@
+"""Commands that torchrun starts in two processes: the results of one, and one sentence for a mistake.
+
+The processes are forks of this one, which has imported everything. As under torchrun, this process keeps the store that
+they meet at, and ends the others when one fails.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import distributed
+
+from pera.errors import UserError
+from pera_lab import cli, processes, scorers, training
+from pera_lab.recipe import TrainingSection, load_recipe
+from pera_lab.runs import Run
+from pera_lab.training import train
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+
+SLOW_RATE = "training.learning_rate=3e-4"
+
+
+class Ended(NamedTuple):
+    """Exit codes of the two processes, and what they printed."""
+
+    codes: list
+    text: str
+
+
+def call(rank, ports, folder, arguments, patch):
+    """The ``pera`` command as one of two processes."""
+    port = ports.get()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.chdir(folder)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(rank), **address)
+    sys.stdout = sys.stderr = open(folder / "output.txt", "a", buffering=1)  # noqa: SIM115
+    if patch is not None:
+        patch(rank)
+    sys.argv = ["pera", *map(str, arguments)]
+    cli.main()
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Runs the ``pera`` command in two processes. ``patch`` is called in each with its number.
+
+    If ``until`` is given, both processes are killed when it returns True.
+    """
+
+    def run(*arguments, patch=None, until=None):
+        (tmp_path / "output.txt").write_text("")
+        fork = multiprocessing.get_context("fork")
+        ports = fork.SimpleQueue()
+        started = [fork.Process(target=call, args=(i, ports, tmp_path, arguments, patch)) for i in range(2)]
+        for process in started:
+            process.start()
+        store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # has threads: not forked
+        for _ in started:
+            ports.put(store.port)
+        deadline = time.time() + 120
+        while any(process.is_alive() for process in started):
+            failed = any(process.exitcode for process in started)
+            if (until is not None and until()) or time.time() > deadline:
+                for process in started:
+                    process.kill()
+            elif failed:
+                time.sleep(0.2)
+                for process in started:
+                    process.terminate()
+            time.sleep(0.02)
+        return Ended([process.exitcode for process in started], (tmp_path / "output.txt").read_text())
+
+    return run
+
+
+def files(folder):
+    """The files of a run that do not depend on the number of processes, by name."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path for path in found if not path.name.startswith("rng_state")}
+
+
+def differences(a, b):
+    """The largest difference of the weights of two adapters."""
+    a, b = (load_file(run.adapter.path / "adapter_model.safetensors") for run in (a, b))
+    assert a.keys() == b.keys()
+    return max((a[key] - b[key]).abs().max() for key in a)
+
+
+def logged(run, *keys):
+    return [[line[key] for key in keys] for line in run.metrics()]
+
+
+UNEVEN = "task.train_size=62"
+"""The last batch of 4 has 2 rows, one for each process."""
+LANGUAGE = {
+    "uneven": (UNEVEN, "training.max_steps=null", "training.epochs=2", "method.dropout=0"),
+    "one row in the last batch": ("task.train_size=61", "training.max_steps=17", "method.dropout=0"),
+    "accumulation": (UNEVEN, "training.gradient_accumulation_steps=3", "method.dropout=0"),
+    "by length": (UNEVEN, "training.group_by_length=true", "method.dropout=0"),
+    "checkpointing": ("training.gradient_checkpointing=true", "method.dropout=0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", LANGUAGE.values(), ids=LANGUAGE)
+def test_two_processes_train_the_adapter_of_one(two, train_run, recipe_file, tmp_path, overrides):
+    one = train_run(tmp_path / "one", SLOW_RATE, *overrides)
+    ended = two("train", recipe_file, SLOW_RATE, *overrides, "--output", "two")
+    run = Run(tmp_path / "two")
+    assert ended.codes == [0, 0], ended.text
+    assert ended.text.count("adapter ") == 1  # only the main process prints
+    assert "2 processes, effective batch size" in ended.text
+    assert differences(one, run) < 1e-6
+    assert files(run.path) == files(one.path) | {(run.path / "report.html").relative_to(run.path)}
+    assert logged(run, "step", "epoch", "learning_rate") == logged(one, "step", "epoch", "learning_rate")
+    for key in ("loss", "grad_norm"):
+        torch.testing.assert_close(torch.tensor(logged(run, key)), torch.tensor(logged(one, key)), rtol=1e-4, atol=1e-5)
+    for a, b in zip(run.metrics(), one.metrics(), strict=True):
+        assert a.get("first_epoch", {}) == pytest.approx(b.get("first_epoch", {}), rel=1e-4)
+    record = json.loads(run.environment_file.read_text())
+    assert record["processes"] == 2
+    assert record["effective_batch_size"] == 4 * run.recipe.training.gradient_accumulation_steps
+    assert "effective_batch_size" in (run.path / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_two_processes_validate_as_one(two, glue_recipe, tiny_bert, tmp_path, task):
+    model = shutil.copytree(tiny_bert, tmp_path / "bert")  # without dropout, which differs in each process
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    (model / "config.json").write_text(json.dumps(config))
+    sizes = ["training.train_share=0.9", "training.batch_size=4", "evaluation.batch_size=6"]  # with uneven last batches
+    overrides = [f"task.name={task}", f"model.name={model}", *sizes, SLOW_RATE]
+    recipe = load_recipe(str(glue_recipe), overrides)
+    one, run = Run.create(recipe, tmp_path / "one"), Run(tmp_path / "two")
+    train(recipe, one)
+    ended = two("train", glue_recipe, *overrides, "--output", "two")
+    assert ended.codes == [0, 0], ended.text
+    assert differences(one, run) < 1e-6
+    assert len(one.validation()) == 3
+    for a, b in zip(run.validation(), one.validation(), strict=True):
+        assert a == pytest.approx(b, abs=2e-3)  # a rank correlation of outputs that are nearly equal
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_processes_are_resumed_to_the_same_bits(two, recipe_file, tmp_path):
+    overrides = ("training.max_steps=40", "training.save_steps=4", UNEVEN)
+    undisturbed, killed = Run(tmp_path / "undisturbed"), Run(tmp_path / "killed")
+    assert two("train", recipe_file, *overrides, "--output", "undisturbed").codes == [0, 0]
+    second = killed.checkpoints / "checkpoint-8"
+    two("train", recipe_file, *overrides, "--output", "killed", until=(second / "complete").is_file)
+    assert killed.last_checkpoint() is not None
+    assert not killed.finished
+    ended = two("train", "killed", "--resume")
+    assert ended.codes == [0, 0], ended.text
+    assert differences(killed, undisturbed) == 0
+    for run in (killed, undisturbed):
+        assert [line["step"] for line in run.metrics()] == list(range(2, 41, 2))
+    assert logged(killed, "loss", "grad_norm") == logged(undisturbed, "loss", "grad_norm")
+    assert files(killed.path) == files(undisturbed.path)
+
+
+def content(folder, names):
+    """The files as they are compared: a score without the seconds that it took."""
+    found = {name: (folder / name).read_text() for name in names}
+    return {name: [line for line in text.splitlines() if '"seconds"' not in line] for name, text in found.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_also_after_a_kill(two, pera, run, tmp_path):
+    head, evaluation = run.recipe_file.read_text().split("\nevaluation:")
+    run.recipe_file.write_text(f"{head}\nevaluation:{evaluation.replace('batch_size: 4', 'batch_size: 3')}")
+    one, journal = tmp_path / "one", run.predictions / "adapter.partial.jsonl"
+    shutil.copytree(run.path, one)
+    assert pera("evaluate", one).code == 0
+
+    def stop_after_the_first_batches(rank):
+        real, asked = scorers.generate, []
+
+        def generate(*arguments):
+            asked.append(arguments)
+            if len(asked) == 2:
+                time.sleep(60)
+            return real(*arguments)
+
+        scorers.generate = generate
+
+    def answered():
+        return journal.is_file() and journal.read_text().count("index") == 6
+
+    two("evaluate", "run", patch=stop_after_the_first_batches, until=answered)
+    assert not run.scores_file.exists()
+    ended = two("evaluate", "run")
+    assert ended.codes == [0, 0], ended.text
+    assert "resuming after 6 of 8 answers" in ended.text
+    assert ended.text.count("95 % interval") == 1
+    names = ["scores.json", "predictions/adapter.jsonl"]
+    assert content(run.path, names) == content(one, names)
+    assert {path.name for path in run.predictions.iterdir()} == {"adapter.jsonl"}
+
+
+@pytest.mark.slow
+def test_two_processes_predict_as_one(two, pera, run, glue_run, tmp_path):
+    questions = [{"prompt": f"What relation is {name} to Zoe?"} for name in ("Luna", "Ethan", "Sarah", "Liam", "Al")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"sentence": "dull " * i}) + "\n" for i in range(1, 6)))
+    for folder, rows in (("run", "rows.jsonl"), ("glue-run", "texts.jsonl")):
+        command = ("predict", folder, "--input", rows, "--batch-size", "2", "--output")
+        assert pera(*command, "one.jsonl").code == 0
+        ended = two(*command, "two.jsonl")
+        assert ended.codes == [0, 0], ended.text
+        assert ended.text.count("5 rows answered") == 1
+        assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+        assert "'two.jsonl' exists" in sentence(two(*command, "two.jsonl"))
+        for file in ("one.jsonl", "two.jsonl"):
+            (tmp_path / file).unlink()
+
+
+def sentence(ended):
+    """The one sentence that both processes end with."""
+    assert ended.codes == [2, 2]
+    assert ended.text.startswith("pera: ")
+    assert ended.text.count("\n") == 1, ended.text
+    return ended.text
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_both_processes_with_one_sentence(two, recipe_file, run, tmp_path, tree):
+    before = {path: content for path, content in tree().items() if path.name != "output.txt"}
+    assert "'run' exists and is not empty" in sentence(two("train", recipe_file, "--output", "run"))
+    assert "training.batch_size=3 cannot be divided" in sentence(
+        two("train", recipe_file, "training.batch_size=3", "--output", "new")
+    )
+    assert "'pera merge' runs in one process" in sentence(two("merge", "run", "--output", "merged"))
+    assert "--otput" in sentence(two("train", recipe_file, "--otput", "new"))
+    assert "'run' is finished" in sentence(two("train", "run", "--resume"))
+    assert {path: content for path, content in tree().items() if path.name != "output.txt"} == before
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_process_ends_both(two, recipe_file, tmp_path, monkeypatch):
+    def break_second(rank):
+        if rank == 1:
+            monkeypatch.setattr(training, "open_model", lambda *_: raise_(UserError("no such model here.")))
+
+    def raise_(error):
+        raise error
+
+    ended = two("train", recipe_file, "--output", "new", patch=break_second)
+    assert sentence(ended) == "pera: no such model here.\n"
+    assert not (tmp_path / "new").exists()
+
+    def stop_second(rank):
+        if rank == 1:
+            monkeypatch.setattr(
+                training._Progress, "on_step_end", lambda *_, **__: raise_(UserError("the step broke."))
+            )
+
+    monkeypatch.setattr(processes, "GRACE", processes.timedelta(seconds=1))
+    ended = two("train", recipe_file, "--output", "new", patch=stop_second)
+    assert ended.codes[1] == 2
+    assert ended.codes[0] != 0
+    assert ended.text.count("pera: ") == 1
+    assert ended.text.endswith("pera: the step broke.\n")
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    spec = TrainingSection(max_steps=1, batch_size=8)
+    with pytest.raises(UserError, match=r"training.batch_size=8 cannot be divided over 3 processes.* multiple of 3"):
+        training._check_processes(spec)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    training._check_processes(spec)
+
+
+def test_another_number_of_processes_cannot_resume_a_run(run, refused, monkeypatch):
+    shutil.rmtree(run.adapter.path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"'.*run' was started with 1 process and cannot be resumed with 2"):
+        run.check_processes()
+    monkeypatch.delenv("WORLD_SIZE")
+    run.check_processes()
+    record = json.loads(run.environment_file.read_text())
+    assert (record["processes"], record["effective_batch_size"]) == (1, 4)
+    run.environment_file.write_text(json.dumps({**record, "processes": 2}))
+    refused("train", run.path, "--resume", words=["--resume", "2 processes", "with 1", "start 2"])
+    refused("train", run.path, "training.batch_size=8", "--resume", words=["training.batch_size", "differs"])
+
+
+def test_variables_that_are_not_numbers_mean_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("RANK", "one")
+    assert (processes.count(), processes.index(), processes.is_main()) == (1, 0, True)
