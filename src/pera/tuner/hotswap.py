@@ -14,7 +14,7 @@ from pera.tuner.config import PeraConfig
 from pera.tuner.layers import adapted_layers
 from pera.tuner.names import plain_name
 from pera.tuner.saved import check_values
-from pera.tuner.sharding import reshard, whole
+from pera.tuner.sharding import whole
 
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 """Errors that PEFT raises for a folder that is missing, truncated or of an unknown method."""
@@ -50,7 +50,6 @@ def hotswap_adapter(model: PeftModel, path: str, adapter_name: str = "default", 
     layers = adapted_layers(model.get_base_model(), adapter_name)
     for layer in layers.values():
         layer.check_base_weight()
-    reshard(model)
     weights = {plain_name(key): weight for key, weight in saved.items()}
     before: Any = model.peft_config[adapter_name]
     for name, other in ((repr(path), config), (f"adapter {adapter_name!r}", before)):

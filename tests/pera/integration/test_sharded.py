@@ -98,6 +98,7 @@ def check_fsdp2_merge(rank, folder):
         model.state_dict()  # sharded again
         close(logits(model), with_adapter)
         model.unmerge_adapter()
+        model.state_dict()
         close(logits(model), with_adapter)
         with model.disable_adapter():
             close(logits(model), logits(llama()))
