@@ -6,6 +6,7 @@ the configuration names. Each of these gives a wrong model or a long wait withou
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,27 @@ def open_weights(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UserError(f"model: {str(file)!r} is not a complete safetensors file: {one_line(error)}.") from error
+
+
+def files_fingerprint(folder: Path, dtype: torch.dtype) -> str:
+    """A short hash of the names, shapes and first 16 values of the tensors in a model's files.
+
+    Args:
+        folder: the folder of the model.
+        dtype: round the values to this dtype, so that copies in another dtype have the same hash.
+
+    Raises:
+        UserError: a file is missing or broken.
+    """
+    found = []
+    for name in weight_files(folder):
+        with open_weights(folder / name) as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(key)  # memory-mapped
+                first = tensor.flatten()[:16]
+                values = (first.to(dtype) if first.is_floating_point() else first).float().tolist()
+                found.append(repr((key, tuple(tensor.shape), values)))
+    return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()[:16]
 
 
 def check_base(name: str, folder: Path, auto_class: Any, labels: int | None, *, trust_remote_code: bool) -> None:
@@ -272,7 +294,8 @@ def check_loaded(name: str, model: Any, unexpected: list[str]) -> None:
         beyond = any(isinstance(parent, nn.ModuleList) and part not in parent._modules for parent, part in parents)
         if beyond or (owner is not None and any(each is not None for each in owner._parameters.values())):
             raise UserError(f"model: the weights of {name!r} hold {key}, which its config.json has no place for.")
-    quantized = getattr(model, "hf_quantizer", None) is not None
+    quantizer = getattr(model, "hf_quantizer", None)
+    quantized = quantizer is not None and quantizer.pre_quantized
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = head is not None and model._tied_weights_keys and model.config.get_text_config().tie_word_embeddings
     if tied and not quantized and head.weight is not model.get_input_embeddings().weight:

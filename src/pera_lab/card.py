@@ -62,7 +62,7 @@ def card(form: Form, location: Location, verification: str | None = None) -> str
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_TITLE[form].format(method=method)}",
-        f"Base model: {_code(base)}.{_PERA if method == 'PERA' else ''}",
+        f"Base model: {_code(base)}{_quantized(location)}.{_PERA if method == 'PERA' else ''}",
         _fence(
             _USE[form].format(imports=imports, kind="SequenceClassification" if classifies else "CausalLM"),
             "sh" if form == "gguf" else "python",
@@ -77,6 +77,11 @@ def card(form: Form, location: Location, verification: str | None = None) -> str
             sections += ["## Scores", _scores(run.recipe.task.name, scores)]
         sections += ["## Recipe", _fence(run.recipe.to_yaml(), "yaml")]
     return "\n\n".join(sections) + "\n"
+
+
+def _quantized(location: Location) -> str:
+    kind = None if location.run is None else location.run.recipe.model.quantization
+    return "" if kind is None else f", quantized to {kind} for training and scores"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from peft.utils import CONFIG_NAME
@@ -28,10 +28,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
 from pera.tuner.layers import keep_unpacked
-from pera_lab.bases import TOKENIZER, check_base, check_loaded
+from pera_lab.bases import INDEX, SINGLE, TOKENIZER, check_base, check_loaded, files_fingerprint
 from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
 from pera_lab.environment import device, fast_dtype, out_of_memory
 from pera_lab.files import read_object, refuse_pipe, user_path
+from pera_lab.quantization import Quantization, check_blocks, quantizer
 
 
 class MissingModel(UserError):
@@ -57,6 +58,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     labels: int | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a base model in evaluation mode, on the accelerator if there is one.
 
@@ -69,9 +71,11 @@ def load_model(
         labels: number of outputs of a classification head, or 1 for regression. A missing head is initialized at
             random. The head is always float32, since bfloat16 would lose small training steps. None loads a causal
             language model.
+        quantization: quantize the linear layers while loading, except for the head. ``dtype`` is then the dtype of the
+            computation and of the other weights.
 
     Raises:
-        UserError: there is no such model, it cannot be read, or it lacks weights other than the head's.
+        UserError: there is no such model, it cannot be read or quantized, or it lacks weights other than the head's.
     """
     location = resolve(name)
     _check_plain(name, location, revision)
@@ -80,18 +84,20 @@ def load_model(
     torch_dtype = {"auto": fast_dtype() if labels is None else torch.float32, "stored": "auto", **DTYPES}[dtype]
     auto_class: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     head = {} if labels is None else {"num_labels": labels}
+    remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if os.path.isdir(location):
         with reading(name):
             check_base(name, Path(location), auto_class, labels, trust_remote_code=trust_remote_code)
     with reading(name):
+        quantized: dict[str, Any] = {}
+        if quantization is not None:
+            config = AutoConfig.from_pretrained(location, **remote, **head)
+            whole = None if labels is None else _parts_of_head(auto_class, config, trust_remote_code)
+            computed = torch_dtype if isinstance(torch_dtype, torch.dtype) else None
+            settings = quantizer(quantization, name, config, computed, whole)
+            quantized = {"quantization_config": settings, "device_map": {"": device()}}
         model, loading = auto_class.from_pretrained(
-            location,
-            dtype=torch_dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **head,
+            location, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **remote, **head, **quantized
         )
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in loading["missing_keys"] if labels is None or key.startswith(body))
@@ -101,9 +107,10 @@ def load_model(
         )
     check_loaded(name, model, loading["unexpected_keys"])
     keep_unpacked(model)
+    check_blocks(name, model)
     if labels is not None:
         _keep_head_in_float32(model)
-    loaded: PreTrainedModel = model.to(device()).eval()
+    loaded: PreTrainedModel = (model if quantized else model.to(device())).eval()
     return loaded
 
 
@@ -116,6 +123,13 @@ def _check_plain(name: str, location: str, revision: str | None) -> None:
             f"model: {name!r} also holds an adapter ({ADAPTER_CONFIG}), which would change the base model; move the "
             "adapter to a folder of its own."
         )
+
+
+def _parts_of_head(auto_class: Any, config: Any, trust_remote_code: bool) -> list[str]:
+    """Names of the modules of a classifier outside its pretrained body."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _keep_head_in_float32(model: PreTrainedModel) -> None:
@@ -335,6 +349,8 @@ def _is_table(name: str) -> bool:
 
 
 def _table_rows(module: Any) -> int | None:
+    if isinstance(module, nn.ParameterDict):  # the factors of an adapter
+        return None
     weight, padding = getattr(module, "weight", None), getattr(module, "padding_idx", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return None
@@ -404,6 +420,18 @@ def fingerprint(
             first = first.to(dtype)
         digest.update(repr((name, tuple(weight.shape), first.float().tolist())).encode())
     return digest.hexdigest()[:16]
+
+
+def stored_fingerprint(name: str, revision: str | None, dtype: torch.dtype) -> str:
+    """:func:`pera_lab.bases.files_fingerprint` of a base model by name, which tells quantized bases apart.
+
+    Raises:
+        UserError: as :func:`local_folder`.
+    """
+    location = resolve(name)
+    cached = (try_to_load_from_cache(location, file, revision=revision) for file in (INDEX, SINGLE))
+    known = None if os.path.isdir(location) else next((file for file in cached if isinstance(file, str)), None)
+    return files_fingerprint(local_folder(name, revision) if known is None else Path(known).parent, dtype)
 
 
 def local_folder(name: str, revision: str | None = None) -> Path:

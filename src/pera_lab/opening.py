@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from pera.errors import UserError
 from pera_lab import models
 from pera_lab.adapters import Adapter
 from pera_lab.files import user_path
+from pera_lab.quantization import Quantization
 from pera_lab.runs import Run
 
 
@@ -34,6 +36,8 @@ class Location(NamedTuple):
     """Whether code that comes with the base model may run."""
     tokenizer: Path | None = None
     """The folder of a tokenizer that was saved with the adapter and replaces the base model's."""
+    quantization: Quantization | None = None
+    """How the base model is quantized while it is loaded."""
 
     @property
     def name(self) -> str:
@@ -75,7 +79,22 @@ def locate_adapter(name: str, *, trust_remote_code: bool = False) -> Location:
 def locate_run(run: Run, *, base: bool = False) -> Location:
     """The adapter of a run on its base model, or with ``base`` the base model alone. The adapter may not exist yet."""
     model, adapter = run.recipe.model, None if base else run.adapter
-    return Location(run, adapter, model.name, model.revision, run.trust_remote_code, run.adapter.tokenizer)
+    source = (model.name, model.revision, run.trust_remote_code)
+    return Location(run, adapter, *source, tokenizer=run.adapter.tokenizer, quantization=model.quantization)
+
+
+def before_quantization(location: Location) -> Location:
+    """``location`` with its base model as it is in the files, and a warning if that is not the base of the training.
+
+    Conversions are exact on this base. On the quantized one, rounding would lose most of the adapter.
+    """
+    if location.quantization is not None:
+        warnings.warn(
+            f"{location.name!r} was trained on a base model quantized to {location.quantization}; this command uses "
+            "the base model before quantization",
+            stacklevel=2,
+        )
+    return location._replace(quantization=None)
 
 
 def _located(name: str, trust_remote_code: bool) -> Location:
@@ -154,7 +173,9 @@ def open_model(
     with _where_the_base_is_named(location):
         if needs_tokenizer:
             models.check_tokenizer(location.base, location.tokenizer or models.resolve(location.base))
-        base = models.load_model(location.base, dtype=dtype, labels=labels, **source)
+        base = models.load_model(
+            location.base, dtype=dtype, labels=labels, quantization=location.quantization, **source
+        )
     check_fingerprint(location, base)
     model = base if location.adapter is None else location.adapter.load_on(base)
     tokenizer = open_tokenizer(location)
@@ -192,8 +213,8 @@ def check_fingerprint(
 ) -> None:
     """Check that ``base`` is the model that the adapter was trained on, as its run recorded it.
 
-    Nothing is checked if no fingerprint was recorded, or if ``base`` is quantised or has a lower precision than the
-    recorded model.
+    Nothing is checked if no fingerprint was recorded, or if ``base`` was stored quantized or has a lower precision than
+    the recorded model. The record of a base that was quantized while loading is compared with the files.
 
     Args:
         location: the adapter, and the run that may have recorded its base model.
@@ -208,11 +229,16 @@ def check_fingerprint(
     run = location.run or Run(location.adapter.path.absolute().parent)
     recorded = run.recorded_base() if run.recipe_file.is_file() else {}
     trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype", "")), next(base.parameters()).dtype
-    if trained_in is None or getattr(base, "hf_quantizer", None) is not None:
+    if trained_in is None:
         return
-    if loaded_in != trained_in and torch.promote_types(loaded_in, trained_in) != loaded_in:
-        return
-    found = models.fingerprint(run.body(base), trained_in, read)
+    if "quantization" in recorded:
+        found = models.stored_fingerprint(location.base, location.revision, trained_in)
+    else:
+        if getattr(base, "hf_quantizer", None) is not None:
+            return
+        if loaded_in != trained_in and torch.promote_types(loaded_in, trained_in) != loaded_in:
+            return
+        found = models.fingerprint(run.body(base), trained_in, read)
     if found != recorded.get("fingerprint", found):
         raise UserError(
             f"{str(location.adapter.path)!r} was trained on {recorded.get('name')!r} with fingerprint "

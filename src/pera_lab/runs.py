@@ -242,7 +242,7 @@ class Run:
             )
 
     def recorded_base(self) -> dict[str, str]:
-        """Name, dtype and fingerprint of the base model from ``environment.json``; empty if there is no such file."""
+        """What :meth:`check_base` returned at the start, from ``environment.json``; empty if there is no such file."""
         recorded = read_object(self.environment_file).get("base_model", {}) if self.environment_file.is_file() else {}
         if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
             raise UserError(
@@ -252,16 +252,21 @@ class Run:
         return recorded
 
     def check_base(self, model: torch.nn.Module) -> dict[str, str]:
-        """Return name, dtype and fingerprint of the base model.
+        """Return name, dtype and fingerprint of the base model, and how it is quantized.
+
+        The fingerprint of a quantized base is that of its files, so it also tells whether the base before quantization
+        is the same.
 
         Raises:
             UserError: the run was started on another base model or in another dtype.
         """
-        base = {
-            "name": self.recipe.model.name,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "fingerprint": models.fingerprint(self.body(model)),
-        }
+        spec, dtype = self.recipe.model, next(model.parameters()).dtype
+        base = {"name": spec.name, "dtype": str(dtype).removeprefix("torch.")}
+        if spec.quantization is None:
+            base |= {"fingerprint": models.fingerprint(self.body(model))}
+        else:
+            stored = models.stored_fingerprint(spec.name, spec.revision, dtype)
+            base |= {"quantization": spec.quantization, "fingerprint": stored}
         recorded = self.recorded_base()
         for key in ("dtype", "fingerprint"):
             if (was := recorded.get(key, base[key])) != base[key]:

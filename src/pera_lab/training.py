@@ -34,10 +34,11 @@ from pera_lab import checkpoints, methods, models, processes
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
-from pera_lab.environment import command_line, device
+from pera_lab.environment import command_line, device, out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
 from pera_lab.opening import locate_run, open_model
 from pera_lab.progress import ProgressBar
+from pera_lab.quantization import check_engine
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
@@ -105,6 +106,8 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     _check_processes(spec)
     if resume:
         run.check_processes()
+    if recipe.model.quantization is not None:
+        check_engine(recipe.model.quantization)
     splits = recipe.build_splits()
     run.check_data(splits.manifest)
     set_seed(spec.seed)  # loading the model initializes the classification head
@@ -120,6 +123,11 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         _check_batch(model, "evaluation.batch_size", recipe.evaluation.batch_size, validation)
     base = run.check_base(model)
     notes = [*splits.notes, *task.tokenizer_notes(tokenizer, splits)]
+    if recipe.model.quantization is not None and device().type == "cpu":
+        notes.append(
+            f"model.quantization={recipe.model.quantization} saves memory, but this machine has no GPU, and on a CPU "
+            "each step takes longer than without it"
+        )
 
     set_seed(spec.seed)
     try:
@@ -127,6 +135,13 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         adapted = get_peft_model(model, config)
     except methods.REFUSALS as error:
         raise methods.refusal(recipe.method, error) from error
+    except RuntimeError as error:  # PEFT does not check for weights that are packed
+        if recipe.model.quantization is None or out_of_memory(error):
+            raise
+        raise UserError(
+            f"model.quantization={recipe.model.quantization!r}: PEFT cannot use {recipe.method} on a quantized base "
+            f"model ({one_line(error)}); give another method, such as pera or lora, or leave quantization out."
+        ) from error
 
     arguments = _arguments(recipe, run)
     optimizer = _optimizer(spec, arguments, adapted)

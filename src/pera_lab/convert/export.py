@@ -22,7 +22,7 @@ from pera_lab.convert.servers import Form, Server
 from pera_lab.convert.truncate import Truncation, measured, truncate
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free, reserved
-from pera_lab.opening import Location, copy_tokenizer, open_model
+from pera_lab.opening import Location, before_quantization, copy_tokenizer, open_model
 
 
 class Export(NamedTuple):
@@ -78,7 +78,7 @@ def export(
     """
     with reserved(output):
         require_free(output)
-        return _export(location, output, to, max_rank, energy, server, dtype)
+        return _export(before_quantization(location), output, to, max_rank, energy, server, dtype)
 
 
 def _export(

@@ -15,7 +15,7 @@ from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free, reserved
-from pera_lab.opening import Location, copy_tokenizer, open_model
+from pera_lab.opening import Location, before_quantization, copy_tokenizer, open_model
 
 
 def import_lora(
@@ -50,7 +50,7 @@ def import_lora(
     with reserved(output):
         require_free(output)
         options = {"terms": terms, "normalization": normalization, "anchors": anchors, "anchor_seed": anchor_seed}
-        return _import_lora(location, output, options, dtype)
+        return _import_lora(before_quantization(location), output, options, dtype)
 
 
 def _import_lora(location: Location, output: Path, options: dict[str, Any], dtype: str) -> Agreement:

@@ -36,7 +36,15 @@ from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, read_object, require_free, reserved, write_json
 from pera_lab.inference import base_model, stop_tokens
 from pera_lab.models import DTYPES, dequantise, tokenizer_files
-from pera_lab.opening import Location, base_folder, check_fingerprint, copy_tokenizer, open_model, open_tokenizer
+from pera_lab.opening import (
+    Location,
+    base_folder,
+    before_quantization,
+    check_fingerprint,
+    copy_tokenizer,
+    open_model,
+    open_tokenizer,
+)
 
 
 def merge(location: Location, output: Path, *, dtype: str = "stored", dequantised: bool = False) -> Agreement:
@@ -55,12 +63,14 @@ def merge(location: Location, output: Path, *, dtype: str = "stored", dequantise
     If only one of two layers with a shared weight has an adapter, as with tied embeddings, that layer gets a weight of
     its own.
 
+    If the recipe of a run quantized its base, the adapter is merged into the base before quantization.
+
     Args:
         location: the adapter and its base model.
         output: folder to write the model, the tokenizer, ``verification.json`` and a model card to.
         dtype: dtype of the merged model, a key of :data:`pera_lab.models.DTYPES`, or "stored" for the base's dtype.
             The additions are made in float32 or better.
-        dequantised: dequantise a quantised base first.
+        dequantised: dequantise a quantised base first, and merge into that.
 
     Returns:
         The comparison of the merged model with base and adapter.
@@ -80,8 +90,16 @@ def _merge(location: Location, output: Path, dtype: str, dequantised: bool) -> A
     adapter = location.require_adapter()
     if adapter.config.is_prompt_learning:
         raise UserError(f"{location.name!r} is a {adapter.method} adapter, which does not change weights to merge.")
+    if not dequantised:
+        location = before_quantization(location)
+    elif location.quantization == "int8":
+        raise UserError(
+            "--dequantise: int8 also rounds the inputs of layers, so no plain model has the outputs of "
+            f"{location.name!r}; leave it out to merge into the base model before quantization."
+        )
     folder = base_folder(location)
-    quantised = bool(read_object(folder / "config.json").get("quantization_config"))
+    stored_so = bool(read_object(folder / "config.json").get("quantization_config"))
+    quantised = stored_so or location.quantization is not None
     if quantised and not dequantised:
         raise UserError(
             f"the base of {location.name!r}, {location.base!r}, is quantised, and rounding would lose most of the "
@@ -228,14 +246,15 @@ def _merged(base: nn.Module, key: str, weight: Tensor, dtype: str, location: Loc
 
 
 def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bool) -> Agreement:
-    model, tokenizer = open_model(location, "stored" if quantised else dtype, needs_tokenizer=False)
+    trained = location.run.recipe.model.dtype if location.run is not None and location.quantization else "stored"
+    model, tokenizer = open_model(location, trained if quantised else dtype, needs_tokenizer=False)
     prompts = prompts_of(location)
     if quantised:
         before = logits(model, tokenizer, prompts)
         del model
         adapter = location.require_adapter()
         base, _ = open_model(
-            location._replace(adapter=None, tokenizer=None), labels=adapter.labels, needs_tokenizer=False
+            location._replace(adapter=None, tokenizer=None), trained, adapter.labels, needs_tokenizer=False
         )
         plain: Any = dequantise(base)
         model = adapter.load_on(plain.to(DTYPES.get(dtype, plain.dtype)))

@@ -18,7 +18,7 @@ from pera_lab.convert.gguf import ADAPTER, is_adapter, read_adapter
 from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights_of
 from pera_lab.files import refuse_pipe, user_path, write_json
 from pera_lab.inference import base_model, end_ids, end_token
-from pera_lab.opening import Location, locate, open_model
+from pera_lab.opening import Location, before_quantization, locate, open_model
 from pera_lab.tasks.encoding import encode_prompt
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
@@ -110,6 +110,8 @@ def verify(
 ) -> Agreement:
     """Compare two models. Each is a run folder, an adapter folder of any PEFT method, a model or a GGUF adapter.
 
+    If the recipe of a run quantized its base, the base before quantization is used, which merges and exports are for.
+
     Args:
         a: the reference: a name for :func:`pera_lab.opening.locate`, a GGUF adapter, or the folder of its export.
         b: the model that is compared with it, given in the same way.
@@ -182,11 +184,11 @@ class _End(NamedTuple):
 def _side(name: str, other: str, base: str | None, trust_remote_code: bool) -> _Side:
     file = _gguf_adapter(name)
     if file is None:
-        return _Side(locate(name, trust_remote_code=trust_remote_code), None)
+        return _Side(before_quantization(locate(name, trust_remote_code=trust_remote_code)), None)
     if base is None and _gguf_adapter(other) is not None:
         raise UserError(f"{name!r} and {other!r} are GGUF adapters, which do not name their base; add --base.")
     location = locate(other if base is None else base, trust_remote_code=trust_remote_code)
-    return _Side(location._replace(run=None, adapter=None), file)
+    return _Side(location._replace(run=None, adapter=None, quantization=None), file)
 
 
 def _gguf_adapter(name: str) -> Path | None:

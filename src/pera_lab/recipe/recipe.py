@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peft import PeftConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from pydantic import (
     BeforeValidator,
     Field,
     PlainValidator,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -23,6 +26,7 @@ from pera.tuner import PeraConfig
 from pera_lab import methods
 from pera_lab.embedded import EMBEDDED
 from pera_lab.files import user_path
+from pera_lab.quantization import Quantization
 from pera_lab.recipe.syntax import write
 from pera_lab.recipe.training import TrainingSection
 from pera_lab.recipe.yaml import apply_override, parse, read_yaml, shipped_files
@@ -40,8 +44,16 @@ class ModelSection(Section):
     """Branch, tag or commit of a Hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is bfloat16 if the hardware supports it natively, else float32. Adapters are always float32."""
+    quantization: Quantization | None = None
+    """Quantize the linear layers while loading: nf4 or fp4 (4 bits, double quantization) or int8. ``dtype`` is then the
+    dtype of the computation."""
     trust_remote_code: bool = False
     """Whether to run code that comes with the model."""
+
+    @model_serializer(mode="wrap")
+    def _without_quantization(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``quantization`` out if it is not set: recipes of runs and studies from before it keep their text."""
+        return {key: value for key, value in known(self).items() if key != "quantization" or value is not None}
 
     @model_validator(mode="after")
     def _check_revision(self) -> ModelSection:
@@ -90,6 +102,24 @@ class Recipe(Section):
                         f"training.{key}.h={value['h']} has no effect, because only pera trains h, "
                         "with coefficients='learned' and terms other than 'none'; leave it out."
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Recipe:
+        kind, config = self.model.quantization, self.peft_config()
+        if kind is None:
+            return self
+        if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
+            raise ValueError(
+                f"model.quantization={kind!r}: method.name={self.method['name']!r} trains the weights of the base "
+                "model, which are packed then; give an adapter such as pera or lora, or leave quantization out."
+            )
+        init = getattr(config, "init_lora_weights", None)
+        if str(init).lower().startswith(("pissa", "olora")):
+            raise ValueError(
+                f"model.quantization={kind!r}: method.init_lora_weights={init!r} decomposes the base model, which "
+                "would give another adapter after a merge; leave one of them out."
+            )
         return self
 
     def peft_config(self) -> PeftConfig:
