@@ -86,7 +86,7 @@ def _far(*settings: dict[str, Any], seeds: tuple[int, ...] = (1, 2, 3)) -> Plan:
 
 
 PLANS |= {
-    "law-codes": _law("codes", (512, 1024, 2048, 4096)),
+    "law-codes": _law("codes", (1024, 2048, 4096, 512)),
     "law-phonebook": _law("phonebook", (50, 100, 200, 400)),
     "steps": _far({"steps": 6400}, {"steps": 400}),
     "overload": _far({"count": 2048}),

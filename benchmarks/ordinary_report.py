@@ -31,8 +31,13 @@ class Runs:
 
     def __init__(self, results: Iterable[Result]) -> None:
         self.all = list(results)
-        self.tasks = list(dict.fromkeys(x["task"] for x in self.all))
         self.ranks = sorted({x["r"] for x in self.all if x["method"] != "full"})
+        begun = dict.fromkeys(x["task"] for x in self.all)
+        self.tasks = [
+            task for task in begun if all(self.of(task, *cell) for cell in [*product(METHODS, self.ranks), ("full", 1)])
+        ]
+        """The tasks of which every method was measured."""
+        self.left_out = [task for task in begun if task not in self.tasks]
 
     def of(self, task: str, method: str, r: int) -> list[Result]:
         return [x for x in self.all if (x["task"], x["method"], x["r"]) == (task, method, r)]
@@ -132,6 +137,9 @@ def page(runs: Runs) -> str:
     parts = [
         "# Ordinary tasks at the site of memory.md",
         "Written by `python benchmarks/ordinary_report.py` from ordinary.jsonl.xz.",
+        f"Not complete, so not in any table: {', '.join(runs.left_out)}."
+        if runs.left_out
+        else "All tasks are complete.",
         "## The test",
         compared_table(runs, runs.tasks),
         "## Test loss at LoRA's own rate, over LoRA's",
