@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from pera.errors import UserError, missing_extra
 
@@ -43,10 +43,10 @@ def quantizer(
         )
     if not is_bitsandbytes_available():
         raise UserError(f"model.quantization={kind!r}: {missing_extra('bitsandbytes', 'quantized')}")
-    skipped = None if whole is None else sorted(whole)
+    skipped, settings = None if whole is None else sorted(whole), cast(Any, BitsAndBytesConfig)
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    return BitsAndBytesConfig(
+        return settings(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return settings(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
         bnb_4bit_use_double_quant=True,

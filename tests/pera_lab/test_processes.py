@@ -136,6 +136,17 @@ def test_two_processes_train_the_adapter_of_one(two, train_run, recipe_file, tmp
 
 
 @pytest.mark.slow
+def test_two_processes_train_on_a_4_bit_base_as_one(two, train_run, recipe_file, save_llama, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    save_llama(tmp_path / "wide", hidden_size=64, intermediate_size=128)
+    base = (f"model.name={tmp_path / 'wide'}", "model.quantization=nf4")
+    one = train_run(tmp_path / "one", *base, SLOW_RATE, "method.dropout=0")
+    ended = two("train", recipe_file, *base, SLOW_RATE, "method.dropout=0", "--output", "two")
+    assert ended.codes == [0, 0], ended.text
+    assert differences(one, Run(tmp_path / "two")) < 1e-6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_two_processes_validate_as_one(two, glue_recipe, tiny_bert, tmp_path, task):
     model = shutil.copytree(tiny_bert, tmp_path / "bert")  # without dropout, which differs in each process
