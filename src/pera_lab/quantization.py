@@ -49,9 +49,7 @@ def quantizer(
     else:
         options |= {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True}
         options["bnb_4bit_compute_dtype"] = dtype or config.dtype or torch.float32
-    config_class: Any = BitsAndBytesConfig  # without types
-    found: BitsAndBytesConfig = config_class(**options)
-    return found
+    return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
 
 
 def check_engine(kind: Quantization) -> None:
