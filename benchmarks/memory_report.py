@@ -127,7 +127,7 @@ class Runs:
         )
 
     def settings(self) -> list[Setting]:
-        return sorted({setting for setting, _, _ in self.all}, key=str)
+        return sorted({setting for setting, _, _ in self.all}, key=lambda s: (*s[:2], str(s)))
 
     def methods(self, setting: Setting, r: int) -> list[str]:
         return [method for s, method, rank in self.all if s == setting and rank == r]

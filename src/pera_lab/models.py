@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -94,8 +95,8 @@ def load_model(
             config = AutoConfig.from_pretrained(location, **remote, **head)
             whole = None if labels is None else _parts_of_head(auto_class, config, trust_remote_code)
             computed = torch_dtype if isinstance(torch_dtype, torch.dtype) else None
-            settings = quantizer(quantization, name, config, computed, whole)
-            quantized = {"quantization_config": settings, "device_map": {"": device()}}
+            packing = quantizer(quantization, name, config, computed, whole)
+            quantized = {"quantization_config": packing, "device_map": {"": device()}}
         model, loading = auto_class.from_pretrained(
             location, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **remote, **head, **quantized
         )
@@ -460,9 +461,13 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
         weight: Any = module._parameters.get("weight")
         if weight is not None and hasattr(weight, "__tensor_flatten__"):  # torchao
             module._parameters["weight"] = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
+    transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
     quantised: Any = model
     try:
         plain = quantised if str(getattr(method, "value", method)) == "torchao" else quantised.dequantize()
     except (NotImplementedError, ValueError, ImportError) as error:
         raise UserError(f"--dequantise: a base model quantised with {method} cannot be dequantised: {error}") from error
+    for name in transposed:  # bitsandbytes holds them as nn.Linear
+        layer = plain.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False)
     return unquantised(plain).eval()  # type: ignore[no-any-return]

@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertModel,
     BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     RobertaConfig,
     RobertaModel,
 )
@@ -206,6 +208,18 @@ def test_a_merge_into_the_dequantised_base_has_the_outputs_of_the_run(finished_n
     assert (logits(quantized) - logits(tmp_path / "plain")).abs().max() > 0.1
 
 
+@ON_PLAIN_BASE
+@pytest.mark.parametrize("dequantised", [False, True])
+def test_a_run_on_the_transposed_layers_of_gpt2_is_merged(dequantised, tokenizer, train_run, tmp_path):
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 512, "initializer_range": 0.2}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **special)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    method = "method={name: pera, r: 2, target_modules: [c_attn, c_fc]}"
+    run = train_run(tmp_path / "run", f"model.name={tmp_path / 'gpt2'}", NF4, method, "training.max_steps=3")
+    assert merge(locate_adapter(str(run.path)), tmp_path / "merged", dequantised=dequantised).agree
+
+
 def test_int8_is_not_dequantised(train_wide, refused, tmp_path):
     run = train_wide(tmp_path / "run", "model.quantization=int8", "training.max_steps=3")
     words = ["--dequantise", "int8", "before quantization"]
@@ -319,7 +333,7 @@ def test_a_study_sets_it_for_all_runs(wide_recipe, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_model_is_trained_in_4_bits_scored_merged_exported_and_verified(pera):
-    overrides = ("training.max_steps=10", "task.test_size=8", "training.batch_size=4", NF4)
+    overrides = ("training.max_steps=10", "training.logging_steps=2", "task.test_size=8", "training.batch_size=4", NF4)
     commands = [
         ("train", "quickstart", *overrides, "--output", "run"),
         ("evaluate", "run"),
