@@ -72,8 +72,13 @@ def check(checkpoint: Path, model: nn.Module) -> None:
         model: the PEFT model that is trained.
 
     Raises:
-        UserError: a file is missing or truncated, has other content than the Trainer writes, or needs code to load.
+        UserError: a file is missing or truncated, has other content than the Trainer writes, or needs code to load, as
+            files of DeepSpeed do.
     """
+    if (checkpoint / "latest").is_file():
+        raise UserError(
+            f"--resume: {str(checkpoint)!r} was written by DeepSpeed, which runs code in its files; start a new run."
+        )
     with reading(checkpoint / TRAINER_STATE_NAME):
         state = _state(checkpoint)
         TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))

@@ -47,7 +47,22 @@ def connect() -> None:
 
     if not (torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate starts no processes without an accelerator
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(minutes=30))
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), backend=backend(), timeout=timedelta(minutes=30))
+
+
+def backend() -> str | None:
+    """The library that the processes communicate with; None lets accelerate choose it for the accelerator."""
+    import torch
+
+    return None if count() == 1 or torch.accelerator.is_available() else "gloo"
+
+
+def disconnect() -> None:
+    """Let the processes end, each at its own time."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
 
 
 def gathered(value: T) -> list[T]:
@@ -90,11 +105,11 @@ def together() -> Iterator[None]:
 
 def on_main(function: Callable[[], T]) -> T:
     """The result of ``function``, which only the main process calls. It has to be picklable."""
-    result: Any = None
+    results: list[T] = []
     with together():
         if is_main():
-            result = function()
-    return gathered(result)[0]
+            results.append(function())
+    return gathered(results)[0][0]
 
 
 @contextmanager
@@ -119,11 +134,12 @@ def reporting() -> Iterator[bool]:
     if count() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         yield True
         return
-    from torch.distributed import TCPStore
+    from torch import distributed
 
     attempt = f"pera/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=GRACE)
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(*address, is_master=False, timeout=GRACE)  # type: ignore[attr-defined]
         if not is_main():
             with suppress(RuntimeError):  # nothing was reported in time
                 store.wait([f"{attempt}/reported"], GRACE)

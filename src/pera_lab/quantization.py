@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -43,16 +43,13 @@ def quantizer(
         )
     if not is_bitsandbytes_available():
         raise UserError(f"model.quantization={kind!r}: {missing_extra('bitsandbytes', 'quantized')}")
-    skipped, settings = None if whole is None else sorted(whole), cast(Any, BitsAndBytesConfig)
+    options: dict[str, Any] = {"llm_int8_skip_modules": None if whole is None else sorted(whole)}
     if kind == "int8":
-        return settings(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    return settings(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype or config.dtype or torch.float32,
-        llm_int8_skip_modules=skipped,
-    )
+        options["load_in_8bit"] = True
+    else:
+        options |= {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True}
+        options["bnb_4bit_compute_dtype"] = dtype or config.dtype or torch.float32
+    return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
 
 
 def check_engine(kind: Quantization) -> None:

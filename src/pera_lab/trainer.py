@@ -103,7 +103,7 @@ class RunTrainer(Trainer):
         loader: DataLoader[Any] = DataLoader(
             rows, size * processes.count(), sampler=order, collate_fn=partial(self._own_rows, size)
         )
-        return prepare_data_loader(  # one process: the rows are divided here
+        shared: DataLoader[Any] = prepare_data_loader(  # as for one process: the rows are divided here
             loader,
             self.args.device,
             num_processes=1,
@@ -111,6 +111,7 @@ class RunTrainer(Trainer):
             use_seedable_sampler=True,
             data_seed=self.args.data_seed,
         )
+        return shared
 
     def _own_rows(self, size: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         start = processes.index() * size
@@ -132,18 +133,20 @@ class RunTrainer(Trainer):
         labels, rows, several = inputs["labels"], inputs.pop("rows", None), processes.count() > 1
         if several and not model.training:
             return super().compute_loss(model, inputs, return_outputs)  # the mean, because the batch is not divided
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
-        loss, number = result[0] if return_outputs else result, 0 if rows == 0 else count_labels(labels)
+        loss: Any = result[0] if return_outputs else result
+        number = 0 if rows == 0 else count_labels(labels)
         if several and self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             loss = loss / processes.count()  # transformers multiplies it, because the processes' gradients are averaged
         divisor = num_items_in_batch if self._sums(labels) else None
         if (self.state.epoch or 0.0) < 1:
             self._online.add(self.state.global_step, loss, number, divisor)
         if several:
-            weight = 1 if divisor is not None else number / sum(processes.gathered(number))
-            loss = loss * (weight * processes.count())
+            if divisor is None:
+                loss = loss * number / self.accelerator.gather(torch.tensor(number, device=loss.device)).sum()
+            loss = loss * processes.count()
         return (loss, result[1]) if return_outputs else loss
 
     def prediction_step(self, *arguments: Any, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
@@ -199,10 +201,12 @@ def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
     final_loss = losses[-1] if losses else None
     steps = trainer.state.global_step - progress.steps_before
     summary = TrainingSummary(seconds, tokens, peak_memory(), final_loss, encoded.left_out, encoded.shortened, steps)
+    # Under ZeRO-3, each process holds a part of every weight.
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
     if processes.is_main():
         write_json(run.cost_file, summary._asdict())
         with atomic_folder(run.adapter.path) as folder:
-            adapted.save_pretrained(str(folder))
+            adapted.save_pretrained(str(folder), state_dict=weights)
             write_card(folder, "adapter", locate_run(run)._replace(adapter=Adapter(folder)))
     return summary
 
@@ -220,6 +224,19 @@ def peak_memory() -> int | None:
 
 
 def _check_processes(spec: TrainingSection) -> None:
+    """Check what torchrun and accelerate decide."""
+    for variable, what in (("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "parallelism")):
+        if parse_flag_from_env(f"ACCELERATE_USE_{variable}"):
+            raise UserError(f"accelerate: {what} is not supported by pera train; configure DDP or DeepSpeed.")
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION") or "no") != "no":
+        raise UserError(
+            f"accelerate: mixed_precision={precision} would change the dtype that the recipe gives; set it to no, and "
+            "choose the dtype with model.dtype."
+        )
+    gathers = parse_flag_from_env("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
+    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and zero3 and not gathers:
+        raise UserError("accelerate: zero_stage=3 saves no adapter without zero3_save_16bit_model=true; set it.")
     if spec.batch_size % processes.count():
         raise UserError(
             f"training.batch_size={spec.batch_size} cannot be divided over {processes.count()} processes, which share "
@@ -295,6 +312,7 @@ def _arguments(recipe: Recipe, run: Run) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
+        ddp_backend=processes.backend(),
     )
     # One process uses one GPU: DataParallel would multiply the batch size and split what describes whole batches.
     arguments._n_gpu = min(arguments.n_gpu, 1)

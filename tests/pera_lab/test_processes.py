@@ -7,9 +7,11 @@ they meet at, and ends the others when one fails.
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
@@ -166,6 +168,25 @@ def test_two_processes_validate_as_one(two, glue_recipe, tiny_bert, tmp_path, ta
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_the_adapter_of_one_process(two, train_run, recipe_file, tmp_path, stage):
+    def configure(rank):  # as accelerate launch does
+        zero = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+        os.environ.update(DS_ACCELERATOR="cpu", DS_BUILD_OPS="0", ACCELERATE_USE_DEEPSPEED="true", **zero)
+
+    one, run = train_run(tmp_path / "one", SLOW_RATE, *LANGUAGE["uneven"]), Run(tmp_path / "two")
+    ended = two("train", recipe_file, SLOW_RATE, *LANGUAGE["uneven"], "--output", "two", patch=configure)
+    assert ended.codes == [0, 0], ended.text
+    assert differences(one, run) < 1e-6
+    assert logged(run, "step", "epoch", "learning_rate") == logged(one, "step", "epoch", "learning_rate")
+    shutil.rmtree(run.adapter.path)
+    ended = two("train", "two", "--resume", patch=configure)
+    assert ended.codes == [2, 2]
+    assert "written by DeepSpeed" in ended.text.splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_killed_processes_are_resumed_to_the_same_bits(two, recipe_file, tmp_path):
     overrides = ("training.max_steps=40", "training.save_steps=4", UNEVEN)
     undisturbed, killed = Run(tmp_path / "undisturbed"), Run(tmp_path / "killed")
@@ -294,6 +315,21 @@ def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
         training._check_processes(spec)
     monkeypatch.setenv("WORLD_SIZE", "4")
     training._check_processes(spec)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"USE_FSDP": "true"}, "FSDP is not supported"),
+        ({"MIXED_PRECISION": "bf16"}, "mixed_precision=bf16 .* model.dtype"),
+        ({"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage=3 .* zero3_save_16bit_model=true"),
+    ],
+)
+def test_settings_of_accelerate_that_a_run_cannot_have_are_refused(variables, words, refused, recipe_file, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    line = refused("train", recipe_file, "--output", "new", words=["accelerate: "])
+    assert re.search(words, line)
 
 
 def test_another_number_of_processes_cannot_resume_a_run(run, refused, monkeypatch):

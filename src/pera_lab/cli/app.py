@@ -52,7 +52,9 @@ class Command(TyperCommand):
                 from transformers.utils import logging
 
                 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+                processes.disconnect()
+                return result
         except (EOFError, OSError) as error:  # typer would print nothing
             return error
 

@@ -262,7 +262,11 @@ def _parts(layer: PeraLayer, adapter_name: str) -> set[Part]:
     expansion = layer.expansion[adapter_name]
     products = coefficient_pairs(layer.r[adapter_name], expansion.terms)
     found: set[Part] = {"square" if i == j else "cross" for i, j in products}
-    return found | ({"high_order"} if products else set()) | ({"anchors"} if expansion.k else set())
+    if products:
+        found.add("high_order")
+    if expansion.k:
+        found.add("anchors")
+    return found
 
 
 def _without(layer: PeraLayer, part: Part, adapter_name: str) -> Factors:

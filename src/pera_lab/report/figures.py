@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pera_lab.diagnose import Effects, Fullness, Layer, by_kind
+from pera_lab.diagnose import Effects, Fullness, Layer, Part, by_kind
 from pera_lab.files import number_or_nan
 from pera_lab.intervals import mean
 from pera_lab.report.contents import Metrics
@@ -241,12 +241,14 @@ def effect(effects: Effects) -> Picture:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
-    told = []
-    for part, name in (("high_order", "high-order terms"), ("anchors", "anchors")):
-        if (change := effects.without.get(part)) is not None:
-            relative = change / effects.loss if effects.loss else math.nan
+    told: list[str] = []
+    names: dict[Part, str] = {"high_order": "high-order terms", "anchors": "anchors"}
+    for part, name in names.items():
+        if part in effects.without:
+            removed = effects.without[part]
+            relative = removed / effects.loss if effects.loss else math.nan
             share = f" ({percent(relative)} of it)" if math.isfinite(relative) else ""
-            told.append(f"Without the {name} it changes by {signed(change)}{share}.")
+            told.append(f"Without the {name} it changes by {signed(removed)}{share}.")
     finding = " ".join([f"Over {effects.tokens:,} labels the loss is {number(effects.loss)}.", *told]) + (
         f" The figure shows the first {ROWS} of {len(changes)} changes." if len(changes) > ROWS else ""
     )
