@@ -342,11 +342,12 @@ def test_a_real_model_is_trained_in_4_bits_scored_merged_exported_and_verified(p
         ("verify", "run", "merged"),
         ("verify", "run", "lora"),
     ]
+    warned = set()
     for command in commands:
         outcome = pera(*command)
         assert outcome.code == 0, outcome.err
-        assert ("before quantization" in outcome.err) == (command[0] in ("merge", "export", "verify"))
-        print(outcome.out)
+        warned |= {command[0]} if "before quantization" in outcome.err else set()  # Python repeats no warning
+    assert warned == {"merge", "export", "verify"}
     run = Run(Path("run"))
     losses = [line["loss"] for line in run.metrics()]
     assert losses[-1] < losses[0]
