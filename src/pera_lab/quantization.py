@@ -53,13 +53,12 @@ def quantizer(
 
 
 def check_engine(kind: Quantization) -> None:
-    """Raise UserError if an engine would divide packed weights over processes, which was not tried."""
-    for engine, name in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")):
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise UserError(
-                f"model.quantization={kind!r} is not supported with {name}; start the processes with torchrun, or "
-                "leave quantization out."
-            )
+    """Raise UserError if DeepSpeed would divide packed weights over processes, which was not tried."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            f"model.quantization={kind!r} is not supported with DeepSpeed; start the processes with torchrun, or leave "
+            "quantization out."
+        )
 
 
 def check_blocks(name: str, model: nn.Module) -> None:

@@ -274,10 +274,9 @@ def test_what_cannot_train_on_a_quantized_base_is_refused(case, refused, wide_re
     refused("train", wide_recipe, *overrides, "--output", "run", words=words)
 
 
-@pytest.mark.parametrize(("engine", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
-def test_engines_that_divide_weights_are_refused(engine, name, refused, wide_recipe, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    refused("train", wide_recipe, NF4, words=["model.quantization='nf4'", name, "torchrun"])
+def test_deepspeed_is_refused_on_a_quantized_base(refused, wide_recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refused("train", wide_recipe, NF4, words=["model.quantization='nf4'", "DeepSpeed", "torchrun"])
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "hira"])
