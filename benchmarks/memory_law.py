@@ -174,7 +174,10 @@ def draw_law(runs: Runs, file: Path) -> None:
                 if cells:
                     tokens = np.geomspace(min(n for _, n, _ in cells), max(n for _, n, _ in cells), 50)
                     panel.plot(tokens, x.gain(r, tokens), dashes, color=color, linewidth=1)
+        ticks = sorted({cell[1] for method in NAMES for cell in law_points(runs, kind, method)})
         panel.set(xscale="log", ylabel=f"reduction of the loss, nats\n{kind}", ylim=(0, None))
+        panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        panel.minorticks_off()
     axes[-1, 0].set(xlabel="answer tokens (line: r = 1, dashed: r = 2)")
     legend(figure)
     file.write_text(svg_text(figure, metadata={"Date": None, "Creator": None}))
