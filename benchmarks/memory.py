@@ -67,7 +67,7 @@ class Run:
     dropout: float = 0.0
     """Of the adapter's input."""
     base: str = "pretrained"
-    """"random" draws the weights of the base model anew, so its hidden states carry no knowledge."""
+    """"random" initializes the base model at random, so its hidden states carry no knowledge."""
 
 
 class Site(NamedTuple):

@@ -254,8 +254,8 @@ class Run:
     def check_base(self, model: torch.nn.Module) -> dict[str, str]:
         """Return name, dtype and fingerprint of the base model, and how it is quantized.
 
-        The fingerprint of a quantized base is that of its files, so it also tells whether the base before quantization
-        is the same.
+        The fingerprint of a quantized base is computed from its files, so it also tells whether the base before
+        quantization is the same.
 
         Raises:
             UserError: the run was started on another base model or in another dtype.

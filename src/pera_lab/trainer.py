@@ -72,7 +72,7 @@ class OnlineLoss:
 class RunTrainer(Trainer):
     """A Trainer whose result does not depend on the number of processes.
 
-    Each process takes its share of every batch that a single process would draw, and a loss is the one of the whole
+    Each process takes its share of every batch that a single process would draw, and the loss is taken over the whole
     batch. transformers would instead fill up the last batch of an epoch with rows that were already drawn, and weight
     the mean losses of unequal shares equally.
 

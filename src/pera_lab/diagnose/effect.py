@@ -258,7 +258,7 @@ def _require_in_use(model: nn.Module, layers: Collection[PeraLayer], adapter_nam
 
 
 def _parts(layer: PeraLayer, adapter_name: str) -> set[Part]:
-    """The kinds of terms that the adapter of a layer has besides the linear part."""
+    """The kinds of terms that the adapter of a layer has in addition to the linear part."""
     expansion = layer.expansion[adapter_name]
     products = coefficient_pairs(layer.r[adapter_name], expansion.terms)
     found: set[Part] = {"square" if i == j else "cross" for i, j in products}

@@ -43,7 +43,7 @@ def logits(model):
 
 
 def train(model, samples=slice(None), steps=3):
-    """Some steps of SGD. ``samples`` are those of this process, if processes average their gradients."""
+    """Some steps of SGD. ``samples`` are the rows of this process, if processes average their gradients."""
     tokens = tiny.tokens()[samples]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(steps):

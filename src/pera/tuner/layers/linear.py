@@ -31,7 +31,7 @@ class PeraLinear(PeraLayer):
         return pera_linear(x, *factors, **form, scaling=self.scaling[adapter_name], base=base)
 
     def _of_part(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Return the output of a tensor-parallel layer, whose inputs or outputs are those of this process.
+        """Return the output of a tensor-parallel layer, of which this process has a part of the inputs or outputs.
 
         Each process computes with whole factors, so ρ is right, and their gradients become equal: with divided inputs,
         x Âᵀ is summed and the gradient of A too; with divided outputs, the gradients of x Âᵀ and of B.
