@@ -1,4 +1,4 @@
-"""Resumable trainings and the choice of a learning rate, for memory.py and ordinary.py."""
+"""Resumable trainings, their loop, and the choice of a learning rate, for memory.py and ordinary.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import peft
 import torch
+from torch import Tensor
 
 Result = dict[str, Any]
 R = TypeVar("R")
@@ -22,6 +23,40 @@ R = TypeVar("R")
 def name(run: Any) -> str:
     """Two runs with equal fields are the same training."""
     return json.dumps(asdict(run), sort_keys=True)
+
+
+def fit(
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any],
+    steps: int,
+    loss_of: Callable[[Any], Tensor],
+    watch: Callable[[int, float], None],
+) -> None:
+    """Train with a cosine schedule over ``steps`` batches, or until the loss is not finite.
+
+    ``watch`` is called before each step with the number of steps done and the loss of the batch.
+    """
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step, batch in enumerate(batches):
+        loss = loss_of(batch)
+        watch(step, loss.item())
+        if not math.isfinite(loss.item()):
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def minibatches(count: int, size: int, steps: int) -> Iterator[Tensor]:
+    """Indices of ``steps`` batches of at most ``size`` of ``count`` rows, in a new random order each epoch."""
+    done = 0
+    while True:
+        for rows in torch.randperm(count).split(size):
+            if done == steps:
+                return
+            done += 1
+            yield rows
 
 
 class Store(Generic[R]):

@@ -22,9 +22,8 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import memory_plans
-from grid import Store, choose
+from grid import Store, choose, fit, minibatches
 from memory_facts import BASE, FACTS, Facts
 from memory_methods import METHODS
 from pera_lab.diagnose.factors import effective_rank
@@ -110,12 +109,28 @@ class Remembering(nn.Linear):
             self.seen, self.known = x, super().forward(x)
 
 
+def rotary(model: Any, width: int) -> Any:
+    """The position embeddings of ``width`` tokens."""
+    return model.model.rotary_emb(torch.empty(1, dtype=model.dtype), torch.arange(width).unsqueeze(0))
+
+
+def entering(model: Any, site: Site, ids: Tensor) -> Tensor:
+    """Hidden states where the first adapter of a site begins: entering the block, or after its attention."""
+    positions, block = rotary(model, ids.shape[1]), model.model.layers[site.block]
+    h = model.model.embed_tokens(ids)
+    for layer in model.model.layers[: site.block]:
+        h = layer(h, position_embeddings=positions)
+    if site.begins == "block":
+        return h
+    attended, _ = block.self_attn(block.input_layernorm(h), position_embeddings=positions, attention_mask=None)
+    return h + attended
+
+
 class Subject:
     """The base model from the first adapted layer on, with the hidden states that enter it for given facts."""
 
     def __init__(self, facts: Facts, site: Site, model: Any) -> None:
         self.facts, self.site, self.model = facts, site, model
-        dtype = model.dtype
         self.layers = self.model.model.layers
         self.block = self.layers[site.block]
         rows = [q + a[:-1] for q, a in zip(facts.questions, facts.answers, strict=True)]
@@ -124,29 +139,17 @@ class Subject:
         self.labels = torch.tensor(facts.answers)
         first = torch.tensor([len(q) - 1 for q in facts.questions])
         self.places = first.unsqueeze(1) + torch.arange(self.labels.shape[1])  # of the tokens that predict an answer
-        self.rotary = self.model.model.rotary_emb(torch.empty(1, dtype=dtype), torch.arange(width).unsqueeze(0))
+        self.rotary = rotary(model, width)
         self.flat = site.block == len(self.layers) - 1 and site.begins != "block"
         candidates = torch.tensor(facts.candidates)
         self.index = torch.full((self.model.config.vocab_size,), -1)
         self.index[candidates] = torch.arange(len(candidates))
         self.head = (self.model.lm_head.weight[candidates] * self.model.model.norm.weight).contiguous()
         with torch.no_grad():
-            self.hidden = torch.cat([self._enter(part) for part in ids.split(256)])
+            self.hidden = torch.cat([entering(model, site, part) for part in ids.split(256)])
         self.input: Tensor | None = None
         if self.flat:
             self._keep_input()
-
-    def _enter(self, ids: Tensor) -> Tensor:
-        """Hidden states where the first adapter begins: entering the block, or after its attention."""
-        h = self.model.model.embed_tokens(ids)
-        for layer in self.layers[: self.site.block]:
-            h = layer(h, position_embeddings=self.rotary)
-        if self.site.begins == "block":
-            return h
-        attended, _ = self.block.self_attn(
-            self.block.input_layernorm(h), position_embeddings=self.rotary, attention_mask=None
-        )
-        return h + attended
 
     def _keep_input(self) -> None:
         """In the last block every position is on its own, so only those that predict an answer are kept."""
@@ -238,12 +241,13 @@ def train(run: Run) -> dict[str, Any]:
     start = time.perf_counter()
     site, whole = subject.site, run.vocabulary == "whole"
     names = [n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(site.targets, n)]
-    originals = {name: subject.model.get_submodule(name).weight.detach().clone() for name in names}
+    layers = {name: subject.model.get_submodule(name) for name in names}
+    originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     torch.manual_seed(run.seed)
     method = METHODS[run.method]
     if method.config is None:
         adapted = None
-        parameters = [subject.model.get_submodule(name).weight.requires_grad_() for name in names]
+        parameters = [layer.weight.requires_grad_() for layer in layers.values()]
         groups: list[dict[str, Any]] = [{"params": parameters, "lr": run.rate}]
     else:
         config = method.config(run.r, site.targets)
@@ -255,19 +259,14 @@ def train(run: Run) -> dict[str, Any]:
         groups = [{"params": [p], "lr": run.rate * method.ratio(n)} for n, p in named]
         parameters = [p for _, p in named]
     optimizer = torch.optim.AdamW(groups, weight_decay=run.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
-    batches = _batches(run, len(subject.labels))
-    curve = []
-    for step, rows in enumerate(batches):
-        loss = subject.loss(rows, whole=whole)
+    curve: list[float] = []
+
+    def watch(step: int, loss: float) -> None:
         if step % max(1, run.steps // 20) == 0:
-            curve.append(round(loss.item(), 4))
-        if not math.isfinite(loss.item()):
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+            curve.append(round(loss, 4))
+
+    batches = [None] * run.steps if run.batch is None else minibatches(len(subject.labels), run.batch, run.steps)
+    fit(optimizer, batches, run.steps, partial(subject.loss, whole=whole), watch)
     subject.model.eval()
     seconds = time.perf_counter() - start
     count = sum(p.numel() for p in parameters)
@@ -276,35 +275,16 @@ def train(run: Run) -> dict[str, Any]:
     with torch.no_grad():
         if adapted is not None:
             adapted.merge_adapter()
-        layers = {n: m for n, m in subject.model.named_modules() if isinstance(m, nn.Linear)}
-        deltas = {name: _layer(layers, name).weight.detach().clone() - originals[name] for name in originals}
+        deltas = {name: layer.weight.detach() - originals[name] for name, layer in layers.items()}
         if adapted is not None:
             adapted.unmerge_adapter()
             adapted.unload()
-        for name, weight in originals.items():
-            layer = subject.model.get_submodule(name)
+        for name, layer in layers.items():
             layer.weight.requires_grad_(False)
-            layer.weight.copy_(weight)
+            layer.weight.copy_(originals[name])
         if math.isfinite(scores["loss"]):
             found |= _cuts(subject, originals, deltas, run.r, whole)
     return {**found, "curve": curve, "seconds": round(seconds, 1)}
-
-
-def _layer(layers: dict[str, nn.Linear], name: str) -> nn.Linear:
-    return layers.get(f"{name}.base_layer") or layers[name]
-
-
-def _batches(run: Run, count: int) -> Iterator[Tensor | None]:
-    if run.batch is None:
-        yield from [None] * run.steps
-        return
-    done = 0
-    while True:
-        for rows in torch.randperm(count).split(run.batch):
-            if done == run.steps:
-                return
-            done += 1
-            yield rows
 
 
 def _cuts(

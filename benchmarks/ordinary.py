@@ -30,8 +30,8 @@ from sklearn.metrics import matthews_corrcoef
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from grid import Store, choose
-from memory import SITES, base
+from grid import Store, choose, fit, minibatches
+from memory import SITES, base, entering
 from memory_facts import CHOOSING, tokenizer
 from memory_methods import METHODS
 from pera_lab.diagnose.factors import effective_rank
@@ -48,7 +48,8 @@ ROWS = 4000
 HELD_OUT = 1000
 STEPS = 600
 BATCH = 128
-CURVE = (25, 50, 100, 200, 400)
+CURVE = (0, 25, 50, 100, 200, 400)
+"""After how many steps a run is scored, in addition to the end."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,7 @@ def inputs(task: str, part: str, data: Path) -> Inputs:
         chosen = [encoded[i] for i in part_of.tolist()]
         width = max(len(p) + len(a) for p, a in chosen) - 1
         ids = torch.tensor([(p + a[:-1]) + [0] * (width - len(p) - len(a) + 1) for p, a in chosen])
-        rotary = model.model.rotary_emb(torch.empty(1, dtype=model.dtype), torch.arange(width).unsqueeze(0))
-        h = model.model.embed_tokens(ids)
-        for layer in model.model.layers[: SITE.block]:
-            h = layer(h, position_embeddings=rotary)
-        attended, _ = block.self_attn(block.input_layernorm(h), position_embeddings=rotary, attention_mask=None)
-        h = h + attended
+        h = entering(model, SITE, ids)
         inner = block.post_attention_layernorm(h)
         x = block.mlp.act_fn(block.mlp.gate_proj(inner)) * block.mlp.up_proj(inner)
         for i, row, (p, a) in zip(part_of.tolist(), range(len(chosen)), chosen, strict=True):
@@ -144,9 +140,9 @@ def kept(task: str, part: str, data: Path, folder: Path) -> Inputs:
     file = folder / f"{task}-{part}.pt"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(inputs(task, part, data), file.with_suffix(".part"))
+        torch.save(tuple(inputs(task, part, data)), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
-    return Inputs(*torch.load(file, weights_only=False))
+    return Inputs(*torch.load(file))
 
 
 class Subject:
@@ -202,7 +198,7 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
     """Train and score one run."""
     start = time.perf_counter()
     rows, scored = subject.split(run.seed)
-    layer = subject.model.get_submodule("model.layers.29.mlp.down_proj")
+    layer = subject.model.model.layers[SITE.block].mlp.down_proj
     original, before = layer.weight.detach().clone(), subject.elsewhere()
     torch.manual_seed(run.seed)
     method = METHODS[run.method]
@@ -214,18 +210,14 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
         method.prepare(adapted)
         parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    curve = {0: subject.score(scored)["loss"]}
-    for step, batch in enumerate(_batches(len(rows.labels)), 1):
-        loss = subject.loss(rows.rows(batch))
-        if not math.isfinite(loss.item()):
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    curve: dict[int, float] = {}
+
+    def watch(step: int, _: float) -> None:
         if step in CURVE:
             curve[step] = subject.score(scored)["loss"]
+
+    batches = minibatches(len(rows.labels), BATCH, STEPS)
+    fit(optimizer, batches, STEPS, lambda batch: subject.loss(rows.rows(batch)), watch)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in parameters), **subject.score(scored)}
     found |= {"train_loss": subject.score(rows)["loss"], "curve": curve}
     after = subject.elsewhere()
@@ -233,12 +225,10 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
     with torch.no_grad():
         if adapted is not None:
             adapted.merge_adapter()
-            delta = subject.model.get_submodule("model.layers.29.mlp.down_proj").base_layer.weight - original
+        delta = layer.weight - original
+        if adapted is not None:
             adapted.unmerge_adapter()
             adapted.unload()
-        else:
-            delta = layer.weight - original
-        layer = subject.model.get_submodule("model.layers.29.mlp.down_proj")
         layer.weight.requires_grad_(False)
         if math.isfinite(found["loss"]):
             U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
@@ -247,16 +237,6 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
             found["cut_r"] = subject.score(scored)["loss"]
         layer.weight.copy_(original)
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def _batches(count: int) -> Iterator[Tensor]:
-    done = 0
-    while True:
-        for batch in torch.randperm(count).split(BATCH):
-            if done == STEPS:
-                return
-            done += 1
-            yield batch
 
 
 def main() -> None:
