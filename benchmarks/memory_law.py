@@ -9,7 +9,6 @@ drawn from the normal distribution of the estimates. They hold if the law does.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
-from memory_report import NAMES, SETTING, Runs, label, load, load_at, table
+from memory_report import NAMES, SETTING, Runs, asked, label, load_at, table
 from pera_lab.report.drawing import COLORS, MARKERS, legend, new_figure, style, svg_text
 
 
@@ -184,15 +183,11 @@ def draw_law(runs: Runs, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = Path("docs/results/memory")
-    parser.add_argument("--runs", type=Path, nargs="+", default=[folder / "runs.jsonl.xz"], help="files of results")
-    parser.add_argument("--output", type=Path, default=folder, help="folder of law.md and law.svg")
-    options = parser.parse_args()
-    runs = Runs(load(options.runs))
-    (options.output / "law.md").write_text(page(runs))
+    results, output = asked(__doc__, "runs.jsonl.xz", "law.md and law.svg")
+    runs = Runs(results)
+    (output / "law.md").write_text(page(runs))
     with style():
-        draw_law(runs, options.output / "law.svg")
+        draw_law(runs, output / "law.svg")
 
 
 if __name__ == "__main__":

@@ -320,19 +320,31 @@ def load_at(kind: str, r: int) -> int:
     return {"codes": 512, "phonebook": 100}.get(kind, 0) * r
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(description: str | None, archive: str, written: str) -> tuple[list[Result], Path]:
+    """The results and the output folder that the command line names.
+
+    Args:
+        description: the docstring of the report.
+        archive: the file of its results, by default.
+        written: what it writes into the folder.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = Path("docs/results/memory")
-    parser.add_argument("--runs", type=Path, nargs="+", default=[folder / "runs.jsonl.xz"], help="files of results")
-    parser.add_argument("--output", type=Path, default=folder, help="folder of tables.md and the pictures")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[folder / archive], help="files of results")
+    parser.add_argument("--output", type=Path, default=folder, help=f"folder of {written}")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    runs = Runs(load(options.runs))
-    (options.output / "tables.md").write_text(page(runs))
+    return load(options.runs), options.output
+
+
+def main() -> None:
+    results, output = asked(__doc__, "runs.jsonl.xz", "tables.md and the pictures")
+    runs = Runs(results)
+    (output / "tables.md").write_text(page(runs))
     with style():
         tested = tested_settings(runs)
-        draw_ranks(runs, tested, lambda x: x["bits_per_parameter"], "bits per parameter", options.output / "bits.svg")
-        draw_ranks(runs, tested, lambda x: 100 * x["recall"], "recall, %", options.output / "recall.svg")
+        draw_ranks(runs, tested, lambda x: x["bits_per_parameter"], "bits per parameter", output / "bits.svg")
+        draw_ranks(runs, tested, lambda x: 100 * x["recall"], "recall, %", output / "recall.svg")
 
 
 def tested_settings(runs: Runs) -> list[Setting]:

@@ -9,17 +9,15 @@ intervals of Student's t over the seeds, for ratios of their logarithms.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from memory_facts import CHOOSING
-from memory_report import Interval, Result, holm, interval, label, load, ratio, table
+from memory_report import Interval, Result, asked, holm, interval, label, ratio, table
 
 METHODS = ("lora", "pera-rms", "anchors-16", "hira")
 COMPARED = tuple(product(("pera-rms", "anchors-16"), ("lora", "hira")))
@@ -151,12 +149,8 @@ def page(runs: Runs) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    folder = Path("docs/results/memory")
-    parser.add_argument("--runs", type=Path, nargs="+", default=[folder / "ordinary.jsonl.xz"], help="files of results")
-    parser.add_argument("--output", type=Path, default=folder, help="folder of ordinary.md")
-    options = parser.parse_args()
-    (options.output / "ordinary.md").write_text(page(Runs(load(options.runs))))
+    results, output = asked(__doc__, "ordinary.jsonl.xz", "ordinary.md")
+    (output / "ordinary.md").write_text(page(Runs(results)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils.import_utils import is_bitsandbytes_available
@@ -50,15 +49,6 @@ def quantizer(
         options |= {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True}
         options["bnb_4bit_compute_dtype"] = dtype or config.dtype or torch.float32
     return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
-
-
-def check_engine(kind: Quantization) -> None:
-    """Raise UserError if DeepSpeed would divide packed weights over processes, which was not tried."""
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            f"model.quantization={kind!r} is not supported with DeepSpeed; start the processes with torchrun, or leave "
-            "quantization out."
-        )
 
 
 def check_blocks(name: str, model: nn.Module) -> None:

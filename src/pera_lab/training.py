@@ -38,7 +38,6 @@ from pera_lab.environment import command_line, device, out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
 from pera_lab.opening import locate_run, open_model
 from pera_lab.progress import ProgressBar
-from pera_lab.quantization import check_engine
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
@@ -103,11 +102,9 @@ class _Prepared(NamedTuple):
 def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> _Prepared:
     """Make every check. The folder does not change."""
     spec, task = recipe.training, recipe.task
-    _check_processes(spec)
+    _check_processes(recipe)
     if resume:
         run.check_processes()
-    if recipe.model.quantization is not None:
-        check_engine(recipe.model.quantization)
     splits = recipe.build_splits()
     run.check_data(splits.manifest)
     set_seed(spec.seed)  # loading the model initializes the classification head
@@ -223,8 +220,9 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _check_processes(spec: TrainingSection) -> None:
+def _check_processes(recipe: Recipe) -> None:
     """Check what torchrun and accelerate decide."""
+    size, quantization = recipe.training.batch_size, recipe.model.quantization
     for variable, what in (("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "parallelism")):
         if parse_flag_from_env(f"ACCELERATE_USE_{variable}"):
             raise UserError(f"accelerate: {what} is not supported by pera train; configure DDP or DeepSpeed.")
@@ -233,13 +231,19 @@ def _check_processes(spec: TrainingSection) -> None:
             f"accelerate: mixed_precision={precision} would change the dtype that the recipe gives; set it to no, and "
             "choose the dtype with model.dtype."
         )
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if deepspeed and quantization is not None:  # it would divide packed weights, which was not tried
+        raise UserError(
+            f"model.quantization={quantization!r} is not supported with DeepSpeed; start the processes with torchrun, "
+            "or leave quantization out."
+        )
     gathers = parse_flag_from_env("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and zero3 and not gathers:
+    if deepspeed and zero3 and not gathers:
         raise UserError("accelerate: zero_stage=3 saves no adapter without zero3_save_16bit_model=true; set it.")
-    if spec.batch_size % processes.count():
+    if size % processes.count():
         raise UserError(
-            f"training.batch_size={spec.batch_size} cannot be divided over {processes.count()} processes, which share "
+            f"training.batch_size={size} cannot be divided over {processes.count()} processes, which share "
             f"each batch; give a multiple of {processes.count()}."
         )
 
