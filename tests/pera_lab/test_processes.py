@@ -22,7 +22,7 @@ from torch import distributed
 
 from pera.errors import UserError
 from pera_lab import cli, processes, scorers, training
-from pera_lab.recipe import TrainingSection, load_recipe
+from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 from pera_lab.training import train
 
@@ -308,13 +308,13 @@ def test_a_mistake_in_one_process_ends_both(two, recipe_file, tmp_path, monkeypa
     assert ended.text.endswith("pera: the step broke.\n")
 
 
-def test_a_batch_that_cannot_be_divided_is_refused(monkeypatch):
+def test_a_batch_that_cannot_be_divided_is_refused(recipe_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    spec = TrainingSection(max_steps=1, batch_size=8)
+    recipe = load_recipe(str(recipe_file), ["training.batch_size=8"])
     with pytest.raises(UserError, match=r"training.batch_size=8 cannot be divided over 3 processes.* multiple of 3"):
-        training._check_processes(spec)
+        training._check_processes(recipe)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    training._check_processes(spec)
+    training._check_processes(recipe)
 
 
 @pytest.mark.parametrize(
