@@ -21,13 +21,12 @@ class LengthOrder(LengthGroupedSampler):
     method, whatever its dropout draws, and for a resumed run.
 
     Args:
-        rows: the encoded rows.
+        lengths: the number of tokens in each row.
         size: rows in an optimizer step.
         seed: the seed of the order.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], size: int, seed: int) -> None:
-        lengths = [len(row["input_ids"]) for row in rows]
+    def __init__(self, lengths: list[int], size: int, seed: int) -> None:
         super().__init__(size, lengths=lengths, generator=torch.Generator())
         self._seed = seed
 

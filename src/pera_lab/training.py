@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,9 @@ from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
+from pera_lab.tasks.cache import encode_stored, lengths
 from pera_lab.tasks.encoding import Encoded, check_lengths
+from pera_lab.tasks.examples import StoredExamples
 from pera_lab.trainer import LengthOrder, OnlineLoss, RunTrainer
 
 
@@ -110,10 +113,10 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     set_seed(spec.seed)  # loading the model initializes the classification head
     model, tokenizer = open_model(locate_run(run, base=True), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
-    encoded = _encode(recipe, splits, tokenizer, limit)
+    encoded = _encode(recipe, splits, tokenizer, limit, console)
     validation = task.encode(tokenizer, splits.validation, limit)
     task.check(tokenizer, splits.test)
-    models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
+    models.check_tokens(model, tokenizer, chain(_token_ids(encoded), _token_ids(validation)))
     _check_validation(spec, splits, validation)
     _check_batch(model, "training.batch_size", spec.batch_size, encoded)
     if spec.eval_steps:
@@ -148,7 +151,7 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     kept = checkpoints.best(checkpoint) if checkpoint is not None and spec.keep == "best" else checkpoint
     if kept is not None:
         checkpoints.check_weights(kept, adapted)
-    order = LengthOrder(encoded.rows, spec.effective_batch_size, spec.seed) if spec.group_by_length else None
+    order = LengthOrder(lengths(encoded.rows), spec.effective_batch_size, spec.seed) if spec.group_by_length else None
 
     def begin() -> None:
         run.remove_incomplete_checkpoints()
@@ -251,14 +254,26 @@ def _check_processes(recipe: Recipe) -> None:
 _LONG = 1_000_000
 
 
-def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    encoded = recipe.task.encode(tokenizer, splits.train, max_length)
+def _encode(
+    recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, console: Console | None
+) -> Encoded:
+    task = recipe.task
+    if isinstance(splits.train, StoredExamples):
+        encoded = encode_stored(task, tokenizer, splits.train, max_length, console)
+    else:
+        encoded = task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
-        tried = recipe.task.encode(tokenizer, [row for row in splits.train if len(row.prompt) <= _LONG]).rows
+        short = (example for example in splits.train if len(example.prompt) <= _LONG)
+        tried = (row for example in short for row in task.encode(tokenizer, [example]).rows)
         shortest = min((len(row["input_ids"]) for row in tried), default=None)
         reason = f"the shortest has {shortest} tokens" if shortest else f"all have more than {_LONG:,} characters"
         raise UserError(f"training.max_length={max_length} leaves no example: {reason}.")
     return encoded
+
+
+def _token_ids(encoded: Encoded) -> Iterable[Sequence[int]]:
+    """Token ids among which is the largest."""
+    return (row["input_ids"] for row in encoded.rows) if encoded.largest is None else [[encoded.largest]]
 
 
 def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded) -> None:
@@ -270,9 +285,11 @@ def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded
 
 def _check_batch(model: PreTrainedModel, key: str, size: int, encoded: Encoded) -> None:
     """Raise UserError before training if it would put rows into one batch that the model cannot read together."""
-    rows = sorted(encoded.rows, key=lambda row: len(row["input_ids"]))
+    if size == 1:
+        return
+    numbers = lengths(encoded.rows)
     try:
-        check_lengths(model, [rows[0], rows[-1]] if size > 1 else [])
+        check_lengths(model, [encoded.rows[numbers.index(length)] for length in (min(numbers), max(numbers))])
     except UserError as error:
         raise UserError(f"{key}={size}: {error} Give 1.") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -332,7 +333,7 @@ class _Source:
         if self.folder is None:
             hub = MEMBERS[member].hub
             found = read_hub(hub.repository, hub.configuration, hub.test if split == "test" else split, hub.revision)
-            return found._replace(rows=found.convert(lambda row: instruction_row(member, row)))
+            return replace(found, rows=list(found.convert(lambda row: instruction_row(member, row))))
         if not (self.folder / member).is_dir() and len(self._wanted) > 1:
             return None
         return read_file(split_file(self.folder / member, [split]))

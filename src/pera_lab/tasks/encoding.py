@@ -52,9 +52,11 @@ class Prompt(NamedTuple):
 class Encoded(NamedTuple):
     """Rows of token ids, the number of examples left out as too long, and the number of truncated examples."""
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
     left_out: int
     shortened: int
+    largest: int | None = None
+    """The largest token id, if it is known."""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, frame: Frame = CHAT) -> list[int]:
