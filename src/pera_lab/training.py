@@ -37,13 +37,14 @@ from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
 from pera_lab.environment import command_line, device, out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
+from pera_lab.inference import takes_packing
 from pera_lab.opening import locate_run, open_model
 from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
 from pera_lab.tasks.cache import encode_stored, lengths
-from pera_lab.tasks.encoding import Encoded, check_lengths
+from pera_lab.tasks.encoding import Encoded, PackingCollator, check_lengths
 from pera_lab.tasks.examples import StoredExamples
 from pera_lab.trainer import LengthOrder, OnlineLoss, RunTrainer
 
@@ -118,7 +119,8 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     task.check(tokenizer, splits.test)
     models.check_tokens(model, tokenizer, chain(_token_ids(encoded), _token_ids(validation)))
     _check_validation(spec, splits, validation)
-    _check_batch(model, "training.batch_size", spec.batch_size, encoded)
+    if not spec.packing:
+        _check_batch(model, "training.batch_size", spec.batch_size, encoded)
     if spec.eval_steps:
         _check_batch(model, "evaluation.batch_size", recipe.evaluation.batch_size, validation)
     base = run.check_base(model)
@@ -143,6 +145,12 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
             f"model ({one_line(error)}); give another method, such as pera or lora, or leave quantization out."
         ) from error
 
+    if spec.packing and not takes_packing(adapted):
+        raise UserError(
+            f"training.packing=true: {type(model).__name__} with {recipe.method['name']} does not keep the examples in "
+            "a row apart; leave it out."
+        )
+
     arguments = _arguments(recipe, run)
     optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
@@ -159,18 +167,20 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         write_json(run.data_file, {**splits.manifest, "notes": notes})
         progress.keep_metrics()
 
+    collator = task.collator(tokenizer, model)
     online = OnlineLoss()
     progress = _Progress(run, console, notes, checkpoint, begin, online)
     try:
         trainer = RunTrainer(
             order,
             online,
+            collator,
             model=adapted,
             args=arguments,
             train_dataset=encoded.rows,
             eval_dataset=validation.rows if spec.eval_steps else None,
             compute_metrics=task.compute_metrics,
-            data_collator=task.collator(tokenizer, model),
+            data_collator=PackingCollator(model) if spec.packing else collator,
             callbacks=[RatioCallback(), progress],
             optimizer_cls_and_kwargs=optimizer,
         )

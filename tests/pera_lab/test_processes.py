@@ -110,6 +110,7 @@ LANGUAGE = {
     "one row in the last batch": ("task.train_size=61", "training.max_steps=17", "method.dropout=0"),
     "accumulation": (UNEVEN, "training.gradient_accumulation_steps=3", "method.dropout=0"),
     "by length": (UNEVEN, "training.group_by_length=true", "method.dropout=0"),
+    "packing": (UNEVEN, "training.packing=true", "training.max_steps=null", "training.epochs=2", "method.dropout=0"),
     "checkpointing": ("training.gradient_checkpointing=true", "method.dropout=0"),
 }
 

@@ -43,6 +43,9 @@ class TrainingSection(Section):
     """Training rows that are scored instead of the test rows and not trained on. Use them to choose settings."""
     group_by_length: bool = False
     """Draw batches of examples of similar length: less padding, another order."""
+    packing: bool = False
+    """Train a language model on batches without padding: the examples of a batch become one row, in which each attends
+    to itself alone. A loss on the answers and its gradients are the same."""
     max_length: int = Field(1024, ge=1)
     """Longest training example in tokens. A language model leaves longer examples out; a classifier truncates them.
     Both are counted."""

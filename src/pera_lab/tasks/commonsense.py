@@ -272,7 +272,7 @@ class CommonsenseTask(GenerationTask):
         if self.shares and self.train_size is None:
             raise UserError("task.shares needs task.train_size, the number of rows to divide.")
 
-    def _draw(self, pools: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    def _draw(self, pools: dict[str, Sequence[Example]]) -> dict[str, Sequence[Example]]:
         """The training rows of each member of the mix."""
         capped = {member: take(rows, (self.caps or {}).get(member), self.seed) for member, rows in pools.items()}
         size = self.train_size

@@ -77,20 +77,26 @@ class Rows:
         identity = f"{Path(self.source).suffix} {self.sha256}" if self.sha256 else _files_of(self.rows)
 
         def make(index: int) -> T:
-            return self._convert(self.numbers[index] if self.numbers else index + 1, self.rows[index], function)
+            number = self.numbers[index] if self.numbers else index + 1
+            return self._placed(function(self.rows[index]), number)
 
         return StoredExamples(make, range(len(self.rows)), identity)
 
     def _convert(self, number: int, row: Any, function: Callable[[dict[str, Any]], T]) -> T:
-        place = f"{self.source}, {self.unit} {number}"
         try:
             if not isinstance(row, dict):
                 raise BadRow(f"{short(row)} should be an object with named fields.")
             _check_text(row)
-            example: Any = function(row)
+            example = function(row)
         except BadRow as error:
-            raise UserError(f"{place}: {error}") from error
-        return replace(example, place=place) if isinstance(example, Example) else example
+            raise UserError(f"{self._place(number)}: {error}") from error
+        return self._placed(example, number)
+
+    def _placed(self, example: Any, number: int) -> Any:
+        return replace(example, place=self._place(number)) if isinstance(example, Example) else example
+
+    def _place(self, number: int) -> str:
+        return f"{self.source}, {self.unit} {number}"
 
     def record(self, used: int) -> dict[str, Any]:
         """An entry of a manifest: the source, its SHA-256, the number of rows and the number of rows used."""

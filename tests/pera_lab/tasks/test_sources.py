@@ -220,11 +220,12 @@ def test_the_validation_rows_are_those_that_the_library_datasets_draws():
     assert rest == sorted(expected["train"]["x"])
 
 
-def test_the_hub_is_read_by_the_library(tmp_path):
+def test_the_hub_is_read_by_the_library(tmp_path, capfd):
     pytest.importorskip("datasets")
     write(tmp_path, "jsonl").rename(tmp_path / "train.jsonl")
     found = read_hub(str(tmp_path), None, "train")
     assert found.rows == ROWS
+    assert "Generating" not in capfd.readouterr().err  # a progress bar of the library
     with pytest.raises(UserError, match=r"^task\.data: split 'test' of .* cannot be loaded: .*data=FOLDER\.$"):
         read_hub(str(tmp_path), None, "test")
 
