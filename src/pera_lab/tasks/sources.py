@@ -76,13 +76,13 @@ class Rows:
             self.sha256, self.numbers = self.rows.sha256, self.rows.numbers
         identity = f"{Path(self.source).suffix} {self.sha256}" if self.sha256 else _files_of(self.rows)
 
-        def make(index: int) -> T:
+        def make(index: int) -> Any:
             number = self.numbers[index] if self.numbers else index + 1
             return self._placed(function(self.rows[index]), number)
 
         return StoredExamples(make, range(len(self.rows)), identity)
 
-    def _convert(self, number: int, row: Any, function: Callable[[dict[str, Any]], T]) -> T:
+    def _convert(self, number: int, row: Any, function: Callable[[dict[str, Any]], T]) -> Any:
         try:
             if not isinstance(row, dict):
                 raise BadRow(f"{short(row)} should be an object with named fields.")
