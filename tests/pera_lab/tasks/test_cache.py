@@ -1,6 +1,8 @@
 """Long data: rows that stay on the disk, and their token ids in the cache."""
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -132,28 +134,21 @@ def test_token_ids_are_made_once_for_the_same_rows_and_settings(file, tokenizer,
     assert number(OwnTask(data=str(file.rename(file.with_name("renamed.jsonl"))), test_size=5)) == 0
 
 
-def test_an_interrupted_process_leaves_nothing_that_is_read(file, tokenizer, long_data, cached, monkeypatch):
-    task = OwnTask(data=str(file), test_size=5)
-    expected = content(encode(task, tokenizer))
-    (folder,) = cached.iterdir()
-    complete = folder.rename(cached.parent / "complete")
-    partial = []
-
-    def killed(source, target):
-        partial.append(Path(source).rename(cached.parent / "partial"))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("pera_lab.files.os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        encode(task, tokenizer)
-    monkeypatch.undo()
-    monkeypatch.setattr(sources, "LONG", 0)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cached.parent)
-    assert list(cached.iterdir()) == []
-    (left,) = partial  # what a killed process leaves, with half of the rows
-    left = left.rename(cached / f"{folder.name}.partial-{left.name}")
-    assert content(encode(task, tokenizer)) == expected
-    assert (folder / "rows.arrow").read_bytes() == (complete / "rows.arrow").read_bytes()
+def test_a_killed_process_leaves_nothing_that_is_read(file, tokenizer, long_data, cached, monkeypatch):
+    task, original = OwnTask(data=str(file), test_size=5), OwnTask.encode
+    expected = task.encode(tokenizer, list(task.build().train), 64)
+    assert len(expected.rows) > 30
+    monkeypatch.setattr(cache, "_CHUNK", 4)
+    monkeypatch.setattr(OwnTask, "encode", lambda *arguments: time.sleep(0.05) or original(*arguments))
+    process = multiprocessing.get_context("fork").Process(target=encode, args=(task, tokenizer))
+    process.start()
+    while not any(part.stat().st_size for part in cached.glob("*/rows.arrow")):
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    assert any(cached.iterdir())
+    assert content(encode(task, tokenizer)) == content(expected)
+    assert [path.suffix for path in cached.iterdir()] == [""]  # nothing else is left
 
 
 def test_a_damaged_cache_is_one_sentence(file, tokenizer, long_data, cached):
