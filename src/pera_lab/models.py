@@ -29,6 +29,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
 from pera.tuner.layers import keep_unpacked
+from pera_lab import processes
 from pera_lab.bases import INDEX, SINGLE, TOKENIZER, check_base, check_loaded, files_fingerprint
 from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
 from pera_lab.environment import device, fast_dtype, out_of_memory
@@ -100,6 +101,8 @@ def load_model(
         model, loading = auto_class.from_pretrained(
             location, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **remote, **head, **quantized
         )
+    if not processes.loads_base():
+        return model.eval()  # type: ignore[no-any-return]  # the weights come from another process
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in loading["missing_keys"] if labels is None or key.startswith(body))
     if missing:
@@ -111,7 +114,8 @@ def load_model(
     check_blocks(name, model)
     if labels is not None:
         _keep_head_in_float32(model)
-    loaded: PreTrainedModel = (model if quantized else model.to(device())).eval()
+    placed = quantized or processes.fsdp()  # FSDP moves each process's part of the weights
+    loaded: PreTrainedModel = (model if placed else model.to(device())).eval()
     return loaded
 
 
