@@ -118,7 +118,6 @@ def with_variables(variables):
 
 
 ENGINES = {"DDP": {}, "FSDP": fsdp()}
-engines_of_torch = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 
 UNEVEN = "task.train_size=62"
 """The last batch of 4 has 2 rows, one for each process."""
@@ -132,7 +131,7 @@ LANGUAGE = {
 
 
 @pytest.mark.slow
-@engines_of_torch
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("overrides", LANGUAGE.values(), ids=LANGUAGE)
 def test_two_processes_train_the_adapter_of_one(two, train_run, recipe_file, tmp_path, overrides, engine):
     one = train_run(tmp_path / "one", SLOW_RATE, *overrides)
@@ -207,7 +206,9 @@ def test_deepspeed_trains_the_adapter_of_one_process(two, train_run, recipe_file
 
 
 @pytest.mark.slow
-@engines_of_torch
+@pytest.mark.parametrize(
+    "engine", [{}, fsdp(auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading="false")], ids=ENGINES
+)
 def test_killed_processes_are_resumed_to_the_same_bits(two, recipe_file, tmp_path, engine):
     overrides = ("training.max_steps=40", "training.save_steps=4", UNEVEN)
     undisturbed, killed = Run(tmp_path / "undisturbed"), Run(tmp_path / "killed")
