@@ -17,6 +17,7 @@ from pera.errors import UserError
 from pera_lab import models
 from pera_lab.adapters import Adapter
 from pera_lab.files import user_path
+from pera_lab.placement import Attention, DeviceMap
 from pera_lab.quantization import Quantization
 from pera_lab.runs import Run
 
@@ -38,6 +39,10 @@ class Location(NamedTuple):
     """The folder of a tokenizer that was saved with the adapter and replaces the base model's."""
     quantization: Quantization | None = None
     """How the base model is quantized while it is loaded."""
+    attn_implementation: Attention | None = None
+    """How the base model computes attention."""
+    device_map: DeviceMap | None = None
+    """How the layers of the base model are placed on several accelerators."""
 
     @property
     def name(self) -> str:
@@ -79,8 +84,8 @@ def locate_adapter(name: str, *, trust_remote_code: bool = False) -> Location:
 def locate_run(run: Run, *, base: bool = False) -> Location:
     """The adapter of a run on its base model, or with ``base`` the base model alone. The adapter may not exist yet."""
     model, adapter = run.recipe.model, None if base else run.adapter
-    source = (model.name, model.revision, run.trust_remote_code)
-    return Location(run, adapter, *source, tokenizer=run.adapter.tokenizer, quantization=model.quantization)
+    source = (model.name, model.revision, run.trust_remote_code, run.adapter.tokenizer)
+    return Location(run, adapter, *source, model.quantization, model.attn_implementation, model.device_map)
 
 
 def before_quantization(location: Location) -> Location:
@@ -174,7 +179,13 @@ def open_model(
         if needs_tokenizer:
             models.check_tokenizer(location.base, location.tokenizer or models.resolve(location.base))
         base = models.load_model(
-            location.base, dtype=dtype, labels=labels, quantization=location.quantization, **source
+            location.base,
+            dtype=dtype,
+            labels=labels,
+            quantization=location.quantization,
+            attn_implementation=location.attn_implementation,
+            device_map=location.device_map,
+            **source,
         )
     check_fingerprint(location, base)
     model = base if location.adapter is None else location.adapter.load_on(base)

@@ -28,7 +28,7 @@ from transformers import (
 
 from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
-from pera_lab import checkpoints, engines, methods, models, processes
+from pera_lab import checkpoints, engines, methods, models, placement, processes
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
@@ -101,6 +101,7 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     """Make every check. The folder does not change."""
     spec, task = recipe.training, recipe.task
     engines.check(spec.batch_size, recipe.model.quantization)
+    placement.check_trainable(recipe.model.attn_implementation)
     if resume:
         run.check_processes()
     splits = recipe.build_splits()
