@@ -31,6 +31,7 @@ def check_attention(kind: Attention, name: str, config: Any, auto_class: Any, tr
     Raises:
         UserError: the model does not support it, or this machine lacks a package or a device that it needs.
     """
+    reason: str | None
     if kind.startswith("flash") and not getattr(utils, f"is_flash_attn_{kind[-1]}_available", bool)():
         reason = "its package is not installed, or does not support the devices of this machine"
     else:
