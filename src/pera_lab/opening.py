@@ -86,7 +86,21 @@ def locate_run(run: Run, *, base: bool = False) -> Location:
     """The adapter of a run on its base model, or with ``base`` the base model alone. The adapter may not exist yet."""
     model, adapter = run.recipe.model, None if base else run.adapter
     source = (model.name, model.revision, run.trust_remote_code, run.adapter.tokenizer)
-    return Location(run, adapter, *source, model.quantization, model.attn_implementation, model.device_map)
+    return _loaded_as_by(run, Location(run, adapter, *source))
+
+
+def _loaded_as_by(run: Run, location: Location) -> Location:
+    """``location`` with its base model quantized and placed as the recipe of a run asks for."""
+    model = run.recipe.model
+    return location._replace(
+        quantization=model.quantization, attn_implementation=model.attn_implementation, device_map=model.device_map
+    )
+
+
+def _run_of(adapter: Adapter) -> Run | None:
+    """The run that an adapter folder lies in, if there is one."""
+    run = Run(adapter.path.absolute().parent)
+    return run if run.recipe_file.is_file() and run.adapter.path.name == adapter.path.name else None
 
 
 def before_quantization(location: Location) -> Location:
@@ -122,7 +136,8 @@ def _located(name: str, trust_remote_code: bool) -> Location:
         if not base:
             key = "model" if isinstance(adapter, MlxAdapter) else "base_model_name_or_path"
             raise UserError(f"{name!r}: adapter_config.json has no {key}; add it.")
-        return Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
+        location = Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
+        return location if (run := _run_of(adapter)) is None else _loaded_as_by(run, location)
     if name and os.path.isdir(path) and "model" not in held:
         raise UserError(f"{name!r} is not a run folder, an adapter folder or a model folder.")
     return Location(None, None, name)
@@ -239,10 +254,10 @@ def check_fingerprint(
     """
     if location.adapter is None:
         return
-    run = location.run or Run(location.adapter.path.absolute().parent)
-    recorded = run.recorded_base() if run.recipe_file.is_file() else {}
+    run = location.run or _run_of(location.adapter)
+    recorded = {} if run is None else run.recorded_base()
     trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype", "")), next(base.parameters()).dtype
-    if trained_in is None:
+    if run is None or trained_in is None:
         return
     if "quantization" in recorded:
         found = models.stored_fingerprint(location.base, location.revision, trained_in)
