@@ -137,7 +137,8 @@ def _located(name: str, trust_remote_code: bool) -> Location:
             key = "model" if isinstance(adapter, MlxAdapter) else "base_model_name_or_path"
             raise UserError(f"{name!r}: adapter_config.json has no {key}; add it.")
         location = Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
-        return location if (run := _run_of(adapter)) is None else _loaded_as_by(run, location)
+        inside = _run_of(adapter)
+        return location if inside is None else _loaded_as_by(inside, location)
     if name and os.path.isdir(path) and "model" not in held:
         raise UserError(f"{name!r} is not a run folder, an adapter folder or a model folder.")
     return Location(None, None, name)

@@ -76,8 +76,8 @@ class PeraModel(BaseTuner):
         keep_unpacked(model)
         if not self.peft_config[adapter_name].inference_mode and divided_by_fsdp(model):
             warnings.warn(
-                f"adapter {adapter_name!r} is added to a model that FSDP divides already, so each process would train "
-                "an adapter of its own; add the adapter before you shard the model",
+                f"adapter {adapter_name!r} is added to a model that FSDP divides already, which does not average its "
+                "gradients over the processes; add the adapter before you shard the model",
                 stacklevel=2,
             )
         before = {name for name, module in model.named_modules() if _has(module, adapter_name)}

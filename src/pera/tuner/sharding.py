@@ -124,10 +124,8 @@ def fsdp_units(model: nn.Module) -> dict[nn.Module, Any]:
 
 
 def divided_by_fsdp(model: nn.Module) -> bool:
-    """Return whether FSDP divides a model. If transformers divided it while loading, its Trainer averages the gradients
-    of what is added, and the answer is no."""
-    by_transformers = getattr(model, "_is_fsdp_managed_module", False)
-    if by_transformers or not (distributed.is_available() and distributed.is_initialized()):
+    """Return whether FSDP divides a model."""
+    if not (distributed.is_available() and distributed.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
