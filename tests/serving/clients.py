@@ -181,13 +181,24 @@ def mistralrs(request):
     return [[_most_probable(ranked) for ranked in answers] for answers in both]
 
 
+def openvino(request):
+    """Answers of the export and of the base model, from a pipeline to which pera prints no command."""
+    program = HERE / "ask_openvino.py"
+    return _run(request, [program], ("prompts", "count", "end"), base=str(request.base), output=str(request.output))
+
+
 def _loaded(request, then, asked, **further):
     """The answers that a program adds to what the printed one loads, without waiting for a person after it."""
-    python, *_, code = shlex.split(request.start, comments=True)
+    _, *_, code = shlex.split(request.start, comments=True)
+    return _run(request, ["-c", f"{code}\n{then}"], asked, **further)
+
+
+def _run(request, arguments, asked, **further):
+    """What Python in the server's environment writes into the file that the JSON on its standard input names."""
     file = request.log.with_suffix(".json")
     asked = {key: getattr(request, key) for key in asked}
     done = subprocess.run(
-        [request.bin / python, "-c", f"{code}\n{then}"],
+        [request.bin / "python", *arguments],
         env={**request.environment(), "PYTHONPATH": str(HERE)},
         input=json.dumps({**asked, **further, "file": str(file)}),
         capture_output=True,
@@ -201,4 +212,11 @@ def _loaded(request, then, asked, **further):
     return json.loads(file.read_text())
 
 
-CLIENTS = {"vllm": vllm, "mlx": mlx, "mistralrs": mistralrs, "llama.cpp": llama_cpp, "peft": peft}
+CLIENTS = {
+    "vllm": vllm,
+    "mlx": mlx,
+    "mistralrs": mistralrs,
+    "llama.cpp": llama_cpp,
+    "openvino": openvino,
+    "peft": peft,
+}

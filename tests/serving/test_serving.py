@@ -26,6 +26,7 @@ from pera import PeraConfig
 from pera_lab.convert.export import export
 from pera_lab.convert.servers import SERVERS
 from pera_lab.embedded import embedded_folder
+from pera_lab.files import locked
 from pera_lab.opening import locate_adapter
 
 pytestmark = pytest.mark.slow
@@ -174,17 +175,20 @@ def reference(adapter):
     return of
 
 
+EMBEDDINGS = {server.name for server in SERVERS.values() if server.embeddings}
+"""The servers that accept an adapter on the embeddings."""
+
+
 def kind(environment):
-    """The name in SERVERS of what an environment holds."""
+    """The name of a client, and mostly of a server in SERVERS, for an environment."""
     return environment.partition("-")[0]
 
 
 CASES = [
     (environment, name)
     for environment in ENVIRONMENTS
-    if kind(environment) in SERVERS
     for name, options in ADAPTERS.items()
-    if SERVERS[kind(environment)].embeddings or "embed_tokens" not in (options or {}).get("target_modules", ())
+    if "embed_tokens" not in (options or {}).get("target_modules", ()) or kind(environment) in EMBEDDINGS
 ]
 
 
@@ -196,10 +200,10 @@ def test_a_server_answers_as_the_adapter(environment, name, adapter, reference, 
         pytest.skip(f"{environment} cannot be installed: {reason}")
     asked, expected, without = reference(name)
     location = locate_adapter(str(adapter(name)))
-    made = export(location, tmp_path / "served", server=kind(environment))
+    made = export(location, tmp_path / "served", server=kind(environment) if kind(environment) in SERVERS else None)
     (FOLDER / "logs").mkdir(exist_ok=True)
     request = Request(
-        start=made.start,
+        start=made.start or "no command",
         base=Path(location.base),
         output=tmp_path / "served",
         bin=programs,
@@ -227,27 +231,29 @@ def until(end, answer):
 
 
 def compared(answers, expected):
-    """Number of tokens equal, and the largest difference of log-probabilities up to the first other token."""
+    """Number of tokens equal, and the largest difference of log-probabilities at them, up to the first that is not."""
     total = equal = 0
     difference = 0.0
     for (tokens, ranked), (wanted, wanted_ranked) in zip(answers, expected, strict=True):
         total += max(len(wanted), len(tokens))
         for i, token in enumerate(wanted):
-            there = dict(map(tuple, ranked[i])) if i < len(ranked) else {}
-            difference = max([difference, *(abs(there[t] - v) for t, v in wanted_ranked[i] if t in there)])
             if i >= len(tokens) or tokens[i] != token:
                 break
             equal += 1
+            there = dict(map(tuple, ranked[i]))
+            both = [abs(there[other] - value) for other, value in wanted_ranked[i] if other in there or other == token]
+            difference = max(difference, *both)
     return {"tokens": total, "equal": equal, "difference": difference}
 
 
 def record(environment, name, request, served, of_base):
     """Add a result to the file, in place of an earlier one of the same server and adapter."""
     file = FOLDER / "results.jsonl"
-    server, version = ENVIRONMENTS[environment].server
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    lines = [line for line in lines if (line["environment"], line["adapter"]) != (environment, name)]
     command = request.start.replace(str(request.output), "OUT").replace(str(request.base), "BASE")
+    server, version = ENVIRONMENTS[environment].server
     new = {"environment": environment, "server": server, "version": version, "adapter": name, "command": command}
-    lines.append({**new, **served, "base": of_base})
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with locked(FOLDER / "results.lock", file, wait=True):
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        lines = [line for line in lines if (line["environment"], line["adapter"]) != (environment, name)]
+        lines.append({**new, **served, "base": of_base})
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
