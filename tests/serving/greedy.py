@@ -8,7 +8,7 @@ import torch
 
 @torch.no_grad()
 def greedy(model, prompts, count, top, end):
-    """Answer prompts of token ids without sampling, and without a cache, which old versions handle differently.
+    """Answer prompts of token ids without sampling.
 
     Args:
         model: the model.
@@ -23,13 +23,15 @@ def greedy(model, prompts, count, top, end):
     model.eval()
     answers = []
     for prompt in prompts:
-        tokens, ranked = [], []
+        tokens, ranked, new, cache = [], [], prompt, None
         while len(tokens) < count:
-            row = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, -1].float().log_softmax(-1)
+            found = model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True)
+            row, cache = found.logits[0, -1].float().log_softmax(-1), found.past_key_values
             values, ids = row.topk(top)
             if ids[0] == end:
                 break
-            tokens.append(int(ids[0]))
+            new = [int(ids[0])]
+            tokens += new
             ranked.append([list(pair) for pair in zip(ids.tolist(), values.tolist(), strict=True)])
         answers.append([tokens, ranked])
     return answers

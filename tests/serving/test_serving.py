@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pera import PeraConfig
 from pera_lab.convert.export import export
 from pera_lab.convert.servers import SERVERS
-from pera_lab.embedded import embedded_folder
+from pera_lab.embedded import embedded_folder, state_rope_theta
 from pera_lab.files import locked
 from pera_lab.opening import locate_adapter
 
@@ -92,9 +92,7 @@ def base(tmp_path_factory):
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    content = json.loads((folder / "config.json").read_text())
-    content["rope_theta"] = content["rope_parameters"]["rope_theta"]  # transformers 4 and mistral.rs look for it here
-    (folder / "config.json").write_text(json.dumps(content))
+    state_rope_theta(folder)
     write_gguf(model, tokenizer, gguf_of(folder))
     return folder
 
@@ -135,6 +133,7 @@ def trained():
         # Under another name the folder is a model like any other, not the embedded one, whose commands name the hub.
         base = run.parent / "base"
         shutil.copytree(embedded_folder("smollm2-135m"), base)
+        state_rope_theta(base)  # an older version may have converted it
         write_gguf(AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base), gguf_of(base))
         command = [sys.executable, "-m", "pera_lab", "train", "quickstart", f"model={base}"]
         subprocess.run([*command, "training.max_steps=30", "--output", str(run)], check=True)
