@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,12 +37,15 @@ from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
 from pera_lab.environment import command_line, device, out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
+from pera_lab.inference import takes_packing
 from pera_lab.opening import locate_run, open_model
 from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
-from pera_lab.tasks.encoding import Encoded, check_lengths
+from pera_lab.tasks.cache import encode_stored, lengths
+from pera_lab.tasks.encoding import Encoded, PackingCollator, check_lengths
+from pera_lab.tasks.examples import StoredExamples
 from pera_lab.trainer import LengthOrder, OnlineLoss, RunTrainer
 
 
@@ -110,12 +114,13 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     set_seed(spec.seed)  # loading the model initializes the classification head
     model, tokenizer = open_model(locate_run(run, base=True), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
-    encoded = _encode(recipe, splits, tokenizer, limit)
+    encoded = _encode(recipe, splits, tokenizer, limit, console)
     validation = task.encode(tokenizer, splits.validation, limit)
     task.check(tokenizer, splits.test)
-    models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
+    models.check_tokens(model, tokenizer, chain(_token_ids(encoded), _token_ids(validation)))
     _check_validation(spec, splits, validation)
-    _check_batch(model, "training.batch_size", spec.batch_size, encoded)
+    if not spec.packing:
+        _check_batch(model, "training.batch_size", spec.batch_size, encoded)
     if spec.eval_steps:
         _check_batch(model, "evaluation.batch_size", recipe.evaluation.batch_size, validation)
     base = run.check_base(model)
@@ -140,6 +145,12 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
             f"model ({one_line(error)}); give another method, such as pera or lora, or leave quantization out."
         ) from error
 
+    if spec.packing and not takes_packing(adapted):
+        raise UserError(
+            f"training.packing=true: {type(model).__name__} with {recipe.method['name']} does not keep the examples in "
+            "a row apart; leave it out."
+        )
+
     arguments = _arguments(recipe, run)
     optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
@@ -148,7 +159,7 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     kept = checkpoints.best(checkpoint) if checkpoint is not None and spec.keep == "best" else checkpoint
     if kept is not None:
         checkpoints.check_weights(kept, adapted)
-    order = LengthOrder(encoded.rows, spec.effective_batch_size, spec.seed) if spec.group_by_length else None
+    order = LengthOrder(lengths(encoded.rows), spec.effective_batch_size, spec.seed) if spec.group_by_length else None
 
     def begin() -> None:
         run.remove_incomplete_checkpoints()
@@ -156,18 +167,20 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         write_json(run.data_file, {**splits.manifest, "notes": notes})
         progress.keep_metrics()
 
+    collator = task.collator(tokenizer, model)
     online = OnlineLoss()
     progress = _Progress(run, console, notes, checkpoint, begin, online)
     try:
         trainer = RunTrainer(
             order,
             online,
+            collator,
             model=adapted,
             args=arguments,
             train_dataset=encoded.rows,
             eval_dataset=validation.rows if spec.eval_steps else None,
             compute_metrics=task.compute_metrics,
-            data_collator=task.collator(tokenizer, model),
+            data_collator=PackingCollator(model) if spec.packing else collator,
             callbacks=[RatioCallback(), progress],
             optimizer_cls_and_kwargs=optimizer,
         )
@@ -251,14 +264,26 @@ def _check_processes(recipe: Recipe) -> None:
 _LONG = 1_000_000
 
 
-def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    encoded = recipe.task.encode(tokenizer, splits.train, max_length)
+def _encode(
+    recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, console: Console | None
+) -> Encoded:
+    task = recipe.task
+    if isinstance(splits.train, StoredExamples):
+        encoded = encode_stored(task, tokenizer, splits.train, max_length, console)
+    else:
+        encoded = task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
-        tried = recipe.task.encode(tokenizer, [row for row in splits.train if len(row.prompt) <= _LONG]).rows
+        short = (example for example in splits.train if len(example.prompt) <= _LONG)
+        tried = (row for example in short for row in task.encode(tokenizer, [example]).rows)
         shortest = min((len(row["input_ids"]) for row in tried), default=None)
         reason = f"the shortest has {shortest} tokens" if shortest else f"all have more than {_LONG:,} characters"
         raise UserError(f"training.max_length={max_length} leaves no example: {reason}.")
     return encoded
+
+
+def _token_ids(encoded: Encoded) -> Iterable[Sequence[int]]:
+    """Token ids among which is the largest."""
+    return (row["input_ids"] for row in encoded.rows) if encoded.largest is None else [[encoded.largest]]
 
 
 def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded) -> None:
@@ -270,9 +295,11 @@ def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded
 
 def _check_batch(model: PreTrainedModel, key: str, size: int, encoded: Encoded) -> None:
     """Raise UserError before training if it would put rows into one batch that the model cannot read together."""
-    rows = sorted(encoded.rows, key=lambda row: len(row["input_ids"]))
+    if size == 1:
+        return
+    numbers = lengths(encoded.rows)
     try:
-        check_lengths(model, [rows[0], rows[-1]] if size > 1 else [])
+        check_lengths(model, [encoded.rows[numbers.index(length)] for length in (min(numbers), max(numbers))])
     except UserError as error:
         raise UserError(f"{key}={size}: {error} Give 1.") from error
 

@@ -24,6 +24,7 @@ from pera.errors import UserError
 from pera_lab import cli, processes, scorers, training
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
+from pera_lab.tasks import sources
 from pera_lab.training import train
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
@@ -109,6 +110,7 @@ LANGUAGE = {
     "one row in the last batch": ("task.train_size=61", "training.max_steps=17", "method.dropout=0"),
     "accumulation": (UNEVEN, "training.gradient_accumulation_steps=3", "method.dropout=0"),
     "by length": (UNEVEN, "training.group_by_length=true", "method.dropout=0"),
+    "packing": (UNEVEN, "training.packing=true", "training.max_steps=null", "training.epochs=2", "method.dropout=0"),
     "checkpointing": ("training.gradient_checkpointing=true", "method.dropout=0"),
 }
 
@@ -133,6 +135,25 @@ def test_two_processes_train_the_adapter_of_one(two, train_run, recipe_file, tmp
     assert record["processes"] == 2
     assert record["effective_batch_size"] == 4 * run.recipe.training.gradient_accumulation_steps
     assert "effective_batch_size" in (run.path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_read_long_data_from_one_cache(two, train_run, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(sources, "LONG", 0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    rows = [{"prompt": f"question {i}", "completion": f"{i}"} for i in range(90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = (SLOW_RATE, "method.dropout=0", "task=own", f"task.data={tmp_path / 'rows.jsonl'}")
+    one = train_run(tmp_path / "one", *overrides)
+    made = tmp_path / "datasets" / "pera"
+    (complete,) = made.iterdir()
+    complete.rename(tmp_path / "complete")
+    ended = two("train", one.recipe_file, "--output", "two")
+    assert ended.codes == [0, 0], ended.text
+    assert list(made.iterdir()) == [complete]
+    assert (complete / "rows.arrow").read_bytes() == (tmp_path / "complete" / "rows.arrow").read_bytes()
+    assert differences(one, Run(tmp_path / "two")) < 1e-6
 
 
 @pytest.mark.slow

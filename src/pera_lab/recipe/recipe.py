@@ -105,6 +105,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_packing(self) -> Recipe:
+        if self.training.packing and self.task.task_type != "CAUSAL_LM":
+            raise ValueError(
+                f"training.packing=true needs a language model, and task {self.task.name!r} trains a classifier; leave "
+                "it out."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_quantization(self) -> Recipe:
         kind, config = self.model.quantization, self.peft_config()
         if kind is None:
