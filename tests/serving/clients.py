@@ -181,12 +181,6 @@ def mistralrs(request):
     return [[_most_probable(ranked) for ranked in answers] for answers in both]
 
 
-def openvino(request):
-    """Answers of the export and of the base model, from a pipeline to which pera prints no command."""
-    program = HERE / "ask_openvino.py"
-    return _run(request, [program], ("prompts", "count", "end"), base=str(request.base), output=str(request.output))
-
-
 def _loaded(request, then, asked, **further):
     """The answers that a program adds to what the printed one loads, without waiting for a person after it."""
     _, *_, code = shlex.split(request.start, comments=True)
@@ -217,6 +211,5 @@ CLIENTS = {
     "mlx": mlx,
     "mistralrs": mistralrs,
     "llama.cpp": llama_cpp,
-    "openvino": openvino,
     "peft": peft,
 }

@@ -46,7 +46,6 @@ ENVIRONMENTS = {
     "mlx": Environment(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4")),
     "mistralrs": Environment(("mistralrs==0.9.5",)),
     "llama.cpp": Environment(("xllamacpp==2026.10.11549",), program="llama-server"),
-    "openvino": Environment(("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", TORCH)),
     "peft-0.11": _peft("0.11.1", "4.41.2", "numpy<2"),
     "peft-0.14": _peft("0.14.0", "4.48.3"),
     "peft-0.18": _peft("0.18.1", "4.57.6"),

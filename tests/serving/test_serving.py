@@ -32,8 +32,9 @@ from pera_lab.opening import locate_adapter
 pytestmark = pytest.mark.slow
 
 COUNT, TOP = 16, 5
-TOLERANCE = 1e-3
-"""Largest difference of log-probabilities that rounding in float32 explains."""
+TOLERANCE = {"llama.cpp": 0.05, "mistralrs": 0.05}
+"""Largest difference of log-probabilities that rounding explains. llama.cpp stores keys and values in float16, and
+mistral.rs differs as much on the base alone. For the others it is 1e-3."""
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -112,7 +113,7 @@ def adapter(base, tmp_path_factory):
             with torch.no_grad():
                 for key, parameter in adapted.named_parameters():
                     if parameter.requires_grad and "pera_h" not in key:
-                        parameter.add_(0.1 * torch.randn_like(parameter))
+                        parameter.add_(0.03 * torch.randn_like(parameter))
             adapted.save_pretrained(folder)
         return folder
 
@@ -174,12 +175,8 @@ def reference(adapter):
     return of
 
 
-EMBEDDINGS = {server.name for server in SERVERS.values() if server.embeddings}
-"""The servers that accept an adapter on the embeddings."""
-
-
 def kind(environment):
-    """The name of a client, and mostly of a server in SERVERS, for an environment."""
+    """The name in SERVERS of what an environment holds."""
     return environment.partition("-")[0]
 
 
@@ -187,7 +184,7 @@ CASES = [
     (environment, name)
     for environment in ENVIRONMENTS
     for name, options in ADAPTERS.items()
-    if "embed_tokens" not in (options or {}).get("target_modules", ()) or kind(environment) in EMBEDDINGS
+    if "embed_tokens" not in (options or {}).get("target_modules", ()) or SERVERS[kind(environment)].embeddings
 ]
 
 
@@ -199,10 +196,10 @@ def test_a_server_answers_as_the_adapter(environment, name, adapter, reference, 
         pytest.skip(f"{environment} cannot be installed: {reason}")
     asked, expected, without = reference(name)
     location = locate_adapter(str(adapter(name)))
-    made = export(location, tmp_path / "served", server=kind(environment) if kind(environment) in SERVERS else None)
+    made = export(location, tmp_path / "served", server=kind(environment))
     (FOLDER / "logs").mkdir(exist_ok=True)
     request = Request(
-        start=made.start or "no command",
+        start=made.start,
         base=Path(location.base),
         output=tmp_path / "served",
         bin=programs,
@@ -210,16 +207,15 @@ def test_a_server_answers_as_the_adapter(environment, name, adapter, reference, 
         **asked,
     )
     answers = [[until(asked["end"], answer) for answer in side] for side in CLIENTS[kind(environment)](request)]
-    served = compared(answers[0], expected)
-    of_base = compared(answers[1], without) if len(answers) > 1 else None
-    record(environment, name, request, served, of_base)
-    assert compared(without, expected)["equal"] < 0.8 * served["tokens"], "the adapter hardly changes the answers"
-    assert served["equal"] == served["tokens"]
-    rounding = 0.0
-    if of_base is not None:
-        assert of_base["equal"] == of_base["tokens"]
-        rounding = 4 * of_base["difference"]
-    assert served["difference"] < max(TOLERANCE, rounding)
+    tolerance = TOLERANCE.get(kind(environment), 1e-3)
+    sides = [compared(*both, tolerance) for both in zip(answers, (expected, without), strict=False)]
+    record(environment, name, request, *sides)
+    assert compared(without, expected, 0.0)["equal"] < 0.8 * sides[0]["tokens"], (
+        "the adapter hardly changes the answers"
+    )
+    for side in sides:
+        assert side["equal"] == side["tokens"] > 0
+        assert side["difference"] < tolerance
 
 
 def until(end, answer):
@@ -229,23 +225,31 @@ def until(end, answer):
     return tokens[:length], ranked[:length]
 
 
-def compared(answers, expected):
-    """Number of tokens equal, and the largest difference of log-probabilities at them, up to the first that is not."""
-    total = equal = 0
+def compared(answers, expected, tolerance):
+    """Number of tokens compared and equal, and the largest difference of log-probabilities at the equal ones.
+
+    Rounding may decide between two tokens whose log-probabilities differ by less than twice the tolerance. An answer
+    that takes the other one is compared up to there, and counted as a near-tie.
+    """
+    total = equal = ties = 0
     difference = 0.0
     for (tokens, ranked), (wanted, wanted_ranked) in zip(answers, expected, strict=True):
-        total += max(len(wanted), len(tokens))
         for i, token in enumerate(wanted):
+            first, second = (value for _, value in wanted_ranked[i][:2])
             if i >= len(tokens) or tokens[i] != token:
+                tie = first - second < 2 * tolerance
+                ties += tie
+                total += 0 if tie else len(wanted) - i
                 break
+            total += 1
             equal += 1
             there = dict(map(tuple, ranked[i]))
             both = [abs(there[other] - value) for other, value in wanted_ranked[i] if other in there or other == token]
             difference = max(difference, *both)
-    return {"tokens": total, "equal": equal, "difference": difference}
+    return {"tokens": total, "equal": equal, "near-ties": ties, "difference": difference}
 
 
-def record(environment, name, request, served, of_base):
+def record(environment, name, request, served, of_base=None):
     """Add a result to the file, in place of an earlier one of the same server and adapter."""
     file = FOLDER / "results.jsonl"
     command = request.start.replace(str(request.output), "OUT").replace(str(request.base), "BASE")
