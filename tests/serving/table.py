@@ -21,7 +21,7 @@ def main():
     for lines in filter(None, by_environment.values()):
         server, adapters = f"{lines[0]['server']} {lines[0]['version']}", str(len(lines))
         equal = f"{sum(line['equal'] for line in lines)} of {sum(line['tokens'] for line in lines)}"
-        bases = [line["base"] for line in lines if line["base"]]
+        bases = [line["base"] for line in lines if line["base"] is not None]
         row(server, adapters, equal, difference(lines), difference(bases) if bases else "")
     for name, lines in by_environment.items():
         print(f"\n{name}: {lines[0]['command'] if lines else 'not run'}")

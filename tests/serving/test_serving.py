@@ -32,7 +32,7 @@ from pera_lab.opening import locate_adapter
 pytestmark = pytest.mark.slow
 
 COUNT, TOP = 16, 5
-TOLERANCE = {"llama.cpp": 0.05, "mistralrs": 0.05}
+TOLERANCE = {"llama.cpp": 0.1, "mistralrs": 0.1}
 """Largest difference of log-probabilities that rounding explains. llama.cpp stores keys and values in float16, and
 mistral.rs differs as much on the base alone. For the others it is 1e-3."""
 
