@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -88,6 +90,15 @@ class RunTrainer(Trainer):
     ) -> None:
         self._order, self._online, self._validation_collator = order, online, validation_collator
         super().__init__(**options)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; also uses FSDP on CPUs, for which accelerate ignores it."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if processes.fsdp() and state.distributed_type is DistributedType.MULTI_CPU:
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in transformers; with several processes, the batches of one."""

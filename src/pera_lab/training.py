@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
@@ -31,7 +29,7 @@ from transformers import (
 
 from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
-from pera_lab import checkpoints, methods, models, processes
+from pera_lab import checkpoints, engines, methods, models, placement, processes
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
@@ -106,7 +104,8 @@ class _Prepared(NamedTuple):
 def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> _Prepared:
     """Make every check. The folder does not change."""
     spec, task = recipe.training, recipe.task
-    _check_processes(recipe)
+    engines.check(spec.batch_size, recipe.model.quantization)
+    placement.check_trainable(recipe.model.attn_implementation)
     if resume:
         run.check_processes()
     splits = recipe.build_splits()
@@ -123,7 +122,8 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         _check_batch(model, "training.batch_size", spec.batch_size, encoded)
     if spec.eval_steps:
         _check_batch(model, "evaluation.batch_size", recipe.evaluation.batch_size, validation)
-    base = run.check_base(model)
+    engines.check_units(model)
+    base = run.check_base(model) if processes.loads_base() else {}
     notes = [*splits.notes, *task.tokenizer_notes(tokenizer, splits)]
     if recipe.model.quantization is not None and device().type == "cpu":
         notes.append(
@@ -145,11 +145,15 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
             f"model ({one_line(error)}); give another method, such as pera or lora, or leave quantization out."
         ) from error
 
-    if spec.packing and not takes_packing(adapted):
+    if spec.packing and processes.loads_base() and not takes_packing(adapted):
         raise UserError(
             f"training.packing=true: {type(model).__name__} with {recipe.method['name']} does not keep the examples in "
             "a row apart; leave it out."
         )
+
+    for module in adapted.modules():  # accelerate tells parameters apart by their addresses
+        if any(p.requires_grad and p.is_meta for p in module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
 
     arguments = _arguments(recipe, run)
     optimizer = _optimizer(spec, arguments, adapted)
@@ -188,7 +192,7 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
     ended = checkpoint is not None and checkpoints.ended(checkpoint)
     if checkpoint is not None and not ended:
-        checkpoints.check_optimizer(checkpoint, trainer.create_optimizer())
+        checkpoints.check_optimizer(checkpoint, trainer.create_optimizer(), adapted)
     trainer.remove_callback(PrinterCallback)
     if processes.count() > 1:
         set_seed((spec.seed + processes.index()) % 2**32)  # otherwise every process drops out the same entries
@@ -211,8 +215,9 @@ def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
     final_loss = losses[-1] if losses else None
     steps = trainer.state.global_step - progress.steps_before
     summary = TrainingSummary(seconds, tokens, peak_memory(), final_loss, encoded.left_out, encoded.shortened, steps)
-    # Under ZeRO-3, each process holds a part of every weight.
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
+    # Under FSDP and ZeRO-3, each process holds a part of every weight.
+    divided = trainer.is_deepspeed_enabled or processes.fsdp()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if divided else None
     if processes.is_main():
         write_json(run.cost_file, summary._asdict())
         with atomic_folder(run.adapter.path) as folder:
@@ -231,34 +236,6 @@ def peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _check_processes(recipe: Recipe) -> None:
-    """Check what torchrun and accelerate decide."""
-    size, quantization = recipe.training.batch_size, recipe.model.quantization
-    for variable, what in (("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "parallelism")):
-        if parse_flag_from_env(f"ACCELERATE_USE_{variable}"):
-            raise UserError(f"accelerate: {what} is not supported by pera train; configure DDP or DeepSpeed.")
-    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION") or "no") != "no":
-        raise UserError(
-            f"accelerate: mixed_precision={precision} would change the dtype that the recipe gives; set it to no, and "
-            "choose the dtype with model.dtype."
-        )
-    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-    if deepspeed and quantization is not None:  # it would divide packed weights, which was not tried
-        raise UserError(
-            f"model.quantization={quantization!r} is not supported with DeepSpeed; start the processes with torchrun, "
-            "or leave quantization out."
-        )
-    gathers = parse_flag_from_env("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
-    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    if deepspeed and zero3 and not gathers:
-        raise UserError("accelerate: zero_stage=3 saves no adapter without zero3_save_16bit_model=true; set it.")
-    if size % processes.count():
-        raise UserError(
-            f"training.batch_size={size} cannot be divided over {processes.count()} processes, which share "
-            f"each batch; give a multiple of {processes.count()}."
-        )
 
 
 _LONG = 1_000_000
