@@ -428,7 +428,5 @@ def test_with_a_peft_that_lacks_its_functions_quantised_layers_are_refused(monke
     subclass = nn.Linear(4, 4)
     subclass.weight = nn.Parameter(TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4)))
     for layer in (packed, subclass, type("HQQLinear", (nn.Module,), {})()):
-        with pytest.raises(
-            UserError, match=r"a quantized layer .* needs peft>=0.20, but .*; upgrade peft"
-        ):
+        with pytest.raises(UserError, match=r"a quantized layer .* needs peft>=0.20, but .*; upgrade peft"):
             older.resolve_quantization_backend(layer)
