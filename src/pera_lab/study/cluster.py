@@ -51,6 +51,8 @@ def address_of(on: str) -> str:
     address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     if address not in (LOCAL, AUTO):
         _check_reachable(key, address)
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # Ray would look for a cluster there for many minutes
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports nothing
     try:
         import ray  # noqa: F401
     except ImportError as error:
@@ -83,7 +85,6 @@ def connected(address: str) -> Iterator[None]:
     """
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports nothing
     try:
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False if address == LOCAL else None)
@@ -142,8 +143,8 @@ def run_tasks(study: Study, folder: StudyFolder, deadline: float, show: Callable
                 lost[trial.name] = f"{type(error).__name__}: {one_line(error)}"
     for name, reason in lost.items():
         raise UserError(
-            f"study: {len(lost)} runs lost their worker {RETRIES + 1} times, such as {name!r} ({reason:.200}); run the "
-            "same command again."
+            f"study: runs that lost their worker {RETRIES + 1} times: {len(lost)}, such as {name!r} ({reason:.200}); run "
+            "the same command again."
         )
 
 

@@ -107,7 +107,7 @@ def test_a_run_that_always_loses_its_worker_is_named(study_file, tmp_path, monke
                     process.wait(60)
             for checkpoint in folder.runs.glob("*/checkpoints/*/complete"):
                 checkpoint.unlink()
-        with pytest.raises(UserError, match=r"1 runs lost their worker 2 times, such as '.*-lr0\.001-seed1'"):
+        with pytest.raises(UserError, match=r"runs that lost their worker 2 times: 1, such as '.*-lr0\.001-seed1'"):
             running.result(240)
 
 
