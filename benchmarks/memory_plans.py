@@ -46,6 +46,8 @@ VARIANTS = (
 ANCHORS = ("anchors-16", "anchors-4", "anchors-4-all", "anchors-16-all", "anchors-1", "anchors-64", "anchors-16-fixed")
 TESTED = ("lora", "lora-gaussian", "pera-rms", "hira", "anchors-16")
 SEEDS = (1, 2, 3, 4, 5)
+FRESH = (6, 7, 8, 9, 10)
+"""Seeds of a second test, where the first ones suggested it."""
 
 
 def codes(r: int) -> dict[str, Any]:
@@ -109,4 +111,19 @@ PLANS |= {
         for name, load in (("codes", codes), ("phonebook", phonebook))
         for r, ranks in ((1, (2, 3, 4, 6)), (2, (3, 4, 6, 8)))
     },
+}
+
+BOTH = "anchors-16-all"
+PLANS |= {
+    **{
+        f"both-{name}-{r}": Plan((load(r),), at(r, BOTH), report=SEEDS)
+        for name, load, r in (
+            ("codes", codes, 1),
+            ("codes", codes, 2),
+            ("codes", codes, 4),
+            ("phonebook", phonebook, 1),
+            ("phonebook", phonebook, 4),
+        )
+    },
+    "both-phonebook-2": Plan((phonebook(2),), at(2, BOTH, "lora", "hira", "pera-rms", "anchors-16"), report=FRESH),
 }

@@ -131,7 +131,7 @@ def shared(base: nn.Module) -> nn.Module:
 def shapes(model: nn.Module, targets: list[str], rank: int) -> list[Shape]:
     """Return the frozen matrices of a base model for the cost model, with ``rank`` on the adapted ones."""
     return [
-        Shape(*module.weight.shape, rank if name.rpartition(".")[2] in targets else 0)
+        Shape(module.out_features, module.in_features, rank if name.rpartition(".")[2] in targets else 0)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
