@@ -141,10 +141,11 @@ def run_tasks(study: Study, folder: StudyFolder, deadline: float, show: Callable
                 ) from error
             except RayError as error:
                 lost[trial.name] = f"{type(error).__name__}: {one_line(error)}"
-    for name, reason in lost.items():
+    if lost:
+        name, reason = next(iter(lost.items()))
         raise UserError(
-            f"study: runs that lost their worker {RETRIES + 1} times: {len(lost)}, such as {name!r} ({reason:.200}); run "
-            "the same command again."
+            f"study: runs that lost their worker {RETRIES + 1} times: {len(lost)}, such as {name!r} ({reason:.200}); "
+            "run the same command again."
         )
 
 
