@@ -86,10 +86,10 @@ def connected(address: str) -> Iterator[None]:
     import ray
 
     try:
-        try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False if address == LOCAL else None)
-        except Exception as error:
-            raise UserError(f"--on: the Ray cluster {address!r} cannot be used ({one_line(error)}).") from error
+        ray.init(address=address, log_to_driver=False, include_dashboard=False if address == LOCAL else None)
+    except Exception as error:
+        raise UserError(f"--on: the Ray cluster {address!r} cannot be used ({one_line(error)}).") from error
+    try:
         yield
     finally:
         ray.shutdown()
@@ -123,7 +123,7 @@ def run_tasks(study: Study, folder: StudyFolder, deadline: float, show: Callable
                 running[task.remote(trial, path, deadline, cpus, os.getcwd(), sys.argv)] = trial
         if not running:
             break
-        show(f"{len(running)} started")
+        show(f"submitted: {len(running)}")
         for reference in ray.wait(list(running), timeout=0.5)[0]:
             trial = running.pop(reference)
             try:
