@@ -47,6 +47,9 @@ class Adapter:
             asked for, so the folder may appear later.
     """
 
+    weights_name = SAFETENSORS_WEIGHTS_NAME
+    """The file of the weights."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -114,6 +117,9 @@ class Adapter:
         Raises:
             UserError: the file is missing or truncated, or a tensor holds NaN, infinity or no real numbers.
         """
+        return self._read()
+
+    def _read(self) -> dict[str, Tensor]:
         with self._opened() as f:
             weights = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
         try:
@@ -248,7 +254,7 @@ class Adapter:
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
-        file = self.path / SAFETENSORS_WEIGHTS_NAME
+        file = self.path / self.weights_name
         if not file.is_file() and (self.path / WEIGHTS_NAME).is_file():
             raise UserError(
                 f"{str(self.path)!r} has its weights in {WEIGHTS_NAME}, but only safetensors is read; if you trust the "
@@ -256,7 +262,7 @@ class Adapter:
                 f"PeftModel.from_pretrained(base, {str(self.path)!r}).save_pretrained({str(self.path)!r})"
             )
         if not file.is_file():
-            raise UserError(f"{str(self.path)!r} has no {SAFETENSORS_WEIGHTS_NAME}; the adapter's weights are missing.")
+            raise UserError(f"{str(self.path)!r} has no {self.weights_name}; the adapter's weights are missing.")
         try:
             with safe_open(file, framework="pt") as f:
                 yield f

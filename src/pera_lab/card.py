@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,13 +15,14 @@ from pera_lab.files import checked, write_atomic
 from pera_lab.opening import Location
 from pera_lab.text import markdown, visible
 
-Form = Literal["adapter", "merged", "lora", "gguf"]
+Form = Literal["adapter", "merged", "lora", "gguf", "mlx"]
 
 _TITLE = {
     "adapter": "{method} adapter",
     "merged": "Model with a merged {method} adapter",
     "lora": "{method} adapter, exported as a LoRA",
     "gguf": "{method} adapter, exported as a LoRA in GGUF",
+    "mlx": "{method} adapter, exported as a LoRA for MLX",
 }
 
 _PERA = " Method: Polynomial Expansion Rank Adaptation ([arXiv 2604.11841](https://arxiv.org/abs/2604.11841))."
@@ -33,6 +35,7 @@ _USE = {
     "lora": "from peft import AutoPeftModelFor{kind}\n\n"
     'model = AutoPeftModelFor{kind}.from_pretrained("path/to/this/folder")',
     "gguf": "llama-server --model BASE.gguf --lora path/to/this/folder/adapter.gguf",
+    "mlx": "mlx_lm.server --model {base} --adapter-path path/to/this/folder",
 }
 
 
@@ -55,17 +58,18 @@ def card(form: Form, location: Location, verification: str | None = None) -> str
     imports = "import pera  # makes the method known to PEFT\n" if method == "PERA" else ""
     data = ModelCardData(
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
-        library_name={"merged": "transformers", "gguf": "gguf"}.get(form, "peft"),
+        library_name={"merged": "transformers", "gguf": "gguf", "mlx": "mlx"}.get(form, "peft"),
         pipeline_tag="text-classification" if classifies else "text-generation",
-        tags=["pera", "lora"] if form in ("lora", "gguf") else [method.lower()],
+        tags=["pera", "lora"] if form in ("lora", "gguf", "mlx") else [method.lower()],
     )
+    kind = "SequenceClassification" if classifies else "CausalLM"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_TITLE[form].format(method=method)}",
         f"Base model: {_code(base)}{_quantized(location)}.{_PERA if method == 'PERA' else ''}",
         _fence(
-            _USE[form].format(imports=imports, kind="SequenceClassification" if classifies else "CausalLM"),
-            "sh" if form == "gguf" else "python",
+            _USE[form].format(imports=imports, base=shlex.quote(base), kind=kind),
+            "sh" if form in ("gguf", "mlx") else "python",
         ),
     ]
     if verification:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pera.errors import UserError, missing_extra
 from pera_lab.environment import out_of_memory
-from pera_lab.files import atomic_folder, disk_errors, lock_of, locked, user_path
+from pera_lab.files import atomic_folder, disk_errors, lock_of, locked, read_object, user_path, write_json
 from pera_lab.gguf_header import check_header
 
 
@@ -145,7 +145,19 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise cannot_load(str(gguf), error) from error
     plain = unquantised(model)
     plain.save_pretrained(folder)
+    state_rope_theta(folder)
     tokenizer.save_pretrained(folder)
+
+
+def state_rope_theta(folder: Path) -> None:
+    """Write ``rope_theta`` into ``config.json``, where transformers 5 writes it inside ``rope_parameters`` only.
+
+    Programs that were written for transformers 4, such as mistral.rs, read it there.
+    """
+    content = read_object(folder / "config.json")
+    rope = content.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(theta := rope.get("rope_theta"), int | float):
+        write_json(folder / "config.json", {**content, "rope_theta": theta})
 
 
 def _check_size(file: Path, config: PreTrainedConfig) -> None:

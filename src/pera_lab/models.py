@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -211,8 +212,8 @@ def check_tokenizer(name: str, location: str | Path) -> None:
         )
 
 
-def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
-    """The vocabulary size of a base model.
+def configuration(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a base model.
 
     Args:
         name: the base model, as in :func:`load_model`.
@@ -224,8 +225,10 @@ def vocabulary(name: str, *, revision: str | None = None, trust_remote_code: boo
     """
     location = resolve(name)
     with reading(name):
-        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
-        return int(config.get_text_config().vocab_size)
+        found: PreTrainedConfig = AutoConfig.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
+        return found
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

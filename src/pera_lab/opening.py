@@ -17,6 +17,7 @@ from pera.errors import UserError
 from pera_lab import models
 from pera_lab.adapters import Adapter
 from pera_lab.files import user_path
+from pera_lab.mlx import MlxAdapter, is_mlx
 from pera_lab.quantization import Quantization
 from pera_lab.runs import Run
 
@@ -111,10 +112,11 @@ def _located(name: str, trust_remote_code: bool) -> Location:
             raise UserError(f"{name!r} is an unfinished run; resume it with: pera train {name} --resume")
         return locate_run(run)
     if "adapter" in held:
-        adapter = Adapter(path)
+        adapter = MlxAdapter(path) if is_mlx(path) else Adapter(path)
         base, revision = adapter.config.base_model_name_or_path, adapter.config.revision
         if not base:
-            raise UserError(f"{name!r}: adapter_config.json has no base_model_name_or_path; add it.")
+            key = "model" if isinstance(adapter, MlxAdapter) else "base_model_name_or_path"
+            raise UserError(f"{name!r}: adapter_config.json has no {key}; add it.")
         return Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
     if name and os.path.isdir(path) and "model" not in held:
         raise UserError(f"{name!r} is not a run folder, an adapter folder or a model folder.")

@@ -34,7 +34,8 @@ def export(
     source: Source,
     output: Output,
     to: Annotated[
-        Literal["lora", "gguf"] | None, typer.Option(help="Format to write (default: the format of the --for server).")
+        Literal["lora", "gguf", "mlx"] | None,
+        typer.Option(help="Format to write (default: the format of the --for server)."),
     ] = None,
     max_rank: Annotated[
         int | None, typer.Option(help="Truncate every layer to this rank and report what is lost (default: exact).")
@@ -47,24 +48,24 @@ def export(
         str | None,
         typer.Option(
             "--for",
-            help="Check the limits of a server and print its start command: vllm, sglang, lorax, llama.cpp, ollama "
-            "or peft (default: none).",
+            help="Check the limits of a server and print its start command: vllm, sglang, lorax, llama.cpp, ollama, "
+            "mlx, mistralrs or peft (default: none).",
         ),
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a PERA adapter as the equivalent LoRA, which does not need pera, and check that the outputs agree."""
     if to is None and server is None:
-        raise typer.BadParameter("give --to lora, --to gguf or --for SERVER.", param_hint="--to")
+        raise typer.BadParameter("give --to lora, --to gguf, --to mlx or --for SERVER.", param_hint="--to")
     from pera.errors import CheckFailed
     from pera_lab.convert.export import export as export_adapter
     from pera_lab.opening import locate_adapter
 
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
     done = export_adapter(location, output, to=to, max_rank=max_rank, energy=energy, server=server)
-    out.print(
-        f"{'GGUF adapter' if (output / 'adapter.gguf').is_file() else 'LoRA'} written to {output}", soft_wrap=True
-    )
+    kinds = {"adapter.gguf": "GGUF adapter", "adapters.safetensors": "MLX adapter"}
+    kind = next((kind for file, kind in kinds.items() if (output / file).is_file()), "LoRA")
+    out.print(f"{kind} written to {output}", soft_wrap=True)
     if done.truncation:
         out.print(done.truncation.sentence(), soft_wrap=True)
     out.print(done.agreement.sentence(), soft_wrap=True)
@@ -77,7 +78,9 @@ def export(
 def import_(
     source: Source,
     output: Output,
-    form: Annotated[Literal["lora"], typer.Option("--from", help="Method of the adapter to import.")],
+    form: Annotated[
+        Literal["lora", "mlx"], typer.Option("--from", help="The adapter to import: a LoRA of PEFT, or one of mlx-lm.")
+    ],
     terms: Annotated[
         Literal["all", "square", "cross", "none"], typer.Option(help="Products that the PERA adapter can learn.")
     ] = "all",
@@ -99,7 +102,7 @@ def import_(
 
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
     agreement = import_lora(
-        location, output, terms=terms, normalization=normalization, anchors=anchors, anchor_seed=anchor_seed
+        location, output, form=form, terms=terms, normalization=normalization, anchors=anchors, anchor_seed=anchor_seed
     )
     print_agreement(agreement, f"PERA adapter written to {output}")
 

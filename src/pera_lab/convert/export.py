@@ -6,22 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from pera.errors import UserError
 from pera.lora import folded_layers, lora_of
-from pera_lab import embedded, models
+from pera_lab import embedded, mlx, models
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert import gguf, servers
 from pera_lab.convert.gguf import ADAPTER
-from pera_lab.convert.servers import Form, Server
+from pera_lab.convert.servers import READERS, Form, Server, Start
 from pera_lab.convert.truncate import Truncation, measured, truncate
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
-from pera_lab.files import atomic_folder, require_free, reserved
+from pera_lab.files import atomic_folder, read_object, require_free, reserved, write_json
 from pera_lab.opening import Location, before_quantization, copy_tokenizer, open_model
 
 
@@ -64,8 +67,8 @@ def export(
 
     Args:
         location: the adapter and its base model.
-        output: folder to write. It holds PEFT's ``adapter_config.json`` and weights for "lora" or ``adapter.gguf`` for
-            "gguf", and ``verification.json`` and a model card.
+        output: folder to write. It holds ``adapter_config.json`` and weights in the format of PEFT ("lora") or mlx-lm
+            ("mlx"), or ``adapter.gguf`` ("gguf"), and ``verification.json`` and a model card.
         to: the format. By default the server's format, or "lora".
         max_rank: the largest rank of the export.
         energy: the smallest share of ‖ΔW‖_F² to keep in each layer. It determines the rank.
@@ -110,18 +113,20 @@ def _export(
         target.check_rank(lora.r, chosen=max_rank is not None or energy is not None)
         target.check(layers, lora, getattr(base.config, "num_hidden_layers", None))
         servers.short_names(lora, layers, [name for name, _ in base.named_modules()])
-    if form == "gguf":
-        _check_gguf(lora, weights, base)
+    if form != "lora":
+        _check_linear(form, lora, weights, base)
     with atomic_folder(output) as folder:
+        if location.run is not None:  # the run may name another folder than its adapter, after the base was moved
+            lora.base_model_name_or_path = models.resolve(location.base)
         if form == "lora":
-            if location.run is not None:  # the run may name another folder than its adapter, after the base was moved
-                lora.base_model_name_or_path = models.resolve(location.base)
             _write_lora(folder, lora, weights)
-            copy_tokenizer(location, folder)
+        elif form == "mlx":
+            mlx.write_adapter(folder, lora, weights, base.config.num_hidden_layers)
         else:
             gguf.write_adapter(folder / ADAPTER, weights, lora.lora_alpha, base.config)
             if file := embedded.resolve_gguf(location.base):
                 gguf.check_base(file, folder / ADAPTER)
+        copy_tokenizer(location, folder)
         prompts = prompts_of(location)
         if truncation is None:
             before = logits(model, tokenizer, prompts)
@@ -136,11 +141,23 @@ def _export(
         agreement.save(folder, of=_NAMES[form], against=location.name, **further)
         sentences = [truncation.sentence()] if truncation else []
         write_card(folder, form, location, "; ".join([*sentences, agreement.sentence()]))
-    start = target.start(location.base, output, lora.r, adapter.labels) if target else None
-    return Export(agreement, truncation, start)
+    if target is None:
+        return Export(agreement, truncation, None)
+    stored = _configuration(location).dtype if embedded.embedded_name(location.base) is None else None
+    template = output / CHAT_TEMPLATE_FILE
+    start = Start(
+        location.base,
+        output,
+        lora.r,
+        adapter.labels,
+        in_float32=stored == torch.float32,
+        tokenizer=location.tokenizer is not None,
+        template=template if template.is_file() else None,
+    )
+    return Export(agreement, truncation, target.start(start))
 
 
-_NAMES = {"lora": "LoRA export", "gguf": "GGUF export"}
+_NAMES = {"lora": "LoRA export", "gguf": "GGUF export", "mlx": "MLX export"}
 
 
 def _form(to: Form | None, server: Server | None) -> Form:
@@ -166,32 +183,40 @@ def _check_tokens(location: Location, model: Any, form: Form, server: Server | N
     """Raise UserError if the adapter has other tokens than its base and the reader accepts only factors."""
     if form == "lora" and (server is None or server.trained_whole):
         return
-    own = models.vocabulary(location.base, revision=location.revision, trust_remote_code=location.trust_remote_code)
+    own = _configuration(location).get_text_config().vocab_size
     trained = len(model.get_input_embeddings().weight)
     if trained != own:
-        reader = server.name if server else "a GGUF adapter"
+        reader = server.name if server else READERS[form]
         raise UserError(
             f"{location.name!r} was trained with {trained} tokens, but its base has {own}, which {reader} cannot hold; "
             "merge it with: pera merge"
         )
 
 
-def _check_gguf(lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:
-    """Raise UserError for anything that a GGUF adapter cannot hold."""
-    servers.refuse_trained_whole("a GGUF adapter", lora)
+def _configuration(location: Location) -> PreTrainedConfig:
+    return models.configuration(location.base, revision=location.revision, trust_remote_code=location.trust_remote_code)
+
+
+def _check_linear(form: Form, lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:
+    """Raise UserError for anything that an adapter of linear layers, in GGUF or for MLX, cannot hold."""
+    reader = READERS[form]
+    servers.refuse_trained_whole(reader, lora)
     factors = {key: weight for key, weight in weights.items() if ".lora_" in key}
     for key, weight in factors.items():
         if ".lora_embedding_" in key or weight.ndim != 2 or lora.target_parameters:
             (layer,) = gguf.layers_of({key: weight})
-            raise UserError(f"{layer!r} is not a linear layer, and a GGUF adapter holds only those; merge the adapter.")
+            raise UserError(f"{layer!r} is not a linear layer, and {reader} holds only those; merge the adapter.")
     layers = gguf.layers_of(weights)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     tied = head is not None and getattr(head, "base_layer", head).weight is embedding.weight
     if tied and "lm_head" in layers:
         raise UserError(
-            "'lm_head' shares its weight with the embeddings, so a GGUF file has no tensor for it; merge the adapter."
+            f"'lm_head' shares its weight with the embeddings, and {reader} has no place for it; merge the adapter."
         )
-    gguf.tensor_names(layers, base.config)
+    if form == "gguf":
+        gguf.tensor_names(layers, base.config)
+    else:
+        mlx.check_architecture(base.config)
 
 
 def _write_lora(folder: Path, lora: LoraConfig, weights: dict[str, Tensor]) -> None:
@@ -201,10 +226,24 @@ def _write_lora(folder: Path, lora: LoraConfig, weights: dict[str, Tensor]) -> N
     lora.inference_mode = True
     save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
+    plain, file = LoraConfig().to_dict(), folder / models.ADAPTER_CONFIG  # type: ignore[no-untyped-call]
+    content = read_object(file)
+    content.pop("peft_version", None)
+    write_json(file, {k: v for k, v in content.items() if k in _OLD_KEYS or k not in plain or v != plain[k]})
+
+
+_OLD_KEYS = {
+    *("alpha_pattern", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights"),
+    *("lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules"),
+    *("task_type", "use_rslora"),
+}
+"""Keys of adapter_config.json that are always written. Others are written where they say something, because an older
+PEFT rejects the keys it does not know, even at their defaults."""
 
 
 def _read_back(location: Location, folder: Path, form: Form, dtype: str) -> tuple[Any, Any]:
-    if form == "lora":
-        return open_model(location._replace(adapter=Adapter(folder)), dtype, needs_tokenizer=False)
+    if form != "gguf":
+        kind = Adapter if form == "lora" else mlx.MlxAdapter
+        return open_model(location._replace(adapter=kind(folder)), dtype, needs_tokenizer=False)
     base, tokenizer = open_model(location._replace(adapter=None), dtype, needs_tokenizer=False)
     return gguf.read_adapter(folder / ADAPTER, base), tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig
 
@@ -15,6 +15,7 @@ from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, require_free, reserved
+from pera_lab.mlx import MlxAdapter
 from pera_lab.opening import Location, before_quantization, copy_tokenizer, open_model
 
 
@@ -22,6 +23,7 @@ def import_lora(
     location: Location,
     output: Path,
     *,
+    form: Literal["lora", "mlx"] | None = None,
     terms: Terms = "all",
     normalization: Normalization | None = None,
     anchors: int = 0,
@@ -35,6 +37,7 @@ def import_lora(
     Args:
         location: the LoRA and its base model.
         output: folder to write. It holds the adapter in PEFT's format, ``verification.json`` and a model card.
+        form: what the LoRA should be: "lora" for PEFT's format, "mlx" for mlx-lm's, None for either.
         terms: products of the new adapter, "all", "square" or "cross"; with anchors also "none".
         normalization: normalization of the products; None means "rms" if there are products.
         anchors, anchor_seed: frozen rows of the new adapter; see :class:`pera.PeraConfig`.
@@ -50,7 +53,15 @@ def import_lora(
     with reserved(output):
         require_free(output)
         options = {"terms": terms, "normalization": normalization, "anchors": anchors, "anchor_seed": anchor_seed}
+        _check_form(location, form)
         return _import_lora(before_quantization(location), output, options, dtype)
+
+
+def _check_form(location: Location, form: Literal["lora", "mlx"] | None) -> None:
+    found = "mlx" if isinstance(location.require_adapter(), MlxAdapter) else "lora"
+    if form not in (None, found):
+        names = {"lora": "an adapter in PEFT's format", "mlx": "an adapter of mlx-lm"}
+        raise UserError(f"--from {form}: {location.name!r} is {names[found]}; use --from {found}.")
 
 
 def _import_lora(location: Location, output: Path, options: dict[str, Any], dtype: str) -> Agreement:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from peft import LoraConfig
 
@@ -20,7 +20,40 @@ from pera.tuner.layers import ParamWrapper, PeraConv1DLinear, PeraEmbedding, Per
 from pera_lab.convert.gguf import ADAPTER
 from pera_lab.embedded import hub_name, resolve_gguf
 
-Form = Literal["lora", "gguf"]
+Form = Literal["lora", "gguf", "mlx"]
+READERS: dict[Form, str] = {"lora": "PEFT", "gguf": "a GGUF adapter", "mlx": "an MLX adapter"}
+"""What holds an adapter of each form, for messages."""
+
+
+class Start(NamedTuple):
+    """What the command that starts a server depends on."""
+
+    base: str
+    """The base model, as the user named it."""
+    output: Path
+    """The folder of the export."""
+    rank: int
+    labels: int | None = None
+    """Outputs of the classification head."""
+    in_float32: bool = False
+    """Whether the base is stored in float32, which several servers would round to bfloat16."""
+    tokenizer: bool = False
+    """Whether the export has a tokenizer of its own."""
+    template: Path | None = None
+    """Its chat template, if it has one."""
+
+    def chosen(self, *, dtype: str = "", tokenizer: str = "", template: str = "") -> str:
+        """The options that apply, each with a space in front.
+
+        Args:
+            dtype: the option that keeps float32.
+            tokenizer: the option in front of the folder of a tokenizer.
+            template: the option in front of the file of a chat template.
+        """
+        options = [dtype] * self.in_float32
+        options += [f"{tokenizer} {_path(self.output)}"] * (bool(tokenizer) and self.tokenizer)
+        options += [f"{template} {_path(self.template)}"] if template and self.template else []
+        return "".join(f" {option}" for option in options if option)
 
 
 @dataclass(frozen=True)
@@ -30,8 +63,8 @@ class Server:
     name: str
     form: Form
     """The format that it reads."""
-    start: Callable[[str, Path, int, int | None], str]
-    """Returns the command that starts it, from the base model, the export folder, its rank and its labels."""
+    start: Callable[[Start], str]
+    """Returns the command that starts it."""
     max_rank: int | None = None
     """The largest rank that it accepts."""
     trained_whole: bool = False
@@ -97,57 +130,83 @@ class Server:
         return linear or self.other_layers
 
 
-def _base(base: str) -> str:
-    return shlex.quote(hub_name(base))
-
-
-def _gguf_base(base: str) -> str:
-    return shlex.quote(str(resolve_gguf(base) or "BASE.gguf"))
-
-
 def _path(output: Path) -> str:
     return shlex.quote(str(output))
+
+
+def _base(start: Start) -> str:
+    return shlex.quote(hub_name(start.base))
+
+
+def _named(start: Start) -> str:
+    return f"{shlex.quote(start.output.name)}={_path(start.output)}"
+
+
+def _gguf_base(start: Start) -> str:
+    return shlex.quote(str(resolve_gguf(start.base) or "BASE.gguf"))
 
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def _vllm(base: str, output: Path, rank: int, labels: int | None) -> str:
-    allowed = next(r for r in _VLLM_RANKS if r >= rank)
+def _vllm(start: Start) -> str:
+    allowed = next(r for r in _VLLM_RANKS if r >= start.rank)
+    options = start.chosen(dtype="--dtype float32", tokenizer="--tokenizer", template="--chat-template")
+    return f"vllm serve {_base(start)} --enable-lora --max-lora-rank {allowed} --lora-modules {_named(start)}{options}"
+
+
+def _sglang(start: Start) -> str:
+    options = start.chosen(dtype="--dtype float32", tokenizer="--tokenizer-path", template="--chat-template")
     return (
-        f"vllm serve {_base(base)} --enable-lora --max-lora-rank {allowed} "
-        f"--lora-modules {shlex.quote(output.name)}={_path(output)}"
+        f"python -m sglang.launch_server --model-path {_base(start)} --enable-lora --max-lora-rank {start.rank} "
+        f"--lora-paths {_named(start)}{options}"
     )
 
 
-def _sglang(base: str, output: Path, rank: int, labels: int | None) -> str:
+def _lorax(start: Start) -> str:
+    slow = " (slow above rank 128)" if start.rank > 128 else ""
     return (
-        f"python -m sglang.launch_server --model-path {_base(base)} --enable-lora --max-lora-rank {rank} "
-        f"--lora-paths {shlex.quote(output.name)}={_path(output)}"
+        f"lorax-launcher --model-id {_base(start)}{start.chosen(dtype='--dtype float32')}  "
+        f'# in each request{slow}: "adapter_id": "{start.output}", "adapter_source": "local"'
     )
 
 
-def _lorax(base: str, output: Path, rank: int, labels: int | None) -> str:
-    slow = " (slow above rank 128)" if rank > 128 else ""
-    return (
-        f"lorax-launcher --model-id {_base(base)}  "
-        f'# in each request{slow}: "adapter_id": "{output}", "adapter_source": "local"'
-    )
+def _llama_cpp(start: Start) -> str:
+    template = start.chosen(template="--jinja --chat-template-file")
+    return f"llama-server --model {_gguf_base(start)} --lora {_path(start.output / ADAPTER)}{template}"
 
 
-def _llama_cpp(base: str, output: Path, rank: int, labels: int | None) -> str:
-    return f"llama-server --model {_gguf_base(base)} --lora {_path(output / ADAPTER)}"
-
-
-def _ollama(base: str, output: Path, rank: int, labels: int | None) -> str:
+def _ollama(start: Start) -> str:
     # In a Modelfile a path extends to the end of the line, and shell quotes would become part of it.
-    lines = rf"'FROM %s\nADAPTER %s\n' {_gguf_base(base)} {_path(output / ADAPTER)}"
-    return f"printf {lines} > Modelfile && ollama create {shlex.quote(output.name)} -f Modelfile"
+    lines = rf"'FROM %s\nADAPTER %s\n' {_gguf_base(start)} {_path(start.output / ADAPTER)}"
+    return (
+        f"printf {lines} > Modelfile && ollama create {shlex.quote(start.output.name)} -f Modelfile  "
+        "# up to Ollama 0.34.0; later ones take no adapters: use --for llama.cpp, or pera merge"
+    )
 
 
-def _peft(base: str, output: Path, rank: int, labels: int | None) -> str:
-    kind, head = ("CausalLM", "") if labels is None else ("SequenceClassification", f", num_labels={labels}")
-    code = f"from peft import AutoPeftModelFor{kind} as M; model = M.from_pretrained({str(output)!r}{head})"
+def _mlx(start: Start) -> str:
+    template = f' --chat-template "$(cat {_path(start.template)})"' if start.template else ""
+    return f"mlx_lm.server --model {_base(start)} --adapter-path {_path(start.output)}{template}"
+
+
+def _mistralrs(start: Start) -> str:
+    options = ", dtype=ModelDType.F32" * start.in_float32 + f", max_rank={start.rank}" * (start.rank > 256)
+    options += f", tokenizer_json={str(start.output / 'tokenizer.json')!r}" * start.tokenizer
+    template = f", chat_template={str(start.template)!r}" if start.template else ""
+    adapter = f"LoraAdapter({start.output.name!r}, {str(start.output)!r})"
+    code = (
+        "from mistralrs import LoraAdapter, ModelDType, Runner, Which; "
+        f"runner = Runner(Which.Lora({hub_name(start.base)!r}, [{adapter}]{options}){template})"
+    )
+    return f"python -i -c {shlex.quote(code)}  # in each request: adapter={start.output.name!r}"
+
+
+def _peft(start: Start) -> str:
+    kind, head = "CausalLM", ""
+    if start.labels is not None:
+        kind, head = "SequenceClassification", f", num_labels={start.labels}"
+    code = f"from peft import AutoPeftModelFor{kind} as M; model = M.from_pretrained({str(start.output)!r}{head})"
     return f"python -c {shlex.quote(code)}"
 
 
@@ -159,6 +218,8 @@ SERVERS = {
         Server("lorax", "lora", _lorax, every_block=True),
         Server("llama.cpp", "gguf", _llama_cpp),
         Server("ollama", "gguf", _ollama),
+        Server("mlx", "mlx", _mlx),
+        Server("mistralrs", "lora", _mistralrs),
         Server("peft", "lora", _peft, trained_whole=True, embeddings=True, other_layers=True),
     )
 }

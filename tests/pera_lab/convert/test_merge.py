@@ -44,7 +44,7 @@ def test_the_merged_model_has_the_files_and_configuration_of_the_base(finished_r
     changed = {key.split(".")[-2] for key, w in merged.items() if not torch.equal(w, base[key])}
     assert changed == {"q_proj", "v_proj", "up_proj", "down_proj"}
     configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path / "merged", tiny_llama)]
-    assert configs[0] == configs[1]
+    assert configs[0] == {**configs[1], "rope_theta": configs[1]["rope_parameters"]["rope_theta"]}
     text = "How is Liam related to Zoe?"
     tokens = [AutoTokenizer.from_pretrained(path)(text).input_ids for path in (tmp_path / "merged", tiny_llama)]
     assert tokens[0] == tokens[1]

@@ -1,5 +1,6 @@
 """An export for a server is one that it reads; what it would reject or ignore is rejected."""
 
+import copy
 import json
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, MixtralConfig, Mixt
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
-from pera_lab.convert.servers import SERVERS
+from pera_lab.convert.servers import SERVERS, Start
 from pera_lab.opening import locate_adapter
 from reference import relative_error
 from tiny import evaluate
@@ -58,9 +59,53 @@ def test_the_start_command_of_peft_loads_a_classifier_with_its_head(tiny_bert, t
 
 def test_the_modelfile_of_ollama_has_unquoted_paths(tmp_path):
     """Its parser reads a path to the end of the line, including single quotes."""
-    line = SERVERS["ollama"].start("base", Path("50 % of 'mine'"), 8, None)
+    line = SERVERS["ollama"].start(Start("base", Path("50 % of 'mine'"), 8))
     subprocess.run(line.partition(" && ")[0], shell=True, check=True, cwd=tmp_path)
     assert (tmp_path / "Modelfile").read_text() == "FROM BASE.gguf\nADAPTER 50 % of 'mine'/adapter.gguf\n"
+
+
+@pytest.mark.parametrize(
+    ("server", "dtype", "options"),
+    [
+        ("vllm", "--dtype float32", "--tokenizer {out} --chat-template {out}/chat_template.jinja"),
+        ("sglang", "--dtype float32", "--tokenizer-path {out} --chat-template {out}/chat_template.jinja"),
+        ("lorax", "--dtype float32", ""),
+        ("llama.cpp", "", "--jinja --chat-template-file {out}/chat_template.jinja"),
+        ("mlx", "", '--chat-template "$(cat {out}/chat_template.jinja)"'),
+        ("mistralrs", "dtype=ModelDType.F32", "{out}/tokenizer.json"),
+    ],
+)
+def test_the_start_command_keeps_the_dtype_of_the_base_and_the_tokenizer_of_the_adapter(
+    server, dtype, options, save_adapter, save_llama, tokenizer, tmp_path
+):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    starts = {}
+    for precision in ("float32", "bfloat16"):
+        base = save_llama(tmp_path / precision, getattr(torch, precision))
+        for own in (False, True):
+            folder = tmp_path / f"adapter {precision} {own}"
+            save_adapter(folder, base)
+            if own:
+                changed.save_pretrained(folder)
+            output = tmp_path / f"out-{precision}-{own}"
+            starts[precision, own] = export(locate_adapter(str(folder)), output, server=server).start
+            expected = options.format(out=output)
+            assert (expected in starts[precision, own]) == (own or not options)
+    assert all((dtype in start) == (precision == "float32" or not dtype) for (precision, _), start in starts.items())
+
+
+def test_the_configuration_of_an_export_has_no_key_that_an_older_peft_lacks(made, tmp_path):
+    made("peft", target_modules=["q_proj"])
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert content["target_modules"] == ["q_proj"]
+    of_peft_0_11 = {
+        *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r"),
+        *("target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save"),
+        *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+        *("megatron_config", "megatron_core", "loftq_config", "use_dora", "layer_replication"),
+    }
+    assert content.keys() <= of_peft_0_11
 
 
 @pytest.mark.parametrize(("r", "terms", "rank", "option"), [(3, "all", 9, 16), (4, "square", 8, 8)])
