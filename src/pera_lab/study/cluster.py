@@ -170,7 +170,7 @@ def slots(cpus: int, gpus: float) -> int:
     """How many tasks the nodes that are alive can run at a time."""
     import ray
 
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     by_gpu = [int(node.get("GPU", 0) * (1 / gpus)) if gpus else math.inf for node in found]
     return sum(int(min(node.get("CPU", 0) // cpus, n)) for node, n in zip(found, by_gpu, strict=True))
 

@@ -75,7 +75,7 @@ def run_study(
     threads = study.resources.cpus or max(1, torch.get_num_threads() // workers)
     processes = [context.Process(target=_worker, args=(folder.path, deadline, threads)) for _ in range(workers)]
     try:
-        for process, gpu in zip(processes, gpus or [None] * workers, strict=True):
+        for process, gpu in zip(processes, gpus, strict=True):
             with _visible_gpu(gpu):
                 process.start()
         with _Bar(study, folder, console) as bar:
@@ -124,7 +124,7 @@ def _check_cpus(workers: int, cpus: int | None) -> None:
         )
 
 
-def _gpu_of_each(workers: int, share: float | None) -> list[str] | None:
+def _gpu_of_each(workers: int, share: float | None) -> list[str | None]:
     """The GPU of each worker, as CUDA_VISIBLE_DEVICES names it. Workers share GPUs if there are too few.
 
     Args:
@@ -132,7 +132,7 @@ def _gpu_of_each(workers: int, share: float | None) -> list[str] | None:
         share: the part of a GPU that a worker needs. With None, it takes what there is.
 
     Returns:
-        The GPU by worker, or None if all take the GPU that this process would take.
+        The GPU by worker: "" for none, None for the one that this process would take.
 
     Raises:
         UserError: there are too few GPUs for ``share``.
@@ -146,7 +146,7 @@ def _gpu_of_each(workers: int, share: float | None) -> list[str] | None:
             f"machine has {count}; lower resources.gpus or --workers."
         )
     if count < 2:
-        return None
+        return [None] * workers
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible is not None else [str(i) for i in range(count)]
     return [names[i % count] for i in range(workers)]
