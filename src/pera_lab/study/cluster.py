@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -85,14 +85,15 @@ def connected(address: str) -> Iterator[None]:
     """
     import ray
 
-    try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address == LOCAL else None)
-    except Exception as error:
-        raise UserError(f"--on: the Ray cluster {address!r} cannot be used ({one_line(error)}).") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing):  # Ray prints there what it logs of lost nodes
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False if address == LOCAL else None)
+        except Exception as error:
+            raise UserError(f"--on: the Ray cluster {address!r} cannot be used ({one_line(error)}).") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def run_tasks(study: Study, folder: StudyFolder, deadline: float, show: Callable[[str], None]) -> None:

@@ -83,6 +83,7 @@ def test_a_study_on_a_cluster_that_loses_a_node_has_the_results_of_a_local_one(t
     ray_cluster.remove_node(lost, allow_graceful=False)
     out, err = command.communicate(timeout=600)
     assert command.returncode == 0, err
+    assert [line.split()[0] for line in out.splitlines()] == ["study", "runs", "remaining", "Next:"]
     assert "8 finished" in out
     assert err.count("\n") == 1  # the bar
     assert results(folder.runs) == results(local.runs)
