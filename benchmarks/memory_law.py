@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize
 
+from memory_plans import SEEDS
 from memory_report import NAMES, SETTING, Runs, asked, label, load_at, table
 from pera_lab.report.drawing import COLORS, MARKERS, legend, new_figure, style, svg_text
 
@@ -184,7 +185,7 @@ def draw_law(runs: Runs, file: Path) -> None:
 
 def main() -> None:
     results, output = asked(__doc__, "runs.jsonl.xz", "law.md and law.svg")
-    runs = Runs(results)
+    runs = Runs(results).only(SEEDS)
     (output / "law.md").write_text(page(runs))
     with style():
         draw_law(runs, output / "law.svg")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memory_facts import CHOOSING
+from memory_plans import BOTH, FRESH, SEEDS
 from pera_lab.report.drawing import COLORS, draw_line, legend, new_figure, style, svg_text
 from pera_lab.study.statistics import equivalent_rank as reaching_rank
 from pera_lab.study.statistics import over_seeds
@@ -95,6 +96,10 @@ class Runs:
         self.all: dict[tuple[Setting, str, int], list[Result]] = defaultdict(list)
         for x in results:
             self.all[tuple(x.get(key, usual) for key, usual in SETTING.items()), x["method"], x["r"]].append(x)
+
+    def only(self, seeds: Sequence[int]) -> Runs:
+        """The runs on facts for choosing, and the reported ones of ``seeds``."""
+        return Runs(x for found in self.all.values() for x in found if x["seed"] >= CHOOSING or x["seed"] in seeds)
 
     def rate(self, setting: Setting, method: str, r: int) -> tuple[float, float]:
         """The rate with the most bits on the facts for choosing, and those bits. Where none was chosen, the rate that
@@ -339,8 +344,9 @@ def asked(description: str | None, archive: str, written: str) -> tuple[list[Res
 
 def main() -> None:
     results, output = asked(__doc__, "runs.jsonl.xz", "tables.md and the pictures")
-    runs = Runs(results)
-    (output / "tables.md").write_text(page(runs))
+    everything = Runs(results)
+    (output / "tables.md").write_text(page(everything))
+    runs = everything.only(SEEDS)
     with style():
         tested = tested_settings(runs)
         draw_ranks(runs, tested, lambda x: x["bits_per_parameter"], "bits per parameter", output / "bits.svg")
@@ -358,7 +364,20 @@ def tested_settings(runs: Runs) -> list[Setting]:
     ]
 
 
-def page(runs: Runs) -> str:
+def second_test(runs: Runs) -> list[Comparison]:
+    """Anchors with products over the methods of the first test: seeds 6 to 10 on PhoneBook at r = 2, else 1 to 5."""
+    found = []
+    for setting in tested_settings(runs):
+        for r in (1, 2, 4):
+            if setting[1] == load_at(setting[0], r):
+                seeds = FRESH if (setting[0], r) == ("phonebook", 2) else SEEDS
+                compared = comparisons(runs.only(seeds), setting, (BOTH,), ("lora", "hira", *TESTED))
+                found += [x for x in compared if x.r == r]
+    return found
+
+
+def page(everything: Runs) -> str:
+    runs = everything.only(SEEDS)
     parts = [
         "# Tables of memory.md",
         "Written by `python benchmarks/memory_report.py` from runs.jsonl.xz.",
@@ -371,6 +390,12 @@ def page(runs: Runs) -> str:
         if setting[1] == load_at(setting[0], x.r)
     ]
     parts.append(ratio_table(found))
+    parts += ["## The second test: anchors and products together", ratio_table(second_test(everything))]
+    fresh = everything.only(FRESH)
+    for setting in tested_settings(everything):
+        if fresh.reported(setting, BOTH, 2) and setting[:2] == ("phonebook", load_at("phonebook", 2)):
+            parts += [f"{described(setting)[0].upper()}{described(setting)[1:]}, seeds 6 to 10:"]
+            parts += [reported_table(fresh, setting)]
     parts.append("## Equivalent rank of LoRA, divided by r")
     rows = []
     for setting in tested_settings(runs):

@@ -32,6 +32,27 @@ def runs(*lines):
     return report.Runs(lines)
 
 
+def test_the_second_test_takes_fresh_seeds_where_earlier_ones_suggested_it():
+    def of(facts, r, count, seed, bits, method):
+        return line(method, r, seed, bits, facts=facts, count=count)
+
+    found = runs(
+        *(of("phonebook", 2, 200, seed, bits, report.BOTH) for seed, bits in [(1000, 9), (1, 90), (6, 20), (7, 20)]),
+        *(of("phonebook", 2, 200, seed, 10, "hira") for seed in (1000, 1, 6, 7)),
+        *(of("codes", 1, 512, seed, bits, report.BOTH) for seed, bits in [(1000, 9), (1, 30), (2, 30), (6, 99)]),
+        *(of("codes", 1, 512, seed, 10, "hira") for seed in (1000, 1, 2, 6)),
+    )
+    second = {(x.setting[0], x.r, x.against): (x.ratio.n, round(x.ratio.mean, 6)) for x in report.second_test(found)}
+    assert second == {("phonebook", 2, "hira"): (2, 2.0), ("codes", 1, "hira"): (2, 3.0)}
+    [(_, first)] = [
+        (x.setting, x.ratio)
+        for setting in report.tested_settings(found)
+        for x in report.comparisons(found.only(report.SEEDS), setting, [report.BOTH], ["hira"])
+        if x.r == 2
+    ]
+    assert (first.n, round(first.mean, 6)) == (1, 9.0)
+
+
 def test_reported_seeds_take_the_rate_that_was_chosen_on_other_facts():
     found = runs(
         line("lora", 1, 1000, 50, rate=0.1),
