@@ -113,8 +113,10 @@ def run_tasks(study: Study, folder: StudyFolder, deadline: float, show: Callable
 
     path = folder.path.resolve()
     cpus, gpus = demand(study.resources)
-    hidden = {} if gpus else {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, **hidden)(attempt)
+    options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES}
+    if not gpus:  # Ray itself would leave them visible
+        options["runtime_env"] = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+    task: Any = ray.remote(**options)(attempt)
     running: dict[Any, Trial] = {}
     lost: dict[str, str] = {}
     while True:
