@@ -10,7 +10,7 @@ ALONE := OMP_NUM_THREADS=1
 PARALLEL := -n auto --maxprocesses 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-peft test-slow bench lint format clean
+.PHONY: demo test test-peft test-slow test-serving bench lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)  ## fine-tune, score, merge and export the embedded model
@@ -23,7 +23,11 @@ test-peft: $(INSTALLED)  ## PEFT's own tests, with PERA in place of LoRA
 	$(ALONE) $(BIN)/python tests/peft_suite/run.py $(PARALLEL)
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/serving
+
+test-serving: $(INSTALLED)  ## exports in the servers that run on a CPU, each installed under build/serving: about 10 GB
+	$(BIN)/python -m pytest -m slow tests/serving
+	$(BIN)/python tests/serving/table.py
 
 bench: $(INSTALLED)  ## time and memory of PERA, LoRA, DoRA and HiRA; needs an idle machine, about an hour
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/adapters.py

@@ -14,6 +14,8 @@ from zipfile import is_zipfile
 
 import numpy as np
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from accelerate.utils.constants import OPTIMIZER_NAME as FSDP_OPTIMIZER_NAME
 from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import BaseModel
@@ -34,6 +36,15 @@ COMPLETE = "complete"
 def _random_states() -> str:
     """The file with the states of this process's random number generators."""
     return "rng_state.pth" if processes.count() == 1 else f"rng_state_{processes.index()}.pth"
+
+
+_DIVIDED_WEIGHTS = f"{FSDP_MODEL_NAME}.bin"
+"""The trained weights as FSDP loads them."""
+
+
+def _optimizer() -> str:
+    """The file with the state of the optimizer."""
+    return f"{FSDP_OPTIMIZER_NAME}.bin" if processes.fsdp() else OPTIMIZER_NAME
 
 
 def step_of(checkpoint: Path) -> int:
@@ -73,11 +84,17 @@ def check(checkpoint: Path, model: nn.Module) -> None:
 
     Raises:
         UserError: a file is missing or truncated, has other content than the Trainer writes, or needs code to load, as
-            files of DeepSpeed do.
+            files of DeepSpeed do. FSDP and other engines cannot load each other's checkpoints.
     """
     if (checkpoint / "latest").is_file():
         raise UserError(
             f"--resume: {str(checkpoint)!r} was written by DeepSpeed, which runs code in its files; start a new run."
+        )
+    if (checkpoint / _DIVIDED_WEIGHTS).is_file() != processes.fsdp():
+        was, now = ("without", "with") if processes.fsdp() else ("with", "without")
+        raise UserError(
+            f"--resume: {str(checkpoint)!r} was written {was} FSDP and cannot be resumed {now} it; start the processes "
+            f"{was} FSDP, or start a new run."
         )
     with reading(checkpoint / TRAINER_STATE_NAME):
         state = _state(checkpoint)
@@ -88,12 +105,16 @@ def check(checkpoint: Path, model: nn.Module) -> None:
     if ended(checkpoint):  # the weights are all that is needed
         needed = sorted(file.name for file in checkpoint.iterdir() if file.suffix in (".pt", ".pth"))
     else:
-        needed = [OPTIMIZER_NAME, SCHEDULER_NAME, _random_states()]
+        needed = [_optimizer(), SCHEDULER_NAME, _random_states(), *([_DIVIDED_WEIGHTS] if processes.fsdp() else [])]
     for name in needed:
         with reading(checkpoint / name):
             content = _load(checkpoint / name)
             if name == _random_states():
                 _check_random(content)
+            if name == _DIVIDED_WEIGHTS:
+                trained = {key: p.shape for key, p in model.named_parameters() if p.requires_grad}
+                if trained != {key: weight.shape for key, weight in content.items()}:
+                    raise ValueError("it is of other parameters")
             if name == SCHEDULER_NAME and content["last_epoch"] != step_of(checkpoint):
                 raise ValueError(f"it is of step {content['last_epoch']}")
 
@@ -113,21 +134,30 @@ def check_weights(checkpoint: Path, model: nn.Module) -> None:
                 raise ValueError(f"{key} has shape {found.get(key)}, not {expected.get(key)}")
 
 
-def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Check that the saved state of the optimizer belongs to the parameters that are trained.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        optimizer: the optimizer, before the model is divided over processes.
+        model: the PEFT model that is trained. FSDP's file names its parameters.
 
     Raises:
         UserError: the groups or the shapes differ.
     """
-    with reading(checkpoint / OPTIMIZER_NAME):
-        saved = _load(checkpoint / OPTIMIZER_NAME)
+    with reading(checkpoint / _optimizer()):
+        saved = _load(checkpoint / _optimizer())
         groups, found = optimizer.param_groups, saved["param_groups"]
         if [len(group["params"]) for group in found] != [len(group["params"]) for group in groups]:
             raise ValueError("it is of other parameters")
         parameters = [parameter for group in groups for parameter in group["params"]]
-        numbers = [number for group in found for number in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            for name, moment in saved["state"].get(number, {}).items():
+        keys = [key for group in found for key in group["params"]]
+        if processes.fsdp():
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            if keys != [names[parameter] for parameter in parameters]:
+                raise ValueError("it is of other parameters")
+        for key, parameter in zip(keys, parameters, strict=True):
+            for name, moment in saved["state"].get(key, {}).items():
                 if not isinstance(moment, torch.Tensor) or (moment.ndim and moment.shape != parameter.shape):
                     raise ValueError(f"{name} of a parameter of shape {list(parameter.shape)} does not fit it")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -210,6 +211,8 @@ def _unchanged_by_padding(model: Any) -> bool:
     accepted, was_training = inspect.signature(model.forward).parameters, model.training
     if "attention_mask" not in accepted:
         return False
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return True  # the process that has the weights finds out
     device = next(model.parameters()).device
 
     def last_logits(padding: list[int]) -> Tensor:
@@ -228,6 +231,44 @@ def _unchanged_by_padding(model: Any) -> bool:
         model.train(was_training)
     # Rounding changes the logits by less than 1e-2 of their spread, even in bfloat16; ignored masks by 0.2 and more.
     return bool((alone - padded).abs().max() <= 0.05 * (alone.max() - alone.min()))
+
+
+def packed(rows: Sequence[Sequence[int]], accepted: Collection[str]) -> dict[str, Any]:
+    """Inputs that hold several rows one after the other, as one row of a batch.
+
+    transformers computes attention within each row if the positions begin again, and if there is neither an attention
+    mask nor a cache.
+
+    Args:
+        rows: token ids.
+        accepted: names of the arguments that the model takes.
+    """
+    ids, positions = chain(*rows), chain(*(range(len(row)) for row in rows))
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([[*ids]]), "position_ids": torch.tensor([[*positions]])}
+    return inputs | ({"use_cache": False} if "use_cache" in accepted else {})
+
+
+@torch.no_grad()
+def takes_packing(model: Any) -> bool:
+    """Whether rows give the same outputs one by one and packed (:func:`packed`). A few tokens are run in both ways."""
+    accepted, was_training = inspect.signature(base_model(model).forward).parameters, model.training
+    if "position_ids" not in accepted:
+        return False
+    device = next(model.parameters()).device
+
+    def logits(*rows: Sequence[int]) -> Tensor:
+        inputs = packed(rows, accepted)
+        found: Tensor = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}).logits
+        return found[0].float()
+
+    rows = (_PROBE * 3, _PROBE, _PROBE[::-1] * 2)
+    model.eval()
+    try:
+        alone, together = torch.cat([logits(row) for row in rows]), logits(*rows)
+    finally:
+        model.train(was_training)
+    same = alone.shape == together.shape  # a prompt that is learned comes before the rows
+    return same and bool((alone - together).abs().max() <= 0.05 * (alone.max() - alone.min()))
 
 
 _PROBE = (4, 5, 6)

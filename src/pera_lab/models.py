@@ -30,10 +30,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
 from pera.tuner.layers import keep_unpacked
+from pera_lab import processes
 from pera_lab.bases import INDEX, SINGLE, TOKENIZER, check_base, check_loaded, files_fingerprint
 from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
 from pera_lab.environment import device, fast_dtype, out_of_memory
 from pera_lab.files import read_object, refuse_pipe, user_path
+from pera_lab.placement import Attention, DeviceMap, check_attention, check_computed, check_map, check_placed
 from pera_lab.quantization import Quantization, check_blocks, quantizer
 
 
@@ -61,6 +63,8 @@ def load_model(
     trust_remote_code: bool = False,
     labels: int | None = None,
     quantization: Quantization | None = None,
+    attn_implementation: Attention | None = None,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load a base model in evaluation mode, on the accelerator if there is one.
 
@@ -75,10 +79,14 @@ def load_model(
             language model.
         quantization: quantize the linear layers while loading, except for the head. ``dtype`` is then the dtype of the
             computation and of the other weights.
+        attn_implementation: how attention is computed; None lets transformers choose.
+        device_map: how layers are placed on several accelerators; None puts all on one.
 
     Raises:
-        UserError: there is no such model, it cannot be read or quantized, or it lacks weights other than the head's.
+        UserError: there is no such model, it cannot be read, quantized or placed, it lacks weights other than the
+            head's, or it cannot compute attention in that way.
     """
+    check_map(device_map)
     location = resolve(name)
     _check_plain(name, location, revision)
     if (settings := Path(location) / GENERATION_CONFIG_NAME).is_file():
@@ -91,28 +99,37 @@ def load_model(
         with reading(name):
             check_base(name, Path(location), auto_class, labels, trust_remote_code=trust_remote_code)
     with reading(name):
-        quantized: dict[str, Any] = {}
+        options: dict[str, Any] = {}
+        config = AutoConfig.from_pretrained(location, **remote, **head)
+        if attn_implementation is not None:
+            check_attention(attn_implementation, name, config, auto_class, trust_remote_code)
+            options["attn_implementation"] = attn_implementation
+        if device_map is not None or quantization is not None:
+            options["device_map"] = device_map or {"": device()}
         if quantization is not None:
-            config = AutoConfig.from_pretrained(location, **remote, **head)
             whole = None if labels is None else _parts_of_head(auto_class, config, trust_remote_code)
             computed = torch_dtype if isinstance(torch_dtype, torch.dtype) else None
-            packing = quantizer(quantization, name, config, computed, whole)
-            quantized = {"quantization_config": packing, "device_map": {"": device()}}
+            options["quantization_config"] = quantizer(quantization, name, config, computed, whole)
         model, loading = auto_class.from_pretrained(
-            location, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **remote, **head, **quantized
+            location, dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **remote, **head, **options
         )
+    if not processes.loads_base():
+        return model.eval()  # type: ignore[no-any-return]  # the weights come from another process
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in loading["missing_keys"] if labels is None or key.startswith(body))
     if missing:
         raise UserError(
             f"model: {name!r} has no weights for {missing[0]}, so it cannot be loaded as {auto_class.__name__}."
         )
+    check_placed(device_map, name, model)
+    check_computed(attn_implementation, name, model)
     check_loaded(name, model, loading["unexpected_keys"])
     keep_unpacked(model)
     check_blocks(name, model)
     if labels is not None:
         _keep_head_in_float32(model)
-    loaded: PreTrainedModel = (model if quantized else model.to(device())).eval()
+    placed = "device_map" in options or processes.fsdp()  # FSDP moves each process's part of the weights
+    loaded: PreTrainedModel = (model if placed else model.to(device())).eval()
     return loaded
 
 

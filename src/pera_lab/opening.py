@@ -18,6 +18,7 @@ from pera_lab import models
 from pera_lab.adapters import Adapter
 from pera_lab.files import user_path
 from pera_lab.mlx import MlxAdapter, is_mlx
+from pera_lab.placement import Attention, DeviceMap
 from pera_lab.quantization import Quantization
 from pera_lab.runs import Run
 
@@ -39,6 +40,10 @@ class Location(NamedTuple):
     """The folder of a tokenizer that was saved with the adapter and replaces the base model's."""
     quantization: Quantization | None = None
     """How the base model is quantized while it is loaded."""
+    attn_implementation: Attention | None = None
+    """How the base model computes attention."""
+    device_map: DeviceMap | None = None
+    """How the layers of the base model are placed on several accelerators."""
 
     @property
     def name(self) -> str:
@@ -80,8 +85,22 @@ def locate_adapter(name: str, *, trust_remote_code: bool = False) -> Location:
 def locate_run(run: Run, *, base: bool = False) -> Location:
     """The adapter of a run on its base model, or with ``base`` the base model alone. The adapter may not exist yet."""
     model, adapter = run.recipe.model, None if base else run.adapter
-    source = (model.name, model.revision, run.trust_remote_code)
-    return Location(run, adapter, *source, tokenizer=run.adapter.tokenizer, quantization=model.quantization)
+    source = (model.name, model.revision, run.trust_remote_code, run.adapter.tokenizer)
+    return _loaded_as_by(run, Location(run, adapter, *source))
+
+
+def _loaded_as_by(run: Run, location: Location) -> Location:
+    """``location`` with its base model quantized and placed as the recipe of a run asks for."""
+    model = run.recipe.model
+    return location._replace(
+        quantization=model.quantization, attn_implementation=model.attn_implementation, device_map=model.device_map
+    )
+
+
+def _run_of(adapter: Adapter) -> Run | None:
+    """The run that an adapter folder lies in, if there is one."""
+    run = Run(adapter.path.absolute().parent)
+    return run if run.recipe_file.is_file() and run.adapter.path.name == adapter.path.name else None
 
 
 def before_quantization(location: Location) -> Location:
@@ -117,7 +136,9 @@ def _located(name: str, trust_remote_code: bool) -> Location:
         if not base:
             key = "model" if isinstance(adapter, MlxAdapter) else "base_model_name_or_path"
             raise UserError(f"{name!r}: adapter_config.json has no {key}; add it.")
-        return Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
+        location = Location(None, adapter, base, revision, tokenizer=adapter.tokenizer)
+        inside = _run_of(adapter)
+        return location if inside is None else _loaded_as_by(inside, location)
     if name and os.path.isdir(path) and "model" not in held:
         raise UserError(f"{name!r} is not a run folder, an adapter folder or a model folder.")
     return Location(None, None, name)
@@ -176,7 +197,13 @@ def open_model(
         if needs_tokenizer:
             models.check_tokenizer(location.base, location.tokenizer or models.resolve(location.base))
         base = models.load_model(
-            location.base, dtype=dtype, labels=labels, quantization=location.quantization, **source
+            location.base,
+            dtype=dtype,
+            labels=labels,
+            quantization=location.quantization,
+            attn_implementation=location.attn_implementation,
+            device_map=location.device_map,
+            **source,
         )
     check_fingerprint(location, base)
     model = base if location.adapter is None else location.adapter.load_on(base)
@@ -228,10 +255,10 @@ def check_fingerprint(
     """
     if location.adapter is None:
         return
-    run = location.run or Run(location.adapter.path.absolute().parent)
-    recorded = run.recorded_base() if run.recipe_file.is_file() else {}
+    run = location.run or _run_of(location.adapter)
+    recorded = {} if run is None else run.recorded_base()
     trained_in, loaded_in = models.DTYPES.get(recorded.get("dtype", "")), next(base.parameters()).dtype
-    if trained_in is None:
+    if run is None or trained_in is None:
         return
     if "quantization" in recorded:
         found = models.stored_fingerprint(location.base, location.revision, trained_in)

@@ -37,10 +37,27 @@ def is_main() -> bool:
     return index() == 0
 
 
+def fsdp() -> bool:
+    """Whether ``accelerate launch`` asks for FSDP, which divides the weights of a training over the processes."""
+    return _flag("ACCELERATE_USE_FSDP")
+
+
+def loads_base() -> bool:
+    """Whether this process loads the weights of a base model. Without ``fsdp_cpu_ram_efficient_loading``, all do."""
+    efficient = count() > 1 and fsdp() and _flag("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return not efficient or _number("LOCAL_RANK", 0) == 0
+
+
+def _flag(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() == "true"  # as accelerate reads it
+
+
 def connect() -> None:
     """Let the processes communicate, and give each its own device."""
     if count() == 1:
         return
+    if fsdp():
+        os.environ.setdefault("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")  # decides how the processes communicate
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -21,13 +24,12 @@ class LengthOrder(LengthGroupedSampler):
     method, whatever its dropout draws, and for a resumed run.
 
     Args:
-        rows: the encoded rows.
+        lengths: the number of tokens in each row.
         size: rows in an optimizer step.
         seed: the seed of the order.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], size: int, seed: int) -> None:
-        lengths = [len(row["input_ids"]) for row in rows]
+    def __init__(self, lengths: list[int], size: int, seed: int) -> None:
         super().__init__(size, lengths=lengths, generator=torch.Generator())
         self._seed = seed
 
@@ -79,12 +81,24 @@ class RunTrainer(Trainer):
     Args:
         order: the order of the training rows; None draws them at random.
         online: records the loss in the first epoch.
+        validation_collator: makes the batches of validation rows. The Trainer weights their losses by the rows in them.
         options: the arguments of the Trainer.
     """
 
-    def __init__(self, order: Sampler[int] | None, online: OnlineLoss, **options: Any) -> None:
-        self._order, self._online = order, online
+    def __init__(
+        self, order: Sampler[int] | None, online: OnlineLoss, validation_collator: Callable[..., Any], **options: Any
+    ) -> None:
+        self._order, self._online, self._validation_collator = order, online, validation_collator
         super().__init__(**options)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; also uses FSDP on CPUs, for which accelerate ignores it."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if processes.fsdp() and state.distributed_type is DistributedType.MULTI_CPU:
+            PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in transformers; with several processes, the batches of one."""
@@ -94,14 +108,18 @@ class RunTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As in transformers; with several processes, each takes whole batches of one."""
-        if processes.count() == 1:
-            return super().get_eval_dataloader(eval_dataset)
-        return self._shared(self.eval_dataset, self.args.eval_batch_size, None)
+        collator, self.data_collator = self.data_collator, self._validation_collator
+        try:
+            if processes.count() == 1:
+                return super().get_eval_dataloader(eval_dataset)
+            return self._shared(self.eval_dataset, self.args.eval_batch_size, None)
+        finally:
+            self.data_collator = collator
 
     def _shared(self, rows: Any, size: int, order: Sampler[int] | None) -> DataLoader[Any]:
         """Batches of which each process takes ``size`` rows, and fewer or none of the last one."""
         loader: DataLoader[Any] = DataLoader(
-            rows, size * processes.count(), sampler=order, collate_fn=partial(self._own_rows, size)
+            rows, size * processes.count(), sampler=order, collate_fn=partial(self._own_rows, self.data_collator, size)
         )
         shared: DataLoader[Any] = prepare_data_loader(  # as for one process: the rows are divided here
             loader,
@@ -113,10 +131,10 @@ class RunTrainer(Trainer):
         )
         return shared
 
-    def _own_rows(self, size: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def _own_rows(self, collator: Callable[..., Any], size: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         start = processes.index() * size
         own = rows[start : start + size]
-        batch = dict(self.data_collator(own or rows[:1]))  # every process needs a forward pass
+        batch = dict(collator(own or rows[:1]))  # every process needs a forward pass
         if not own and self._sums(batch["labels"]):
             batch["labels"].fill_(-100)
         return {**batch, "rows": torch.tensor(len(own))}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
@@ -30,18 +29,21 @@ from transformers import (
 
 from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
-from pera_lab import checkpoints, methods, models, processes
+from pera_lab import checkpoints, engines, methods, models, placement, processes
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
 from pera_lab.environment import command_line, device, out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
+from pera_lab.inference import takes_packing
 from pera_lab.opening import locate_run, open_model
 from pera_lab.progress import ProgressBar
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
-from pera_lab.tasks.encoding import Encoded, check_lengths
+from pera_lab.tasks.cache import encode_stored, lengths
+from pera_lab.tasks.encoding import Encoded, PackingCollator, check_lengths
+from pera_lab.tasks.examples import StoredExamples
 from pera_lab.trainer import LengthOrder, OnlineLoss, RunTrainer
 
 
@@ -102,7 +104,8 @@ class _Prepared(NamedTuple):
 def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> _Prepared:
     """Make every check. The folder does not change."""
     spec, task = recipe.training, recipe.task
-    _check_processes(recipe)
+    engines.check(spec.batch_size, recipe.model.quantization)
+    placement.check_trainable(recipe.model.attn_implementation)
     if resume:
         run.check_processes()
     splits = recipe.build_splits()
@@ -110,15 +113,17 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     set_seed(spec.seed)  # loading the model initializes the classification head
     model, tokenizer = open_model(locate_run(run, base=True), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
-    encoded = _encode(recipe, splits, tokenizer, limit)
+    encoded = _encode(recipe, splits, tokenizer, limit, console)
     validation = task.encode(tokenizer, splits.validation, limit)
     task.check(tokenizer, splits.test)
-    models.check_tokens(model, tokenizer, (row["input_ids"] for row in [*encoded.rows, *validation.rows]))
+    models.check_tokens(model, tokenizer, chain(_token_ids(encoded), _token_ids(validation)))
     _check_validation(spec, splits, validation)
-    _check_batch(model, "training.batch_size", spec.batch_size, encoded)
+    if not spec.packing:
+        _check_batch(model, "training.batch_size", spec.batch_size, encoded)
     if spec.eval_steps:
         _check_batch(model, "evaluation.batch_size", recipe.evaluation.batch_size, validation)
-    base = run.check_base(model)
+    engines.check_units(model)
+    base = run.check_base(model) if processes.loads_base() else {}
     notes = [*splits.notes, *task.tokenizer_notes(tokenizer, splits)]
     if recipe.model.quantization is not None and device().type == "cpu":
         notes.append(
@@ -140,6 +145,16 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
             f"model ({one_line(error)}); give another method, such as pera or lora, or leave quantization out."
         ) from error
 
+    if spec.packing and processes.loads_base() and not takes_packing(adapted):
+        raise UserError(
+            f"training.packing=true: {type(model).__name__} with {recipe.method['name']} does not keep the examples in "
+            "a row apart; leave it out."
+        )
+
+    for module in adapted.modules():  # accelerate tells parameters apart by their addresses
+        if any(p.requires_grad and p.is_meta for p in module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+
     arguments = _arguments(recipe, run)
     optimizer = _optimizer(spec, arguments, adapted)
     checkpoint = run.last_checkpoint() if resume else None
@@ -148,7 +163,7 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     kept = checkpoints.best(checkpoint) if checkpoint is not None and spec.keep == "best" else checkpoint
     if kept is not None:
         checkpoints.check_weights(kept, adapted)
-    order = LengthOrder(encoded.rows, spec.effective_batch_size, spec.seed) if spec.group_by_length else None
+    order = LengthOrder(lengths(encoded.rows), spec.effective_batch_size, spec.seed) if spec.group_by_length else None
 
     def begin() -> None:
         run.remove_incomplete_checkpoints()
@@ -156,18 +171,20 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         write_json(run.data_file, {**splits.manifest, "notes": notes})
         progress.keep_metrics()
 
+    collator = task.collator(tokenizer, model)
     online = OnlineLoss()
     progress = _Progress(run, console, notes, checkpoint, begin, online)
     try:
         trainer = RunTrainer(
             order,
             online,
+            collator,
             model=adapted,
             args=arguments,
             train_dataset=encoded.rows,
             eval_dataset=validation.rows if spec.eval_steps else None,
             compute_metrics=task.compute_metrics,
-            data_collator=task.collator(tokenizer, model),
+            data_collator=PackingCollator(model) if spec.packing else collator,
             callbacks=[RatioCallback(), progress],
             optimizer_cls_and_kwargs=optimizer,
         )
@@ -175,7 +192,7 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
     ended = checkpoint is not None and checkpoints.ended(checkpoint)
     if checkpoint is not None and not ended:
-        checkpoints.check_optimizer(checkpoint, trainer.create_optimizer())
+        checkpoints.check_optimizer(checkpoint, trainer.create_optimizer(), adapted)
     trainer.remove_callback(PrinterCallback)
     if processes.count() > 1:
         set_seed((spec.seed + processes.index()) % 2**32)  # otherwise every process drops out the same entries
@@ -198,8 +215,9 @@ def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
     final_loss = losses[-1] if losses else None
     steps = trainer.state.global_step - progress.steps_before
     summary = TrainingSummary(seconds, tokens, peak_memory(), final_loss, encoded.left_out, encoded.shortened, steps)
-    # Under ZeRO-3, each process holds a part of every weight.
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_deepspeed_enabled else None
+    # Under FSDP and ZeRO-3, each process holds a part of every weight.
+    divided = trainer.is_deepspeed_enabled or processes.fsdp()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if divided else None
     if processes.is_main():
         write_json(run.cost_file, summary._asdict())
         with atomic_folder(run.adapter.path) as folder:
@@ -220,45 +238,29 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _check_processes(recipe: Recipe) -> None:
-    """Check what torchrun and accelerate decide."""
-    size, quantization = recipe.training.batch_size, recipe.model.quantization
-    for variable, what in (("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "parallelism")):
-        if parse_flag_from_env(f"ACCELERATE_USE_{variable}"):
-            raise UserError(f"accelerate: {what} is not supported by pera train; configure DDP or DeepSpeed.")
-    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION") or "no") != "no":
-        raise UserError(
-            f"accelerate: mixed_precision={precision} would change the dtype that the recipe gives; set it to no, and "
-            "choose the dtype with model.dtype."
-        )
-    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-    if deepspeed and quantization is not None:  # it would divide packed weights, which was not tried
-        raise UserError(
-            f"model.quantization={quantization!r} is not supported with DeepSpeed; start the processes with torchrun, "
-            "or leave quantization out."
-        )
-    gathers = parse_flag_from_env("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
-    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    if deepspeed and zero3 and not gathers:
-        raise UserError("accelerate: zero_stage=3 saves no adapter without zero3_save_16bit_model=true; set it.")
-    if size % processes.count():
-        raise UserError(
-            f"training.batch_size={size} cannot be divided over {processes.count()} processes, which share "
-            f"each batch; give a multiple of {processes.count()}."
-        )
-
-
 _LONG = 1_000_000
 
 
-def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    encoded = recipe.task.encode(tokenizer, splits.train, max_length)
+def _encode(
+    recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, console: Console | None
+) -> Encoded:
+    task = recipe.task
+    if isinstance(splits.train, StoredExamples):
+        encoded = encode_stored(task, tokenizer, splits.train, max_length, console)
+    else:
+        encoded = task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
-        tried = recipe.task.encode(tokenizer, [row for row in splits.train if len(row.prompt) <= _LONG]).rows
+        short = (example for example in splits.train if len(example.prompt) <= _LONG)
+        tried = (row for example in short for row in task.encode(tokenizer, [example]).rows)
         shortest = min((len(row["input_ids"]) for row in tried), default=None)
         reason = f"the shortest has {shortest} tokens" if shortest else f"all have more than {_LONG:,} characters"
         raise UserError(f"training.max_length={max_length} leaves no example: {reason}.")
     return encoded
+
+
+def _token_ids(encoded: Encoded) -> Iterable[Sequence[int]]:
+    """Token ids among which is the largest."""
+    return (row["input_ids"] for row in encoded.rows) if encoded.largest is None else [[encoded.largest]]
 
 
 def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded) -> None:
@@ -270,9 +272,11 @@ def _check_validation(spec: TrainingSection, splits: Splits, validation: Encoded
 
 def _check_batch(model: PreTrainedModel, key: str, size: int, encoded: Encoded) -> None:
     """Raise UserError before training if it would put rows into one batch that the model cannot read together."""
-    rows = sorted(encoded.rows, key=lambda row: len(row["input_ids"]))
+    if size == 1:
+        return
+    numbers = lengths(encoded.rows)
     try:
-        check_lengths(model, [rows[0], rows[-1]] if size > 1 else [])
+        check_lengths(model, [encoded.rows[numbers.index(length)] for length in (min(numbers), max(numbers))])
     except UserError as error:
         raise UserError(f"{key}={size}: {error} Give 1.") from error
 

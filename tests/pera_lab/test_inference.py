@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from tokenizers import normalizers
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +19,16 @@ from transformers import (
 )
 
 from pera.errors import UserError
-from pera_lab.inference import Branches, end_token, generate, log_likelihoods, stop_tokens, takes_padding, turn_end
+from pera_lab.inference import (
+    Branches,
+    end_token,
+    generate,
+    log_likelihoods,
+    stop_tokens,
+    takes_packing,
+    takes_padding,
+    turn_end,
+)
 from pera_lab.models import load_tokenizer
 from pera_lab.scorers import Output, answer_batches, make_scorer
 from pera_lab.tasks import EvaluationSection, Example, Splits
@@ -140,6 +150,14 @@ def test_the_settings_of_the_base_have_no_effect(settings, llama, tokenizer):
 def test_models_that_read_the_padding_are_found(llama, rwkv):
     xlstm = xLSTMForCausalLM(xLSTMConfig(vocab_size=64, hidden_size=128, num_blocks=1, num_heads=4))
     assert [takes_padding(model) for model in (llama, rwkv, xlstm)] == [True, False, False]
+
+
+def test_models_that_keep_packed_rows_apart_are_found(llama, rwkv, tiny_gpt2):
+    gpt2 = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    tuned = get_peft_model(copy.deepcopy(llama), PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=2))
+    mixed = copy.deepcopy(llama)
+    mixed.forward = lambda input_ids, position_ids, use_cache: llama(input_ids, position_ids=position_ids)  # a cache
+    assert [takes_packing(model) for model in (llama, gpt2, rwkv, tuned, mixed)] == [True, True, False, False, False]
 
 
 def test_rows_of_several_lengths_are_refused_if_padding_changes_the_loss(rwkv, tokenizer):

@@ -20,10 +20,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import distributed
 
+import tiny
 from pera.errors import UserError
-from pera_lab import cli, processes, scorers, training
+from pera_lab import checkpoints, cli, engines, processes, scorers, training
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
+from pera_lab.tasks import sources
 from pera_lab.training import train
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
@@ -88,7 +90,9 @@ def two(tmp_path):
 def files(folder):
     """The files of a run that do not depend on the number of processes, by name."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path for path in found if not path.name.startswith("rng_state")}
+    names = {"optimizer.bin": "optimizer.pt"}  # what FSDP and other engines call the same file
+    found = (path.with_name(names.get(path.name, path.name)) for path in found)
+    return {path for path in found if not path.name.startswith(("rng_state", "pytorch_model_fsdp"))}
 
 
 def differences(a, b):
@@ -102,6 +106,20 @@ def logged(run, *keys):
     return [[line[key] for key in keys] for line in run.metrics()]
 
 
+def fsdp(**settings):
+    """The variables that ``accelerate launch --use_fsdp --fsdp_version 2`` sets in each process."""
+    defaults = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": "true"}
+    variables = {f"FSDP_{name.upper()}": str(value) for name, value in {**defaults, **settings}.items()}
+    return {"ACCELERATE_USE_FSDP": "true", **variables}
+
+
+def with_variables(variables):
+    """A ``patch`` for :func:`two`."""
+    return lambda rank: os.environ.update(variables)
+
+
+ENGINES = {"DDP": {}, "FSDP": fsdp()}
+
 UNEVEN = "task.train_size=62"
 """The last batch of 4 has 2 rows, one for each process."""
 LANGUAGE = {
@@ -109,15 +127,17 @@ LANGUAGE = {
     "one row in the last batch": ("task.train_size=61", "training.max_steps=17", "method.dropout=0"),
     "accumulation": (UNEVEN, "training.gradient_accumulation_steps=3", "method.dropout=0"),
     "by length": (UNEVEN, "training.group_by_length=true", "method.dropout=0"),
+    "packing": (UNEVEN, "training.packing=true", "training.max_steps=null", "training.epochs=2", "method.dropout=0"),
     "checkpointing": ("training.gradient_checkpointing=true", "method.dropout=0"),
 }
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("overrides", LANGUAGE.values(), ids=LANGUAGE)
-def test_two_processes_train_the_adapter_of_one(two, train_run, recipe_file, tmp_path, overrides):
+def test_two_processes_train_the_adapter_of_one(two, train_run, recipe_file, tmp_path, overrides, engine):
     one = train_run(tmp_path / "one", SLOW_RATE, *overrides)
-    ended = two("train", recipe_file, SLOW_RATE, *overrides, "--output", "two")
+    ended = two("train", recipe_file, SLOW_RATE, *overrides, "--output", "two", patch=with_variables(engine))
     run = Run(tmp_path / "two")
     assert ended.codes == [0, 0], ended.text
     assert ended.text.count("adapter ") == 1  # only the main process prints
@@ -136,6 +156,25 @@ def test_two_processes_train_the_adapter_of_one(two, train_run, recipe_file, tmp
 
 
 @pytest.mark.slow
+def test_two_processes_read_long_data_from_one_cache(two, train_run, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(sources, "LONG", 0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    rows = [{"prompt": f"question {i}", "completion": f"{i}"} for i in range(90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = (SLOW_RATE, "method.dropout=0", "task=own", f"task.data={tmp_path / 'rows.jsonl'}")
+    one = train_run(tmp_path / "one", *overrides)
+    made = tmp_path / "datasets" / "pera"
+    (complete,) = made.iterdir()
+    complete.rename(tmp_path / "complete")
+    ended = two("train", one.recipe_file, "--output", "two")
+    assert ended.codes == [0, 0], ended.text
+    assert list(made.iterdir()) == [complete]
+    assert (complete / "rows.arrow").read_bytes() == (tmp_path / "complete" / "rows.arrow").read_bytes()
+    assert differences(one, Run(tmp_path / "two")) < 1e-6
+
+
+@pytest.mark.slow
 def test_two_processes_train_on_a_4_bit_base_as_one(two, train_run, recipe_file, save_llama, tmp_path):
     pytest.importorskip("bitsandbytes")
     save_llama(tmp_path / "wide", hidden_size=64, intermediate_size=128)
@@ -147,8 +186,9 @@ def test_two_processes_train_on_a_4_bit_base_as_one(two, train_run, recipe_file,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", [{}, fsdp(transformer_cls_to_wrap="BertLayer")], ids=ENGINES)
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_two_processes_validate_as_one(two, glue_recipe, tiny_bert, tmp_path, task):
+def test_two_processes_validate_as_one(two, glue_recipe, tiny_bert, tmp_path, task, engine):
     model = shutil.copytree(tiny_bert, tmp_path / "bert")  # without dropout, which differs in each process
     config = json.loads((model / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
@@ -158,7 +198,7 @@ def test_two_processes_validate_as_one(two, glue_recipe, tiny_bert, tmp_path, ta
     recipe = load_recipe(str(glue_recipe), overrides)
     one, run = Run.create(recipe, tmp_path / "one"), Run(tmp_path / "two")
     train(recipe, one)
-    ended = two("train", glue_recipe, *overrides, "--output", "two")
+    ended = two("train", glue_recipe, *overrides, "--output", "two", patch=with_variables(engine))
     assert ended.codes == [0, 0], ended.text
     assert differences(one, run) < 1e-6
     assert len(one.validation()) == 3
@@ -187,15 +227,20 @@ def test_deepspeed_trains_the_adapter_of_one_process(two, train_run, recipe_file
 
 
 @pytest.mark.slow
-def test_killed_processes_are_resumed_to_the_same_bits(two, recipe_file, tmp_path):
+@pytest.mark.parametrize(
+    "engine", [{}, fsdp(auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading="false")], ids=ENGINES
+)
+def test_killed_processes_are_resumed_to_the_same_bits(two, recipe_file, tmp_path, engine):
     overrides = ("training.max_steps=40", "training.save_steps=4", UNEVEN)
     undisturbed, killed = Run(tmp_path / "undisturbed"), Run(tmp_path / "killed")
-    assert two("train", recipe_file, *overrides, "--output", "undisturbed").codes == [0, 0]
+    patch = with_variables(engine)
+    assert two("train", recipe_file, *overrides, "--output", "undisturbed", patch=patch).codes == [0, 0]
     second = killed.checkpoints / "checkpoint-8"
-    two("train", recipe_file, *overrides, "--output", "killed", until=(second / "complete").is_file)
+    until = (second / "complete").is_file
+    two("train", recipe_file, *overrides, "--output", "killed", patch=patch, until=until)
     assert killed.last_checkpoint() is not None
     assert not killed.finished
-    ended = two("train", "killed", "--resume")
+    ended = two("train", "killed", "--resume", patch=patch)
     assert ended.codes == [0, 0], ended.text
     assert differences(killed, undisturbed) == 0
     for run in (killed, undisturbed):
@@ -312,15 +357,15 @@ def test_a_batch_that_cannot_be_divided_is_refused(recipe_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     recipe = load_recipe(str(recipe_file), ["training.batch_size=8"])
     with pytest.raises(UserError, match=r"training.batch_size=8 cannot be divided over 3 processes.* multiple of 3"):
-        training._check_processes(recipe)
+        engines.check(recipe.training.batch_size, None)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    training._check_processes(recipe)
+    engines.check(recipe.training.batch_size, None)
 
 
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"USE_FSDP": "true"}, "FSDP is not supported"),
+        ({"USE_FSDP": "true"}, "FSDP divides weights over processes, and there is one; set num_processes"),
         ({"MIXED_PRECISION": "bf16"}, "mixed_precision=bf16 .* model.dtype"),
         ({"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage=3 .* zero3_save_16bit_model=true"),
     ],
@@ -330,6 +375,63 @@ def test_settings_of_accelerate_that_a_run_cannot_have_are_refused(variables, wo
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     line = refused("train", recipe_file, "--output", "new", words=["accelerate: "])
     assert re.search(words, line)
+
+
+BLOCKS = "LlamaDecoderLayer"
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "words"),
+    [
+        ({"version": 1}, (), "fsdp_version=1: .* set it to 2"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, (), "fsdp_state_dict_type=SHARDED.* set it to FULL_STATE_DICT"),
+        ({"offload_params": "true"}, (), "fsdp_offload_params=true: .* set it to false"),
+        ({"activation_checkpointing": "true"}, (), "fsdp_activation_checkpointing=true: .*training.gradient_checkp"),
+        ({"ignored_modules": ".*mlp"}, (), r"fsdp_ignored_modules=\.\*mlp: .* leave it out"),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP"}, (), "SIZE_BASED_WRAP .* set it to TRANSFORMER_BASED_WRAP"),
+        ({}, ("model.quantization=nf4",), "model.quantization='nf4' is not supported with FSDP"),
+    ],
+)
+def test_settings_of_fsdp_that_were_not_tried_are_refused(settings, overrides, words, recipe_file, monkeypatch):
+    for name, value in {"WORLD_SIZE": 2, **fsdp(**settings)}.items():
+        monkeypatch.setenv(name, str(value))
+    recipe = load_recipe(str(recipe_file), list(overrides))
+    with pytest.raises(UserError, match=words):
+        engines.check(recipe.training.batch_size, recipe.model.quantization)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "words"),
+    [
+        ("LlamaDecoder", "LlamaDecoder is not in the model; set .*wrap=<class of the blocks>"),
+        (f"LlamaModel,{BLOCKS}", f"LlamaModel holds the embeddings; set .*wrap={BLOCKS}"),
+    ],
+)
+def test_units_that_fsdp_cannot_make_are_refused(wrapped, words, tiny_llama, monkeypatch):
+    for name, value in fsdp().items():
+        monkeypatch.setenv(name, value)
+    model = tiny.llama()
+    engines.check_units(model)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", wrapped)
+    with pytest.raises(UserError, match=words):
+        engines.check_units(model)
+
+
+def test_commands_without_training_refuse_fsdp(run, refused, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for command in (["evaluate", run.path], ["chat", run.path]):
+        refused(*command, words=["ACCELERATE_USE_FSDP=true", f"'pera {command[0]}' does not divide", "without FSDP"])
+
+
+def test_engines_do_not_load_each_others_checkpoints(run, refused, monkeypatch):
+    shutil.rmtree(run.adapter.path)
+    checkpoint = run.last_checkpoint()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"written without FSDP and cannot be resumed with it; start .* without FSDP"):
+        checkpoints.check(checkpoint, None)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    (checkpoint / "pytorch_model_fsdp.bin").touch()
+    refused("train", run.path, "--resume", words=["written with FSDP", "cannot be resumed without it"])
 
 
 def test_another_number_of_processes_cannot_resume_a_run(run, refused, monkeypatch):

@@ -226,6 +226,18 @@ def test_int8_is_not_dequantised(train_wide, refused, tmp_path):
     refused("merge", run.path, "--output", "merged", "--dequantise", words=words)
 
 
+@ON_PLAIN_BASE
+def test_the_adapter_folder_of_a_run_opens_the_quantized_base(nf4_run, tmp_path):
+    expected, _ = open_model(locate(str(nf4_run.path)), "float32")
+    found, _ = open_model(locate(str(nf4_run.adapter.path)), "float32")
+    tokens = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        assert torch.equal(found(tokens).logits, expected(tokens).logits)
+    assert merge(locate_adapter(str(nf4_run.adapter.path)), tmp_path / "merged", dequantised=True).agree
+    shutil.copytree(nf4_run.adapter.path, tmp_path / "copy")
+    assert locate(str(tmp_path / "copy")).quantization is None
+
+
 OPENED = {
     "evaluate": evaluate_run,
     "merge": lambda run: merge(locate_adapter(str(run.path)), run.path.parent / "merged"),

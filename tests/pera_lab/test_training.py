@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from transformers import RwkvConfig, RwkvForCausalLM, TrainingArguments
 
 from pera.errors import UserError
 from pera_lab.checkpoints import COMPLETE
@@ -466,3 +466,33 @@ def test_the_losses_of_the_first_epoch_of_a_classifier_are_those_of_each_row(glu
     rows = len(recipe.build_splits().train)
     assert labels == rows
     assert nats == pytest.approx(run_loss(run) * rows, rel=0.1)
+
+
+def test_packing_changes_no_result(train_run, tmp_path):
+    rows = [{"prompt": "why? " * (i % 9), "completion": "because " * (i % 4 + 1)} for i in range(1, 80)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["prompt"]))
+    task = ("task=own", f"task.data={tmp_path / 'rows.jsonl'}", "task.validation_size=7", "training.eval_steps=4")
+    options = (*task, "training.learning_rate=3e-4", "method.dropout=0")
+    plain, packed = (train_run(tmp_path / p, f"training.packing={p}", *options) for p in ("false", "true"))
+    assert tokens(packed) < tokens(plain)
+    a, b = (load_file(run.adapter.path / "adapter_model.safetensors") for run in (plain, packed))
+    for key, tensor in a.items():
+        torch.testing.assert_close(b[key], tensor, rtol=0, atol=1e-6)
+    for of in (Run.metrics, Run.validation):
+        losses, expected = ([line["loss"] for line in of(run)] for run in (packed, plain))
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert len(losses) > 2
+
+
+def test_packing_is_refused_where_it_would_change_the_training(
+    refused, recipe_file, glue_recipe, tokenizer, tmp_path, capsys
+):
+    torch.manual_seed(0)
+    RwkvForCausalLM(RwkvConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2)).save_pretrained(tmp_path / "rwkv")
+    tokenizer.save_pretrained(tmp_path / "rwkv")
+    capsys.readouterr()  # the progress of saving
+    words = ["training.packing=true", "RwkvForCausalLM with pera", "leave it out"]
+    options = [f"model.name={tmp_path / 'rwkv'}", "method.target_modules=[key]", "training.packing=true"]
+    refused("train", recipe_file, *options, "--output", tmp_path / "run", words=words)
+    words = ["training.packing=true", "task 'sst2' trains a classifier"]
+    refused("train", glue_recipe, "training.packing=true", "--output", tmp_path / "run", words=words)

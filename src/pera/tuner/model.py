@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from pera.tuner.layers import ParamWrapper, PeraLayer, adapted_layers, keep_unpa
 from pera.tuner.names import check_wrapped, plain_name
 from pera.tuner.routing import route_samples
 from pera.tuner.saved import anchored_name, check_anchored_names, check_loaded, is_factor
-from pera.tuner.sharding import Factors, reshard, tensor_parallel
+from pera.tuner.sharding import Factors, divided_by_fsdp, reshard, tensor_parallel
 from pera.tuner.tying import separate_shared_weights, sharing_the_embedding, with_name, without
 
 
@@ -73,6 +74,12 @@ class PeraModel(BaseTuner):
         if state_dict is None:  # otherwise its keys say what to adapt
             check_names(model, self.peft_config[adapter_name])
         keep_unpacked(model)
+        if not self.peft_config[adapter_name].inference_mode and divided_by_fsdp(model):
+            warnings.warn(
+                f"adapter {adapter_name!r} is added to a model that FSDP divides already, which does not average its "
+                "gradients over the processes; add the adapter before you shard the model",
+                stacklevel=2,
+            )
         before = {name for name, module in model.named_modules() if _has(module, adapter_name)}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)

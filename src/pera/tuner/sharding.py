@@ -123,6 +123,15 @@ def fsdp_units(model: nn.Module) -> dict[nn.Module, Any]:
     return units
 
 
+def divided_by_fsdp(model: nn.Module) -> bool:
+    """Return whether FSDP divides a model."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+
+
 @contextmanager
 def gathered(layer: nn.Module, unit: Any) -> Iterator[None]:
     """Gather the factors of an adapted layer that FSDP1 or ZeRO-3 divides. All processes have to enter this.

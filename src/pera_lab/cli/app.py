@@ -47,6 +47,12 @@ class Command(TyperCommand):
                 "and accelerate launch, or unset WORLD_SIZE.",
                 2,
             )
+        if processes.fsdp() and ctx.command_path != "pera train":
+            _exit(
+                f"ACCELERATE_USE_FSDP=true: {ctx.command_path!r} does not divide weights; start it without FSDP, or "
+                "unset ACCELERATE_USE_FSDP.",
+                2,
+            )
         try:
             with nullcontext() if _debugging() else held_warnings():
                 from transformers.utils import logging

@@ -188,7 +188,7 @@ def _held_out(
     limit = min(recipe.training.max_length, longest_input(model, tokenizer))
     encoded = recipe.task.encode(tokenizer, splits.test[:examples], limit).rows
     check_tokens(model, tokenizer, (row["input_ids"] for row in encoded))
-    encoded.sort(key=lambda row: len(row["input_ids"]))
+    encoded = sorted(encoded, key=lambda row: len(row["input_ids"]))
     collate = recipe.task.collator(tokenizer, model.get_base_model())
     device = next(model.parameters()).device
     batch_size = largest_batch(model, batch_size)

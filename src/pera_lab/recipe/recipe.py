@@ -26,6 +26,7 @@ from pera.tuner import PeraConfig
 from pera_lab import methods
 from pera_lab.embedded import EMBEDDED
 from pera_lab.files import user_path
+from pera_lab.placement import Attention, DeviceMap
 from pera_lab.quantization import Quantization
 from pera_lab.recipe.syntax import write
 from pera_lab.recipe.training import TrainingSection
@@ -47,13 +48,18 @@ class ModelSection(Section):
     quantization: Quantization | None = None
     """Quantize the linear layers while loading: nf4 or fp4 (4 bits, double quantization) or int8. ``dtype`` is then the
     dtype of the computation."""
+    attn_implementation: Attention | None = None
+    """How attention is computed; by default as transformers chooses."""
+    device_map: DeviceMap | None = None
+    """How layers are placed on several accelerators, which compute one after another; by default all are on one."""
     trust_remote_code: bool = False
     """Whether to run code that comes with the model."""
 
     @model_serializer(mode="wrap")
-    def _without_quantization(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave ``quantization`` out if it is not set: recipes of runs and studies from before it keep their text."""
-        return {key: value for key, value in known(self).items() if key != "quantization" or value is not None}
+    def _without_newer_keys(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave newer keys out if they are not set: recipes of runs and studies from before them keep their text."""
+        newer = ("quantization", "attn_implementation", "device_map")
+        return {key: value for key, value in known(self).items() if key not in newer or value is not None}
 
     @model_validator(mode="after")
     def _check_revision(self) -> ModelSection:
@@ -102,6 +108,15 @@ class Recipe(Section):
                         f"training.{key}.h={value['h']} has no effect, because only pera trains h, "
                         "with coefficients='learned' and terms other than 'none'; leave it out."
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> Recipe:
+        if self.training.packing and self.task.task_type != "CAUSAL_LM":
+            raise ValueError(
+                f"training.packing=true needs a language model, and task {self.task.name!r} trains a classifier; leave "
+                "it out."
+            )
         return self
 
     @model_validator(mode="after")

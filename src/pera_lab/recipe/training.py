@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pera.optim import check_groups
 from pera_lab.sections import Section, one_message
@@ -43,6 +43,9 @@ class TrainingSection(Section):
     """Training rows that are scored instead of the test rows and not trained on. Use them to choose settings."""
     group_by_length: bool = False
     """Draw batches of examples of similar length: less padding, another order."""
+    packing: bool = False
+    """Train a language model on batches without padding: the examples of a batch become one row, in which each attends
+    to itself alone. A loss on the answers and its gradients are the same."""
     max_length: int = Field(1024, ge=1)
     """Longest training example in tokens. A language model leaves longer examples out; a classifier truncates them.
     Both are counted."""
@@ -67,6 +70,11 @@ class TrainingSection(Section):
     def effective_batch_size(self) -> int:
         """Examples in an optimizer step, over all processes."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @model_serializer(mode="wrap")
+    def _without_packing(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``packing`` out if it is not set: recipes of runs and studies from before it keep their text."""
+        return {key: value for key, value in known(self).items() if key != "packing" or value}
 
     @model_validator(mode="after")
     def _check_steps(self) -> TrainingSection:

@@ -29,6 +29,9 @@ from pera_lab.tasks.encoding import (
 )
 from pera_lab.tasks.examples import Example, Splits, Verdict
 
+LOOKED_AT = 10_000
+"""Training examples whose answers are compared with what the tokenizer writes."""
+
 
 class EvaluationSection(Section):
     """How answers are scored. The task decides the defaults and the scorers that fit."""
@@ -237,21 +240,22 @@ class GenerationTask(Task):
         return AnswerCollator(tokenizer, model)
 
     def tokenizer_notes(self, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> list[str]:
-        examples = [*splits.train, *splits.validation, *splits.test]
+        examples = [*splits.train[:LOOKED_AT], *splits.validation, *splits.test]
         answers = list(dict.fromkeys(e.answer for e in examples if not e.reply))
         pairs = list(zip(answers, as_written(tokenizer, answers), strict=True))
         changed = [(answer, found) for answer, found in pairs if found is not None and found != answer.strip()]
         lost = [answer for answer, found in pairs if found is None]
         options = {e.options for e in examples if e.options}
         same = [each for each in options if len(set(map(str, as_written(tokenizer, each)))) < len(each)]
+        number = f"{len(answers)}" if len(splits.train) <= LOOKED_AT else f"the first {len(answers):,}"
         return [
             *(
-                f"the tokenizer changes {len(changed)} of {len(answers)} answers, such as {answer!a:.60} to "
+                f"the tokenizer changes {len(changed)} of {number} answers, such as {answer!a:.60} to "
                 f"{found!a:.60}; they are scored by what it writes."
                 for answer, found in changed[:1]
             ),
             *(
-                f"{len(lost)} of {len(answers)} answers hold unknown characters or the text of a special token, such "
+                f"{len(lost)} of {number} answers hold unknown characters or the text of a special token, such "
                 f"as {answer!a:.60}; the tokenizer cannot write them."
                 for answer in lost[:1]
             ),

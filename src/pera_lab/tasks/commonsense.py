@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -271,7 +272,7 @@ class CommonsenseTask(GenerationTask):
         if self.shares and self.train_size is None:
             raise UserError("task.shares needs task.train_size, the number of rows to divide.")
 
-    def _draw(self, pools: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    def _draw(self, pools: dict[str, Sequence[Example]]) -> dict[str, Sequence[Example]]:
         """The training rows of each member of the mix."""
         capped = {member: take(rows, (self.caps or {}).get(member), self.seed) for member, rows in pools.items()}
         size = self.train_size
@@ -332,7 +333,7 @@ class _Source:
         if self.folder is None:
             hub = MEMBERS[member].hub
             found = read_hub(hub.repository, hub.configuration, hub.test if split == "test" else split, hub.revision)
-            return found._replace(rows=found.convert(lambda row: instruction_row(member, row)))
+            return replace(found, rows=list(found.convert(lambda row: instruction_row(member, row))))
         if not (self.folder / member).is_dir() and len(self._wanted) > 1:
             return None
         return read_file(split_file(self.folder / member, [split]))

@@ -11,7 +11,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from pera.errors import UserError
-from pera_lab.inference import end_token, takes_padding, text_of
+from pera_lab.inference import end_token, packed, takes_padding, text_of
 from pera_lab.tasks.conversations import fitted, render, with_reply
 from pera_lab.tasks.examples import Example
 from pera_lab.tasks.sources import HALF
@@ -52,9 +52,11 @@ class Prompt(NamedTuple):
 class Encoded(NamedTuple):
     """Rows of token ids, the number of examples left out as too long, and the number of truncated examples."""
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
     left_out: int
     shortened: int
+    largest: int | None = None
+    """The largest token id, if it is known."""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, frame: Frame = CHAT) -> list[int]:
@@ -301,3 +303,29 @@ class AnswerCollator:
             batch["logits_to_keep"] = torch.arange(first - 1, length)
             batch["labels"] = batch["labels"][:, first - 1 :]
         return batch
+
+
+class PackingCollator:
+    """Makes batches for a causal language model without padding: one row, in which each example attends to itself.
+
+    A loss on the answers and its gradients are the same as for rows with padding.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._accepted = inspect.signature(model.forward).parameters
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """``input_ids`` and ``position_ids`` ``(1, tokens)``, ``labels`` ``(1, kept)``, and ``logits_to_keep`` as from
+        :class:`AnswerCollator`, for each example."""
+        batch = packed([example["input_ids"] for example in examples], self._accepted)
+        labels: list[int] = []
+        kept: list[int] = []
+        for example in examples:
+            start, own = len(labels), [IGNORED, *example["labels"][1:]]  # no token of the example predicts its first
+            first = next((i for i, label in enumerate(own) if label != IGNORED), len(own))
+            labels += own
+            kept += range(start + first - 1, start + len(own))
+        if "logits_to_keep" in self._accepted:
+            batch["logits_to_keep"] = torch.tensor(kept)
+            labels = [labels[i] for i in kept]
+        return {**batch, "labels": torch.tensor([labels])}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -51,6 +52,37 @@ class LabelledText:
         return "\n".join(self.texts)
 
 
+class StoredExamples(Sequence[Any]):
+    """Examples that are made when they are used, from rows on the disk. In memory is one number for each of them.
+
+    Args:
+        make: returns the example of a row, given the number of the row from 0.
+        rows: the rows that the examples are made from.
+        identity: tells the content of the rows from other content.
+    """
+
+    def __init__(self, make: Callable[[int], Any], rows: Iterable[int], identity: str) -> None:
+        self._make, self.rows, self.identity = make, array("q", rows), identity
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The example at an index, or the list of examples in a slice."""
+        if isinstance(index, slice):
+            return [self._make(row) for row in self.rows[index]]
+        return self._make(self.rows[index])
+
+    def select(self, positions: Iterable[int]) -> StoredExamples:
+        """The examples at some positions."""
+        return StoredExamples(self._make, (self.rows[i] for i in positions), self.identity)
+
+
+def select(rows: Sequence[Any], positions: Iterable[int]) -> Any:
+    """The rows at some positions: a list, or again stored examples."""
+    return rows.select(positions) if isinstance(rows, StoredExamples) else [rows[i] for i in positions]
+
+
 class Verdict(NamedTuple):
     """The answer found in an output (None if there is none), and whether it is right."""
 
@@ -79,9 +111,10 @@ class Splits:
     @property
     def notes(self) -> list[str]:
         """Warnings for the user: missing parts, unused columns, and test rows that also occur in the training data."""
-        seen = set(map(_question, self.train))
+        asked = set() if self.recalled else set(map(_question, self.test))
+        seen = {question for question in map(_question, self.train if asked else ()) if question in asked}
         rows = _groups(self.test)
-        repeated = _groups([] if self.recalled else [row for row in self.test if _question(row) in seen])
+        repeated = _groups([row for row in self.test if _question(row) in seen])
         return [
             *self.missing,
             *([f"columns that are not used: {', '.join(self.unused)}."] if self.unused else []),
@@ -119,14 +152,14 @@ def subsample(splits: Splits, *, share: float = 1.0, held_out: int = 0) -> Split
         raise UserError(f"training.held_out={held_out} leaves none of the {len(rows)} training rows; give fewer.")
     rest = rows[held_out:]
     kept = rest[: max(1, round(share * len(rest)))]
-    train = [splits.train[i] for i in sorted(kept)]
+    train = select(splits.train, sorted(kept))
     removed = {"train": _groups(splits.train) - _groups(train), "test": _groups(splits.test if held_out else [])}
     manifest = {
         key: _subtract(record, removed[key]) if key in removed else record for key, record in splits.manifest.items()
     }
     test = train if splits.recalled else splits.test
     if held_out:
-        test = [splits.train[i] for i in sorted(rows[:held_out])]
+        test = select(splits.train, sorted(rows[:held_out]))
         manifest["held_out"] = {"rows": held_out, "of": "train"}
     return replace(splits, train=train, test=test, manifest=manifest)
 

@@ -9,27 +9,31 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pera.errors import UserError, missing_extra, one_line
 
 
-def parse_json_lines(file: Path, content: bytes) -> tuple[list[Any], list[int]]:
-    """The values of a JSON Lines file and the numbers of their lines. Blank lines are skipped.
+def parse_json_lines(file: Path, lines: Iterable[bytes], *, first: bool = True) -> Iterator[tuple[int, Any]]:
+    """Yield the value of each line of a JSON Lines file with the number of the line. Blank lines are skipped.
+
+    Args:
+        file: the file, for messages.
+        lines: its lines with their line ends, read as needed.
+        first: whether the first of them is the first line of the file.
 
     Raises:
-        UserError: the content is not UTF-8 text, or a line is not valid JSON.
+        UserError: a line is not UTF-8 text or not valid JSON.
     """
-    rows, numbers = [], []
-    for number, line in enumerate(_text(file, content).split("\n"), 1):
+    for number, line in enumerate(_decoded(file, lines, first), 1):
         if line and not line.isspace():
             try:
-                rows.append(_DECODER.decode(line))
+                yield number, _DECODER.decode(line.removesuffix("\n"))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}, line {number}: is not valid JSON ({_reason(error)}).") from error
-            numbers.append(number)
-    return rows, numbers
 
 
 def parse_json(file: Path, content: bytes) -> list[Any]:
@@ -38,7 +42,7 @@ def parse_json(file: Path, content: bytes) -> list[Any]:
     Raises:
         UserError: the content is not UTF-8 text, not valid JSON or not an array.
     """
-    text = _text(file, content).strip("\ufeff \t\r\n")
+    text = "".join(_decoded(file, io.BytesIO(content))).strip("\ufeff \t\r\n")
     if not text:
         return []
     if not text.startswith("["):
@@ -52,41 +56,64 @@ def parse_json(file: Path, content: bytes) -> list[Any]:
     return rows
 
 
-def parse_csv(file: Path, content: bytes) -> tuple[list[dict[str, str]], list[int]]:
-    """The rows of a CSV file by the names in its header, and the number of the line that each begins in.
+def parse_csv(
+    file: Path, lines: Iterable[bytes], *, first: bool = True, header: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a CSV file by the names in its header, each with the number of the line that it begins in.
+
+    Args:
+        file: the file, for messages.
+        lines: its lines with their line ends, read as needed.
+        first: whether the first of them is the first line of the file.
+        header: the names, if the lines do not begin with them.
 
     Raises:
-        UserError: the content is not UTF-8 text or not CSV, a column is repeated, or a row has another number of fields
-            than the header.
+        UserError: a line is not UTF-8 text or not CSV, a column is repeated, or a row has another number of fields than
+            the header.
     """
-    text = _text(file, content)
-    rows: list[dict[str, str]] = []
-    numbers: list[int] = []
-    header: list[str] = []
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    limit = csv.field_size_limit(min(len(text) + 1, 2**31 - 1))  # a setting of the module; the default is 131,072
-    try:
-        end = 0
-        for fields in reader:
-            start, end = end + 1, reader.line_num
-            if not fields:
-                continue
-            if not header:
-                header = fields
-                _check_names(f"{file}, line {start}", header)
-            elif len(fields) != len(header):
-                raise UserError(
-                    f"{file}, line {start}: has another number of fields ({len(fields)}) than the header "
-                    f"({len(header)})."
-                )
-            else:
-                rows.append(dict(zip(header, fields, strict=True)))
-                numbers.append(start)
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: is not valid CSV ({error}).") from error
-    finally:
-        csv.field_size_limit(limit)
-    return rows, numbers
+    names = list(header)
+    reader = csv.reader(_decoded(file, split_lines(lines), first), strict=True)
+    end = 0
+    for fields in _long_fields(file, reader):
+        start, end = end + 1, reader.line_num
+        if not fields:
+            continue
+        if not names:
+            names = fields
+            _check_names(f"{file}, line {start}", names)
+        elif len(fields) != len(names):
+            raise UserError(
+                f"{file}, line {start}: has another number of fields ({len(fields)}) than the header ({len(names)})."
+            )
+        else:
+            yield start, dict(zip(names, fields, strict=True))
+
+
+def _long_fields(file: Path, reader: Any) -> Iterator[list[str]]:
+    """The records of a reader, whose fields can be longer than the module's limit. The limit is kept."""
+    while True:
+        limit = csv.field_size_limit(2**31 - 1)  # a setting of the module; the default is 131,072
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num}: is not valid CSV ({error}).") from error
+        finally:
+            csv.field_size_limit(limit)
+        if fields is None:
+            return
+        yield fields
+
+
+def split_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a CSV file, which may also end with a carriage return alone."""
+    for line in lines:
+        if b"\r" in line:
+            yield from filter(None, _LINE.findall(line))
+        else:
+            yield line
+
+
+_LINE = re.compile(rb"[^\r]*(?:\r\n?|\Z)")
 
 
 def parse_parquet(file: Path, content: bytes) -> list[dict[str, Any]]:
@@ -95,34 +122,43 @@ def parse_parquet(file: Path, content: bytes) -> list[dict[str, Any]]:
     Raises:
         UserError: pyarrow is not installed, the content is not Parquet, or a column is repeated.
     """
+    with opened_parquet(file, io.BytesIO(content)) as opened:
+        rows: list[dict[str, Any]] = opened.read().to_pylist()
+    return rows
+
+
+@contextmanager
+def opened_parquet(file: Path, content: Any) -> Iterator[Any]:
+    """Open the ``content`` of a Parquet file, or the file; UserError as for :func:`parse_parquet`."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise missing_extra("pyarrow", "data") from error
     try:
-        opened = parquet.ParquetFile(pyarrow.BufferReader(content))
-        _check_names(str(file), opened.schema_arrow.names)
-        rows: list[dict[str, Any]] = opened.read().to_pylist()
+        with parquet.ParquetFile(content) as opened:
+            _check_names(str(file), opened.schema_arrow.names)
+            yield opened
     except UserError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
+        if getattr(error, "errno", None):  # the disk, not the content
+            raise
         raise UserError(f"data: {str(file)!r} is not a Parquet file: {one_line(error).rstrip('.')}.") from error
-    return rows
 
 
-def _text(file: Path, content: bytes) -> str:
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{file}, line 1: is UTF-16 text; save the file as UTF-8.")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}, line {line}: is not UTF-8 text; save the file as UTF-8.") from error
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{file}, line {line}: holds a NUL character; save the file as UTF-8 text.")
-    return text
+def _decoded(file: Path, lines: Iterable[bytes], first: bool = True) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        start = first and number == 1
+        if start and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{file}, line 1: is UTF-16 text; save the file as UTF-8.")
+        try:
+            text = line.decode("utf-8-sig" if start else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}, line {number}: is not UTF-8 text; save the file as UTF-8.") from error
+        if "\0" in text:
+            raise UserError(f"{file}, line {number}: holds a NUL character; save the file as UTF-8 text.")
+        yield text
 
 
 def _check_names(place: str, names: list[str]) -> None:

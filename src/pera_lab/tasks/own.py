@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -18,8 +18,8 @@ from pera_lab.tasks.sources import (
     SUFFIXES,
     DataPath,
     Rows,
-    read_file,
     read_hub_splits,
+    read_long_file,
     split_file,
     take,
     validation_split,
@@ -60,8 +60,13 @@ class OwnTask(GenerationTask):
         return CHAT if self.template == "chat" else PLAIN
 
     def build(self) -> Splits:
-        sources = _splits(self.data)
-        converted = {split: rows.convert(self._example) for split, rows in sources.items()}
+        sources, unused = _splits(self.data), dict[str, None]()
+
+        def example(row: dict[str, Any]) -> Example:
+            unused.update(dict.fromkeys(self._unused(row)))
+            return self._example(row)
+
+        converted = {split: rows.convert(example) for split, rows in sources.items()}
         rows = converted["train"]
         if "test" in converted:
             test = take(converted["test"], self.test_size, self.seed)
@@ -74,18 +79,15 @@ class OwnTask(GenerationTask):
         train = take(rows, self.train_size, self.seed)
         used = {"train": len(train), "validation": len(validation), "test": len(test)}
         manifest = {split: source.record(used[split]) for split, source in sources.items()}
-        return Splits(train, test, validation, manifest=manifest, unused=self._unused(sources))
+        return Splits(train, test, validation, manifest=manifest, unused=tuple(unused))
 
-    def _unused(self, sources: Mapping[str, Rows]) -> tuple[str, ...]:
-        """The columns, other than empty ones, that no example comes from."""
+    def _unused(self, row: dict[str, Any]) -> Iterator[str]:
+        """The columns of a row, other than empty ones, that its example does not come from."""
         prompt, completion, messages, tools = (
             str(self.columns.get(name, name)) for name in ("prompt", "completion", "messages", "tools")
         )
-        found: dict[str, None] = {}
-        for row in (row for source in sources.values() for row in source.rows):
-            used = {tools, messages} if row.get(messages) is not None else {tools, prompt, completion}
-            found |= dict.fromkeys(key for key, value in row.items() if key not in used and value not in (None, ""))
-        return tuple(found)
+        used = {tools, messages} if row.get(messages) is not None else {tools, prompt, completion}
+        return (key for key, value in row.items() if key not in used and value not in (None, ""))
 
     def question(self, row: dict[str, Any]) -> Example:
         return self._example(row, answered=False)
@@ -98,12 +100,12 @@ class OwnTask(GenerationTask):
 def _splits(data: str) -> dict[str, Rows]:
     path = user_path(data)
     if os.path.isfile(path):
-        return {"train": read_file(path)}
+        return {"train": read_long_file(path)}
     if os.path.isdir(path):
-        found = {"train": read_file(split_file(path, ["train"], (".jsonl", *SUFFIXES)))}
+        found = {"train": read_long_file(split_file(path, ["train"], (".jsonl", *SUFFIXES)))}
         for split in ("validation", "test"):
             if files := [path / f"{split}{suffix}" for suffix in SUFFIXES if (path / f"{split}{suffix}").is_file()]:
-                found[split] = read_file(files[0])
+                found[split] = read_long_file(files[0])
         return found
     if path.suffix in SUFFIXES or data.count("/") != 1 or data.startswith((".", "/", "~")):
         raise UserError(f"task.data={data!r} does not exist; give a file, a folder or the id of a data set on the Hub.")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import warnings
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def check_fsdp2_mixed_batch(rank, folder):
     with torch.no_grad():
         expected = model(tiny.tokens(), adapter_names=names).logits
         close(shard(model)(tiny.tokens(), adapter_names=names).logits, expected)
+
+
+def check_fsdp2_new_adapter(rank, folder):
+    model = adapted()
+    if rank == 0:
+        model.save_pretrained(folder)
+    distributed.barrier()
+    shard(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.load_adapter(folder, "frozen")  # is not trained
+    with pytest.warns(UserWarning, match="'new' is added to a model that FSDP divides already"):
+        model.add_adapter("new", PeraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
 
 
 def check_fsdp2_refusals(rank, folder):
@@ -380,6 +394,7 @@ CHECKS = [
     check_fsdp2_updates,
     check_fsdp2_hotswap,
     check_fsdp2_mixed_batch,
+    check_fsdp2_new_adapter,
     check_fsdp2_refusals,
     check_fsdp1_one_unit,
     check_fsdp1_frozen,

@@ -110,6 +110,8 @@ def write_gguf(model, tokenizer, file: Path):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if (theta := config.rope_parameters["rope_theta"]) != 10000:  # the value that llama.cpp assumes
+        writer.add_rope_freq_base(theta)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")

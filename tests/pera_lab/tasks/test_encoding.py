@@ -13,7 +13,17 @@ from transformers import AutoModelForCausalLM
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.tasks import Example
-from pera_lab.tasks.encoding import IGNORED, AnswerCollator, encode_chat, encode_example, encode_prompt
+from pera_lab.tasks.encoding import (
+    CHAT,
+    IGNORED,
+    AnswerCollator,
+    Frame,
+    PackingCollator,
+    count_labels,
+    encode_chat,
+    encode_example,
+    encode_prompt,
+)
 
 EXAMPLES = [
     Example("How is Liam related to Zoe?", "father"),
@@ -106,10 +116,15 @@ def gradients(model, loss):
     return dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
 
 
-def test_loss_and_gradients_are_those_of_whole_sequences(adapted, tokenizer):
-    encoded = [encode_example(tokenizer, example) for example in EXAMPLES]
-    collator = AnswerCollator(tokenizer, adapted.get_base_model())
-    loss = adapted(**collator(encoded)).loss
+@pytest.mark.parametrize(
+    ("frame", "packing"), [(CHAT, False), (CHAT, True), (Frame("{prompt}", loss="all"), True)]
+)  # with padding, the loss on all tokens counts the first token of a row too
+def test_loss_and_gradients_are_those_of_whole_sequences(frame, packing, adapted, tokenizer):
+    encoded = [encode_example(tokenizer, example, frame) for example in EXAMPLES]
+    base = adapted.get_base_model()
+    batch = (PackingCollator(base) if packing else AnswerCollator(tokenizer, base))(encoded)
+    loss = adapted(**batch).loss
+    assert count_labels(batch["labels"]) == sum(label != IGNORED for row in encoded for label in row["labels"][1:])
     expected = loss_of_whole_sequences(adapted, encoded)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=0)  # transformers takes it in float32
     found, wanted = gradients(adapted, loss), gradients(adapted, expected)
@@ -133,6 +148,18 @@ def test_a_batch_is_padded_on_the_left_and_asks_for_the_answers_only(tokenizer, 
         assert batch["attention_mask"][row].tolist() == [0] * (longest - size) + [1] * size
         assert batch["position_ids"][row, -size:].tolist() == list(range(size))
         assert batch["labels"][row].tolist() == [IGNORED] * (max(answers) + 1 - answer) + example["labels"][-answer:]
+    assert adapted(**batch).logits.shape[:2] == batch["labels"].shape
+
+
+def test_a_packed_batch_has_no_padding_and_asks_for_the_answers_only(tokenizer, adapted):
+    encoded = [encode_example(tokenizer, example) for example in EXAMPLES]
+    batch = PackingCollator(adapted.get_base_model())(encoded)
+    sizes = [len(example["input_ids"]) for example in encoded]
+    answers = [sum(label != IGNORED for label in example["labels"]) for example in encoded]
+    assert batch["input_ids"].tolist() == [[token for example in encoded for token in example["input_ids"]]]
+    assert batch["position_ids"].tolist() == [[i for size in sizes for i in range(size)]]
+    assert "attention_mask" not in batch
+    assert batch["labels"].shape == (1, sum(answers) + len(answers))
     assert adapted(**batch).logits.shape[:2] == batch["labels"].shape
 
 

@@ -1,13 +1,31 @@
 """Rows from files and from the hub; every mistake with its file, its line and its field."""
 
 import csv
+import hashlib
 import json
 import os
 
 import pytest
 
 from pera.errors import UserError
-from pera_lab.tasks.sources import BadRow, field, read_file, read_hub, take, validation_split
+from pera_lab.tasks import sources
+from pera_lab.tasks.sources import BadRow, field, read_file, read_hub, read_long_file, take, validation_split
+
+
+@pytest.fixture(params=["memory", "disk"])
+def read(request, monkeypatch, tmp_path):
+    """Read and convert a file as one that fits in memory, and as one that does not."""
+    if request.param == "disk":
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+        monkeypatch.setattr(sources, "LONG", -1)
+
+    def read_rows(file, function=lambda row: row):
+        found = (read_file if request.param == "memory" else read_long_file)(file)
+        return list(found.convert(function)), found
+
+    return read_rows
+
 
 BREAKS = "these end no line: \u2028 \x85 \x1c \x0b \x0c"
 ROWS = [
@@ -37,8 +55,11 @@ def write(folder, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
-def test_every_kind_of_file_gives_the_same_rows(suffix, tmp_path):
-    assert read_file(write(tmp_path, suffix)).rows == ROWS
+def test_every_kind_of_file_gives_the_same_rows(suffix, tmp_path, read):
+    file = write(tmp_path, suffix)
+    rows, found = read(file)
+    assert rows == ROWS
+    assert found.record(3)["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -70,11 +91,11 @@ def test_every_kind_of_file_gives_the_same_rows(suffix, tmp_path):
         ("a.txt", "a", r"should end in one of \.json, \.jsonl, \.csv, \.parquet"),
     ],
 )
-def test_a_broken_file_is_named_with_the_line(name, content, sentence, tmp_path):
+def test_a_broken_file_is_named_with_the_line(name, content, sentence, tmp_path, read):
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=sentence) as caught:
-        read_file(file)
+        read(file)
     assert "\n" not in str(caught.value)
 
 
@@ -83,15 +104,21 @@ def test_a_missing_file_is_named(tmp_path):
         read_file(tmp_path / "nothing.json")
 
 
-def test_blank_lines_and_windows_line_ends_are_skipped(tmp_path):
+def test_blank_lines_and_windows_line_ends_are_skipped(tmp_path, read):
     objects, table = '\ufeff{"a": "1"}\r\n\r\n \t\r\n{"a": "2"}\r\n\r\n', "\ufeff\r\na\r\n1\r\n\r\n2\r\n\r\n"
-    for name, content, lines in (("a.jsonl", objects, [1, 4]), ("a.csv", table, [3, 5])):
+    old = table.replace("\r\n", "\r")
+    for name, content, lines in (("a.jsonl", objects, [1, 4]), ("a.csv", table, [3, 5]), ("b.csv", old, [3, 5])):
         (tmp_path / name).write_bytes(content.encode())
-        found = read_file(tmp_path / name)
-        assert found.rows == [{"a": "1"}, {"a": "2"}]
-        assert found.numbers == lines
+        rows, found = read(tmp_path / name)
+        assert rows == [{"a": "1"}, {"a": "2"}]
+        assert list(found.numbers) == lines
         with pytest.raises(UserError, match=rf"{name}, line {lines[0]}: field 'b' is missing; the fields are a\."):
-            found.convert(lambda row: field(row, "b"))
+            read(tmp_path / name, lambda row: field(row, "b"))
+
+
+def test_fields_of_csv_keep_their_line_ends_and_marks(tmp_path, read):
+    (tmp_path / "a.csv").write_bytes('a,b\n"1\n\n2\r3\r\n4",\ufeff5\n\ufeff6,7\n'.encode())
+    assert read(tmp_path / "a.csv")[0] == [{"a": "1\n\n2\r3\r\n4", "b": "\ufeff5"}, {"a": "\ufeff6", "b": "7"}]
 
 
 def test_a_long_field_of_csv_is_read_and_the_limit_of_the_module_is_kept(tmp_path):
@@ -140,20 +167,20 @@ def test_parquet_with_a_repeated_column_or_broken_text_is_refused(tmp_path):
         ("1" * 4000, "11... should be an object with named fields."),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named_with_its_field(row, sentence, tmp_path):
+def test_a_row_that_cannot_be_used_is_named_with_its_field(row, sentence, tmp_path, read):
     (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n' + row)
     with pytest.raises(UserError, match="line 2: ") as caught:
-        read_file(tmp_path / "a.jsonl").convert(dict)
+        read(tmp_path / "a.jsonl", dict)
     assert sentence in str(caught.value)
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
-def test_an_empty_file_is_refused(suffix, tmp_path):
+def test_an_empty_file_is_refused(suffix, tmp_path, read):
     file = tmp_path / f"empty.{suffix}"
     file.write_text("")
     with pytest.raises(UserError, match=rf"empty\.{suffix} has no rows\.$"):
-        read_file(file).convert(lambda row: row)
+        read(file)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +220,12 @@ def test_the_validation_rows_are_those_that_the_library_datasets_draws():
     assert rest == sorted(expected["train"]["x"])
 
 
-def test_the_hub_is_read_by_the_library(tmp_path):
+def test_the_hub_is_read_by_the_library(tmp_path, capfd):
     pytest.importorskip("datasets")
     write(tmp_path, "jsonl").rename(tmp_path / "train.jsonl")
     found = read_hub(str(tmp_path), None, "train")
     assert found.rows == ROWS
+    assert "Generating" not in capfd.readouterr().err  # a progress bar of the library
     with pytest.raises(UserError, match=r"^task\.data: split 'test' of .* cannot be loaded: .*data=FOLDER\.$"):
         read_hub(str(tmp_path), None, "test")
 
