@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from pera_lab.convert.servers import READERS, Form, Server, Start
 from pera_lab.convert.truncate import Truncation, measured, truncate
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, read_object, require_free, reserved, write_json
-from pera_lab.opening import Location, before_quantization, copy_tokenizer, open_model
+from pera_lab.opening import Location, base_folder, before_quantization, copy_tokenizer, open_model
 
 
 class Export(NamedTuple):
@@ -102,6 +103,8 @@ def _export(
         raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a PERA adapter can be exported.")
     model, tokenizer = open_model(location, dtype, needs_tokenizer=False)
     _check_tokens(location, model, form, target)
+    if form == "mlx" or (target is not None and target.top_rope):
+        _warn_of_rope(location, READERS[form] if target is None else target.name)
     layers, truncation = folded_layers(model, {"default": 1.0}), None
     written, rank = layers, max(layer.A.shape[-2] for layer in layers.values())
     if energy is not None or (max_rank is not None and max_rank < rank):
@@ -190,6 +193,20 @@ def _check_tokens(location: Location, model: Any, form: Form, server: Server | N
         raise UserError(
             f"{location.name!r} was trained with {trained} tokens, but its base has {own}, which {reader} cannot hold; "
             "merge it with: pera merge"
+        )
+
+
+def _warn_of_rope(location: Location, reader: str) -> None:
+    """Warn if the base states its rotary base only where transformers 5 looks for it."""
+    if embedded.embedded_name(location.base) is not None:  # served from the hub
+        return
+    content = read_object(base_folder(location) / "config.json")
+    rope = content.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in content:
+        warnings.warn(
+            f"config.json of {location.base!r} has rope_theta inside rope_parameters only, where {reader} does not "
+            f'look; add "rope_theta": {rope["rope_theta"]} at its top before you serve it',
+            stacklevel=2,
         )
 
 

@@ -73,6 +73,8 @@ class Server:
     """Whether it accepts an adapter on an embedding."""
     other_layers: bool = False
     """Whether it accepts adapters on layers that are neither linear nor embeddings."""
+    top_rope: bool = False
+    """Whether it looks for ``rope_theta`` at the top of a config.json, where transformers 5 does not write it."""
     every_block: bool = False
     """Whether it ignores a kind of layer that is not adapted in every block of the model."""
 
@@ -218,8 +220,8 @@ SERVERS = {
         Server("lorax", "lora", _lorax, every_block=True),
         Server("llama.cpp", "gguf", _llama_cpp),
         Server("ollama", "gguf", _ollama),
-        Server("mlx", "mlx", _mlx),
-        Server("mistralrs", "lora", _mistralrs),
+        Server("mlx", "mlx", _mlx, top_rope=True),
+        Server("mistralrs", "lora", _mistralrs, top_rope=True),
         Server("peft", "lora", _peft, trained_whole=True, embeddings=True, other_layers=True),
     )
 }

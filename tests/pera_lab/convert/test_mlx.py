@@ -1,6 +1,7 @@
 """An adapter in the format of mlx-lm: exported, read back, imported; what mlx-lm would skip is refused."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pera.errors import UserError
 from pera_lab.convert.export import export
 from pera_lab.convert.from_lora import import_lora
+from pera_lab.embedded import state_rope_theta
 from pera_lab.mlx import check_architecture
 from pera_lab.opening import locate_adapter
 
@@ -20,7 +22,8 @@ WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 def exported(save_adapter, tiny_llama, tmp_path):
     """The folder of an MLX export, next to the folder "adapter" that it was made from."""
     save_adapter(tmp_path / "adapter", tiny_llama, rank_pattern={"v_proj": 2}, normalization="rms", anchors=2)
-    done = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server="mlx")
+    with pytest.warns(UserWarning, match="rope_theta inside rope_parameters only, where mlx does not look; add"):
+        done = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server="mlx")
     assert done.agreement.agree
     assert done.start == f"mlx_lm.server --model {tiny_llama} --adapter-path {tmp_path / 'out'}"
     return tmp_path / "out"
@@ -110,6 +113,16 @@ def test_a_missing_factor_or_another_weight_is_named(exported):
         save_file(changed, exported / WEIGHTS)
         with pytest.raises(UserError, match=words):
             import_lora(locate_adapter(str(exported)), exported.parent / "back")
+
+
+def test_a_base_that_states_rope_theta_at_the_top_needs_no_warning(save_llama, save_adapter, tmp_path):
+    base = save_llama(tmp_path / "base")
+    state_rope_theta(base)
+    save_adapter(tmp_path / "adapter", base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*rope_theta.*")
+        export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", to="mlx")
+        export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "for", server="mistralrs")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pera_lab.tasks.own import OwnTask
 from pera_lab.training import train
 
 datasets = pytest.importorskip("datasets")
+ipc = pytest.importorskip("pyarrow.ipc")
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,10 @@ def test_token_ids_are_made_once_for_the_same_rows_and_settings(file, tokenizer,
         assert [number(task), number(task)] == [1, 0]
     assert [number(max_length=9), number(max_length=9)] == [1, 0]
     assert [number(tokenizer=own_tokenizer), number(tokenizer=own_tokenizer)] == [1, 0]
+    half = subsample(OwnTask(data=str(file), test_size=5).build(), share=0.5).train
+    made.clear()
+    assert len(encode_stored(OwnTask(data=str(file), test_size=5), tokenizer, half, 64).rows) == len(half)
+    assert made == [1]
     monkeypatch.setattr(cache, "_code", lambda task: ["another version"])
     assert number() == 1
     file.write_text(file.read_text().replace("question 7", "question 8"))
@@ -155,7 +160,10 @@ def test_a_damaged_cache_is_one_sentence(file, tokenizer, long_data, cached):
     task = OwnTask(data=str(file), test_size=5)
     encode(task, tokenizer)
     (folder,) = cached.iterdir()
-    for damage in (b"", (folder / "rows.arrow").read_bytes()[:400]):
+    few = ipc.open_stream((folder / "rows.arrow").read_bytes()).read_all().slice(0, 3)
+    with ipc.new_stream(folder / "few.arrow", few.schema) as writer:
+        writer.write_table(few)
+    for damage in (b"", (folder / "rows.arrow").read_bytes()[:400], (folder / "few.arrow").read_bytes()):
         (folder / "rows.arrow").write_bytes(damage)
         with pytest.raises(UserError, match=rf"{folder.name}' is damaged.*; remove this folder\.$"):
             encode(task, tokenizer)
