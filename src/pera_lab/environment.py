@@ -13,7 +13,7 @@ import torch
 PACKAGES = (
     *("pera", "torch", "transformers", "peft", "accelerate", "safetensors"),
     *("scipy", "scikit-learn", "matplotlib", "jinja2"),
-    *("bitsandbytes", "reasoning-gym", "datasets", "lm-eval", "gguf", "xllamacpp"),
+    *("bitsandbytes", "reasoning-gym", "datasets", "lm-eval", "gguf", "xllamacpp", "ray"),
 )
 """The packages whose versions :func:`environment` reports: of the method, of the laboratory, and optional ones."""
 

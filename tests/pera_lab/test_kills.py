@@ -17,13 +17,10 @@ from typing import NamedTuple
 
 import pytest
 
+from folders import results
 from pera_lab import cli
 
 KILLS = {"train": 25, "merge": 20, "export": 15, "evaluate": 15, "predict": 15, "study run": 10}
-MEASURED = {"seconds", "tokens_per_second", "wall_seconds", "training_seconds"}
-"""Fields that differ between two equal calls."""
-RECORDS = {"environment.json", "cost.json", "report.html", "trainer_state.json", "training_args.bin"}
-"""Files with times."""
 
 STUDY = """
 base: {recipe}
@@ -83,27 +80,6 @@ def ended(folder, arguments):
     process = start(folder, arguments)
     process.join()
     return process.exitcode
-
-
-def without_times(value):
-    if isinstance(value, dict):
-        return {key: without_times(found) for key, found in value.items() if key not in MEASURED}
-    return value
-
-
-def results(folder):
-    """The content of every file below a folder by path, without measured times."""
-
-    def content(path):
-        if path.is_dir() or path.name in RECORDS or path.suffix in (".pt", ".pth"):
-            return None
-        if path.suffix == ".jsonl":
-            return [without_times(json.loads(line)) for line in path.read_text().splitlines()]
-        if path.suffix == ".json":
-            return without_times(json.loads(path.read_text()))
-        return path.read_bytes()
-
-    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*"))}
 
 
 @pytest.mark.slow

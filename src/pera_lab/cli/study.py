@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pera_lab.cli.console import Facts, out, progress
+
+if TYPE_CHECKING:
+    from pera_lab.study import Study
+    from pera_lab.study.folder import StudyFolder
 
 
 def run(
@@ -21,32 +25,44 @@ def run(
         Path | None, typer.Option(help="Output folder (default: studies/<study>). Existing runs are resumed.")
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=1, help="Number of processes. The same command in another terminal adds more.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, help="Number of processes (default: 1). The same command in another terminal adds more."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ray[:ADDRESS]",
+            help="Run on a Ray cluster: ray, ray:auto or ray:HOST:PORT. Without ADDRESS, Ray starts on this machine, "
+            "unless RAY_ADDRESS is set.",
+        ),
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(min=0, help="Hours after which no new run is started (default: no limit).")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed runs again.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="List the runs in order and exit.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="List the runs in order, and how long they take.")] = False,
 ) -> None:
     """Run the remaining runs of a study: the learning rates of each method first, then the reported seeds."""
     from pera_lab.files import check_folder_name
     from pera_lab.study import load_study
     from pera_lab.study.folder import StudyFolder
-    from pera_lab.study.plan import known_trials
     from pera_lab.study.runner import run_study
 
+    given = {"--on": on is not None, "--budget": budget is not None, "--retry": retry}
+    if plan and (unused := next((option for option in given if given[option]), None)):
+        raise typer.BadParameter("it has no effect with --plan; leave it out.", param_hint=unused)
+    if on is not None and workers is not None:
+        raise typer.BadParameter(
+            "it has no effect with --on; set resources.cpus and resources.gpus of a run.", param_hint="--workers"
+        )
     spec = load_study(study, overrides)
     if output is None:
         check_folder_name(spec.name)
     folder = StudyFolder(output or Path("studies") / spec.name)
     if plan:
-        ended = folder.outcomes(spec)
-        for trial in known_trials(spec, ended):
-            status = ended[trial.name].status if trial.name in ended else "to do"
-            out.print(f"{status:9} {trial.name}", soft_wrap=True)
+        _print_plan(spec, folder, workers or 1)
         return
-    outcomes = run_study(spec, folder, workers=workers, budget=budget, retry=retry, console=progress)
+    outcomes = run_study(spec, folder, workers=workers or 1, on=on, budget=budget, retry=retry, console=progress)
     counts = Counter(outcome.status for outcome in outcomes.values())
     table = Facts()
     table.add_row("study", str(folder.path))
@@ -60,6 +76,36 @@ def run(
     out.print(f"Next: pera study report {folder.path}", soft_wrap=True)
     if counts["failed"]:
         raise typer.Exit(1)
+
+
+def _print_plan(study: Study, folder: StudyFolder, workers: int) -> None:
+    """Print the runs that are known so far, what they need together, and what comes after them."""
+    from pera_lab.study.plan import Expectation, known_trials
+
+    ended = folder.outcomes(study)
+    statuses = {
+        trial.name: ended[trial.name].status if trial.name in ended else "to do" for trial in known_trials(study, ended)
+    }
+    for name, status in statuses.items():
+        out.print(f"{status:9} {name}", soft_wrap=True)
+    expected = Expectation(study, ended)
+    seconds, later = expected.remaining(), expected.later()
+    known = [second for second in seconds if second is not None]
+    hours = sum(known) / 3600
+    shared = f", {hours / workers:.1f} h with {workers} workers" if workers > 1 else ""
+    extended = study.choose.extend * len(study.choose.seeds) * len(expected.undecided())
+    table = Facts()
+    table.add_row("runs", ", ".join(f"{n} {status}" for status, n in sorted(Counter(statuses.values()).items())))
+    if later:
+        table.add_row("after", f"{len(later)} reported runs, when the learning rates are chosen")
+    if extended:
+        table.add_row("", f"up to {extended} runs at further rates, if the best rate lies at an edge")
+    if seconds:
+        unknown = "unknown until the first run has finished"
+        table.add_row("expected", f"about {hours:.1f} h for all{shared}" if known else unknown)
+    out.print(table, soft_wrap=True)
+    command = f"pera study report {folder.path}"
+    out.print(f"Next: {'this command without --plan, then ' if seconds else ''}{command}", soft_wrap=True)
 
 
 def report(

@@ -133,13 +133,24 @@ class Expectation:
 
     def remaining(self) -> list[float | None]:
         """The expected seconds of each remaining run, including runs whose learning rate is not chosen yet."""
+        known = [trial for trial in known_trials(self._study, self._outcomes) if trial.name not in self._outcomes]
+        return [self(trial) for trial in [*known, *self.later()]]
+
+    def later(self) -> list[Trial]:
+        """The reported trials whose learning rate is not chosen yet, at any rate."""
+        study, rate = self._study, self._study.choose.learning_rate[0]
+        return [
+            Trial(study, cell, "report", rate, seed) for cell in self.undecided() for seed in study.report_seeds(cell)
+        ]
+
+    def undecided(self) -> list[Cell]:
+        """The cells whose learning rate is not chosen yet."""
         study, outcomes = self._study, self._outcomes
-        trials = [trial for trial in known_trials(study, outcomes) if trial.name not in outcomes]
-        for cell in study.cells():
-            if any(trial.name not in outcomes for trial in choose_trials(study, cell, outcomes)):
-                rate = study.choose.learning_rate[0]
-                trials += [Trial(study, cell, "report", rate, seed) for seed in study.report_seeds(cell)]
-        return [self(trial) for trial in trials]
+        return [
+            cell
+            for cell in study.cells()
+            if any(trial.name not in outcomes for trial in choose_trials(study, cell, outcomes))
+        ]
 
     @staticmethod
     def _kinds(trial: Trial) -> list[tuple[str, ...]]:

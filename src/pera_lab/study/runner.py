@@ -5,38 +5,24 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import shutil
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from rich.console import Console
 from rich.progress import TimeElapsedColumn
 
-from pera.errors import PeraError, UserError, one_line
-from pera.tuner import PeraConfig
-from pera_lab.adapters import HEAD
-from pera_lab.diagnose import run_effects
-from pera_lab.diagnose.effect import run_loss
-from pera_lab.evaluation import evaluate_run
-from pera_lab.files import InUse, read_as, write_json
+from pera.errors import UserError
 from pera_lab.progress import ProgressBar
-from pera_lab.runs import Run
+from pera_lab.study import cluster
 from pera_lab.study.folder import StudyFolder
-from pera_lab.study.interaction import run_interaction
-from pera_lab.study.plan import Expectation, Outcome, known_trials
-from pera_lab.study.spec import Study, Trial
-from pera_lab.training import LossNotFinite, TrainingSummary, train
-
-DIVERGED = 2.0
-"""A training has diverged if its last logged loss exceeds its first by this factor."""
-
-EFFECT_EXAMPLES = 128
-"""The most held-out examples that the effect of the high-order terms is measured on: about nine float32 passes."""
+from pera_lab.study.perform import affordable, perform_first
+from pera_lab.study.plan import Expectation, Outcome
+from pera_lab.study.spec import Resources, Study, Trial
 
 
 def run_study(
@@ -44,6 +30,7 @@ def run_study(
     folder: StudyFolder,
     *,
     workers: int = 1,
+    on: str | None = None,
     budget: float | None = None,
     retry: bool = False,
     console: Console | None = None,
@@ -54,6 +41,7 @@ def run_study(
         study: the study.
         folder: its folder. Runs in it are resumed.
         workers: number of processes. The same command can add processes at any time.
+        on: the Ray cluster that runs the trials, instead of ``workers``, as in :func:`cluster.address_of`.
         budget: hours. No run is started that is expected to end later.
         retry: repeat the runs that failed.
         console: shows the progress.
@@ -62,21 +50,34 @@ def run_study(
         The outcomes by name of trial.
 
     Raises:
-        UserError: as :meth:`StudyFolder.prepare`; the data of a task are missing; or a worker was killed.
+        UserError: as :meth:`StudyFolder.prepare`; the data of a task are missing; this machine or the cluster lacks the
+            resources of the study; or workers were killed.
     """
+    deadline = math.inf if budget is None else time.time() + 3600 * budget
+    if on is not None:
+        address = cluster.address_of(on)
+        _check_data(study)
+        with cluster.connected(address):
+            cluster.demand(study.resources)
+            folder.prepare(study, retry=retry)
+            with _Bar(study, folder, console) as bar:
+                cluster.run_tasks(study, folder, deadline, bar.show)
+        return folder.outcomes(study)
+    _check_cpus(workers, study.resources.cpus)
+    gpus = _gpu_of_each(workers, study.resources.gpus)
     _check_data(study)
     folder.prepare(study, retry=retry)
-    deadline = math.inf if budget is None else time.time() + 3600 * budget
-    if workers == 1:
+    if workers == 1 and study.resources == Resources():
         with _Bar(study, folder, console) as bar:
             work(study, folder, deadline, bar)
         return folder.outcomes(study)
     context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // workers)
+    threads = study.resources.cpus or max(1, torch.get_num_threads() // workers)
     processes = [context.Process(target=_worker, args=(folder.path, deadline, threads)) for _ in range(workers)]
     try:
-        for process in processes:
-            process.start()
+        for process, gpu in zip(processes, gpus, strict=True):
+            with _visible_gpu(gpu):
+                process.start()
         with _Bar(study, folder, console) as bar:
             while any(process.is_alive() for process in processes):
                 bar.show("")
@@ -108,85 +109,62 @@ def work(study: Study, folder: StudyFolder, deadline: float, bar: _Bar | None = 
         deadline: in seconds since the epoch. No trial is started that is expected to end later.
         bar: shows the running trial.
     """
-    while True:
-        outcomes = folder.outcomes(study)
-        expected = Expectation(study, outcomes)
-        remaining = [trial for trial in known_trials(study, outcomes) if trial.name not in outcomes]
-        affordable = [trial for trial in remaining if time.time() + (expected(trial) or 0) < deadline]
-        for trial in affordable:
-            try:
-                with folder.in_use(trial):
-                    if folder.outcome(trial) is None:
-                        if bar is not None:
-                            bar.show(trial.name)
-                        _perform(trial, folder)
-            except InUse:  # another worker runs it
-                continue
-            break
-        else:
-            if not affordable:
-                return
+    while trials := affordable(study, folder, deadline):
+        if not perform_first(trials, folder, None if bar is None else bar.show):
             time.sleep(0.5)  # the trials that others run may make further trials known
 
 
-def _perform(trial: Trial, folder: StudyFolder) -> None:
-    """Start or resume one trial, score it, and write its outcome."""
-    run, start = folder.run(trial), time.perf_counter()
+def _check_cpus(workers: int, cpus: int | None) -> None:
+    """Raise UserError if this machine has too few CPUs for each worker to have as many as it asks for."""
+    count = os.cpu_count() or 1
+    if cpus is not None and workers * cpus > count:
+        raise UserError(
+            f"resources.cpus={cpus}: {workers} workers need {workers * cpus} CPUs, but this machine has {count}; lower "
+            "resources.cpus or --workers."
+        )
+
+
+def _gpu_of_each(workers: int, share: float | None) -> list[str | None]:
+    """The GPU of each worker, as CUDA_VISIBLE_DEVICES names it. Workers share GPUs if there are too few.
+
+    Args:
+        workers: number of workers.
+        share: the part of a GPU that a worker needs. With None, it takes what there is.
+
+    Returns:
+        The GPU by worker: "" for none, None for the one that this process would take.
+
+    Raises:
+        UserError: there are too few GPUs for ``share``.
+    """
+    count = torch.cuda.device_count()
+    if share == 0:
+        return [""] * workers
+    if share is not None and count * int(1 / share) < workers:
+        raise UserError(
+            f"resources.gpus={share:g}: {workers} workers need {math.ceil(workers / int(1 / share))} GPUs, but this "
+            f"machine has {count}; lower resources.gpus or --workers."
+        )
+    if count < 2:
+        return [None] * workers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible is not None else [str(i) for i in range(count)]
+    return [names[i % count] for i in range(workers)]
+
+
+@contextmanager
+def _visible_gpu(gpu: str | None) -> Iterator[None]:
+    """Show only ``gpu`` to the processes that start in the block; None shows all."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     try:
-        outcome = _run(trial, run)
-    except InUse:  # by another command
-        raise
-    except LossNotFinite as error:
-        outcome = Outcome("diverged", str(error))
-    except Exception as error:  # one failed run must not stop the others
-        kind = "" if isinstance(error, PeraError) else f"{type(error).__name__}: "
-        outcome = Outcome("failed", f"{kind}{one_line(error)}")
-    run.path.mkdir(parents=True, exist_ok=True)
-    outcome = replace(outcome, wall_seconds=round(time.perf_counter() - start, 2))
-    write_json(run.path / "outcome.json", asdict(outcome))
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-
-
-def _run(trial: Trial, run: Run) -> Outcome:
-    recipe = trial.recipe()
-    run.trust_remote_code = recipe.model.trust_remote_code  # the user's study decides, not the run folder
-    if not run.recipe_file.is_file():
-        shutil.rmtree(run.path, ignore_errors=True)  # killed before the recipe was written
-        run = Run.create(recipe, run.path)
-    if run.finished:
-        run.remove_stale_lock()
-    else:
-        train(recipe, run, resume=True)
-    if trial.phase == "report":
-        _report(trial, run)
-    outcome = Outcome("finished", "", run_loss(run), _training_seconds(run), num_parameters(run))
-    losses = [line["loss"] for line in run.metrics()]
-    if losses and losses[-1] > DIVERGED * losses[0]:
-        error = f"the training loss rose from {losses[0]:.4g} to {losses[-1]:.4g}"
-        return replace(outcome, status="diverged", error=error)
-    return outcome
-
-
-def _report(trial: Trial, run: Run) -> None:
-    """Score a reported run and measure the effect of its terms, as far as this was not done before."""
-    if "adapter" not in run.scores():
-        evaluate_run(run)
-    if isinstance(trial.recipe().peft_config(), PeraConfig) and not run.effect_file.is_file():
-        run_effects(run, examples=EFFECT_EXAMPLES, ranks=False)
-    if trial.seed == trial.study.report_seeds(trial.cell)[0] and not run.interaction_file.is_file():
-        run_interaction(run)
-
-
-def _training_seconds(run: Run) -> float | None:
-    """Seconds of the whole training, extrapolated from the time since it was last resumed."""
-    cost, metrics = read_as(run.cost_file, TrainingSummary), run.metrics()
-    return cost.seconds * metrics[-1]["step"] / cost.steps if metrics and cost.steps else None
-
-
-def num_parameters(run: Run) -> int:
-    """Trained parameters without a classification head, which all methods share. For full fine-tuning, all of them."""
-    is_full = getattr(run.adapter.config, "target_modules", None) == DUMMY_TARGET_MODULES
-    return sum(n for key, n in run.adapter.sizes.items() if is_full or not HEAD.search(key))
+        yield
+    finally:
+        if gpu is not None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+            if before is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _worker(path: Path, deadline: float, threads: int) -> None:

@@ -171,6 +171,21 @@ class Reporting(Section):
         return self
 
 
+class Resources(Section):
+    """What a run may use. It changes how fast a study runs, not what it computes."""
+
+    cpus: int | None = Field(None, ge=1)
+    """Threads (default: one on a Ray cluster, else the threads of this machine divided by the workers)."""
+    gpus: float | None = Field(None, ge=0, le=1)
+    """GPUs. Two runs share a GPU with 0.5, and a run uses none with 0 (default: one if there is one)."""
+
+    @model_validator(mode="after")
+    def _check_share(self) -> Resources:
+        if self.gpus and self.gpus < 0.01:
+            raise ValueError(f"gpus={self.gpus:g} should be 0 or at least 0.01")
+        return self
+
+
 class Study(Section):
     """A complete description of a study. :func:`load_study` reads one."""
 
@@ -182,6 +197,7 @@ class Study(Section):
     grid: Grid
     choose: Choose
     report: Reporting = Reporting()
+    resources: Resources = Resources()
     against: str = ""
     """Label of the reference method (default: the first method)."""
 

@@ -20,13 +20,13 @@ import tiny
 from pera.errors import UserError
 from pera_lab.files import InUse, write_json
 from pera_lab.methods import peft_config, resolve_targets
-from pera_lab.report.study import study_sections
 from pera_lab.runs import Run
 from pera_lab.study import load_study
 from pera_lab.study.folder import StudyFolder
+from pera_lab.study.perform import _perform, num_parameters
 from pera_lab.study.plan import Expectation, Outcome, best_rate, known_trials
 from pera_lab.study.results import Results
-from pera_lab.study.runner import _perform, num_parameters, run_study, work
+from pera_lab.study.runner import run_study, work
 
 LORA, PERA = "family_relationships-lora-r2", "family_relationships-pera-rms-0.3-r2"
 
@@ -45,15 +45,6 @@ def whole(folder):
             for key in ("seconds", "wall_seconds"):
                 timed.pop(key, None)
         found[run.name] = (outcome, scores, (run / "adapter" / "adapter_model.safetensors").read_bytes())
-    return found
-
-
-def tables(folder):
-    """The tables of the study's report and of its pictures, without costs."""
-    shown = [(s.id, item) for s in study_sections(Results(folder)) if s.id != "costs" for item in s.items]
-    found = [(id_, item.content) for id_, item in shown if item.kind == "table"]
-    found += [(id_, item.content.table) for id_, item in shown if item.kind == "picture"]
-    assert {"summary", "scores", "differences", "rates", "losses", "terms", "interactions"} <= {id_ for id_, _ in found}
     return found
 
 
@@ -182,6 +173,76 @@ def test_two_workers_share_the_runs(finished, study_file, tmp_path):
     assert whole(folder) == whole(finished)
 
 
+@pytest.fixture
+def started(monkeypatch, study_file, tmp_path):
+    """Runs the small study with processes that do nothing. Returns the visible GPUs and the threads of each."""
+
+    def run(workers, gpus, *overrides):
+        found = []
+
+        class Idle(multiprocessing.Process):
+            exitcode = 0
+
+            def __init__(self, target, args):
+                self.threads = args[-1]
+
+            def start(self):
+                found.append((os.environ.get("CUDA_VISIBLE_DEVICES"), self.threads))
+
+            def is_alive(self):
+                return False
+
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+        monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+        monkeypatch.setattr("os.cpu_count", lambda: 8)
+        monkeypatch.setattr(multiprocessing.get_context("spawn").__class__, "Process", Idle)
+        before = dict(os.environ)
+        run_study(study_of(study_file, *overrides), StudyFolder(tmp_path / "idle"), workers=workers)
+        assert dict(os.environ) == before
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "visible", "overrides", "expected"),
+    [
+        (2, 2, None, [], ["0", "1"]),
+        (3, 2, None, [], ["0", "1", "0"]),
+        (2, 2, "5,7", [], ["5", "7"]),
+        (2, 1, "5", [], ["5", "5"]),
+        (2, 0, None, [], [None, None]),
+        (1, 2, None, ["resources.gpus=0"], [""]),
+        (4, 2, None, ["resources.gpus=0.5"], ["0", "1", "0", "1"]),
+    ],
+)
+def test_each_worker_sees_its_own_gpu(workers, gpus, visible, overrides, expected, started, monkeypatch):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu for gpu, _ in started(workers, gpus, *overrides)] == expected
+
+
+def test_workers_have_the_threads_of_the_study_or_divide_those_of_the_machine(started):
+    assert [threads for _, threads in started(4, 0)] == [2, 2, 2, 2]
+    assert [threads for _, threads in started(2, 0, "resources.cpus=3")] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("workers", "override", "message"),
+    [
+        (3, "resources.gpus=1", r"resources\.gpus=1: 3 workers need 3 GPUs, but this machine has 2"),
+        (5, "resources.gpus=0.5", r"resources\.gpus=0\.5: 5 workers need 3 GPUs, but this machine has 2"),
+        (3, "resources.cpus=3", r"resources\.cpus=3: 3 workers need 9 CPUs, but this machine has 8"),
+    ],
+)
+def test_resources_that_this_machine_lacks_are_refused(workers, override, message, started, tmp_path):
+    with pytest.raises(UserError, match=message):
+        started(workers, 2, override)
+    assert not (tmp_path / "idle").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_workers_exit_when_their_parent_dies(study_file, tmp_path, sent):
@@ -222,22 +283,22 @@ def test_a_trial_that_another_worker_runs_is_skipped(study_file, tmp_path):
 
 
 def test_a_failed_run_is_recorded_and_the_others_continue(study_file, tmp_path, monkeypatch):
-    from pera_lab.study import runner
+    from pera_lab.study import perform
 
     def train(recipe, run, **options):
         if recipe.method["name"] == "lora":
             raise RuntimeError("out of\nluck")
         return trained(recipe, run, **options)
 
-    trained = runner.train
-    monkeypatch.setattr(runner, "train", train)
+    trained = perform.train
+    monkeypatch.setattr(perform, "train", train)
     folder, study = StudyFolder(tmp_path / "failing"), study_of(study_file, "training.max_steps=1")
     outcomes = run_study(study, folder)
     assert {n: o.error for n, o in outcomes.items() if o.status == "failed"} == {
         f"{LORA}-choose-lr{rate}-seed1": "RuntimeError: out of luck" for rate in (0.001, 0.03)
     }
     assert sum(o.status == "finished" for o in outcomes.values()) == 4
-    monkeypatch.setattr(runner, "train", trained)
+    monkeypatch.setattr(perform, "train", trained)
     assert len(run_study(study, folder)) == 6  # failed runs are repeated only on request
     assert len(run_study(study, folder, retry=True)) == 8
 
@@ -250,7 +311,7 @@ def test_the_study_decides_whether_code_of_its_base_may_run(trusted, study_file,
         seen.append(run.trust_remote_code)
         raise UserError("seen")
 
-    monkeypatch.setattr("pera_lab.study.runner.train", look)
+    monkeypatch.setattr("pera_lab.study.perform.train", look)
     study, folder = (
         study_of(study_file, f"settings.model.trust_remote_code={json.dumps(trusted)}"),
         StudyFolder(tmp_path),
@@ -274,7 +335,7 @@ def test_a_non_finite_loss_is_recorded_as_diverged(study_file, tmp_path):
 
 
 def test_a_rising_loss_is_recorded_as_diverged(study_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("pera_lab.study.runner.DIVERGED", 0.1)
+    monkeypatch.setattr("pera_lab.study.perform.DIVERGED", 0.1)
     overrides = [
         "grid.method=[lora]",
         "choose.learning_rate=[1e-3]",

@@ -1,13 +1,17 @@
 """Reading a study: its trials, their recipes, and mistakes in it."""
 
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 
 from pera.errors import UserError
 from pera.polynomial import expanded_rank
+from pera_lab.files import write_json
 from pera_lab.recipe import shipped_files, write_value
 from pera_lab.study import load_study
 from pera_lab.study.folder import StudyFolder
-from pera_lab.study.plan import known_trials
+from pera_lab.study.plan import Outcome, known_trials
 from pera_lab.study.spec import Trial
 
 
@@ -196,13 +200,40 @@ def test_the_command_plans_runs_and_reports(pera, study_file, tmp_path):
     small = ["training.max_steps=1", "grid.method=[lora]", "report.seeds=[42]", "choose.learning_rate=[1e-3]"]
     planned = pera("study", "run", study_file, *small, "--plan")
     assert planned.code == 0
-    assert planned.out.split() == ["to", "do", "family_relationships-lora-r2-choose-lr0.001-seed1"]
+    assert planned.out.splitlines()[:2] == [
+        "to do     family_relationships-lora-r2-choose-lr0.001-seed1",
+        "runs      1 to do",
+    ]
     assert not (tmp_path / "studies").exists()
     done = pera("study", "run", study_file, *small)
     assert done.code == 0
     assert "2 finished" in done.out
     assert pera("study", "report", "studies/small").code == 0
     assert (tmp_path / "studies" / "small" / "report.md").is_file()
+
+
+def test_a_plan_ends_with_counts_hours_and_what_comes_after(pera, study_file):
+    """Eight runs of half an hour: two have ended, two are known, and four follow from their results."""
+    plan = ["study", "run", study_file, "--output", "study", "choose.extend=3", "--plan"]
+    assert pera(*plan).out.splitlines()[4:] == [
+        "runs      4 to do",
+        "after     4 reported runs, when the learning rates are chosen",
+        "          up to 6 runs at further rates, if the best rate lies at an edge",
+        "expected  unknown until the first run has finished",
+        "Next: this command without --plan, then pera study report study",
+    ]
+    for trial in known_trials(load_study(str(study_file)), {})[:2]:
+        run = Path("study", "runs", trial.name)
+        run.mkdir(parents=True)
+        write_json(run / "outcome.json", asdict(Outcome("finished", loss=1.0, wall_seconds=1800.0)))
+    lines = pera(*plan, "--workers", "2").out.splitlines()
+    assert "runs      2 finished, 2 to do" in lines
+    assert "expected  about 3.0 h for all, 1.5 h with 2 workers" in lines
+
+
+def test_shares_of_a_gpu_are_checked(refused, study_file):
+    refused("study", "run", study_file, "resources.gpus=2", words=["resources.gpus", "less than or equal to 1"])
+    refused("study", "run", study_file, "resources.gpus=1e-9", words=["gpus=1e-09 should be 0 or at least 0.01"])
 
 
 def test_the_command_names_a_mistake_in_one_sentence(refused, study_file):
