@@ -17,11 +17,11 @@ try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 except ImportError:
 
-    def get_quantization_kwargs(model: Any) -> dict[str, Any]:
+    def get_quantization_kwargs(model: Any) -> dict[str, Any]:  # type: ignore[misc]
         """What PEFT 0.20 needs to know of a model to adapt its quantized layers: nothing here."""
         return {}
 
-    def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:
+    def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Any:  # type: ignore[misc]
         """None, for a plain layer; raises UserError for a quantized one."""
         weight = getattr(base_layer, "weight", None)
         plain = weight is None or (type(weight.data) in (torch.Tensor, DTensor) and weight.is_floating_point())

@@ -386,8 +386,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     def get_base_weight(self) -> Tensor:
         """The weight of the base layer, dequantized if it is quantized."""
         if self.quantization_backend is None:
-            weight: Tensor = self.get_base_layer().weight.data
-            return weight
+            base: Any = self.get_base_layer()
+            return base.weight.data
         return super().get_base_weight()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
