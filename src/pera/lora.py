@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -24,7 +24,6 @@ from pera.polynomial import Normalization, Terms, lora_factors, num_coefficients
 from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, PeraModel, adapted_layers
 from pera.tuner.layers import layer_class
 from pera.tuner.names import is_wrapped
-from pera.tuner.quantization import get_quantization_kwargs
 from pera.tuner.sharding import reshard
 from pera.tuner.tying import without
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from pera.errors import UserError
 from pera.tuner.names import plain_name
-from pera.tuner.quantization import get_quantization_kwargs, resolve_quantization_backend
 
 KINDS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The kinds of layers that can be adapted. Quantized linear layers are decided by PEFT."""

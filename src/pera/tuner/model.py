@@ -17,7 +17,11 @@ from peft.tuners.tuners_utils import (
     _check_lora_target_modules_mamba,
     check_target_module_exists,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+)
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -28,7 +32,6 @@ from pera.tuner.call import one_call
 from pera.tuner.checks import check_effects, check_names
 from pera.tuner.layers import ParamWrapper, PeraLayer, adapted_layers, keep_unpacked, layer_class
 from pera.tuner.names import check_wrapped, plain_name
-from pera.tuner.quantization import get_quantization_kwargs
 from pera.tuner.routing import route_samples
 from pera.tuner.saved import anchored_name, check_anchored_names, check_loaded, is_factor
 from pera.tuner.sharding import Factors, divided_by_fsdp, reshard, tensor_parallel

@@ -3,22 +3,19 @@
 ``pytest -rP`` shows the figures of the tests that measure.
 """
 
-import importlib.util
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
-import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
-from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from pera import PeraConfig, UserError
-from pera.tuner import PeraLinear, quantization
+from pera.tuner import PeraLinear
 from pera.tuner.layers import keep_unpacked
 from pera_lab.models import load_tokenizer, resolve
 from reference import relative_error
@@ -410,23 +407,3 @@ def test_a_real_model_in_4_bits_learns_is_saved_and_says_what_merging_costs(tmp_
     assert losses[-1] < 0.3 * losses[0]
     assert losses[0] - merged_plain > 0.9 * (losses[0] - losses[-1])  # the way to merge without losing what was learnt
     assert merged_plain < merged
-
-
-def test_with_a_peft_that_lacks_its_functions_quantised_layers_are_refused(monkeypatch):
-    """As of 0.18 and 0.19. Plain layers work there; `make test-compat` runs them."""
-    for name in ("get_quantization_kwargs", "resolve_quantization_backend"):
-        monkeypatch.delattr(peft.utils, name)
-    spec = importlib.util.spec_from_file_location("older", quantization.__file__)
-    older = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(older)
-    linear = nn.Linear(4, 4)
-    assert older.get_quantization_kwargs(linear) == {}
-    for layer in (linear, linear.to(torch.bfloat16), nn.Embedding(4, 4), nn.LayerNorm(4), nn.Sequential()):
-        assert older.resolve_quantization_backend(layer) is None
-    packed = nn.Linear(4, 4)
-    packed.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.uint8), requires_grad=False)
-    subclass = nn.Linear(4, 4)
-    subclass.weight = nn.Parameter(TwoTensor(torch.zeros(4, 4), torch.zeros(4, 4)))
-    for layer in (packed, subclass, type("HQQLinear", (nn.Module,), {})()):
-        with pytest.raises(UserError, match=r"a quantized layer .* needs peft>=0.20, but .*; upgrade peft"):
-            older.resolve_quantization_backend(layer)

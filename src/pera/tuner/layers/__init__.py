@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,7 +15,6 @@ from pera.tuner.layers.linear import PeraConv1DLinear, PeraLinear
 from pera.tuner.layers.parameter import ParamWrapper
 from pera.tuner.layers.quantised import keep_unpacked
 from pera.tuner.names import plain_name
-from pera.tuner.quantization import resolve_quantization_backend
 
 __all__ = [
     "BASE",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from pera.anchors import Anchors, draw_anchors
@@ -18,7 +19,6 @@ from pera.polynomial import Normalization, Terms, delta_weight, expanded_rank, f
 from pera.tuner.call import keep
 from pera.tuner.checks import check_sizes
 from pera.tuner.config import PeraConfig
-from pera.tuner.quantization import resolve_quantization_backend
 from pera.tuner.sharding import Factors, Parallel, check_factors, check_whole, like_weight, read, reshard
 
 BASE = "__base__"
@@ -382,13 +382,6 @@ class PeraLayer(nn.Module, BaseTunerLayer):
         """Return whether the adapter is tied to a layer with the same weight, which merges it for both."""
         other = self.tied.get(adapter_name)
         return other is not None and other.get_base_layer().weight is self.get_base_layer().weight
-
-    def get_base_weight(self) -> Tensor:
-        """The weight of the base layer, dequantized if it is quantized."""
-        if self.quantization_backend is None:
-            base: Any = self.get_base_layer()
-            return base.weight.data
-        return super().get_base_weight()
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         bias = getattr(self.get_base_layer(), "bias", None)
