@@ -1,6 +1,6 @@
 """What each server accepts of an adapter: its format, its ranks, its kinds of layer, and the command that starts it.
 
-The limits come from the sources and documentation of the servers, named in docs/serving.md, which also says what was run.
+The limits come from the sources and documentation of the servers. docs/serving.md names them, and says what was run.
 """
 
 from __future__ import annotations
