@@ -170,7 +170,7 @@ def test_failed_check_exits_with_1(pera, run, tiny_llama, tmp_path):
         ("evaluate run --lm-eval piqa --scorer likelihood", ["--scorer", "'likelihood'", "--lm-eval"]),
         ("export adapter --to onnx --output x", ["--to", "'onnx'", "'lora', 'gguf'"]),
         ("chat adapter --temperature 1e-320", ["--temperature", "should be 0 or at least 0.01"]),
-        ("export adapter --output x", ["--to lora, --to gguf or --for SERVER"]),
+        ("export adapter --output x", ["--to lora, --to gguf, --to mlx or --for SERVER"]),
     ],
 )
 def test_usage_errors_are_one_sentence(line, words, refused):
