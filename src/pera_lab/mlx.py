@@ -45,7 +45,7 @@ class MlxAdapter(Adapter):
         """PEFT's configuration.
 
         Raises:
-            UserError: the file is not that of a LoRA of mlx-lm, or a value is missing or out of range.
+            UserError: the file describes no LoRA of mlx-lm, or a value is missing or out of range.
         """
         content = read_object(self.path / _CONFIG)
         if (kind := content.get("fine_tune_type", "lora")) != "lora":

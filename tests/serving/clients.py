@@ -151,7 +151,7 @@ def llama_cpp(request):
 
 
 def gguf_of(base):
-    """The GGUF file of a base model, beside its folder."""
+    """The GGUF file of a base model, next to its folder."""
     return base.with_name(base.name + ".gguf")
 
 
