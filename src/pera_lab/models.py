@@ -100,7 +100,8 @@ def load_model(
             check_base(name, Path(location), auto_class, labels, trust_remote_code=trust_remote_code)
     with reading(name):
         options: dict[str, Any] = {}
-        config = AutoConfig.from_pretrained(location, **remote, **head)
+        if attn_implementation is not None or quantization is not None:
+            config = AutoConfig.from_pretrained(location, **remote, **head)
         if attn_implementation is not None:
             check_attention(attn_implementation, name, config, auto_class, trust_remote_code)
             options["attn_implementation"] = attn_implementation
