@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
+    model_serializer,
 )
 from pydantic_core import PydanticCustomError
 
@@ -32,6 +34,17 @@ class Section(BaseModel):
         if _boolean_became_number(value, found):
             raise PydanticCustomError("number", "Input should be a number")
         return found
+
+
+class GrownSection(Section):
+    """A section with keys that are newer than recipes and studies which must keep their text."""
+
+    newer: ClassVar[tuple[str, ...]]
+    """Keys that are left out of what is written if they have no value, which is None or false."""
+
+    @model_serializer(mode="wrap")
+    def _without_newer_keys(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in known(self).items() if value or key not in self.newer}
 
 
 def _boolean_became_number(given: Any, found: Any) -> bool:

@@ -14,10 +14,8 @@ from pydantic import (
     Field,
     PlainValidator,
     SerializeAsAny,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -31,13 +29,15 @@ from pera_lab.quantization import Quantization
 from pera_lab.recipe.syntax import write
 from pera_lab.recipe.training import TrainingSection
 from pera_lab.recipe.yaml import apply_override, parse, read_yaml, shipped_files
-from pera_lab.sections import Section, absolute_path, flatten, name_alone
+from pera_lab.sections import GrownSection, Section, absolute_path, flatten, name_alone
 from pera_lab.tasks import EvaluationSection, Splits, Task, known_names, parse_task, subsample
 from pera_lab.tasks.registry import declared_names
 
 
-class ModelSection(Section):
+class ModelSection(GrownSection):
     """The base model. A recipe can give the name alone."""
+
+    newer = ("quantization", "attn_implementation", "device_map")
 
     name: Annotated[str, absolute_path(*EMBEDDED)]
     """Name of an embedded model, a folder, a .gguf file or a Hub id."""
@@ -54,12 +54,6 @@ class ModelSection(Section):
     """How layers are placed on several accelerators, which compute one after another; by default all are on one."""
     trust_remote_code: bool = False
     """Whether to run code that comes with the model."""
-
-    @model_serializer(mode="wrap")
-    def _without_newer_keys(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave newer keys out if they are not set: recipes of runs and studies from before them keep their text."""
-        newer = ("quantization", "attn_implementation", "device_map")
-        return {key: value for key, value in known(self).items() if key not in newer or value is not None}
 
     @model_validator(mode="after")
     def _check_revision(self) -> ModelSection:

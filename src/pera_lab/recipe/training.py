@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from pera.optim import check_groups
-from pera_lab.sections import Section, one_message
+from pera_lab.sections import GrownSection, one_message
 
 
-class TrainingSection(Section):
+class TrainingSection(GrownSection):
     """How the adapter is trained. Give exactly one of ``max_steps`` and ``epochs``."""
+
+    newer = ("packing",)
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate."""
@@ -70,11 +72,6 @@ class TrainingSection(Section):
     def effective_batch_size(self) -> int:
         """Examples in an optimizer step, over all processes."""
         return self.batch_size * self.gradient_accumulation_steps
-
-    @model_serializer(mode="wrap")
-    def _without_packing(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave ``packing`` out if it is not set: recipes of runs and studies from before it keep their text."""
-        return {key: value for key, value in known(self).items() if key != "packing" or value}
 
     @model_validator(mode="after")
     def _check_steps(self) -> TrainingSection:
