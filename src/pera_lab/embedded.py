@@ -149,15 +149,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def state_rope_theta(folder: Path) -> None:
-    """Write ``rope_theta`` into ``config.json``, where transformers 5 writes it inside ``rope_parameters`` only.
+def with_rope_theta(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a ``config.json`` with ``rope_theta`` at its top.
 
-    Programs that were written for transformers 4, such as mistral.rs, read it there.
+    transformers 5 writes it inside ``rope_parameters`` only. Programs that were written for transformers 4, such as
+    mistral.rs, read it at the top.
     """
+    rope = config.get("rope_parameters")
+    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+    return {**config, "rope_theta": theta} if isinstance(theta, int | float) else config
+
+
+def state_rope_theta(folder: Path) -> None:
+    """Write ``rope_theta`` at the top of the ``config.json`` in a folder (:func:`with_rope_theta`)."""
     content = read_object(folder / "config.json")
-    rope = content.get("rope_parameters")
-    if isinstance(rope, dict) and isinstance(theta := rope.get("rope_theta"), int | float):
-        write_json(folder / "config.json", {**content, "rope_theta": theta})
+    if (stated := with_rope_theta(content)) is not content:
+        write_json(folder / "config.json", stated)
 
 
 def _check_size(file: Path, config: PreTrainedConfig) -> None:

@@ -63,9 +63,8 @@ def export(
 
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
     done = export_adapter(location, output, to=to, max_rank=max_rank, energy=energy, server=server)
-    kinds = {"adapter.gguf": "GGUF adapter", "adapters.safetensors": "MLX adapter"}
-    kind = next((kind for file, kind in kinds.items() if (output / file).is_file()), "LoRA")
-    out.print(f"{kind} written to {output}", soft_wrap=True)
+    kinds = {"lora": "LoRA", "gguf": "GGUF adapter", "mlx": "MLX adapter"}
+    out.print(f"{kinds[done.form]} written to {output}", soft_wrap=True)
     if done.truncation:
         out.print(done.truncation.sentence(), soft_wrap=True)
     out.print(done.agreement.sentence(), soft_wrap=True)

@@ -32,6 +32,8 @@ from pera_lab.opening import Location, base_folder, before_quantization, copy_to
 class Export(NamedTuple):
     """The result of an export."""
 
+    form: Form
+    """The format."""
     agreement: Agreement
     """Comparison of the export, read back from the disk, with the adapter."""
     truncation: Truncation | None
@@ -145,7 +147,7 @@ def _export(
         sentences = [truncation.sentence()] if truncation else []
         write_card(folder, form, location, "; ".join([*sentences, agreement.sentence()]))
     if target is None:
-        return Export(agreement, truncation, None)
+        return Export(form, agreement, truncation, None)
     stored = _configuration(location).dtype if embedded.embedded_name(location.base) is None else None
     template = output / CHAT_TEMPLATE_FILE
     start = Start(
@@ -157,7 +159,7 @@ def _export(
         tokenizer=location.tokenizer is not None,
         template=template if template.is_file() else None,
     )
-    return Export(agreement, truncation, target.start(start))
+    return Export(form, agreement, truncation, target.start(start))
 
 
 _NAMES = {"lora": "LoRA export", "gguf": "GGUF export", "mlx": "MLX export"}
@@ -201,11 +203,11 @@ def _warn_of_rope(location: Location, reader: str) -> None:
     if embedded.embedded_name(location.base) is not None:  # served from the hub
         return
     content = read_object(base_folder(location) / "config.json")
-    rope = content.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in content:
+    theta = embedded.with_rope_theta(content).get("rope_theta")
+    if theta is not None and "rope_theta" not in content:
         warnings.warn(
             f"config.json of {location.base!r} has rope_theta inside rope_parameters only, where {reader} does not "
-            f'look; add "rope_theta": {rope["rope_theta"]} at its top before you serve it',
+            f'look; add "rope_theta": {theta} at its top before you serve it',
             stacklevel=2,
         )
 

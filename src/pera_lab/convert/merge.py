@@ -33,7 +33,7 @@ from pera_lab.convert.checkpoint import (
     write_index,
 )
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
-from pera_lab.embedded import state_rope_theta
+from pera_lab.embedded import state_rope_theta, with_rope_theta
 from pera_lab.files import atomic_folder, read_object, require_free, reserved, write_json
 from pera_lab.inference import base_model, stop_tokens
 from pera_lab.models import DTYPES, dequantise, tokenizer_files
@@ -196,8 +196,7 @@ def _merge_by_files(location: Location, output: Path, streamed: _Streamed, dtype
         if dtype != "stored":
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
-        write_json(folder / "config.json", config)  # last: a folder without it is not a model
-        state_rope_theta(folder)
+        write_json(folder / "config.json", with_rope_theta(config))  # last: a folder without it is not a model
         written = Checkpoint(folder)
         plain = empty_model(written, computed, trust_remote_code=location.trust_remote_code)
         with weights_on_demand(plain, written, computed):
