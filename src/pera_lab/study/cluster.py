@@ -42,7 +42,7 @@ def address_of(on: str) -> str:
         on: "ray" for the cluster of RAY_ADDRESS, or else a new one on this machine; "ray:HOST:PORT"; or "ray:auto".
 
     Raises:
-        UserError: it is none of these, nobody answers there, or Ray is not installed.
+        UserError: it has another form, nobody answers there, or Ray is not installed.
     """
     engine, colon, address = on.partition(":")
     if engine != "ray" or (colon and not address):
