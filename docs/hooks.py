@@ -17,8 +17,10 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are generated."""
     files.append(File.generated(config, "cli.md", content=_commands()))
     files.append(File.generated(config, "recipe.md", content=_recipe_keys()))
-    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "changelog.md", content=re.sub(r"\]\(docs/", "](", changes)))
+    for name, page in (("README.md", "index.md"), ("CHANGELOG.md", "changelog.md")):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](CHANGELOG.md", "](changelog.md")
+        text = re.sub(r"\]\((?!https?:|docs/|changelog|#)", "](../", text)  # other files of the repository
+        files.append(File.generated(config, page, content=text.replace("](docs/", "](")))
     return files
 
 
