@@ -54,7 +54,7 @@ def export(
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a PERA adapter as the equivalent LoRA, which does not need pera, and check that the outputs agree."""
+    """Write an adapter of PERA, LoHa, VeRA and others as the equivalent LoRA, and check that the outputs agree."""
     if to is None and server is None:
         raise typer.BadParameter("give --to lora, --to gguf, --to mlx or --for SERVER.", param_hint="--to")
     from pera.errors import CheckFailed
