@@ -10,7 +10,7 @@ ALONE := OMP_NUM_THREADS=1
 PARALLEL := -n auto --maxprocesses 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-peft test-slow test-serving bench lint docs dist format clean
+.PHONY: demo test test-peft test-slow test-examples test-serving bench lint docs dist format clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)  ## fine-tune, score, merge and export the embedded model
@@ -24,6 +24,9 @@ test-peft: $(INSTALLED)  ## PEFT's own tests, with PERA in place of LoRA
 
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --ignore tests/serving
+
+test-examples: $(INSTALLED)  ## examples/, on tiny models
+	$(ALONE) $(BIN)/python -m pytest -m slow $(PARALLEL) tests/test_examples.py
 
 test-serving: $(INSTALLED)  ## exports in the servers that run on a CPU, each installed under build/serving: about 10 GB
 	$(BIN)/python -m pytest -m slow tests/serving

@@ -1,7 +1,7 @@
 """The page and the links that a package index shows.
 
-README.md has relative links, which work in a checkout and on a code host. A package index needs absolute ones. Where the
-environment variable PERA_REPOSITORY has the address of the repository, as in the release workflow, they point there.
+README.md has relative links, which work in a checkout and on a code host. A package index needs absolute ones. They are
+made from the environment variable PERA_REPOSITORY, the address of the repository, which the release workflow sets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What mkdocs makes of other files: the command line, the keys of recipes, the changelog, and links into the repository."""
+"""What mkdocs makes of other files: the first page, the command line, the keys of recipes, the changelog."""
 
 from __future__ import annotations
 
@@ -49,12 +49,14 @@ def _commands() -> str:
 
 RECIPE = """# Recipe keys
 
-A recipe is one YAML file with these sections. Any key can be overridden on the command line: `pera train RECIPE training.learning_rate=1e-3`.
+A recipe is one YAML file with these sections. Any key can be overridden on the command line:
+`pera train RECIPE training.learning_rate=1e-3`.
 
 ## method
 
-`name` is a method, such as `pera`, `lora` or `dora` ([all of them](study.md#methods)). The other keys are its options: for `pera`, those
-of [PeraConfig](api.md#pera.PeraConfig). `alpha` and `dropout` are those words for every method that has them.
+`name` is a method, such as `pera`, `lora` or `dora` ([all of them](study.md#methods)). The other keys are its options:
+for `pera`, those of [PeraConfig](api.md#pera.PeraConfig). `alpha` and `dropout` have these names for every method that
+has them.
 """
 
 
@@ -72,7 +74,14 @@ def _recipe_keys() -> str:
 
 def _section(title: str, section: Any) -> str:
     """A table of the keys of a section, with the docstrings below its fields."""
-    lines = [f"## {title}", "", inspect.getdoc(section) or "", "", "| key | type | default | |", "| --- | --- | --- | --- |"]
+    lines = [
+        f"## {title}",
+        "",
+        inspect.getdoc(section) or "",
+        "",
+        "| key | type | default | |",
+        "| --- | --- | --- | --- |",
+    ]
     texts = {}
     for base in reversed(section.__mro__[:-1]):
         module = griffe.load(base.__module__)

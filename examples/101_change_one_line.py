@@ -2,8 +2,8 @@
 
     python examples/101_change_one_line.py [MODEL]
 
-MODEL is a folder or a Hub id (default: the embedded SmolLM2-135M). The script trains both adapters for 20 steps on the same 80
-problems and prints the loss of each. It takes about 2 minutes on two cores.
+MODEL is a folder or a Hub id (default: the embedded SmolLM2-135M). The script trains both adapters for 20 steps on the
+same 80 problems and prints the loss of each. It takes about 2 minutes on two cores.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python examples/201_teach_facts.py [MODEL [FACTS [STEPS]]]
 
-The model learns 50 invented phone numbers in one MLP. Recall is the share of numbers that it gives back whole. It takes about 5
-minutes on two cores.
+The model learns 50 invented phone numbers in one MLP. A number counts if the model gives it back whole. It takes
+about 5 minutes on two cores.
 """
 
 import sys
@@ -22,4 +22,5 @@ if __name__ == "__main__":
         run = Run.create(recipe)
         train(recipe, run)
         score = evaluate_run(run)
-        print(f"{method}, r = {recipe.method['r']}: {score.correct} of {score.n} numbers, {score.memory.bits:.0f} bits stored")
+        known, bits = f"{score.correct} of {score.n} numbers", f"{score.memory.bits:.0f} bits stored"
+        print(f"{method}, r = {recipe.method['r']}: {known}, {bits}")
