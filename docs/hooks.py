@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +38,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     return re.sub(r"\[([^\]]*)\]\((\.\./[^)#]*)\)", outside, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Remove the roles of Sphinx from docstrings."""
+    return re.sub(r":(mod|func|class|meth|data|attr):(?=<code>)", "", html)
+
+
 def _commands() -> str:
     import typer
     from typer.cli import get_docs_for_click
@@ -44,7 +50,8 @@ def _commands() -> str:
     from pera_lab.cli.app import app
 
     command = typer.main.get_command(app)
-    return get_docs_for_click(obj=command, ctx=typer.Context(command), name="pera", title="Command line")
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="pera", title="Command line")
+    return re.sub(r"(`[^`]*`)|<(?=\w)", lambda match: match[1] or "&lt;", text)  # runs/<recipe>-<time> is not HTML
 
 
 RECIPE = """# Recipe keys
@@ -89,10 +96,14 @@ def _section(title: str, section: Any) -> str:
             members = module.classes[base.__name__].attributes.items()
             texts |= {name: item.docstring.value for name, item in members if item.docstring}
     for name, field in section.model_fields.items():
-        default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
+        default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
         text = " ".join(texts.get(name, "").split()).replace("|", "\\|").replace("``", "`")
         lines.append(f"| `{name}` | {_kind(field.annotation)} | {default} | {text} |")
     return "\n".join([*lines, ""])
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _kind(annotation: Any) -> str:
@@ -101,4 +112,5 @@ def _kind(annotation: Any) -> str:
     text = re.sub(r"typing\.|pera_lab\.[\w.]*\.|collections\.abc\.", "", text)
     text = re.sub(r"Annotated\[(\w+),.*\]", r"\1", text)
     text = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace(", ", " \\| "), text)
+    text = re.sub(r"Optional\[(.*)\]", r"\1 | null", text)
     return text.replace(" | ", " \\| ").replace("NoneType", "null").replace("None", "null").replace("'", "")
