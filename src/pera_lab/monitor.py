@@ -290,7 +290,7 @@ def _moved(losses: Sequence[float]) -> bool:
     r = 0.0 if min(losses) == max(losses) else statistics.correlation(steps, losses)
     if r * r * (len(losses) - 2) > 4 * (1 - r * r):  # |t| > 2 for the slope
         return True
-    noise = statistics.fmean((b - a) ** 2 / 2 for a, b in pairwise(losses)) ** 0.5
+    noise: float = statistics.fmean((b - a) ** 2 / 2 for a, b in pairwise(losses)) ** 0.5
     return abs(losses[0] - statistics.fmean(losses[len(losses) // 2 :])) > 2 * noise
 
 

@@ -23,7 +23,7 @@ from torch import distributed
 
 import tiny
 from pera.errors import UserError
-from pera_lab import checkpoints, cli, engines, monitor, processes, scorers, training
+from pera_lab import checkpoints, cli, engines, monitor, processes, progress, scorers, training
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 from pera_lab.tasks import sources
@@ -49,6 +49,7 @@ def call(rank, ports, folder, arguments, patch):
     os.chdir(folder)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(rank), **address)
+    progress.SLOW = 3600  # a slow machine prints no further lines
     sys.stdout = sys.stderr = open(folder / "output.txt", "a", buffering=1)  # noqa: SIM115
     if patch is not None:
         patch(rank)
@@ -254,6 +255,7 @@ def test_killed_processes_are_resumed_to_the_same_bits(two, recipe_file, tmp_pat
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_step(two, recipe_file, tmp_path):
     def interrupt_second(rank):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
         compute_loss = RunTrainer.compute_loss
 
         def acting(trainer, model, *rest, **options):

@@ -469,7 +469,9 @@ def at_step(monkeypatch):
 
         monkeypatch.setattr(RunTrainer, "compute_loss", acting)
 
-    return register
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    yield register
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_ends_a_training_with_a_checkpoint_to_resume_from(pera, recipe_file, finished_run, at_step):

@@ -61,7 +61,7 @@ def _names_the_right_option(cls: type[C]) -> type[C]:
                 raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument {key!r}; {hint}")
         init(self, *arguments, **options)
 
-    cls.__init__ = checked  # type: ignore[method-assign]
+    cls.__init__ = checked  # type: ignore[assignment,method-assign]
     return cls
 
 
