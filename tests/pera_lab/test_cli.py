@@ -21,6 +21,7 @@ import pera as package
 from pera import PeraConfig
 from pera.errors import CheckFailed, UserError
 from pera_lab.__main__ import PACKAGES
+from pera_lab.extras import install_command
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 
@@ -85,7 +86,7 @@ def test_without_the_extra_the_command_says_what_to_install(missing):
     result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"pera: the command line needs {', '.join(sorted(missing))}; install the extra: pip install 'pera[lab]'\n"
+        f"pera: the command line needs {', '.join(sorted(missing))}; install the extra: {install_command('lab')}\n"
     )
 
 

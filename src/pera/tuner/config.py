@@ -286,7 +286,7 @@ class PeraConfig(PeftConfig):
         if self.pera_version > LAYOUT_VERSION:
             raise UserError(
                 f"pera_version={shown(self.pera_version)} is newer than the layout that this pera reads, "
-                f"{LAYOUT_VERSION}; upgrade with: pip install -U pera"
+                f"{LAYOUT_VERSION}; install a newer pera."
             )
 
     def _check_idle(self) -> None:
