@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import MISSING, InitVar, dataclass, field, fields
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import LoraConfig, PeftConfig
@@ -13,6 +14,7 @@ from peft.utils import PeftType
 
 from pera.errors import UserError, nearest
 from pera.polynomial import Coefficients, Normalization, Terms
+from pera.tuner.card import saved_config, update_card
 from pera.tuner.checks import LARGEST, check_alpha, check_anchors, check_lists, check_rank, is_number, shown
 
 LAYOUT_VERSION = 2
@@ -234,6 +236,13 @@ class PeraConfig(PeftConfig):
         """The options as JSON values. Sets become sorted lists, so that equal configurations give equal files."""
         values: dict[str, Any] = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration. If PEFT saves an adapter with it, PEFT's model card becomes one of PERA."""
+        folder = Path(save_directory)
+        before = saved_config(folder, type(self))
+        super().save_pretrained(save_directory, **kwargs)
+        update_card(folder, self, before)
 
     def _check(self) -> None:
         for key, choices in (
