@@ -1,7 +1,8 @@
-"""Conversions between PERA and LoRA adapters of a model in memory.
+"""Conversions between LoRA and other adapters of a model in memory.
 
-A PERA adapter of rank r is exactly a LoRA of the expanded rank K. A LoRA is exactly a PERA adapter with h = 0. The
-functions of this module need torch and PEFT only; ``pera export`` and ``pera import`` work on files.
+A PERA adapter of rank r is exactly a LoRA of the expanded rank K, and so are adapters of several other methods
+(:mod:`pera.folding`). A LoRA is exactly a PERA adapter with h = 0. The functions of this module need torch and PEFT
+only; ``pera export`` and ``pera import`` work on files.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -20,28 +21,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pera.errors import UserError, nearest
-from pera.polynomial import Normalization, Terms, lora_factors, num_coefficients
-from pera.tuner import ParamWrapper, PeraConfig, PeraLayer, PeraModel, adapted_layers
+from pera.folding import Folded, changes_base, folded_layers
+from pera.polynomial import Normalization, Terms, num_coefficients
+from pera.tuner import ParamWrapper, PeraConfig
 from pera.tuner.layers import layer_class
 from pera.tuner.names import is_wrapped
 from pera.tuner.sharding import reshard
 from pera.tuner.tying import without
 
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations of LoRA that also change the weights of the base model."""
-
-
-class Folded(NamedTuple):
-    """A layer and the factors of the equivalent LoRA: A ``(K, in)`` and B ``(out, K)`` in float64. Fused experts add a
-    leading dimension."""
-
-    layer: PeraLayer
-    A: Tensor
-    B: Tensor
-
 
 def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftModel:
-    """Return the model with each PERA adapter replaced by the equivalent LoRA.
+    """Return the model with each adapter replaced by the equivalent LoRA.
 
     The conversion is exact: h, normalization and scale go into the factors, in float64. The LoRA has rank K and
     lora_alpha = K, and loads without pera when saved. With r = 8 and all terms, K = 44::
@@ -53,25 +43,28 @@ def to_lora(model: PeftModel, adapter_names: list[str] | None = None) -> PeftMod
 
         to_lora(model, ["a", "b"])          # converts these adapters and drops the others
 
+    Adapters of PEFT's methods are converted too, if their update has exact factors of low rank
+    (:data:`pera.folding.METHODS`). A LoHa of r = 4 becomes a LoRA of rank 16.
+
     Like ``unload``, this takes the base model out of ``model``. Use only the returned object.
 
     Args:
-        model: model with PERA adapters, none of them merged.
+        model: model with adapters of one method, none of them merged.
         adapter_names: adapters to convert. None converts all. Other adapters are not in the result.
 
     Returns:
         The LoRA model. The active adapters stay active if they were converted; otherwise the first is active.
 
     Raises:
-        UserError: ``model`` has no PERA adapters, an adapter is unknown or merged, or LoRA cannot express a layer.
-            ``model`` is then unchanged.
+        UserError: ``model`` has no adapters, an adapter is unknown or merged, or LoRA cannot express its method or a
+            layer. ``model`` is then unchanged.
     """
-    names = _adapters(model, adapter_names, PeraModel)
+    names = _adapters(model, adapter_names)
     return _replace_adapters(model, {name: fold(model, name) for name in names})
 
 
 def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "combined") -> PeftModel:
-    """Return the model with its PERA adapters replaced by one LoRA, their weighted sum Σ w ΔW.
+    """Return the model with its adapters replaced by one LoRA, their weighted sum Σ w ΔW.
 
     The sum is exact. Its factors are the factors of all adapters side by side, so the ranks add up::
 
@@ -83,7 +76,7 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
     Like ``unload``, this takes the base model out of ``model``. Use only the returned object.
 
     Args:
-        model: model with PERA adapters, none of them merged.
+        model: model with adapters of one method, as for :func:`to_lora`.
         weights: a finite weight for each adapter that takes part.
         adapter_name: name of the LoRA.
 
@@ -96,7 +89,7 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
     """
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"weights={weights!r} names no adapter; give one or more as {{name: weight}}.")
-    _adapters(model, list(weights), PeraModel)
+    _adapters(model, list(weights))
     if "." in adapter_name:
         raise UserError(f"adapter_name={adapter_name!r} becomes the name of a module; leave out the dot.")
     for name, weight in weights.items():
@@ -104,18 +97,15 @@ def combine(model: PeftModel, weights: dict[str, float], adapter_name: str = "co
             raise UserError(f"weights[{name!r}]={weight!r} should be a finite number.")
         config: Any = model.peft_config[name]
         for key in ("modules_to_save", "trainable_token_indices"):
-            if getattr(config, key):
+            if getattr(config, key, None):
                 raise UserError(f"{key}={getattr(config, key)!r} of adapter {name!r} has no weighted sum.")
-        if config.bias != "none":
+        if getattr(config, "bias", "none") != "none":
             raise UserError(f"bias={config.bias!r} of adapter {name!r} has no weighted sum.")
     folded = folded_layers(model, weights)
     configs: list[Any] = [model.peft_config[name] for name in weights]
-    targets = {
-        "target_modules": [name for name, (layer, *_) in folded.items() if not isinstance(layer, ParamWrapper)],
-        "target_parameters": sorted({name for c in configs for name in c.target_parameters or ()}),
-        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
-    }
-    config = lora_config(configs[0], _rank(folded), **targets)
+    parameters = {name for config in configs for name in getattr(config, "target_parameters", None) or ()}
+    named = _by_name(folded) | {"target_parameters": sorted(parameters)}
+    config = lora_config(configs[0], _rank(folded), **named)
     return _replace_adapters(model, {adapter_name: (config, _lora_state(folded))})
 
 
@@ -165,12 +155,12 @@ def from_lora(
     if normalization is None:
         normalization = "none" if terms == "none" else "rms"
     options = {"terms": terms, "normalization": normalization, "anchors": anchors, "anchor_seed": anchor_seed}
-    names = _adapters(model, adapter_names, LoraModel)
+    names = _adapters(model, adapter_names, LoraModel, "LoRA")
     return _replace_adapters(model, {name: _as_pera(model, name, **options) for name in names})
 
 
 def fold(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Configuration and weights, as PEFT saves them, of the LoRA that equals a PERA adapter.
+    """Configuration and weights, as PEFT saves them, of the LoRA that equals an adapter.
 
     Args:
         model: model with the adapter.
@@ -182,7 +172,7 @@ def fold(model: PeftModel, adapter_name: str = "default") -> tuple[LoraConfig, d
         LoRA has for other kinds of layers, and everything else that the adapter trains.
 
     Raises:
-        UserError: LoRA cannot express a layer of this kind.
+        UserError: LoRA cannot express the adapter or a layer of this kind.
     """
     return lora_of(model, folded_layers(model, {adapter_name: 1.0}), adapter_name)
 
@@ -192,25 +182,27 @@ def lora_of(model: PeftModel, folded: dict[str, Folded], adapter_name: str) -> t
 
     Args:
         model: model with the adapter.
-        folded: what :func:`folded_layers` returned.
+        folded: what :func:`pera.folding.folded_layers` returned.
         adapter_name: name of the adapter.
     """
     config: Any = model.peft_config[adapter_name]
-    return lora_config(config, _rank(folded)), _lora_state(folded) | _other_state(model, adapter_name)
+    # Other methods may choose other modules by the same names.
+    named = {} if isinstance(config, PeraConfig | LoraConfig) else _by_name(folded)
+    return lora_config(config, _rank(folded), **named), _lora_state(folded) | _other_state(model, adapter_name)
 
 
-def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
+def lora_config(config: Any, rank: int, **changed: Any) -> LoraConfig:
     """Configuration of the equivalent LoRA: the same modules, r = lora_alpha = ``rank``.
 
     Tied layers get separate weights: a merge would not keep LoRA's tie, and servers do not read it.
 
     Args:
-        config: configuration of the PERA adapter.
+        config: configuration of the adapter.
         rank: rank K of the LoRA.
         changed: options of LoRA that replace what ``config`` gives.
     """
     carried: dict[str, Any] = {
-        key: getattr(config, key)
+        key: getattr(config, key, None)
         for key in (
             "task_type",
             "base_model_name_or_path",
@@ -227,30 +219,18 @@ def lora_config(config: PeraConfig, rank: int, **changed: Any) -> LoraConfig:
         carried["target_modules"] = "|".join([f"(?:{targets})", *map(re.escape, tied)])
     else:
         carried["target_modules"] = sorted({*(targets or ()), *tied})
-    saved = {*(config.modules_to_save or ()), *(getattr(config, "modules_to_tie", None) or ())}
+    saved = {*(getattr(config, "modules_to_save", None) or ()), *(getattr(config, "modules_to_tie", None) or ())}
     carried["modules_to_save"] = sorted(saved) or None
-    bias = "lora_only" if config.bias == "pera_only" else config.bias
+    bias: Any = getattr(config, "bias", "none")
+    if bias not in ("none", "all"):  # such as "pera_only"
+        bias = "lora_only"
     return LoraConfig(r=rank, lora_alpha=rank, bias=bias, **{**carried, **changed})
 
 
-def folded_layers(model: PeftModel, weights: dict[str, float]) -> dict[str, Folded]:
-    """Each layer of a weighted sum of adapters as a LoRA, by the layer's name in the base model.
-
-    The factors are on the CPU, because not every accelerator has float64.
-
-    Raises:
-        UserError: LoRA cannot express a layer of this kind.
-    """
-    sums: dict[str, Folded] = {}
-    for adapter, weight in weights.items():
-        for name, layer in adapted_layers(model.get_base_model(), adapter).items():
-            layer.check_lora(layer.get_base_layer(), name)
-            A, B, h = (factor.detach().cpu().double() for factor in layer.factors(adapter))
-            A, B = lora_factors(A, B, h, *layer.expansion[adapter], weight * layer.scaling[adapter])
-            if name in sums:
-                A, B = torch.cat([sums[name].A, A], -2), torch.cat([sums[name].B, B], -1)
-            sums[name] = Folded(layer, A, B)
-    return sums
+def _by_name(folded: dict[str, Folded]) -> dict[str, Any]:
+    """Options of LoRA that name each layer in full."""
+    names = [name for name, found in folded.items() if not issubclass(found.kind, ParamWrapper)]
+    return {"target_modules": names, **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))}
 
 
 def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,11 +273,13 @@ def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return balanced_factors(*factored_svd(A, B), rank)
 
 
-def _adapters(model: PeftModel, adapter_names: list[str] | None, tuner: type[BaseTuner]) -> list[str]:
-    """The names of the adapters to convert, after checks that need no conversion."""
-    method = "LoRA" if tuner is LoraModel else "PERA"
+def _adapters(
+    model: PeftModel, adapter_names: list[str] | None, tuner: type[BaseTuner] = BaseTuner, method: str = ""
+) -> list[str]:
+    """The names of the adapters to convert, after checks that need no conversion. ``method`` names ``tuner``."""
     if not isinstance(getattr(model, "base_model", None), tuner):
-        raise UserError(f"model is a {type(model).__name__}; give a PeftModel with {method} adapters.")
+        wanted = f"a PeftModel with {method} adapters" if method else "a PeftModel whose adapters change weights"
+        raise UserError(f"model is a {type(model).__name__}; give {wanted}.")
     if is_wrapped(model.get_base_model()):
         raise UserError(
             "the base model is compiled or wrapped; load the adapter on the plain base and convert it there."
@@ -309,7 +291,8 @@ def _adapters(model: PeftModel, adapter_names: list[str] | None, tuner: type[Bas
     for name in adapter_names or ():
         if name not in model.peft_config:
             raise UserError(f"adapter {name!r} is not in the model; {nearest(name, model.peft_config)}")
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, tuner.tuner_layer_cls)]
+    base: Any = model.base_model
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, base.tuner_layer_cls)]
     reshard(model)
     factors = [p for layer in layers for key in layer.adapter_layer_names for p in getattr(layer, key).parameters()]
     if any(hasattr(p, key) for p in factors for key in ("device_mesh", "ds_id", "_fsdp_flattened")):
@@ -326,15 +309,16 @@ def _adapters(model: PeftModel, adapter_names: list[str] | None, tuner: type[Bas
 
 
 def _rank(folded: dict[str, Folded]) -> int:
-    return max(A.shape[-2] for _, A, _ in folded.values())
+    return max(found.A.shape[-2] for found in folded.values())
 
 
 def _lora_state(folded: dict[str, Folded]) -> dict[str, Tensor]:
     """The weights as PEFT saves them. Layers of smaller rank are padded with zeros."""
     state = {}
-    for name, (layer, A, B) in folded.items():
+    for name, (layer, kind, A, B) in folded.items():
         missing = _rank(folded) - A.shape[-2]
-        for key, weight in layer.as_lora(pad(A, (0, 0, 0, missing)), pad(B, (0, missing))).items():
+        padded = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+        for key, weight in kind.as_lora(layer.get_base_layer(), *padded).items():
             state[f"base_model.model.{name}.{key}"] = weight.float().contiguous()
     return state
 
@@ -342,17 +326,20 @@ def _lora_state(folded: dict[str, Folded]) -> dict[str, Tensor]:
 def _other_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     """What an adapter trains besides its factors, as PEFT saves it. Tied modules share memory, so it is copied."""
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {key: weight.clone() for key, weight in state.items() if not _is_factor(key)}
+    tuner: Any = model.base_model
+    own = tuner.tuner_layer_cls.adapter_layer_names[0].partition("_")[0]
+    return {key: weight.clone() for key, weight in state.items() if not _is_factor(key, own)}
 
 
-def _is_factor(key: str) -> bool:
-    return ".lora_" in key or ".pera_" in key
+def _is_factor(key: str, prefix: str = "lora") -> bool:
+    """Whether a tensor is of an adapted layer. Methods begin the names of all their tensors with one prefix."""
+    return f".{prefix}_" in key
 
 
 def _as_pera(model: PeftModel, adapter_name: str, **options: Any) -> tuple[PeraConfig, dict[str, Tensor]]:
     """Configuration and weights of the PERA adapter with h = 0 that equals a LoRA."""
     lora: Any = copy.copy(model.peft_config[adapter_name])
-    if str(lora.init_lora_weights).lower().startswith(_CHANGES_BASE):
+    if changes_base(lora):
         raise UserError(
             f"init_lora_weights={lora.init_lora_weights!r} of adapter {adapter_name!r} also changed the base "
             "model; merge the adapter instead."

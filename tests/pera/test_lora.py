@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PromptTuningConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -237,14 +237,14 @@ def merged_beside_another():
     return model
 
 
-def lora_model():
-    return get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+def prompt_model():
+    return get_peft_model(gpt2(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).eval()
 
 
 REFUSED = {
     "merged": (merged, None, "adapter 'default' is merged; call unmerge_adapter first"),
     "another merged": (merged_beside_another, ["second"], "adapter 'default' is merged; call unmerge_adapter first"),
-    "LoRA": (lora_model, None, "model is a PeftModel; give a PeftModel with PERA adapters"),
+    "prompts": (prompt_model, None, "model is a PeftModelForCausalLM; give a PeftModel whose adapters change weights"),
     "base model": (gpt2, None, "model is a GPT2LMHeadModel; give a PeftModel"),
     "unknown": (three_adapters, ["default", "secnd"], "adapter 'secnd' is not in the model; .*second"),
     "empty": (three_adapters, [], r"adapter_names=\[\] names no adapter"),
@@ -405,7 +405,7 @@ def test_combine_refuses_other_trained_parameters(options):
         assert relative_error(logits(combine(model, {"second": 1})), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("make", [merged, lora_model, gpt2])
+@pytest.mark.parametrize("make", [merged, prompt_model, gpt2])
 def test_combine_refuses_what_to_lora_refuses(make):
     model = make()
     before = logits(model)

@@ -6,14 +6,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 import peft
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-if TYPE_CHECKING:
-    from pera.tuner.config import PeraConfig
+C = TypeVar("C", bound=PeftConfig)
 
 FILE = "README.md"
 
@@ -39,7 +39,7 @@ _FILLED_IN = {"peft_type", "peft_version", "pera_version", "anchor_names", "auto
 _OF_THE_BASE = {"base_model_name_or_path", "revision", "task_type"}
 
 
-def update_card(folder: Path, config: PeraConfig, saved_before: PeraConfig | None) -> None:
+def update_card(folder: Path, config: PeftConfig, saved_before: PeftConfig | None) -> None:
     """Replace PEFT's card of an adapter, which ``PeftModel.save_pretrained`` has just written.
 
     A card that somebody edited keeps its text. Its metadata lose the paths of this machine.
@@ -70,7 +70,7 @@ def update_card(folder: Path, config: PeraConfig, saved_before: PeraConfig | Non
     card.save(file)
 
 
-def card_text(config: PeraConfig, folder: str = ".") -> str:
+def card_text(config: PeftConfig, folder: str = ".") -> str:
     """The card without its metadata.
 
     Args:
@@ -131,7 +131,7 @@ def loading(kind: str | None, name: str, hub_id: str | None, folder: str, import
     )
 
 
-def settings(config: PeraConfig) -> str:
+def settings(config: PeftConfig) -> str:
     """The configuration as it is written in Python, without the options at their defaults."""
     plain, values = type(config)().to_dict(), config.to_dict()
     left_out = _FILLED_IN | _OF_THE_BASE
@@ -151,7 +151,7 @@ def fence(text: str, language: str) -> str:
     return f"{_ticks(text, 3)}{language}\n{text.rstrip()}\n{_ticks(text, 3)}"
 
 
-def saved_config(folder: Path, kind: type[PeraConfig]) -> Any:
+def saved_config(folder: Path, kind: type[C]) -> C | None:
     """The configuration in a folder, or None if it holds no valid one."""
     if not (folder / CONFIG_NAME).is_file():
         return None

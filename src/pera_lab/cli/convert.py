@@ -58,7 +58,7 @@ def export(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a PERA adapter as the equivalent LoRA, which does not need pera, and check that the outputs agree."""
+    """Write an adapter of PERA, LoHa, VeRA and others as the equivalent LoRA, and check that the outputs agree."""
     if to is None and server is None:
         raise typer.BadParameter("give --to lora, --to gguf, --to mlx or --for SERVER.", param_hint="--to")
     from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Export a PERA adapter: as the LoRA of rank K that equals it, or as one of smaller rank."""
+"""Export an adapter: as the LoRA of rank K that equals it, or as one of smaller rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig
 from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from pera.errors import UserError
-from pera.lora import folded_layers, lora_of
+from pera.folding import check_config, folded_layers
+from pera.lora import lora_of
 from pera_lab import embedded, mlx, models
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
@@ -58,13 +59,14 @@ def export(
     server: str | None = None,
     dtype: str = "float32",
 ) -> Export:
-    """Write a PERA adapter as a LoRA, and compare its outputs with the adapter's.
+    """Write an adapter of PERA or another method as a LoRA, and compare its outputs with the adapter's.
 
     The export is exact. h, normalization and scale are folded into the factors in float64. Every layer has
     r = lora_alpha = K, without patterns; layers of smaller expanded rank are padded with zeros.
 
     With ``max_rank`` below K, or with ``energy``, each layer becomes its best approximation of the new rank. This is
-    exact too if the rank reaches the smaller side of every weight.
+    exact too if the rank reaches the smaller side of every weight. Methods whose update has full rank
+    (:data:`pera.folding.FULL`) need one of the two.
 
     The check reads the export back from the disk. The folder is kept if the check fails.
 
@@ -79,8 +81,8 @@ def export(
         dtype: dtype of the check, a key of :data:`pera_lab.models.DTYPES`.
 
     Raises:
-        UserError: the adapter is broken, is not PERA or is for another base; the format or the server cannot hold a
-            part of it or its rank; the output exists or another process writes it.
+        UserError: the adapter is broken or is for another base; no LoRA equals it; the format or the server cannot
+            hold a part of it or its rank; the output exists or another process writes it.
     """
     with reserved(output):
         require_free(output)
@@ -101,13 +103,13 @@ def _export(
     form = _form(to, target)
     _check_options(max_rank, energy)
     adapter = location.require_adapter()
-    if not adapter.is_pera:
-        raise UserError(f"{location.name!r} is a {adapter.method} adapter; only a PERA adapter can be exported.")
+    cut = max_rank is not None or energy is not None
+    check_config(adapter.config, full=cut)
     model, tokenizer = open_model(location, dtype, needs_tokenizer=False)
     _check_tokens(location, model, form, target)
     if form == "mlx" or (target is not None and target.top_rope):
         _warn_of_rope(location, READERS[form] if target is None else target.name)
-    layers, truncation = folded_layers(model, {"default": 1.0}), None
+    layers, truncation = folded_layers(model, {"default": 1.0}, full=cut), None
     written, rank = layers, max(layer.A.shape[-2] for layer in layers.values())
     if energy is not None or (max_rank is not None and max_rank < rank):
         written, truncation = truncate(layers, max_rank=max_rank, energy=energy)
@@ -115,7 +117,7 @@ def _export(
     base = model.get_base_model()
     weights |= adapter.saved_embeddings(base)
     if target is not None:
-        target.check_rank(lora.r, chosen=max_rank is not None or energy is not None)
+        target.check_rank(lora.r, chosen=cut)
         target.check(layers, lora, getattr(base.config, "num_hidden_layers", None))
         servers.short_names(lora, layers, [name for name, _ in base.named_modules()])
     if form != "lora":

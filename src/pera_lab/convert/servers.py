@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from peft import LoraConfig
 
 from pera.errors import UserError, nearest
-from pera.lora import Folded
+from pera.folding import Folded
 from pera.tuner.layers import ParamWrapper, PeraConv1DLinear, PeraEmbedding, PeraLayer, PeraLinear
 from pera_lab.convert.gguf import ADAPTER
 from pera_lab.embedded import hub_name, resolve_gguf
@@ -110,10 +110,10 @@ class Server:
         """
         if not self.trained_whole:
             refuse_trained_whole(self.name, config)
-        for layer, (module, *_) in layers.items():
-            if not self._accepts(module):
+        for layer, folded in layers.items():
+            if not self._accepts(folded.kind):
                 raise UserError(
-                    f"{layer!r} is {_kind(module)}, on which {self.name} accepts no adapter; merge the adapter, or "
+                    f"{layer!r} is {_kind(folded)}, on which {self.name} accepts no adapter; merge the adapter, or "
                     "train one without this layer."
                 )
         if self.every_block and blocks:
@@ -125,10 +125,10 @@ class Server:
                         "not adapted in every block; merge the adapter, or train it on every block."
                     )
 
-    def _accepts(self, module: PeraLayer) -> bool:
-        if isinstance(module, PeraEmbedding):
+    def _accepts(self, kind: type[PeraLayer]) -> bool:
+        if issubclass(kind, PeraEmbedding):
             return self.embeddings
-        linear = isinstance(module, PeraLinear) and not isinstance(module, PeraConv1DLinear)
+        linear = issubclass(kind, PeraLinear) and not issubclass(kind, PeraConv1DLinear)
         return linear or self.other_layers
 
 
@@ -262,7 +262,7 @@ def short_names(config: LoraConfig, layers: dict[str, Folded], modules: list[str
         layers: the adapted layers by name in the base model.
         modules: names of all modules of the base model.
     """
-    targets = {name for name, (layer, *_) in layers.items() if not isinstance(layer, ParamWrapper)}
+    targets = {name for name, layer in layers.items() if not issubclass(layer.kind, ParamWrapper)}
     endings = {name.rpartition(".")[2] for name in targets}
     if {name for name in modules if name.rpartition(".")[2] in endings} == targets:
         config.target_modules, config.exclude_modules = sorted(endings), None
@@ -271,8 +271,8 @@ def short_names(config: LoraConfig, layers: dict[str, Folded], modules: list[str
         config.target_modules, config.exclude_modules = sorted(targets), None
 
 
-def _kind(layer: PeraLayer) -> str:
-    if isinstance(layer, PeraEmbedding):
+def _kind(layer: Folded) -> str:
+    if issubclass(layer.kind, PeraEmbedding):
         return "an embedding"
-    base = type(layer.get_base_layer()).__name__
-    return f"a parameter of a {base}" if isinstance(layer, ParamWrapper) else f"a {base}"
+    base = type(layer.layer.get_base_layer()).__name__
+    return f"a parameter of a {base}" if issubclass(layer.kind, ParamWrapper) else f"a {base}"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pera.lora import Folded, balanced_factors, factored_svd
+from pera.folding import Folded
+from pera.lora import balanced_factors, factored_svd
 from pera.tuner.layers import PeraLinear
 
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps ** 2
@@ -55,7 +56,7 @@ def truncate(
     """Cut all layers to one rank. Each layer becomes its best approximation of that rank (Eckart and Young).
 
     Args:
-        layers: the layers by name, from :func:`pera.lora.folded_layers`.
+        layers: the layers by name, from :func:`pera.folding.folded_layers`.
         max_rank: the largest rank, at least 1.
         energy: the share of ‖ΔW‖_F² to keep in every layer, above 0 and at most 1. The rank is the smallest that
             keeps it. Give either ``max_rank`` or ``energy``.
@@ -71,7 +72,9 @@ def truncate(
     rank = min(max_rank, max(spectrum.shape[-1] for spectrum in spectra.values()))
     lost = {name: float(spectrum[..., rank:].sum()) for name, spectrum in spectra.items()}
     whole = {name: float(spectrum.sum()) for name, spectrum in spectra.items()}
-    cut = {name: Folded(layer.layer, *balanced_factors(*found[name], rank)) for name, layer in layers.items()}
+    cut = {
+        name: Folded(layer.layer, layer.kind, *balanced_factors(*found[name], rank)) for name, layer in layers.items()
+    }
     total = sum(whole.values())
     return cut, Truncation(
         rank=rank,
@@ -94,7 +97,7 @@ def measured(layers: dict[str, Folded], cut: dict[str, Folded]) -> Iterator[dict
     """Context manager that measures how a truncation changes the outputs of linear layers while the model runs.
 
     Args:
-        layers: the layers of the running model, from :func:`pera.lora.folded_layers`.
+        layers: the layers of the running model, from :func:`pera.folding.folded_layers`.
         cut: the truncated layers.
 
     Yields:
@@ -105,7 +108,7 @@ def measured(layers: dict[str, Folded], cut: dict[str, Folded]) -> Iterator[dict
     changes: dict[str, float] = {}
 
     def hook(name: str) -> Any:
-        (_, A, B), (_, A_cut, B_cut) = layers[name], cut[name]
+        (*_, A, B), (*_, A_cut, B_cut) = layers[name], cut[name]
 
         def measure(module: Any, args: tuple[Any, ...]) -> None:
             x = args[0].detach().cpu().double()
@@ -116,9 +119,10 @@ def measured(layers: dict[str, Folded], cut: dict[str, Folded]) -> Iterator[dict
         return measure
 
     with ExitStack() as stack:
-        for name, (layer, *_) in layers.items():
-            if isinstance(layer, PeraLinear):
-                stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+        for name, (layer, kind, *_) in layers.items():
+            if issubclass(kind, PeraLinear):
+                module: Any = layer
+                stack.callback(module.register_forward_pre_hook(hook(name)).remove)
         yield changes
     for name, (change, output) in sums.items():
         if output > 0:

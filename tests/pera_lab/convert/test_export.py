@@ -13,13 +13,14 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pera import PeraConfig
 from pera.errors import UserError
-from pera.lora import folded_layers, lora_of
+from pera.folding import folded_layers
+from pera.lora import lora_of
 from pera_lab.convert.export import _write_lora
 from pera_lab.convert.export import export as export_adapter
 from pera_lab.opening import locate_adapter
@@ -215,14 +216,6 @@ def test_an_export_opens_each_file_of_the_adapter_once(adapter, pera):
         counts[events[16 : 16 + length].rstrip(b"\0").decode()] += bool(mask & opened)
         events = events[16 + length :]
     assert (counts["adapter_config.json"], counts["adapter_model.safetensors"]) == (1, 1)
-
-
-def test_a_lora_is_rejected(tiny_llama, tmp_path):
-    lora = LoraConfig(r=2, target_modules=["q_proj"])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), lora).save_pretrained(tmp_path / "lora")
-    with pytest.raises(UserError, match="is a LORA adapter; only a PERA adapter can be exported"):
-        export_adapter(locate_adapter(str(tmp_path / "lora")), tmp_path / "again")
-    assert not (tmp_path / "again").exists()
 
 
 @given(

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pera.errors import UserError
-from pera.lora import Folded
+from pera.folding import Folded
 from pera.polynomial import lora_factors, num_coefficients
+from pera.tuner.layers import PeraLinear
 from pera_lab.adapters import Adapter
 from pera_lab.convert.export import export
 from pera_lab.convert.truncate import FLOAT32_ROUNDING, measured, truncate
@@ -24,7 +25,7 @@ def random_factors(m, n, r, seed=0):
 
 
 def test_the_rank_of_the_smaller_side_keeps_the_product():
-    layers = {"layer": Folded(None, *random_factors(12, 10, 4))}
+    layers = {"layer": Folded(None, PeraLinear, *random_factors(12, 10, 4))}
     cut, truncation = truncate(layers, max_rank=10)
     assert (truncation.expanded_rank, truncation.rank) == (14, 10)
     assert torch.allclose(cut["layer"].B @ cut["layer"].A, layers["layer"].B @ layers["layer"].A)
@@ -34,7 +35,10 @@ def test_the_rank_of_the_smaller_side_keeps_the_product():
 def test_a_cut_is_lossless_if_no_layer_loses_more_than_float32_rounds(share, lossless):
     A = torch.eye(2, 3, dtype=torch.float64)
     planted = torch.diag(torch.tensor([1, (share * FLOAT32_ROUNDING) ** 0.5], dtype=torch.float64))
-    layers = {"planted": Folded(None, A, planted), "rank one": Folded(None, A[:1], 1e9 * A.T[:, :1])}
+    layers = {
+        "planted": Folded(None, PeraLinear, A, planted),
+        "rank one": Folded(None, PeraLinear, A[:1], 1e9 * A.T[:, :1]),
+    }
     _, truncation = truncate(layers, max_rank=1)
     assert truncation.discarded == {"planted": pytest.approx(share * FLOAT32_ROUNDING), "rank one": 0}
     assert truncation.lossless is lossless
@@ -42,7 +46,7 @@ def test_a_cut_is_lossless_if_no_layer_loses_more_than_float32_rounds(share, los
 
 @pytest.mark.parametrize("energy", [0.5, 0.999])
 def test_the_rank_for_an_energy_is_the_smallest_that_every_layer_allows(energy):
-    layers = {name: Folded(None, *random_factors(30, 20, 4, seed=seed)) for seed, name in enumerate("abc")}
+    layers = {name: Folded(None, PeraLinear, *random_factors(30, 20, 4, seed=seed)) for seed, name in enumerate("abc")}
     _, truncation = truncate(layers, energy=energy)
     assert max(truncation.discarded.values()) <= 1 - energy
     _, less = truncate(layers, max_rank=truncation.rank - 1)
@@ -55,7 +59,7 @@ def test_the_rank_for_an_energy_is_the_smallest_that_every_layer_allows(energy):
 
 
 def test_a_zero_adapter_is_cut_to_rank_one_and_loses_nothing():
-    zero = Folded(None, torch.randn(5, 9).double(), torch.zeros(7, 5).double())
+    zero = Folded(None, PeraLinear, torch.randn(5, 9).double(), torch.zeros(7, 5).double())
     _, truncation = truncate({"layer": zero}, energy=0.9)
     assert truncation.rank == 1
     assert truncation.total_discarded == 0
@@ -65,7 +69,7 @@ def test_the_output_change_is_measured_on_the_inputs_of_the_layer():
     model = adapt(nn.Sequential(nn.Linear(9, 7)), target_modules=["0"])
     layer = model.base_model.model[0]
     A, B = random_factors(7, 9, 3)
-    layers = {"0": Folded(layer, A, B)}
+    layers = {"0": Folded(layer, PeraLinear, A, B)}
     cut, _ = truncate(layers, max_rank=2)
     x = torch.randn(11, 9)
     with measured(layers, cut) as changes:

@@ -283,7 +283,8 @@ class PeraLayer(nn.Module, BaseTunerLayer):
     def check_lora(base_layer: Any, name: str) -> None:
         """Raise UserError, naming the layer, if PEFT's LoRA computes something different for this kind of layer."""
 
-    def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    @staticmethod
+    def as_lora(base_layer: Any, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         """Return the factors ``(K, columns)`` and ``(rows, K)`` of ΔW = B A, named and shaped as in PEFT's LoRA."""
         return {"lora_A.weight": A, "lora_B.weight": B}
 

@@ -38,9 +38,11 @@ class PeraConvolution(PeraLayer):
                     "merge the adapter instead."
                 )
 
-    def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        mixing = B.reshape(*B.shape, *[1] * (len(self._kernel) - 1))
-        return {"lora_A.weight": A.reshape(-1, *self._kernel), "lora_B.weight": mixing}
+    @staticmethod
+    def as_lora(base_layer: Any, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        kernel = base_layer.kernel_size
+        mixing = B.reshape(*B.shape, *[1] * len(kernel))
+        return {"lora_A.weight": A.reshape(len(A), -1, *kernel), "lora_B.weight": mixing}
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
         """Map ``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``, in the dtype of the computation."""

@@ -43,7 +43,8 @@ class PeraEmbedding(PeraLayer):
     def _to_base_layout(self, delta: Tensor) -> Tensor:
         return delta.T
 
-    def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    @staticmethod
+    def as_lora(base_layer: Any, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         return {"lora_embedding_A": A, "lora_embedding_B": B}
 
     def adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:

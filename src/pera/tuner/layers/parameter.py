@@ -59,9 +59,10 @@ class ParamWrapper(PeraLayer):
     def _to_base_layout(self, delta: Tensor) -> Tensor:
         return delta.mT if self._transposed else delta
 
-    def as_lora(self, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        if not self.experts:
-            return super().as_lora(A, B)
+    @staticmethod
+    def as_lora(base_layer: Any, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        if A.ndim == 2:  # no experts
+            return PeraLayer.as_lora(base_layer, A, B)
         return {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
 
     def get_base_weight(self) -> Tensor:
