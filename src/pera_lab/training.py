@@ -96,7 +96,7 @@ def check_packages(recipe: Recipe) -> None:
         quantization.check_installed(recipe.model.quantization)
     for name in recipe.training.report_to:
         try:
-            for callback in get_reporting_integration_callbacks([name]):
+            for callback in get_reporting_integration_callbacks([name]):  # type: ignore[no-untyped-call]
                 callback()  # as the Trainer does
         except (RuntimeError, ImportError, ValueError) as error:
             raise UserError(f"training.report_to={name!r} cannot be used: {one_line(error)}") from error

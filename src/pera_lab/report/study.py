@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from io import StringIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from pera import __version__
@@ -77,7 +78,7 @@ def runs_csv(results: Results) -> str:
         if (outcome := results.outcomes.get(trial.name)) is None:
             continue
         cell, score = trial.cell, scored.get(trial.name)
-        place = {"run": trial.name, "task": cell.task.label, "method": cell.method.label, "r": cell.r}
+        place: dict[str, Any] = {"run": trial.name, "task": cell.task.label, "method": cell.method.label, "r": cell.r}
         place |= {"placement": cell.placement, "train_share": cell.train_share, "phase": trial.phase}
         rates = {"learning_rate": trial.learning_rate, "seed": trial.seed, "status": outcome.status}
         values = {"metric": score.metric, "score": score.value, "n": len(score.expected)} if score else {}

@@ -51,8 +51,8 @@ def forest(compared: Mapping[str, Comparison], reference: str) -> Picture:
     )
     rows = []
     for label, c in ordered:
-        gain = [points(x) for x in (c.gain.mean, c.gain.low, c.gain.high)]
-        rows.append([label, *gain, str(c.gain.seeds), str(c.gain.tasks), p_value(c.p)])
+        interval = [points(x) for x in (c.gain.mean, c.gain.low, c.gain.high)]
+        rows.append([label, *interval, str(c.gain.seeds), str(c.gain.tasks), p_value(c.p)])
     head = ["method", "gain", "from", "to", "pairs of seeds", "tasks", "adjusted p"]
     return Picture(figure, "Gains over the reference with intervals", finding, Table(head, rows))
 
