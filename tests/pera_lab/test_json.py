@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,6 @@ import pytest
 from pera_lab.cli import console
 from pera_lab.recipe import Recipe
 from pera_lab.runs import Run
-from pera_lab.text import quoted
 
 AGREEMENT = {
     *("prompts", "tokens", "max_difference", "tolerance", "dtype", "near_ties", "same_top1", "kl_divergence"),
@@ -71,25 +71,29 @@ def test_what_a_library_prints_goes_to_standard_error(capsys):
     assert capsys.readouterr() == ('{\n  "a": 1\n}\nlater\n', "from a library\n")
 
 
-def test_quiet_leaves_out_progress_and_keeps_results_and_errors(pera, run):
-    usual, quiet = pera("evaluate", run.path), pera("evaluate", run.path, "--quiet")
-    assert "answering" in usual.err
-    assert (quiet.err, quiet.out) == ("", usual.out)
-    assert pera("evaluate", "nowhere", "-q").err.startswith("pera: ")
-
-
-def test_quiet_training_keeps_the_warnings_about_the_data(pera, recipe_file, tmp_path, monkeypatch):
+def test_quiet_training_prints_its_result_and_warnings_alone(pera, recipe_file, tmp_path, monkeypatch):
     build = Recipe.build_splits
     monkeypatch.setattr(Recipe, "build_splits", lambda self: replace(build(self), missing=["one part is missing"]))
-    done = pera("train", recipe_file, "training.max_steps=2", "--output", "run", "--quiet")
-    assert (done.code, done.err) == (0, "warning: one part is missing\n")
-    assert Run(tmp_path / "run").finished
+    usual = pera("train", recipe_file, "training.max_steps=2", "--output", "usual")
+    assert "warning: one part is missing\n" in usual.err
+    assert "run folder" in usual.err
+    quiet = pera("train", recipe_file, "training.max_steps=2", "--output", "quiet", "--quiet")
+    assert (quiet.code, quiet.err) == (0, "warning: one part is missing\n")
+    assert "Next: pera evaluate quiet\n" in quiet.out
+    assert Run(tmp_path / "quiet").finished
+    assert "run folder" in pera("train", recipe_file, "training.max_steps=2", "--output", "later").err
+
+
+def test_quiet_commands_print_their_errors(pera):
+    mistake = pera("evaluate", "nowhere", "-q")
+    assert (mistake.code, mistake.out) == (2, "")
+    assert mistake.err.startswith("pera: 'nowhere'")
 
 
 @pytest.mark.parametrize("name", ["plain", "it's a[v1]"])
 def test_a_printed_command_can_be_copied(name, pera, recipe_file, tmp_path):
     done = pera("train", recipe_file, "training.max_steps=1", "--output", tmp_path / name)
-    assert f"Next: pera evaluate {quoted(tmp_path / name)}\n" in done.out
+    assert f"Next: pera evaluate {shlex.quote(str(tmp_path / name))}\n" in done.out
     assert f"{tmp_path / name}/adapter\n" in done.out
 
 

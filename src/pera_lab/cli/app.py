@@ -41,6 +41,7 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         from pera_lab.cli.console import held_warnings, messages, progress, stdout_for_json
+        from pera_lab.progress import showing, stage
 
         if processes.count() > 1 and ctx.command_path.removeprefix("pera ") not in DISTRIBUTED:
             _exit(
@@ -57,8 +58,10 @@ class Command(TyperCommand):
         progress.quiet |= ctx.params.get("quiet", False)
         only_json = stdout_for_json() if ctx.params.get("json") else nullcontext()
         try:
-            with only_json, nullcontext() if _debugging() else held_warnings():
-                from transformers.utils import logging
+            with only_json, nullcontext() if _debugging() else held_warnings(), showing(progress):
+                with stage("loading PyTorch and transformers"):
+                    import peft  # noqa: F401
+                    from transformers.utils import logging
 
                 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
                 result = super().invoke(ctx)
@@ -79,12 +82,13 @@ app = typer.Typer(
 )
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(train.quickstart, train.train, train.evaluate, train.predict, show.inspect),
-    *(convert.merge, convert.export, convert.import_, convert.verify, show.chat, show.report, show.recipes),
-    *(show.studies, show.env),
+    *(convert.merge, convert.export, convert.import_, convert.verify, show.chat, show.report, show.env),
 )
 for command in COMMANDS:
     name = command.__name__.strip("_")
     app.command(name, cls=Command, epilog=examples(name))(command)
+for command in (show.recipes, show.studies):  # which need no torch
+    app.command(command.__name__, epilog=examples(command.__name__))(command)
 study_app = typer.Typer(no_args_is_help=True, help="Compare methods with tuned learning rates, seeds and statistics.")
 for command in (study.run, study.report):
     study_app.command(command.__name__, cls=Command, epilog=examples(f"study {command.__name__}"))(command)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pera_lab.cli.console import Facts, out, print_json, progress
+from pera_lab.cli.console import Facts, out, print_json
 from pera_lab.cli.options import Json, Quiet, shipped
 from pera_lab.text import quoted
 
@@ -70,7 +70,7 @@ def run(
     if plan:
         _print_plan(spec, folder, workers or 1)
         return
-    outcomes = run_study(spec, folder, workers=workers or 1, on=on, budget=budget, retry=retry, console=progress)
+    outcomes = run_study(spec, folder, workers=workers or 1, on=on, budget=budget, retry=retry)
     counts = Counter(outcome.status for outcome in outcomes.values())
     table = Facts()
     table.add_row("study", str(folder.path))
