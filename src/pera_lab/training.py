@@ -23,10 +23,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
-from pera_lab import checkpoints, engines, methods, models, placement, processes
+from pera_lab import checkpoints, engines, methods, models, placement, processes, quantization
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
@@ -97,6 +98,18 @@ def train(
     return summary
 
 
+def check_packages(recipe: Recipe) -> None:
+    """Raise UserError if a package is missing that a training needs, before any data or weights are loaded."""
+    if recipe.model.quantization is not None:
+        quantization.check_installed(recipe.model.quantization)
+    for name in recipe.training.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):  # type: ignore[no-untyped-call]
+                callback()  # as the Trainer does
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise UserError(f"training.report_to={name!r} cannot be used: {one_line(error)}") from error
+
+
 class _Prepared(NamedTuple):
     """What a training needs."""
 
@@ -116,6 +129,7 @@ class _Prepared(NamedTuple):
 def _prepare(recipe: Recipe, run: Run, resume: bool, signals: Signals | None) -> _Prepared:
     """Make every check. The folder does not change."""
     spec, task = recipe.training, recipe.task
+    check_packages(recipe)
     engines.check(spec.batch_size, recipe.model.quantization)
     placement.check_trainable(recipe.model.attn_implementation)
     if resume:
@@ -187,22 +201,19 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, signals: Signals | None) ->
     collator = task.collator(tokenizer, model)
     online = OnlineLoss()
     monitor = Monitor(run, notes, checkpoint, begin, online, signals)
-    try:
-        trainer = RunTrainer(
-            order,
-            online,
-            collator,
-            model=adapted,
-            args=arguments,
-            train_dataset=encoded.rows,
-            eval_dataset=validation.rows if spec.eval_steps else None,
-            compute_metrics=task.compute_metrics,
-            data_collator=PackingCollator(model) if spec.packing else collator,
-            callbacks=[RatioCallback(), monitor],
-            optimizer_cls_and_kwargs=optimizer,
-        )
-    except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
-        raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
+    trainer = RunTrainer(
+        order,
+        online,
+        collator,
+        model=adapted,
+        args=arguments,
+        train_dataset=encoded.rows,
+        eval_dataset=validation.rows if spec.eval_steps else None,
+        compute_metrics=task.compute_metrics,
+        data_collator=PackingCollator(model) if spec.packing else collator,
+        callbacks=[RatioCallback(), monitor],
+        optimizer_cls_and_kwargs=optimizer,
+    )
     ended = checkpoint is not None and checkpoints.ended(checkpoint)
     if checkpoint is not None and not ended:
         checkpoints.check_optimizer(checkpoint, trainer.create_optimizer(), adapted)

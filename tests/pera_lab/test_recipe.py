@@ -9,7 +9,8 @@ import yaml
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.methods import known_methods
-from pera_lab.recipe import difference, load_recipe, parse_recipe, shipped_recipes
+from pera_lab.recipe import difference, load_recipe, parse_recipe
+from pera_lab.shipped import shipped_files
 from shared import DATA
 
 SMALL = {
@@ -49,7 +50,7 @@ def test_a_model_is_a_name_or_a_section(model):
     assert recipe.model.name == "a/b"
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped_files("recipes"))
 def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(name)
     assert recipe.name == name

@@ -11,10 +11,10 @@ import typer
 from rich.text import Text
 
 from pera_lab import processes
-from pera_lab.cli.console import Facts, out, progress, refreshed_report
-from pera_lab.cli.options import Overrides, RunFolder, Trust
+from pera_lab.cli.console import Facts, out, print_json, progress, refreshed_report
+from pera_lab.cli.options import Json, Overrides, Quiet, RunFolder, Trust, shipped
 from pera_lab.report.formatting import duration, percent, size
-from pera_lab.text import visible
+from pera_lab.text import quoted, visible
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +37,7 @@ MINUTES = " (about 4 minutes on two cores)"
 def quickstart(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Run folder (default: runs/quickstart-<time>).")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune the embedded model on a reasoning task, then score, merge and export it."""
     from pera.errors import CheckFailed, UserError
@@ -88,7 +89,9 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE", help="Recipe file or name of a shipped recipe; with --resume also a run folder."
+            metavar="RECIPE",
+            help="Recipe file or name of a shipped recipe; with --resume also a run folder.",
+            autocompletion=shipped("recipes"),
         ),
     ],
     overrides: Overrides = None,
@@ -97,6 +100,7 @@ def train(
         bool, typer.Option("--resume", help="Continue an unfinished run from its last complete checkpoint.")
     ] = False,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a recipe and write a run folder."""
     from pera_lab.recipe import load_recipe
@@ -120,7 +124,7 @@ def train(
     table.add_row("training", _cost(run, summary))
     table.add_row("report", refreshed_report(run))
     out.print(table, soft_wrap=True)
-    out.print(f"Next: pera evaluate {run.path}", soft_wrap=True)
+    out.print(f"Next: pera evaluate {quoted(run.path)}", soft_wrap=True)
 
 
 def evaluate(
@@ -138,8 +142,12 @@ def evaluate(
         Path | None, typer.Option(help="Folder with your own lm-eval tasks (default: none).")
     ] = None,
     trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score a run on the test rows of its task, or on tasks of lm-eval."""
+    from dataclasses import asdict
+
     from pera.errors import UserError
     from pera_lab.evaluation import evaluate_run
     from pera_lab.opening import locate
@@ -169,11 +177,19 @@ def evaluate(
         from pera_lab.harness import run_harness
 
         results = run_harness(location.run, names, base=base, limit=limit, include_path=include_path)
+        if json:
+            file = str(location.run.lm_eval_file)
+            print_json({"run": str(location.run.path), "which": which, "lm_eval": results, "written": file})
+            return
         out.print(_harness(which, results), soft_wrap=True)
         out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
         return
     score = evaluate_run(location.run, base=base, scorer=scorer)
     if processes.is_main():
+        if json:
+            files = {"written": str(location.run.scores_file), "report": refreshed_report(location.run)}
+            print_json({"run": str(location.run.path), "which": which, "score": asdict(score), **files})
+            return
         out.print(_scores(which, score, location.run), soft_wrap=True)
 
 
@@ -189,6 +205,7 @@ def predict(
         int | None, typer.Option(min=1, help="Rows answered at a time (default: evaluation.batch_size).")
     ] = None,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
 ) -> None:
     """Answer the rows of a file. After an interruption, the same command answers the remaining rows."""
     from pera.errors import UserError
@@ -259,11 +276,12 @@ def _summary(
 
 
 def _next_steps(run: Run) -> str:
+    folder = quoted(run.path)
     return (
         "Next:\n"
         f"  look at the results       open {run.path / 'report.html'} in a browser\n"
-        f"  effect of the terms       pera inspect {run.path} --effect\n"
-        f"  chat with both models     pera chat {run.path} --compare\n"
+        f"  effect of the terms       pera inspect {folder} --effect\n"
+        f"  chat with both models     pera chat {folder} --compare\n"
         f"  serve it without pera     any LoRA server, with {run.path / 'lora'}\n"
         "  a longer training         pera train relationships-smollm2\n"
         "  your own recipe           copy recipe.yaml from the run folder, edit it, pera train FILE"
