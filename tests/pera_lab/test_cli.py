@@ -21,9 +21,11 @@ import pera as package
 from pera import PeraConfig
 from pera.errors import CheckFailed, UserError
 from pera_lab.__main__ import PACKAGES
+from pera_lab.evaluation import read_predictions
 from pera_lab.extras import install_command
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
+from pera_lab.text import visible
 
 SMALL_QUICKSTART = [
     *("model.dtype=float32", "task.train_size=16", "task.test_size=4", "training.batch_size=2"),
@@ -143,6 +145,12 @@ def test_quickstart_trains_scores_merges_and_exports_even_if_no_step_is_logged(p
     for words in ("base model", "with adapter", "tokens/s", "same outputs", "loss picture", "Next:"):
         assert words in done.out
     assert len(done.out.splitlines()) < 30
+    assert "4 steps of 2" in done.err
+    base, adapter = done.err.split("The base model answers:")[1].split("With the adapter:")
+    for prediction in read_predictions(tmp_path / "run/predictions/adapter.jsonl")[:3]:
+        for answers in (base, adapter):
+            assert visible(prediction.prompt, inline=True) in answers
+        assert repr(visible(prediction.output, inline=True)) in adapter
     run = Run(tmp_path / "run")
     assert set(run.scores()) == {"base", "adapter"}
     for name in ("merged", "lora"):
@@ -652,6 +660,12 @@ def test_training_that_fails_before_its_first_step_leaves_nothing(pera, recipe_f
     before = tree()
     assert pera("train", recipe_file, "--output", "run").code == 2
     assert tree() == before
+
+
+def test_quickstart_of_a_classifier_is_rejected_before_training(refused, tiny_bert, glue_folder):
+    overrides = [f"model={tiny_bert}", f"task={{name: mrpc, data: {glue_folder}}}", "method.target_modules=all-linear"]
+    overrides += ["evaluation.scorer=classification", "evaluation.max_new_tokens=null"]
+    refused("quickstart", *overrides, "--output", "run", words=["no trained head", "pera train quickstart"])
 
 
 def test_rejected_quickstart_leaves_nothing(refused, tiny_llama):

@@ -56,8 +56,11 @@ def quickstart(
         raise UserError(
             f"method.name={recipe.method['name']!r}: quickstart shows PERA only; use: pera train quickstart …"
         )
-    if refusal := recipe.task.base_refusal:
-        raise UserError(f"quickstart scores the base model too: {refusal} Use: pera train quickstart …")
+    if recipe.task.base_refusal:
+        raise UserError(
+            f"task.name={recipe.task.name!r}: quickstart scores the base model too, and it has no trained head; use: pera "
+            "train quickstart …"
+        )
     run = Run.create(recipe, output)
 
     def ask(model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
