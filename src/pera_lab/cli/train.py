@@ -58,8 +58,8 @@ def quickstart(
         )
     if recipe.task.base_refusal:
         raise UserError(
-            f"task.name={recipe.task.name!r}: quickstart scores the base model too, and it has no trained head; use: pera "
-            "train quickstart …"
+            f"task.name={recipe.task.name!r}: quickstart scores the base model too, and it has no trained head; use: "
+            "pera train quickstart …"
         )
     run = Run.create(recipe, output)
 
