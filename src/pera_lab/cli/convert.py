@@ -65,6 +65,8 @@ def export(
     done = export_adapter(location, output, to=to, max_rank=max_rank, energy=energy, server=server)
     kinds = {"lora": "LoRA", "gguf": "GGUF adapter", "mlx": "MLX adapter"}
     out.print(f"{kinds[done.form]} written to {output}", soft_wrap=True)
+    if done.base:
+        out.print(f"base model with the modules and tokens trained as a whole written to {done.base}", soft_wrap=True)
     if done.truncation:
         out.print(done.truncation.sentence(), soft_wrap=True)
     out.print(done.agreement.sentence(), soft_wrap=True)
