@@ -127,7 +127,7 @@ def test_every_method_of_peft_is_folded_or_refused_with_a_reason():
 
 @pytest.mark.parametrize("method", NEVER)
 def test_a_method_that_is_no_update_of_weights_is_refused(method):
-    with pytest.raises(UserError, match=f"this {method} adapter .*, which a LoRA cannot express"):
+    with pytest.raises(UserError, match=f"this {method} adapter .*, which cannot become a LoRA"):
         check_config(SimpleNamespace(peft_type=method))
 
 

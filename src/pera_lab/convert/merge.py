@@ -304,9 +304,6 @@ def write_base(
         if isinstance(layer, model.base_model.tuner_layer_cls):
             base.set_submodule(name, layer.get_base_layer())
     plain = model.merge_and_unload(safe_merge=True)
-    head, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        plain.config.get_text_config().tie_word_embeddings = False
     for weight in plain.parameters():
         rounded = weight.detach().to(dtype)
         if torch.equal(rounded.to(weight.dtype), weight):

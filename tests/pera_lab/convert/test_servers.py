@@ -223,6 +223,9 @@ def test_what_is_trained_as_a_whole_goes_into_a_base_beside_the_lora(case, save_
     assert len(list((tmp_path / "out").glob("tokenizer*"))) == 0 < len(list(done.base.glob("tokenizer*")))
     assert served.config.tie_word_embeddings == (served.lm_head.weight is served.model.embed_tokens.weight)
     if SERVERS[server].form == "gguf":
+        assert done.start.startswith(
+            f"python convert_hf_to_gguf.py {done.base} --outfile {done.base}.gguf && llama-server"
+        )
         served = read_adapter(tmp_path / "out" / "adapter.gguf", served)
     else:
         keys = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
