@@ -56,7 +56,7 @@ def shared(
     """The same from pera's scorer."""
     scorer = make_scorer(model, tokenizer, task, examples, spec, None)
     found: dict[int, Any] = {}
-    for answered in answer_batches(scorer, "", None):
+    for answered in answer_batches(scorer, ""):
         found |= answered
     return [found[i].scores for i in range(len(examples))]
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError, one_line
@@ -24,6 +23,7 @@ from pera_lab.files import (
     write_atomic,
 )
 from pera_lab.opening import locate_run, open_model
+from pera_lab.progress import say
 from pera_lab.recipe import Recipe
 from pera_lab.runs import Run
 from pera_lab.scorers import Prediction, Score, answer_batches, make_scorer
@@ -39,7 +39,7 @@ def read_predictions(file: Path) -> list[Prediction]:
     return checked(lines, list[Prediction], repr(str(file)))
 
 
-def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, console: Console | None = None) -> Score:
+def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None) -> Score:
     """Score the adapter of a run, or its base model, on the held-out examples of its task.
 
     The score is written to ``scores.json`` under "adapter" or "base", and the answers to ``predictions/``. The name of
@@ -50,7 +50,6 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
         run: the run.
         base: score the base model without the adapter.
         scorer: a scorer other than the recipe's.
-        console: where to show progress; None shows nothing.
 
     Raises:
         UserError: the scorer does not fit the task, the data changed since training, the base model cannot answer, or
@@ -69,23 +68,23 @@ def evaluate_run(run: Run, *, base: bool = False, scorer: str | None = None, con
     if run.finished:
         card("adapter", locate_run(run))
     with processes.main_enters(locked(run.path / f".{name}.lock", file)):
-        score = _evaluate_run(run, recipe, splits, which, name, console)
+        score = _evaluate_run(run, recipe, splits, which, name)
         processes.barrier()  # the files are complete
     return score
 
 
-def _evaluate_run(run: Run, recipe: Recipe, splits: Splits, which: str, name: str, console: Console | None) -> Score:
+def _evaluate_run(run: Run, recipe: Recipe, splits: Splits, which: str, name: str) -> Score:
     """:func:`evaluate_run` while no other process makes the same score."""
     task, spec = recipe.task, recipe.evaluation
     model, tokenizer = open_model(locate_run(run, base=which == "base"), recipe.model.dtype)
     content = recipe.model_dump(mode="json", exclude={"name"})
     key = {"which": which, "recipe": content, "data": dict(splits.manifest)}
     with Journal(run.predictions / f"{name}.partial.jsonl", key) as journal:
-        if journal.found and console is not None:
-            console.print(f"resuming after {len(journal.found)} of {len(splits.test)} answers", soft_wrap=True)
+        if journal.found:
+            say(f"resuming after {len(journal.found)} of {len(splits.test)} answers")
         max_length = task.prompt_limit(recipe.training.max_length)
         score, predictions = evaluate(
-            model, tokenizer, task, splits, spec, which, console, journal=journal, max_length=max_length
+            model, tokenizer, task, splits, spec, which, journal=journal, max_length=max_length
         )
         if score.memory is not None and which == "adapter":
             parameters, bits = sum(run.adapter.sizes.values()), score.memory.bits
@@ -109,7 +108,6 @@ def evaluate(
     splits: Splits,
     spec: EvaluationSection,
     label: str = "model",
-    console: Console | None = None,
     *,
     journal: Journal | None = None,
     max_length: int | None = None,
@@ -123,7 +121,6 @@ def evaluate(
         splits: its examples.
         spec: the recipe's ``evaluation`` section.
         label: what is scored, for the progress bar.
-        console: where to show progress; None shows nothing.
         journal: saves the answers as they come. Answers that it already has are not made again.
         max_length: longest input in tokens, if it is shorter than the model's.
     """
@@ -131,7 +128,7 @@ def evaluate(
     found: dict[int, Prediction] = {i: Prediction(**row) for i, row in journal.found.items()} if journal else {}
     todo = [i for i in range(len(splits.test)) if i not in found]
     scorer = make_scorer(model, tokenizer, task, [splits.test[i] for i in todo], spec, max_length)
-    for outputs in answer_batches(scorer, f"answering ({label})", console):
+    for outputs in answer_batches(scorer, f"answering ({label})"):
         new = {todo[row]: scorer.judge(row, output) for row, output in outputs.items()}
         found |= new
         if journal:

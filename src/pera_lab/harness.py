@@ -9,6 +9,7 @@ from pera.errors import UserError, missing_extra, nearest, one_line
 from pera_lab.files import check_output, read_object, updated_object
 from pera_lab.inference import base_model, generation_settings, largest_batch
 from pera_lab.opening import locate_run, open_model
+from pera_lab.progress import stage
 from pera_lab.runs import Run
 
 
@@ -61,9 +62,10 @@ def run_harness(
     size = largest_batch(model, recipe.evaluation.batch_size)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size)
     try:
-        found: Any = lm_eval.simple_evaluate(
-            harness, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
-        )
+        with stage(f"scoring on {', '.join(tasks)}"):
+            found: Any = lm_eval.simple_evaluate(
+                harness, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+            )
     except (OSError, ValueError, ConnectionError) as error:
         reason = one_line(error).rstrip(".")
         raise UserError(f"--lm-eval={','.join(tasks)}: the data of a task cannot be loaded: {reason}.") from error

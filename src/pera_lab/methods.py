@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -15,6 +16,7 @@ from pera.errors import UserError, nearest, one_line
 from pera.polynomial import expanded_rank
 from pera.tuner import PeraConfig, check_alpha, check_names, check_rank, check_ranks, resolve_all_linear
 from pera_lab.plugins import check_unique, load_plugins
+from pera_lab.sections import meant
 
 GROUP = "pera.methods"
 """The entry-point group. Each entry point is a table of methods, such as :data:`BUILT_IN`."""
@@ -178,6 +180,22 @@ def peft_config(name: str, task_type: str = "CAUSAL_LM", /, **options: Any) -> P
         raise refusal({"name": name, **options}, error) from error
 
 
+def other_options(given: Mapping[str, Any], config: PeftConfig) -> dict[str, Any]:
+    """The options of a method that a recipe does not set, with their values, under the common names.
+
+    Args:
+        given: the recipe's section ``method``.
+        config: its PEFT configuration.
+    """
+    method = find_method(given["name"])
+    names = {own: alias for alias, own in method.aliases.items()}
+    hidden = _FILLED_IN | {own for alias, own in method.aliases.items() if alias in given} | given.keys()
+    values = {names.get(f.name, f.name): getattr(config, f.name) for f in fields(config) if f.name not in hidden}
+    plain = json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    found: dict[str, Any] = json.loads(plain)
+    return found if method.options else {}
+
+
 def repeatable(init: Any) -> bool:
     """Whether loading a LoRA repeats what its initialization ``init_lora_weights`` did to the base model.
 
@@ -227,6 +245,9 @@ def refusal(method: dict[str, Any], error: Exception) -> UserError:
 def _not_an_option(key: str, name: str) -> str:
     """The end of a sentence about an option that the method ``name`` does not have."""
     known = known_methods()
+    found = meant(key)
+    if found is not None and (not found.startswith("method.") or found.removeprefix("method.") in known[name].options):
+        return f"is not an option of {name}; did you mean {found!r}?"
     if not known[name].options:
         return f"is not an option of {name}, which has none; give the whole method, 'method={{name: {name}}}'."
     others = [other for other, method in known.items() if key in method.options and key not in method.aliases.values()]

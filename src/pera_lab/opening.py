@@ -19,6 +19,7 @@ from pera_lab.adapters import Adapter
 from pera_lab.files import user_path
 from pera_lab.mlx import MlxAdapter, is_mlx
 from pera_lab.placement import Attention, DeviceMap
+from pera_lab.progress import stage
 from pera_lab.quantization import Quantization
 from pera_lab.runs import Run
 
@@ -193,7 +194,7 @@ def open_model(
         labels = location.adapter.labels
     elif labels is None:
         labels = models.saved_labels(location.base)
-    with _where_the_base_is_named(location):
+    with _where_the_base_is_named(location), stage(f"loading {location.base}"):
         if needs_tokenizer:
             models.check_tokenizer(location.base, location.tokenizer or models.resolve(location.base))
         base = models.load_model(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from pera.errors import UserError
 from pera_lab import processes
 from pera_lab.files import Journal, check_journal, json_line, reserved, write_atomic
@@ -24,7 +22,6 @@ def predict(
     base: bool = False,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
-    console: Console | None = None,
 ) -> int:
     """Answer each row of a file, and write the rows with ``prediction`` as JSON Lines.
 
@@ -40,7 +37,6 @@ def predict(
         base: let the base model answer, without the adapter.
         max_new_tokens: longest answer in tokens; the recipe's by default.
         batch_size: rows answered at a time; the recipe's by default.
-        console: where to show progress; None shows nothing.
 
     Returns:
         The number of rows.
@@ -52,7 +48,7 @@ def predict(
     journal = target.with_name(f"{target.name}.partial")
     with processes.main_enters(reserved(target)):
         processes.on_main(lambda: _check_target(target, journal))
-        number = _predict(run, source, target, journal, base, max_new_tokens, batch_size, console)
+        number = _predict(run, source, target, journal, base, max_new_tokens, batch_size)
         processes.barrier()  # the file is complete
     return number
 
@@ -72,7 +68,6 @@ def _predict(
     base: bool,
     max_new_tokens: int | None,
     batch_size: int | None,
-    console: Console | None,
 ) -> int:
     """:func:`predict` to a file that does not exist and that no other process writes."""
     recipe, task = run.recipe, run.recipe.task
@@ -95,7 +90,7 @@ def _predict(
         todo = [i for i in range(len(rows)) if i not in journal.found]
         max_length = task.prompt_limit(recipe.training.max_length)
         scorer = make_scorer(model, tokenizer, task, [rows[i] for i in todo], spec, max_length)
-        for outputs in answer_batches(scorer, "predicting", console):
+        for outputs in answer_batches(scorer, "predicting"):
             journal.add({todo[row]: _columns(output) for row, output in outputs.items()})
         lines = [{**row, **answer} for row, answer in zip(content.rows, journal.rows(), strict=True)]
         if processes.is_main():

@@ -90,7 +90,7 @@ class Run:
                 path.mkdir(parents=True, exist_ok=True)
             with run.in_use():
                 run._require_free()
-                write_atomic(run.recipe_file, recipe.to_yaml())
+                write_atomic(run.recipe_file, recipe.record())
         except BaseException:
             remove_empty(made)
             raise

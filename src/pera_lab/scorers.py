@@ -8,7 +8,6 @@ from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from pera.errors import UserError
@@ -127,7 +126,7 @@ def make_scorer(
     return SCORERS[spec.scorer](model, tokenizer, task, examples, spec, max_length)
 
 
-def answer_batches(scorer: Scorer, label: str, console: Console | None) -> Iterator[dict[int, Output]]:
+def answer_batches(scorer: Scorer, label: str) -> Iterator[dict[int, Output]]:
     """The outputs for a scorer's examples by their index, one batch at a time, or one for each process.
 
     The batches do not depend on the number of processes, and every process gets all outputs.
@@ -135,11 +134,10 @@ def answer_batches(scorer: Scorer, label: str, console: Console | None) -> Itera
     Args:
         scorer: the scorer.
         label: text of the progress bar.
-        console: where to show it; None shows nothing.
     """
     size = scorer.spec.batch_size
     equal = size > 1 and len(set(scorer.lengths)) > 1 and not takes_padding(scorer.model)
-    batches = _batches(scorer.lengths, size, equal, label, console)
+    batches = _batches(scorer.lengths, size, equal, label)
     while share := list(islice(batches, processes.count())):
         own = share[processes.index()] if processes.index() < len(share) else []
         outputs = dict(zip(own, scorer.answer(own), strict=True)) if own else {}
@@ -415,16 +413,14 @@ def _part(predictions: list[Prediction]) -> Part:
     return Part(n, correct, sum(p.answer is None for p in predictions), correct / n, *wilson_interval(correct, n))
 
 
-def _batches(
-    lengths: list[int], batch_size: int, equal: bool, label: str, console: Console | None
-) -> Iterator[list[int]]:
+def _batches(lengths: list[int], batch_size: int, equal: bool, label: str) -> Iterator[list[int]]:
     """The indices of each batch. The longest inputs come first, so that a batch too large for memory fails at once.
 
     With ``equal`` all inputs of a batch have one length, for models whose output changes with padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     groups = [list(group) for _, group in groupby(order, lengths.__getitem__)] if equal else [order]
-    with ProgressBar(label, console) as bar:
+    with ProgressBar(label) as bar:
         done = 0
         for group in groups:
             for start in range(0, len(group), batch_size):

@@ -90,6 +90,40 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+_MEANT = {
+    "training.learning_rate": ("lr", "rate"),
+    "training.max_steps": ("steps", "num_steps", "num_train_steps"),
+    "training.epochs": ("epoch", "num_epochs", "num_train_epochs"),
+    "training.batch_size": ("batch", "bs", "train_batch_size", "micro_batch_size", "per_device_train_batch_size"),
+    "training.gradient_accumulation_steps": ("accumulation", "grad_accum", "gradient_accumulation"),
+    "training.lr_scheduler": ("scheduler", "schedule", "lr_scheduler_type"),
+    "training.warmup_ratio": ("warmup",),
+    "training.max_grad_norm": ("grad_clip", "gradient_clipping", "clip_grad_norm"),
+    "training.max_length": ("max_len", "max_seq_len", "max_seq_length", "seq_len", "sequence_length", "cutoff_len"),
+    "model.name": ("base_model", "model_name", "model_id", "model_name_or_path"),
+    "model.dtype": ("torch_dtype", "precision", "mixed_precision"),
+    "model.dtype=bfloat16": ("bf16",),
+    "model.dtype=float16": ("fp16", "half"),
+    "model.quantization=nf4": ("load_in_4bit", "4bit"),
+    "model.quantization=int8": ("load_in_8bit", "8bit"),
+    "model.attn_implementation": ("attention", "flash_attention", "use_flash_attention_2"),
+    "method.r": ("rank", "lora_r", "lora_rank"),
+    "method.alpha": ("lora_alpha",),
+    "method.dropout": ("lora_dropout",),
+    "method.target_modules": ("targets", "modules", "lora_target_modules"),
+    "method.normalization": ("normalisation", "norm"),
+    "task.data": ("dataset", "dataset_name", "train_file"),
+}
+"""Keys of a recipe, or overrides, by what other tools call them."""
+
+_KEYS = {slip: key for key, slips in _MEANT.items() for slip in slips}
+
+
+def meant(key: str) -> str | None:
+    """The key of a recipe, with its section, that another tool calls ``key``: "training.learning_rate" for "lr"."""
+    return _KEYS.get(key)
+
+
 def name_alone(value: Any) -> Any:
     """The section that a bare name stands for: ``model: smollm2-135m`` means ``model: {name: smollm2-135m}``."""
     return {"name": value} if isinstance(value, str) else value

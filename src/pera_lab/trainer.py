@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pera_lab import processes
+from pera_lab.progress import stage
 from pera_lab.tasks.encoding import count_labels
 
 
@@ -142,6 +143,11 @@ class RunTrainer(Trainer):
     def _sums(self, labels: torch.Tensor) -> bool:
         """Whether the model divides the sum of its losses by ``num_items_in_batch``. A classifier takes the mean."""
         return self.model_accepts_loss_kwargs and labels.dim() == 2
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """As in transformers; says that it runs."""
+        with stage("validating"):
+            return super().evaluate(*arguments, **options)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -13,16 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -34,10 +31,11 @@ from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
 from pera_lab.environment import command_line, device, out_of_memory
-from pera_lab.files import atomic_folder, disk_errors, json_line, write_atomic, write_json
+from pera_lab.files import atomic_folder, disk_errors, write_json
 from pera_lab.inference import takes_packing
+from pera_lab.monitor import Interrupted, Monitor, Signals, peak_memory
 from pera_lab.opening import locate_run, open_model
-from pera_lab.progress import ProgressBar
+from pera_lab.progress import say, stage
 from pera_lab.recipe import Recipe, TrainingSection
 from pera_lab.runs import Run
 from pera_lab.tasks import Splits
@@ -45,10 +43,6 @@ from pera_lab.tasks.cache import encode_stored, lengths
 from pera_lab.tasks.encoding import Encoded, PackingCollator, check_lengths
 from pera_lab.tasks.examples import StoredExamples
 from pera_lab.trainer import LengthOrder, OnlineLoss, RunTrainer
-
-
-class LossNotFinite(UserError):
-    """The training diverged."""
 
 
 class TrainingSummary(NamedTuple):
@@ -62,9 +56,11 @@ class TrainingSummary(NamedTuple):
     shortened: int = 0
     """Training texts that were truncated to ``max_length``."""
     steps: int = 0
+    kept: int | None = None
+    """Step of the best checkpoint, whose weights the adapter has; None for the weights of the last step."""
 
 
-def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | None = None) -> TrainingSummary:
+def train(recipe: Recipe, run: Run, *, resume: bool = False, save_on_signal: bool = False) -> TrainingSummary:
     """Train the adapter of a recipe, and save it with metrics and environment in the run folder.
 
     Several processes share each batch (:class:`RunTrainer`). The main process writes the folder.
@@ -73,16 +69,19 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, console: Console | 
         recipe: the recipe.
         run: the folder, made by :meth:`Run.create`.
         resume: resume from the last complete checkpoint, or from the start if there is none.
-        console: where to show progress; None shows nothing.
+        save_on_signal: whether Ctrl-C and SIGTERM end the training after the current step, with a checkpoint.
 
     Raises:
         UserError: the model, a target module or the task is not available, the data or the base model of a resumed run
             or the number of processes changed, another command trains the run, or the disk fails.
         LossNotFinite: the loss is not finite.
+        Interrupted: a signal ended the training.
     """
     with processes.main_enters(run.in_use()):
         with processes.together():
-            prepared = _prepare(recipe, run, resume, console)
+            prepared = _prepare(recipe, run, resume, Signals() if save_on_signal else None)
+        if resume and prepared.checkpoint is None:
+            say("no checkpoint was saved; training starts at the first step")
         summary = _train(run, prepared)
         processes.barrier()  # the folder is complete
     return summary
@@ -94,26 +93,28 @@ class _Prepared(NamedTuple):
     trainer: Trainer
     adapted: PeftModel
     encoded: Encoded
-    progress: _Progress
+    monitor: Monitor
+    signals: Signals | None
     checkpoint: Path | None
     """The checkpoint that the training is resumed from."""
     ended: Path | None
     """The checkpoint with the weights to save, if the training ended before the adapter was saved."""
 
 
-def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) -> _Prepared:
+def _prepare(recipe: Recipe, run: Run, resume: bool, signals: Signals | None) -> _Prepared:
     """Make every check. The folder does not change."""
     spec, task = recipe.training, recipe.task
     engines.check(spec.batch_size, recipe.model.quantization)
     placement.check_trainable(recipe.model.attn_implementation)
     if resume:
         run.check_processes()
-    splits = recipe.build_splits()
+    with stage("reading the data"):
+        splits = recipe.build_splits()
     run.check_data(splits.manifest)
     set_seed(spec.seed)  # loading the model initializes the classification head
     model, tokenizer = open_model(locate_run(run, base=True), recipe.model.dtype, task.labels)
     limit = min(spec.max_length, models.longest_input(model, tokenizer))
-    encoded = _encode(recipe, splits, tokenizer, limit, console)
+    encoded = _encode(recipe, splits, tokenizer, limit)
     validation = task.encode(tokenizer, splits.validation, limit)
     task.check(tokenizer, splits.test)
     models.check_tokens(model, tokenizer, chain(_token_ids(encoded), _token_ids(validation)))
@@ -169,11 +170,11 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
         run.remove_incomplete_checkpoints()
         run.write_environment(base, command_line())
         write_json(run.data_file, {**splits.manifest, "notes": notes})
-        progress.keep_metrics()
+        monitor.keep_metrics()
 
     collator = task.collator(tokenizer, model)
     online = OnlineLoss()
-    progress = _Progress(run, console, notes, checkpoint, begin, online)
+    monitor = Monitor(run, notes, checkpoint, begin, online, signals)
     try:
         trainer = RunTrainer(
             order,
@@ -185,7 +186,7 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
             eval_dataset=validation.rows if spec.eval_steps else None,
             compute_metrics=task.compute_metrics,
             data_collator=PackingCollator(model) if spec.packing else collator,
-            callbacks=[RatioCallback(), progress],
+            callbacks=[RatioCallback(), monitor],
             optimizer_cls_and_kwargs=optimizer,
         )
     except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
@@ -196,25 +197,50 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, console: Console | None) ->
     trainer.remove_callback(PrinterCallback)
     if processes.count() > 1:
         set_seed((spec.seed + processes.index()) % 2**32)  # otherwise every process drops out the same entries
-    return _Prepared(trainer, adapted, encoded, progress, checkpoint, kept if ended else None)
+    return _Prepared(trainer, adapted, encoded, monitor, signals, checkpoint, kept if ended else None)
 
 
 def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
-    """Train, and save the adapter."""
-    trainer, adapted, encoded, progress, checkpoint, ended = prepared
+    """Train, and save the adapter. A signal is held back until everything is saved."""
+    with nullcontext() if prepared.signals is None else prepared.signals as signals:
+        summary = _train_and_save(run, prepared)
+        if signals is not None and (number := signals.agreed()):
+            raise Interrupted(f"interrupted after the last step; the adapter is saved in {run.adapter.path}", number)
+    return summary
+
+
+def _train_and_save(run: Run, prepared: _Prepared) -> TrainingSummary:
+    trainer, adapted, encoded, monitor, _, checkpoint, ended = prepared
     start = time.perf_counter()
     if ended is not None:
-        progress.begin()
+        say("the training had ended; its adapter is saved now")
+        monitor.begin()
         set_peft_model_state_dict(adapted, load_file(ended / SAFETENSORS_WEIGHTS_NAME))
     else:
-        with progress, disk_errors(run.path):
+        with monitor, disk_errors(run.path):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state, kept = trainer.state, None
+    if run.recipe.training.keep == "best":
+        kept = state.best_global_step if ended is None else checkpoints.step_of(ended)
+    if monitor.stopped_by:
+        command = f"pera train {shlex.quote(str(run.path))} --resume"
+        again = f" in {processes.count()} processes" if processes.count() > 1 else ""
+        raise Interrupted(
+            f"stopped after step {state.global_step} of {state.max_steps}; resume{again} with: {command}",
+            monitor.stopped_by,
+        )
     seconds = time.perf_counter() - start
-    tokens = trainer.state.num_input_tokens_seen - progress.tokens_before
     losses = [line["loss"] for line in run.metrics()]
-    final_loss = losses[-1] if losses else None
-    steps = trainer.state.global_step - progress.steps_before
-    summary = TrainingSummary(seconds, tokens, peak_memory(), final_loss, encoded.left_out, encoded.shortened, steps)
+    summary = TrainingSummary(
+        seconds,
+        state.num_input_tokens_seen - monitor.tokens_before,
+        peak_memory(),
+        losses[-1] if losses else None,
+        encoded.left_out,
+        encoded.shortened,
+        state.global_step - monitor.steps_before,
+        kept,
+    )
     # Under FSDP and ZeRO-3, each process holds a part of every weight.
     divided = trainer.is_deepspeed_enabled or processes.fsdp()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if divided else None
@@ -226,29 +252,16 @@ def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
     return summary
 
 
-def peak_memory() -> int | None:
-    """Peak memory of this process in bytes: GPU memory if there is a GPU, else resident memory; None if unknown."""
-    if device().type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 _LONG = 1_000_000
 
 
-def _encode(
-    recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, console: Console | None
-) -> Encoded:
+def _encode(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     task = recipe.task
     if isinstance(splits.train, StoredExamples):
-        encoded = encode_stored(task, tokenizer, splits.train, max_length, console)
+        encoded = encode_stored(task, tokenizer, splits.train, max_length)
     else:
-        encoded = task.encode(tokenizer, splits.train, max_length)
+        with stage("tokenizing"):
+            encoded = task.encode(tokenizer, splits.train, max_length)
     if not encoded.rows:
         short = (example for example in splits.train if len(example.prompt) <= _LONG)
         tried = (row for example in short for row in task.encode(tokenizer, [example]).rows)
@@ -348,132 +361,3 @@ def _checkpointing_option() -> str:
     """Name of the option in this version of transformers, which renames ``gradient_checkpointing`` before version 6."""
     names = {f.name for f in fields(TrainingArguments)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-
-
-class _Progress(TrainerCallback):
-    """Shows notes and a progress bar, writes ``metrics.jsonl``, marks complete checkpoints, and stops at a loss that is
-    not finite. ``begin`` is called when everything of the checkpoint was loaded."""
-
-    def __init__(
-        self,
-        run: Run,
-        console: Console | None,
-        notes: list[str],
-        since: Path | None,
-        begin: Callable[[], None],
-        online: OnlineLoss,
-    ) -> None:
-        self._console, self._notes = console, notes
-        self._run, self._since, self._write_records, self._online = run, since, begin, online
-        self._bar = ProgressBar("training", console)
-        self._announced = False
-        self._start = 0.0
-        self.tokens_before = self.steps_before = 0
-
-    def __enter__(self) -> _Progress:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
-
-    def begin(self) -> None:
-        """Write the records of the run."""
-        if processes.is_main():
-            self._write_records()
-
-    def keep_metrics(self) -> None:
-        """Remove the lines that were logged after the checkpoint."""
-        kept = checkpoints.step_of(self._since) if self._since else 0
-        for file, lines in (
-            (self._run.metrics_file, self._run.metrics()),
-            (self._run.validation_file, self._run.validation()),
-        ):
-            if file == self._run.metrics_file or lines:
-                write_atomic(file, "".join(json_line(line) for line in lines if line["step"] <= kept))
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        interval = self._run.recipe.training.eval_steps
-        if isinstance(interval, int) and interval > state.max_steps:
-            raise UserError(
-                f"training.eval_steps={interval} has no effect, because the training has {state.max_steps} steps; "
-                "give fewer, or 'epoch'."
-            )
-        if self._since is not None and (kept := checkpoints.best(self._since)) is not None:
-            state.best_model_checkpoint = str(kept)  # the folder may have moved since
-        self.begin()
-        self._start, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
-        self.steps_before = state.global_step
-        self._bar.update(state.global_step, state.max_steps)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._bar.update(state.global_step)
-        if state.global_step == self.steps_before + 2:
-            self._announce()
-        if state.global_step == state.max_steps:
-            control.should_log = True  # whatever logging_steps is
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "eval_loss" in logs:
-            self._validated(state, logs)
-        if "loss" not in logs:
-            return
-        seconds, tokens = time.perf_counter() - self._start, state.num_input_tokens_seen - self.tokens_before
-        line = {
-            "step": state.global_step,
-            "epoch": state.epoch,
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs.get("grad_norm"),
-            "tokens_per_second": round(tokens / seconds, 1),
-            **self._online.take(),
-        }
-        line |= {key: logs[key] for key in ("high_order_ratio", "anchor_ratio") if key in logs}
-        _append(self._run.metrics_file, line)
-        memory = peak_memory()
-        note = f"loss {logs['loss']:.4f} · {tokens / seconds:,.0f} tokens/s"
-        self._bar.update(note=note + (f" · {memory / 2**30:.1f} GB" if memory else ""))
-        if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise _diverged(args, "loss is", state)
-        trained = (p for p in kwargs["model"].parameters() if p.requires_grad)
-        if state.global_step == state.max_steps and not all(p.isfinite().all() for p in trained):
-            raise _diverged(args, "weights are", state)
-        self._announce()
-
-    def _announce(self) -> None:
-        """Print the notes and the run folder, once. A refusal and a first loss that is not finite come before."""
-        if self._console is None or self._announced:
-            return
-        self._announced = True
-        for note in self._notes:
-            self._console.print("warning:", style="yellow", end=" ")
-            self._console.print(note, soft_wrap=True)
-        recipe = self._run.recipe
-        what = f"{recipe.method['name']} on {recipe.model.name}, task {recipe.task.name}"
-        if processes.count() > 1:
-            what += f", {processes.count()} processes, effective batch size {recipe.training.effective_batch_size}"
-        self._console.print(f"run folder {self._run.path}: {what}", soft_wrap=True)
-
-    def _validated(self, state: TrainerState, logs: dict[str, Any]) -> None:
-        speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-        values = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_") and k not in speed}
-        _append(self._run.validation_file, {"step": state.global_step, "epoch": state.epoch, **values})
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        processes.barrier()  # each process writes a part
-        if processes.is_main():
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoints.COMPLETE).touch()
-
-
-def _append(file: Path, line: dict[str, Any]) -> None:
-    if processes.is_main():
-        with file.open("a", encoding="utf-8") as f:
-            f.write(json_line(line))
-
-
-def _diverged(args: TrainingArguments, what: str, state: TrainerState) -> LossNotFinite:
-    return LossNotFinite(
-        f"training.learning_rate={args.learning_rate:g}: the {what} not finite at step {state.global_step}; "
-        "lower the learning rate."
-    )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pera_lab import cli, scorers
+from pera_lab import cli, progress, scorers
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 from pera_lab.training import train
@@ -139,8 +139,10 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def pera(monkeypatch, capsys, tmp_path):
-    """Runs the ``pera`` command in this process, in an empty working folder."""
+    """Runs the ``pera`` command in this process, in an empty working folder. A slow machine prints no further lines."""
     monkeypatch.chdir(tmp_path)
+    for name in ("SLOW", "PERIOD"):
+        monkeypatch.setattr(progress, name, 3600)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["pera", *map(str, arguments)])

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pera_lab import cli
 from pera_lab.cli import console
-from pera_lab.progress import ProgressBar
+from pera_lab.progress import ProgressBar, say, showing
 
 NAME = "q_\x1b]0;title\x07\x9b31m\u202e[red]x[/red]\r:smile:\ud800"
 SHOWN = r"q_\x1b]0;title\x07\x9b31m\u202e[red]x[/red]\x0d:smile:\ud800"
@@ -26,12 +26,17 @@ def test_printed_strings_and_cells_are_text(capsys, monkeypatch):
         assert capsys.readouterr().out.count(SHOWN) == times
 
 
-def test_label_and_note_of_a_progress_bar_are_text():
+@pytest.mark.parametrize("terminal", [True, False])
+def test_label_and_note_of_a_progress_bar_are_text(terminal):
     file = io.StringIO()
-    with ProgressBar(f"{{x}}{NAME}", Console(file=file, width=300)) as bar:
-        bar.update(1, 2, NAME)
+    with showing(Console(file=file, width=300, force_terminal=terminal, _environ={})):
+        with ProgressBar(f"{{x}}{NAME}") as bar:
+            bar.update(1, 2, NAME)
+            bar.line()
+        say(NAME)
     assert f"{{x}}{SHOWN}" in file.getvalue()
-    assert file.getvalue().count(SHOWN) == 2
+    assert file.getvalue().count(SHOWN) >= 3
+    assert NAME not in file.getvalue()
 
 
 def test_layer_names_in_a_weights_file_are_shown_on_one_line(pera, adapter, change_weights):

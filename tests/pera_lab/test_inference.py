@@ -175,7 +175,7 @@ def test_answers_of_such_a_model_do_not_depend_on_the_batch(rwkv, tokenizer):
     def answers(size):
         spec = EvaluationSection(batch_size=size, max_new_tokens=5)
         scorer = make_scorer(rwkv, tokenizer, OWN, examples, spec, None)
-        return {i: output.answer for batch in answer_batches(scorer, "", None) for i, output in batch.items()}
+        return {i: output.answer for batch in answer_batches(scorer, "") for i, output in batch.items()}
 
     assert answers(4) == answers(1)
 

@@ -123,7 +123,7 @@ def test_the_configurations_own_option_names_work_too(word):
         (
             "pera",
             {"normalisation": "x"},
-            "method.normalisation is not an option of pera; did you mean 'normalization'",
+            "method.normalisation is not an option of pera; did you mean 'method.normalization'",
         ),
         ("lora", {"base_model_name_or_path": "x"}, "method.base_model_name_or_path is not an option of lora; known: "),
         ("pera", {"peft_type": "x"}, "method.peft_type is not an option of pera; "),

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import pera_lab
 from pera.errors import UserError
 from pera_lab.opening import Location, locate, locate_adapter, locate_run, open_model
 
@@ -251,3 +252,10 @@ def test_models_of_which_one_has_a_tokenizer_are_not_compared(refused, workplace
     refused("verify", "base", "bare", words=["only one of 'base' and 'bare' has a tokenizer"])
     (workplace / "prompts.txt").write_text("Hello\n")
     refused("verify", "bare", "bare", "--prompts", "prompts.txt", words=["--prompts='prompts.txt' needs a tokenizer"])
+
+
+def test_a_model_and_its_tokenizer_load_in_one_call(tiny_llama, adapter):
+    model, tokenizer = pera_lab.load(str(tiny_llama), "float32")
+    assert model(**tokenizer("a", return_tensors="pt")).logits.dtype == torch.float32
+    adapted, _ = pera_lab.load(str(adapter))
+    assert isinstance(adapted, PeftModel)

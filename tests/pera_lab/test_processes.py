@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -22,10 +23,11 @@ from torch import distributed
 
 import tiny
 from pera.errors import UserError
-from pera_lab import checkpoints, cli, engines, processes, scorers, training
+from pera_lab import checkpoints, cli, engines, monitor, processes, progress, scorers, training
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 from pera_lab.tasks import sources
+from pera_lab.trainer import RunTrainer
 from pera_lab.training import train
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
@@ -47,6 +49,7 @@ def call(rank, ports, folder, arguments, patch):
     os.chdir(folder)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(rank), **address)
+    progress.SLOW = 3600  # a slow machine prints no further lines
     sys.stdout = sys.stderr = open(folder / "output.txt", "a", buffering=1)  # noqa: SIM115
     if patch is not None:
         patch(rank)
@@ -249,6 +252,29 @@ def test_killed_processes_are_resumed_to_the_same_bits(two, recipe_file, tmp_pat
     assert files(killed.path) == files(undisturbed.path)
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_step(two, recipe_file, tmp_path):
+    def interrupt_second(rank):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+        compute_loss = RunTrainer.compute_loss
+
+        def acting(trainer, model, *rest, **options):
+            if rank == 1 and model.training and trainer.state.global_step == 4:
+                signal.raise_signal(signal.SIGINT)
+            return compute_loss(trainer, model, *rest, **options)
+
+        RunTrainer.compute_loss = acting
+
+    ended = two("train", recipe_file, "--output", "run", patch=interrupt_second)
+    assert ended.codes[0] == 130
+    command = "resume in 2 processes with: pera train run --resume"
+    assert ended.text.count(f"stopped after step 5 of 12; {command}\n") == 1
+    ended = two("train", "run", "--resume")
+    assert ended.codes == [0, 0], ended.text
+    assert "resuming after step 5 of 12\n" in ended.text
+    assert [line["step"] for line in Run(tmp_path / "run").metrics()] == [2, 4, 5, 6, 8, 10, 12]
+
+
 def content(folder, names):
     """The files as they are compared: a score without the seconds that it took."""
     found = {name: (folder / name).read_text() for name in names}
@@ -341,9 +367,7 @@ def test_a_mistake_in_one_process_ends_both(two, recipe_file, tmp_path, monkeypa
 
     def stop_second(rank):
         if rank == 1:
-            monkeypatch.setattr(
-                training._Progress, "on_step_end", lambda *_, **__: raise_(UserError("the step broke."))
-            )
+            monkeypatch.setattr(monitor.Monitor, "on_step_end", lambda *_, **__: raise_(UserError("the step broke.")))
 
     monkeypatch.setattr(processes, "GRACE", processes.timedelta(seconds=1))
     ended = two("train", recipe_file, "--output", "new", patch=stop_second)

@@ -51,7 +51,7 @@ def generate(model, tokenizer, prompts, *, batch_size, max_new_tokens):
     """What a model writes to each prompt."""
     examples = [Example(prompt, "") for prompt in prompts]
     spec = EvaluationSection(batch_size=batch_size, max_new_tokens=max_new_tokens)
-    batches = answer_batches(make_scorer(model, tokenizer, TASK, examples, spec, None), "", None)
+    batches = answer_batches(make_scorer(model, tokenizer, TASK, examples, spec, None), "")
     answers = {i: output.answer for batch in batches for i, output in batch.items()}
     return [answers[i] for i in range(len(prompts))]
 
@@ -225,7 +225,7 @@ def test_likelihoods_are_those_of_one_option_at_a_time(name, batch_size, request
     scorer = make_scorer(model, tokenizer, task, splits.test, spec, None)
     assert max(len(suffix) for b in scorer.branches for suffix in b.suffixes) > 1
     found = {}
-    for outputs in answer_batches(scorer, "", None):
+    for outputs in answer_batches(scorer, ""):
         found |= {i: scorer.judge(i, output) for i, output in outputs.items()}
     for i, example in enumerate(splits.test):
         expected = one_at_a_time(model, tokenizer, task, example)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -15,10 +16,12 @@ from transformers import RwkvConfig, RwkvForCausalLM, TrainingArguments
 from pera.errors import UserError
 from pera_lab.checkpoints import COMPLETE
 from pera_lab.diagnose.effect import run_loss
+from pera_lab.monitor import rate_hint
 from pera_lab.opening import locate_run, open_model
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 from pera_lab.tasks.encoding import IGNORED, encode_example
+from pera_lab.trainer import RunTrainer
 from pera_lab.training import _arguments, train
 
 STEPS = [2, 4, 6, 8, 10, 12]
@@ -401,6 +404,133 @@ def test_a_group_without_parameters_is_an_error(train_run, tmp_path):
         UserError, match=r"^training: lr_ratio\['other'\] applies to no trained parameter; this model has"
     ):
         train_run(tmp_path / "run", "training.lr_ratio.other=2")
+
+
+def test_a_log_gets_one_line_for_each_logging_step(pera, recipe_file):
+    lines = pera("train", recipe_file, "--output", "run").err.splitlines()
+    assert lines[0].startswith("run folder run: pera on ")
+    assert re.fullmatch(r"about \d+ s for 12 steps", lines[1])
+    facts = r"loss \d\.\d{4} · rate \d\.\de-\d\d · [\d,]+ tokens/s · \d+\.\d GB"
+    for step, line in zip(STEPS, lines[2:], strict=True):
+        left = "" if step == 12 else r" · \d+ s left"
+        assert re.fullmatch(rf"training step {step} of 12 · {facts}{left}", line)
+
+
+def test_the_validation_and_the_checkpoint_that_was_kept_are_shown(pera, glue_recipe):
+    outcome = pera("train", glue_recipe, "training.learning_rate=1", "--output", "run")
+    run = Run(Path("run"))
+    scores = {line["step"]: line["accuracy"] for line in run.validation()}
+    assert re.findall(r"validation at step (\d+): .*accuracy ([\d.]+)", outcome.err) == [
+        (str(step), f"{score:.4g}") for step, score in scores.items()
+    ]
+    kept = max(scores, key=scores.__getitem__)
+    assert f"kept the checkpoint of step {kept}, the best on the validation rows\n" in outcome.err
+    assert f"The checkpoint of step {kept} was kept" in Path("run/report.html").read_text()
+
+
+def test_a_rate_that_learned_nothing_is_named_at_the_end(pera, recipe_file):
+    outcome = pera("train", recipe_file, "training.learning_rate=1e-12", "--output", "run")
+    assert outcome.code == 0
+    assert re.fullmatch(
+        r"warning: training\.learning_rate=1e-12: the loss went from [\d.]+ to [\d.]+, which is within its noise; "
+        "raise the learning rate, or train longer.",
+        outcome.err.splitlines()[-1],
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "shape"),
+    [
+        ([2.0, 2.1, 1.9, 2.05, 1.95, 2.0], "noise"),
+        ([2.0, 1.9, 1.85, 1.75, 1.7, 1.6], "trend"),
+        ([2.0, 1.1, 0.9, 1.0, 1.1, 0.9, 1.0, 0.95, 1.05, 1.0], "fall"),
+        ([2.0, 2.0, 2.0, 2.0, 2.0, 2.0], "constant"),
+        ([2.0, 2.1, 1.9, 2.0], "few"),
+        ([2.0, 2.1, 4.1], "rise"),
+    ],
+)
+def test_noise_is_told_from_learning(losses, shape):
+    hint = rate_hint(1e-4, losses)
+    assert (hint is not None) == (shape in ("noise", "constant", "rise"))
+    assert hint is None or hint.endswith("lower the learning rate." if shape == "rise" else "or train longer.")
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """``at_step(n, action)`` calls ``action`` before the backward pass of step n."""
+
+    def register(step, action):
+        compute_loss = RunTrainer.compute_loss
+
+        def acting(trainer, model, *rest, **options):
+            if model.training and trainer.state.global_step == step - 1:
+                action()
+            return compute_loss(trainer, model, *rest, **options)
+
+        monkeypatch.setattr(RunTrainer, "compute_loss", acting)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    yield register
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_training_with_a_checkpoint_to_resume_from(pera, recipe_file, finished_run, at_step):
+    at_step(5, lambda: signal.raise_signal(signal.SIGINT))
+    stopped = pera("train", recipe_file, "--output", "a run")
+    assert stopped.code == 130
+    assert "stopping after this step, with a checkpoint; Ctrl-C again stops at once\n" in stopped.err
+    last = "pera: stopped after step 5 of 12; resume with: pera train 'a run' --resume\n"
+    assert stopped.err.endswith(last)
+    resumed = pera("train", "a run", "--resume")
+    assert resumed.code == 0
+    assert resumed.err.startswith("resuming after step 5 of 12\n")
+    assert same_adapter(Run(Path("a run")), finished_run)
+
+
+def test_a_second_signal_ends_a_training_at_once(pera, recipe_file, at_step):
+    at_step(5, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    stopped = pera("train", recipe_file, "--output", "run")
+    assert (stopped.code, stopped.out) == (130, "")
+    assert "resume with" not in stopped.err
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["checkpoint-4"]
+
+
+def test_a_signal_in_the_last_step_lets_the_adapter_be_saved(pera, recipe_file, at_step, finished_run):
+    at_step(12, lambda: signal.raise_signal(signal.SIGTERM))
+    stopped = pera("train", recipe_file, "--output", "run")
+    assert stopped.code == 143
+    assert stopped.err.endswith("pera: interrupted after the last step; the adapter is saved in run/adapter\n")
+    assert same_adapter(Run(Path("run")), finished_run)
+
+
+def test_without_asking_for_it_a_training_leaves_signals_alone(recipe_file, at_step, tmp_path):
+    at_step(5, lambda: signal.raise_signal(signal.SIGINT))
+    recipe = load_recipe(str(recipe_file))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, Run.create(recipe, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_signal_at_and_between_evaluations_changes_no_result(step, pera, glue_recipe, at_step, finished_glue_run):
+    at_step(step, lambda: signal.raise_signal(signal.SIGINT))
+    assert pera("train", glue_recipe, "--output", "run").code == 130
+    assert [line["step"] for line in Run(Path("run")).validation()] == [8] * (step == 8)
+    assert pera("train", Path("run").resolve(), "--resume").code == 0
+    assert Run(Path("run")).validation() == finished_glue_run.validation()
+    assert same_adapter(Run(Path("run")), finished_glue_run)
+
+
+def test_save_steps_hold_when_the_best_checkpoint_is_kept(glue_recipe, at_step, tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    at_step(12, stop)
+    recipe = load_recipe(str(glue_recipe), ["training.save_steps=3"])
+    run = Run.create(recipe, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, run)
+    assert run.last_checkpoint().name == "checkpoint-9"
+    assert (run.checkpoints / "checkpoint-8").is_dir()
 
 
 @pytest.mark.parametrize("logging_steps", [1, 50])

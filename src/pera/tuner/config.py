@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import MISSING, InitVar, dataclass, field, fields
+from functools import wraps
+from inspect import signature
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
@@ -30,6 +32,40 @@ _RETIRED = {
 """Remedies for values that 0.1.0 could save."""
 
 
+_MEANT = {
+    **dict.fromkeys(("alpha", "lora_alpha"), "pera_alpha"),
+    **dict.fromkeys(("dropout", "lora_dropout"), "pera_dropout"),
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "r"),
+    **dict.fromkeys(("normalisation", "normalize", "normalise"), "normalization"),
+    "init_lora_weights": "init_weights",
+}
+"""Options by what other methods or spellings call them."""
+
+C = TypeVar("C")
+
+
+def _names_the_right_option(cls: type[C]) -> type[C]:
+    """Class decorator: add the option that was meant to the TypeError about an unknown one.
+
+    PEFT finds the options of a newer version in a saved adapter by the first words of this error.
+    """
+    init: Any = cls.__init__
+
+    @wraps(init)
+    def checked(self: C, *arguments: Any, **options: Any) -> None:
+        known = signature(init).parameters
+        for key in options:
+            if key not in known:
+                names = [f.name for f in fields(PeraConfig)]
+                hint = f"did you mean {_MEANT[key]!r}?" if key in _MEANT else nearest(key, names)
+                raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument {key!r}; {hint}")
+        init(self, *arguments, **options)
+
+    cls.__init__ = checked  # type: ignore[assignment,method-assign]
+    return cls
+
+
+@_names_the_right_option
 @dataclass
 class PeraConfig(PeftConfig):
     """Configuration of Polynomial Expansion Rank Adaptation (arXiv 2604.11841).

@@ -39,7 +39,8 @@ class Command(TyperCommand):
     """A command that holds back the messages of the libraries, then runs. Its help and its usage errors come before."""
 
     def invoke(self, ctx: Any) -> Any:
-        from pera_lab.cli.console import held_warnings
+        from pera_lab.cli.console import held_warnings, progress
+        from pera_lab.progress import showing, stage
 
         if processes.count() > 1 and ctx.command_path.removeprefix("pera ") not in DISTRIBUTED:
             _exit(
@@ -54,8 +55,10 @@ class Command(TyperCommand):
                 2,
             )
         try:
-            with nullcontext() if _debugging() else held_warnings():
-                from transformers.utils import logging
+            with nullcontext() if _debugging() else held_warnings(), showing(progress):
+                with stage("loading PyTorch and transformers"):
+                    import peft  # noqa: F401
+                    from transformers.utils import logging
 
                 logging.disable_progress_bar()  # type: ignore[no-untyped-call]
                 result = super().invoke(ctx)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pera_lab.cli.console import Facts, out, progress
+from pera_lab.cli.console import Facts, out
 
 if TYPE_CHECKING:
     from pera_lab.study import Study
@@ -62,7 +62,7 @@ def run(
     if plan:
         _print_plan(spec, folder, workers or 1)
         return
-    outcomes = run_study(spec, folder, workers=workers or 1, on=on, budget=budget, retry=retry, console=progress)
+    outcomes = run_study(spec, folder, workers=workers or 1, on=on, budget=budget, retry=retry)
     counts = Counter(outcome.status for outcome in outcomes.values())
     table = Facts()
     table.add_row("study", str(folder.path))

@@ -46,9 +46,9 @@ def quickstart(
         )
     run = Run.create(recipe, output)
     with run.discarded_on_error():
-        summary = train_recipe(recipe, run, console=progress)
-    base = evaluate_run(run, base=True, console=progress)
-    adapter = evaluate_run(run, console=progress)
+        summary = train_recipe(recipe, run, save_on_signal=True)
+    base = evaluate_run(run, base=True)
+    adapter = evaluate_run(run)
     progress.print("Merging and exporting; each result is read back and compared with the adapter …")
     location = locate_run(run)
     checks = {
@@ -90,7 +90,7 @@ def train(
 
     run = processes.on_main(opened)
     with processes.main_enters(run.discarded_on_error()):
-        summary = train_recipe(run.recipe, run, resume=resume, console=progress)
+        summary = train_recipe(run.recipe, run, resume=resume, save_on_signal=True)
     if not processes.is_main():
         return
     table = Facts()
@@ -150,7 +150,7 @@ def evaluate(
         out.print(_harness(which, results), soft_wrap=True)
         out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
         return
-    score = evaluate_run(location.run, base=base, scorer=scorer, console=progress)
+    score = evaluate_run(location.run, base=base, scorer=scorer)
     if processes.is_main():
         out.print(_scores(which, score, location.run), soft_wrap=True)
 
@@ -183,7 +183,6 @@ def predict(
         base=base,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        console=progress,
     )
     out.print(f"{rows} rows answered, written to {output}", soft_wrap=True)
 

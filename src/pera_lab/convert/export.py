@@ -29,6 +29,7 @@ from pera_lab.convert.truncate import Truncation, measured, truncate
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
 from pera_lab.files import atomic_folder, read_object, require_free, reserved, write_json
 from pera_lab.opening import Location, base_folder, before_quantization, copy_tokenizer, open_model
+from pera_lab.progress import stage
 
 
 class Export(NamedTuple):
@@ -116,10 +117,12 @@ def _export(
     own_base = _needs_own_base(location, base, form, target)
     if not own_base and (form == "mlx" or (target is not None and target.top_rope)):
         _warn_of_rope(location, READERS[form] if target is None else target.name)
-    layers, truncation = folded_layers(model, {"default": 1.0}, full=cut), None
+    with stage("folding the adapter"):
+        layers, truncation = folded_layers(model, {"default": 1.0}, full=cut), None
     written, rank = layers, max(layer.A.shape[-2] for layer in layers.values())
     if energy is not None or (max_rank is not None and max_rank < rank):
-        written, truncation = truncate(layers, max_rank=max_rank, energy=energy)
+        with stage("truncating the adapter"):
+            written, truncation = truncate(layers, max_rank=max_rank, energy=energy)
     lora, weights = lora_of(model, written, "default")
     if own_base:
         weights = {key: weight for key, weight in weights.items() if ".lora_" in key}

@@ -46,6 +46,7 @@ from pera_lab.opening import (
     open_model,
     open_tokenizer,
 )
+from pera_lab.progress import ProgressBar, stage
 
 
 def merge(location: Location, output: Path, *, dtype: str = "stored", dequantised: bool = False) -> Agreement:
@@ -183,11 +184,14 @@ def _merge_by_files(location: Location, output: Path, streamed: _Streamed, dtype
         before = logits(model, tokenizer, prompts)
     size = 0
     with atomic_folder(output) as folder:
-        for name, keys in checkpoint.shards.items():
-            merged = {key: _merged(model.get_base_model(), key, checkpoint.read(key), dtype, location) for key in keys}
-            save_file(merged, folder / name, metadata={"format": "pt"})
-            size += sum(weight.nbytes for weight in merged.values())
-            del merged
+        with ProgressBar("merging files") as bar:
+            for done, (name, keys) in enumerate(checkpoint.shards.items()):
+                bar.update(done, len(checkpoint.shards))
+                merged = {k: _merged(model.get_base_model(), k, checkpoint.read(k), dtype, location) for k in keys}
+                save_file(merged, folder / name, metadata={"format": "pt"})
+                size += sum(weight.nbytes for weight in merged.values())
+                del merged
+            bar.update(len(checkpoint.shards))
         write_index(folder, checkpoint.shards, size)
         _copy_companions(base, folder, () if location.tokenizer is None else tokenizer_files(base))
         copy_tokenizer(location, folder)
@@ -262,7 +266,7 @@ def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bo
     separate_shared_weights(model.base_model.model)
     if not quantised:
         before = logits(model, tokenizer, prompts)
-    with _refusal(location):
+    with stage("merging"), _refusal(location):
         merged = model.merge_and_unload(safe_merge=True)
     with atomic_folder(output) as folder:
         _write_model(folder, merged, location, tokenizer)

@@ -19,6 +19,7 @@ from pera_lab.convert.llamacpp import LEAST, log_probabilities, serving, weights
 from pera_lab.files import refuse_pipe, user_path, write_json
 from pera_lab.inference import base_model, end_ids, end_token
 from pera_lab.opening import Location, before_quantization, locate, open_model
+from pera_lab.progress import stage
 from pera_lab.tasks.encoding import encode_prompt
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 1.0}
@@ -207,7 +208,8 @@ def _compare_with_llama_cpp(reference: list[Tensor], prompts: list[list[int]], s
             ".gguf file of its base model with --base."
         )
     kept = [log_p[-COMPARED_IN_LLAMA_CPP:].log_softmax(-1).clamp(min=LEAST) for log_p in reference]
-    with serving(model, side.gguf, context=max(map(len, prompts)) + 1) as address:
+    context = max(map(len, prompts)) + 1
+    with stage("computing in llama.cpp"), serving(model, side.gguf, context=context) as address:
         found = [
             log_probabilities(address, prompt, rows.shape[1], len(rows))
             for prompt, rows in zip(prompts, kept, strict=True)
@@ -248,6 +250,7 @@ def prompts_of(*locations: Location, count: int = 6) -> list[str]:
     return list(PROMPTS[:count])
 
 
+@stage("comparing outputs")
 @torch.no_grad()
 def logits(model: Any, tokenizer: PreTrainedTokenizerBase | None, prompts: list[str]) -> list[Tensor]:
     """Logits of every token of every prompt.

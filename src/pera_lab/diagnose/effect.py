@@ -20,6 +20,7 @@ from pera_lab.files import write_json
 from pera_lab.inference import largest_batch
 from pera_lab.models import check_tokens, longest_input
 from pera_lab.opening import Location, locate_run, open_model
+from pera_lab.progress import stage
 from pera_lab.recipe import Recipe
 from pera_lab.runs import Run
 from pera_lab.tasks.encoding import IGNORED, count_labels
@@ -136,13 +137,15 @@ def adapter_effects(
         raise UserError(f"task.name={recipe.task.name!r} needs {asked}, but {location.name!r} has {made}.")
     model, batches = _held_out(location, recipe, examples, batch_size)
     if adapter.is_pera:
-        result = effects(model, batches)
+        with stage("measuring the effect of the terms"):
+            result = effects(model, batches)
     else:
         loss, tokens = mean_loss(model, batches)
         result = Effects(tokens, loss, without={}, without_high_order={})
     if ranks:
         known = _learned(location, result.loss)
-        found = fullness(Cuts(model), lambda: mean_loss(model, batches)[0], frequency_loss(batches), known)
+        with stage("measuring the needed rank"):
+            found = fullness(Cuts(model), lambda: mean_loss(model, batches)[0], frequency_loss(batches), known)
         result = replace(result, fullness=found)
     return result
 

@@ -3,7 +3,7 @@
 from pera_lab.recipe.recipe import ModelSection, Recipe, difference, load_recipe, parse_recipe, shipped_recipes
 from pera_lab.recipe.syntax import write, write_value
 from pera_lab.recipe.training import TrainingSection
-from pera_lab.recipe.yaml import apply_override, parse, read_yaml, shipped_files
+from pera_lab.recipe.yaml import apply_overrides, parse, read_yaml, shipped_files
 from pera_lab.tasks import EvaluationSection
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "ModelSection",
     "Recipe",
     "TrainingSection",
-    "apply_override",
+    "apply_overrides",
     "difference",
     "load_recipe",
     "parse",

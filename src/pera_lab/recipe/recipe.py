@@ -28,7 +28,7 @@ from pera_lab.placement import Attention, DeviceMap
 from pera_lab.quantization import Quantization
 from pera_lab.recipe.syntax import write
 from pera_lab.recipe.training import TrainingSection
-from pera_lab.recipe.yaml import apply_override, parse, read_yaml, shipped_files
+from pera_lab.recipe.yaml import apply_overrides, parse, read_yaml, shipped_files
 from pera_lab.sections import GrownSection, Section, absolute_path, flatten, name_alone
 from pera_lab.tasks import EvaluationSection, Splits, Task, known_names, parse_task, subsample
 from pera_lab.tasks.registry import declared_names
@@ -154,6 +154,12 @@ class Recipe(Section):
         """The recipe with every default filled in."""
         return write(self.model_dump(mode="json"))
 
+    def record(self) -> str:
+        """The text of ``recipe.yaml`` in a run folder: every default is filled in, and comments show the method's."""
+        options = methods.other_options(self.method, self.peft_config())
+        lines = [f"# {line}" for line in write(options).splitlines()] if options else []
+        return self.to_yaml() + "".join(f"{line}\n" for line in ["# All other options of the method:", *lines] if lines)
+
     def check_effects(self) -> None:
         """Check that no key is set to a value that changes nothing.
 
@@ -163,11 +169,6 @@ class Recipe(Section):
             UserError: a key has no effect.
         """
         training, keys = self.training, type(self.task).model_fields
-        if training.keep == "best" and training.save_steps != TrainingSection.model_fields["save_steps"].default:
-            raise UserError(
-                f"training.save_steps={training.save_steps} has no effect with training.keep='best', which saves a "
-                "checkpoint with each evaluation; leave it out."
-            )
         rows = getattr(self.task, "validation_size", 0)
         if training.eval_steps is None and rows and keys["validation_size"].default == 0:
             raise UserError(
@@ -181,7 +182,7 @@ def load_recipe(source: str, overrides: list[str] | None = None, *, recorded: bo
 
     Args:
         source: path of a YAML file, or the name of a recipe that ships with pera.
-        overrides: changes of single keys, as in :func:`apply_override`. Overrides come before the section of
+        overrides: changes of single keys, as in :func:`apply_overrides`. Overrides come before the section of
             ``by_task`` for the chosen task, and that section comes before the rest of the file.
         recorded: whether the file is the record of an existing run, in which a key without effect is no mistake.
 
@@ -211,8 +212,7 @@ def load_recipe(source: str, overrides: list[str] | None = None, *, recorded: bo
 
 def _overridden(content: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:
     content = copy.deepcopy(content)
-    for override in overrides or []:
-        apply_override(content, override)
+    apply_overrides(content, overrides or [])
     return content
 
 

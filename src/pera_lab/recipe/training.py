@@ -56,7 +56,7 @@ class TrainingSection(GrownSection):
     logging_steps: int = Field(10, ge=1)
     """Steps between lines of ``metrics.jsonl``."""
     save_steps: int = Field(50, ge=1)
-    """Steps between checkpoints, for ``keep: last``."""
+    """Steps between checkpoints. With ``keep: best``, a checkpoint is also saved with each evaluation."""
     eval_steps: Annotated[
         Annotated[int, Field(ge=1)] | Literal["epoch"] | None,
         one_message("Input should be a whole number of at least 1, or 'epoch'"),

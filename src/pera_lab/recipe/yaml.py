@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pera.errors import UserError, nearest
 from pera_lab.files import user_path
 from pera_lab.recipe.syntax import DEEPEST, LONGEST, read, read_value, walk
-from pera_lab.sections import name_alone
+from pera_lab.sections import meant, name_alone
 from pera_lab.tasks import Task, family_of
 
 M = TypeVar("M", bound=BaseModel)
@@ -110,6 +110,31 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:60]} … {text[-30:]}"
 
 
+_ALTERNATIVES = {"max_steps": "epochs", "warmup_steps": "warmup_ratio"}
+_ALTERNATIVES |= {b: a for a, b in _ALTERNATIVES.items()}
+"""Keys of a training section of which one replaces the other."""
+
+
+def apply_overrides(content: dict[str, Any], overrides: list[str]) -> None:
+    """Set keys of a recipe's content, as in :func:`apply_override`.
+
+    An override of ``training.max_steps`` removes the content's own ``training.epochs``, and the other way round. If the
+    overrides give both, both are kept. The same holds for ``warmup_steps`` and ``warmup_ratio``.
+    """
+    for override in overrides:
+        apply_override(content, override)
+    given = {override.partition("=")[0] for override in overrides}
+    for key in given:
+        parent, _, last = key.rpartition(".")
+        if parent.rpartition(".")[2] != "training" or f"{parent}.{_ALTERNATIVES.get(last)}" in given:
+            continue
+        section: Any = content
+        for name in parent.split("."):
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.get(last) is not None:
+            section.pop(_ALTERNATIVES.get(last), None)
+
+
 def apply_override(content: dict[str, Any], override: str) -> None:
     """Set one key of a recipe's content.
 
@@ -152,7 +177,7 @@ def _sentence(error: Any, model: type[BaseModel], content: Any, kind: str) -> st
     location = error["loc"]
     where = ".".join(map(str, location))
     if error["type"] == "extra_forbidden":
-        return f"{where} is not a key of a {kind}; {nearest(str(location[-1]), _known_keys(model, content, location))}"
+        return f"{where} is not a key of a {kind}; {_suggestion(model, content, location, kind)}"
     if error["type"] == "missing":
         return f"{where} is missing in the {kind}"
     message = error["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
@@ -161,6 +186,17 @@ def _sentence(error: Any, model: type[BaseModel], content: Any, kind: str) -> st
     if error["type"] in ("string_type", "model_type", "task") and isinstance(error["input"], (int, float)):
         message = f"{message}; put quotes around a text: {where}='\"…\"'"
     return f"{where}={_short(error['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _suggestion(model: type[BaseModel], content: Any, location: tuple[Any, ...], kind: str) -> str:
+    """What an unknown key was meant to be."""
+    key = str(location[-1])
+    sections = {} if location[:-1] else {name: field.annotation for name, field in model.model_fields.items()}
+    inside = [f"{name}.{key}" for name, section in sections.items() if key in getattr(section, "model_fields", ())]
+    found = meant(key) if kind == "recipe" else None
+    if found is not None or inside:
+        return f"did you mean {found or inside[0]!r}?"
+    return nearest(key, _known_keys(model, content, location))
 
 
 def _known_keys(model: type[BaseModel], content: Any, location: tuple[Any, ...]) -> list[str]:

@@ -113,6 +113,15 @@ class Contents:
         return Metrics(lines)
 
     @cached_property
+    def validation(self) -> Metrics | Missing | None:
+        """The losses and metrics on the validation rows; None if there are none."""
+        try:
+            lines = self.run.validation()
+        except (OSError, ValueError) as error:
+            return Missing(f"validation.jsonl cannot be read: {one_line(error).rstrip('.')}.")
+        return Metrics(lines) if lines else None
+
+    @cached_property
     def is_pera(self) -> bool:
         """Whether the method of the recipe is PERA."""
         return isinstance(self.recipe.peft_config(), PeraConfig)

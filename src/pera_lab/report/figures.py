@@ -79,6 +79,33 @@ def training(metrics: Metrics) -> Picture:
     return Picture(training_figure(metrics), label, _course(metrics).capitalize(), Table(head, rows))
 
 
+def validation(metrics: Metrics, kept: int | None) -> Picture:
+    """Draw the loss on the validation rows over the steps.
+
+    Args:
+        metrics: the lines of ``validation.jsonl``.
+        kept: the step of the checkpoint that was kept; None if the last step was kept or none is known.
+    """
+    with style():
+        figure, axes = new_figure(2.6)
+        draw_line(axes, metrics.steps, metrics.series("loss"), 0)
+        if kept is not None:
+            axes.axvline(kept, color="black", linewidth=0.8, alpha=0.6)
+        axes.set(xlabel="step", ylabel="validation loss")
+        set_scale(axes, metrics.series("loss"))
+    keys = [key for key, value in metrics.lines[0].items() if key != "step" and isinstance(value, (int, float))]
+    rows = [
+        [str(line["step"]), *(number(number_or_nan(line.get(key))) for key in keys), "kept" * (line["step"] == kept)]
+        for line in _thinned(metrics.lines)
+    ]
+    finding = _course(metrics).capitalize()
+    if kept is not None:
+        finding += f" The checkpoint of step {kept} was kept; the vertical line marks it."
+    return Picture(
+        figure, "Line: loss on the validation rows over the steps", finding, Table(["step", *keys, ""], rows)
+    )
+
+
 def training_figure(metrics: Metrics, title: str = "") -> Figure:
     """Return the figure of :func:`training`."""
     with style():

@@ -94,6 +94,7 @@ def _section(contents: Contents) -> dict[str, Any]:
         "accuracy": figures.accuracy(scores) if scores else None,
         "memory": {which: Table(["", ""], rows) for which in scores if (rows := memory_lines(contents, which))},
         "training": metrics if isinstance(metrics, Missing) else figures.training(metrics),
+        "validation": _validation(contents),
         "unfinished": _unfinished(contents),
         "changes": _changes(contents.changes),
         "layers": layers if isinstance(layers, Missing) else _diagnosis(layers, contents.is_pera),
@@ -112,6 +113,12 @@ def _section(contents: Contents) -> dict[str, Any]:
 def _method(method: dict[str, Any]) -> str:
     options = [f"{key} = {value}" for key, value in flatten(method).items() if key not in ("name", "target_modules")]
     return str(method["name"]) + (f" ({', '.join(options)})" if options else "")
+
+
+def _validation(contents: Contents) -> Picture | Missing | None:
+    found, cost = contents.validation, contents.cost
+    kept = None if isinstance(cost, Missing) else cost.kept
+    return figures.validation(found, kept) if isinstance(found, Metrics) else found
 
 
 def _unfinished(contents: Contents) -> str:

@@ -16,15 +16,14 @@ from pera_lab.diagnose import run_effects
 from pera_lab.diagnose.effect import run_loss
 from pera_lab.evaluation import evaluate_run
 from pera_lab.files import InUse, read_as, write_json
+from pera_lab.monitor import LossNotFinite, rose
+from pera_lab.progress import showing
 from pera_lab.runs import Run
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.interaction import run_interaction
 from pera_lab.study.plan import Expectation, Outcome, known_trials
 from pera_lab.study.spec import Study, Trial
-from pera_lab.training import LossNotFinite, TrainingSummary, train
-
-DIVERGED = 2.0
-"""A training has diverged if its last logged loss exceeds its first by this factor."""
+from pera_lab.training import TrainingSummary, train
 
 EFFECT_EXAMPLES = 128
 """The most held-out examples that the effect of the high-order terms is measured on: about nine float32 passes."""
@@ -66,7 +65,8 @@ def _perform(trial: Trial, folder: StudyFolder) -> None:
     """Start or resume one trial, score it, and write its outcome."""
     run, start = folder.run(trial), time.perf_counter()
     try:
-        outcome = _run(trial, run)
+        with showing(None):  # the study shows its own progress
+            outcome = _run(trial, run)
     except InUse:  # by another command
         raise
     except LossNotFinite as error:
@@ -94,7 +94,7 @@ def _run(trial: Trial, run: Run) -> Outcome:
         _report(trial, run)
     outcome = Outcome("finished", "", run_loss(run), _training_seconds(run), num_parameters(run))
     losses = [line["loss"] for line in run.metrics()]
-    if losses and losses[-1] > DIVERGED * losses[0]:
+    if rose(losses):
         error = f"the training loss rose from {losses[0]:.4g} to {losses[-1]:.4g}"
         return replace(outcome, status="diverged", error=error)
     return outcome

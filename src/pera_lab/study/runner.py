@@ -13,8 +13,6 @@ from threading import Thread
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import TimeElapsedColumn
 
 from pera.errors import UserError
 from pera_lab.progress import ProgressBar
@@ -33,7 +31,6 @@ def run_study(
     on: str | None = None,
     budget: float | None = None,
     retry: bool = False,
-    console: Console | None = None,
 ) -> dict[str, Outcome]:
     """Run the remaining trials of a study. Trials that have ended are not touched.
 
@@ -44,7 +41,6 @@ def run_study(
         on: the Ray cluster that runs the trials, instead of ``workers``, as in :func:`cluster.address_of`.
         budget: hours. No run is started that is expected to end later.
         retry: repeat the runs that failed.
-        console: shows the progress.
 
     Returns:
         The outcomes by name of trial.
@@ -60,7 +56,7 @@ def run_study(
         with cluster.connected(address):
             cluster.demand(study.resources)
             folder.prepare(study, retry=retry)
-            with _Bar(study, folder, console) as bar:
+            with _Bar(study, folder) as bar:
                 cluster.run_tasks(study, folder, deadline, bar.show)
         return folder.outcomes(study)
     _check_cpus(workers, study.resources.cpus)
@@ -68,7 +64,7 @@ def run_study(
     _check_data(study)
     folder.prepare(study, retry=retry)
     if workers == 1 and study.resources == Resources():
-        with _Bar(study, folder, console) as bar:
+        with _Bar(study, folder) as bar:
             work(study, folder, deadline, bar)
         return folder.outcomes(study)
     context = multiprocessing.get_context("spawn")
@@ -78,7 +74,7 @@ def run_study(
         for process, gpu in zip(processes, gpus, strict=True):
             with _visible_gpu(gpu):
                 process.start()
-        with _Bar(study, folder, console) as bar:
+        with _Bar(study, folder) as bar:
             while any(process.is_alive() for process in processes):
                 bar.show("")
                 time.sleep(0.5)
@@ -185,9 +181,9 @@ def _exit_with_parent() -> None:
 class _Bar:
     """A progress bar: the runs that have ended, and an estimate of the remaining time."""
 
-    def __init__(self, study: Study, folder: StudyFolder, console: Console | None) -> None:
+    def __init__(self, study: Study, folder: StudyFolder) -> None:
         self._study, self._folder = study, folder
-        self._bar = ProgressBar("study", console, TimeElapsedColumn())
+        self._bar = ProgressBar("study", remaining=False)
 
     def __enter__(self) -> _Bar:
         self._bar.__enter__()
@@ -209,3 +205,5 @@ class _Bar:
         failed = sum(outcome.status == "failed" for outcome in outcomes.values())
         note = " · ".join(filter(None, (running, note, f"{failed} failed" if failed else "")))
         self._bar.update(len(outcomes), len(outcomes) + len(remaining), note)
+        if running:
+            self._bar.line()

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from pera.errors import UserError, nearest
 from pera_lab.methods import find_method
-from pera_lab.recipe import Recipe, apply_override, load_recipe, parse, read_yaml, write, write_value
+from pera_lab.recipe import Recipe, apply_overrides, load_recipe, parse, read_yaml, write, write_value
 from pera_lab.sections import Section, flatten, one_message
 from pera_lab.tasks import family_of
 
@@ -382,9 +382,8 @@ def load_study(source: str, overrides: list[str] | None = None) -> Study:
         UserError: the study does not exist, is not YAML, has an unknown key or an invalid value, or makes no recipe.
     """
     name, content = read_yaml(source, "study", "studies")
-    for override in overrides or []:
-        own = override.partition("=")[0].partition(".")[0] in Study.model_fields
-        apply_override(content, override if own else f"settings.{override}")
+    own = {override: re.split("[.=]", override)[0] in Study.model_fields for override in overrides or []}
+    apply_overrides(content, [override if own[override] else f"settings.{override}" for override in overrides or []])
     base = content.get("base")
     if isinstance(base, str) and os.path.isfile(base):  # valid in every working directory
         content["base"] = os.path.abspath(base)

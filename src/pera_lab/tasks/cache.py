@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 import pera
@@ -33,7 +32,6 @@ def encode_stored(
     tokenizer: PreTrainedTokenizerBase,
     examples: StoredExamples,
     max_length: int,
-    console: Console | None = None,
 ) -> Encoded:
     """What ``task.encode`` returns for stored examples, with rows that stay on the disk.
 
@@ -45,7 +43,6 @@ def encode_stored(
         tokenizer: the tokenizer of the model.
         examples: the examples.
         max_length: as for ``task.encode``.
-        console: where to show progress; None shows nothing.
 
     Raises:
         UserError: as for ``task.encode``, or the cache cannot be written or is damaged.
@@ -54,7 +51,7 @@ def encode_stored(
     digest = hashlib.sha256(key.encode() + memoryview(examples.rows)).hexdigest()
 
     def write(folder: Path) -> None:
-        with ProgressBar("tokenizing", console) as bar:
+        with ProgressBar("tokenizing") as bar:
             bar.update(0, len(examples))
             _write(folder, _chunks(task, tokenizer, examples, max_length, bar))
 

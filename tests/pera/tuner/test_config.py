@@ -37,6 +37,32 @@ def test_the_defaults_are_the_published_method():
     assert config.peft_type == "PERA"
 
 
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("normalisation", "normalization"),
+        ("lora_alpha", "pera_alpha"),
+        ("alpha", "pera_alpha"),
+        ("rank", "r"),
+        ("lora_dropout", "pera_dropout"),
+        ("init_lora_weights", "init_weights"),
+        ("target_module", "target_modules"),
+    ],
+)
+def test_an_unknown_option_is_a_type_error_that_names_the_right_one(option, meant):
+    message = rf"^PeraConfig\.__init__\(\) got an unexpected keyword argument '{option}'; did you mean '{meant}'\?$"
+    with pytest.raises(TypeError, match=message):
+        PeraConfig(**{option: 1})
+
+
+def test_an_unknown_option_of_a_saved_adapter_is_left_out_with_a_warning(tmp_path):
+    PeraConfig(r=3).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alpha": 5}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['alpha'\]"):
+        assert PeraConfig.from_pretrained(tmp_path).r == 3
+
+
 def test_published_is_the_method_of_the_paper():
     config = PeraConfig.published(r=16, target_modules=["q_proj"], pera_dropout=0.05)
     assert method(config) == PUBLISHED

@@ -335,7 +335,7 @@ def test_a_non_finite_loss_is_recorded_as_diverged(study_file, tmp_path):
 
 
 def test_a_rising_loss_is_recorded_as_diverged(study_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("pera_lab.study.perform.DIVERGED", 0.1)
+    monkeypatch.setattr("pera_lab.monitor.DIVERGED", 0.1)
     overrides = [
         "grid.method=[lora]",
         "choose.learning_rate=[1e-3]",
