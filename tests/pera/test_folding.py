@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoHaConfig, LoraConfig
 from peft.utils import PeftType
 from torch import nn
@@ -66,6 +68,29 @@ def test_an_update_of_full_rank_is_refused_unless_it_may_be_cut(name):
     check_factors(folded_layers(model, {"default": 1.0}, full=True), updates)
     ranks = {layer: torch.linalg.matrix_rank(delta) for layer, delta in updates.items()}
     assert ranks == {layer: min(delta.shape) for layer, delta in updates.items()}
+
+
+SHAPES = {
+    "LOHA": {"r": st.integers(1, 5), "alpha": st.integers(1, 8)},
+    "LOKR": {
+        "r": st.integers(1, 9),
+        "alpha": st.integers(1, 8),
+        "decompose_factor": st.sampled_from([-1, 2, 3, 4]),
+        "decompose_both": st.booleans(),
+    },
+    "GRALORA": {"r": st.sampled_from([6, 12]), "gralora_k": st.sampled_from([1, 2, 3]), "hybrid_r": st.integers(0, 2)},
+    "HRA": {"r": st.integers(1, 6), "apply_GS": st.booleans()},
+    "MISS": {"r": st.integers(1, 6)},
+    "ADALORA": {"init_r": st.integers(1, 5), "lora_alpha": st.integers(1, 8), "total_step": st.just(9)},
+}
+
+
+@pytest.mark.parametrize("method", SHAPES)
+@given(data=st.data(), sides=st.tuples(st.sampled_from([6, 12, 18]), st.sampled_from([6, 12, 24])))
+def test_the_factors_are_exact_for_any_shape_and_rank(method, data, sides):
+    options = {key: data.draw(values) for key, values in SHAPES[method].items()}
+    model = adapter(method, nn.Sequential(nn.Linear(*sides)), target_modules=["0"], **options)
+    check_factors(folded_layers(model, {"default": 1.0}), merged_updates(model), 1e-6)  # PEFT's scale is in float32
 
 
 KERNELS, BLOCKS = {"use_effective_conv2d": True}, {"target_modules_bd_a": ["0"], "nblocks": 2}

@@ -157,10 +157,12 @@ def _export(
                 before = logits(model, tokenizer, prompts)
             truncation.output_change.update(changes)
         del base
-        stored = _stored_dtype(location)
+        stored = None if target is None else _stored_dtype(location)
         served = location
         if own_base:
-            write_base(folder / BASE, model, location, tokenizer, stored)
+            assert stored is not None
+            with stage("writing the base model"):
+                write_base(folder / BASE, model, location, tokenizer, stored)
             served = Location(None, adapter, str(folder / BASE), trust_remote_code=location.trust_remote_code)
         else:
             copy_tokenizer(location, folder)
@@ -249,7 +251,9 @@ def _needs_own_base(location: Location, base: Any, form: Form, server: Server | 
 
 
 def _stored_dtype(location: Location) -> torch.dtype:
-    return _configuration(location).dtype or torch.float32
+    """The dtype that the configuration of the base names, or float32."""
+    found = _configuration(location).dtype
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _warn_of_rope(location: Location, reader: str) -> None:

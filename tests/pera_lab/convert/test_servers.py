@@ -237,15 +237,16 @@ def test_what_is_trained_as_a_whole_goes_into_a_base_beside_the_lora(case, save_
     assert (expected - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
 
 
-def test_new_tokens_go_into_a_base_with_the_tokenizer(save_adapter, own_tokenizer, tiny_llama, tmp_path, logits):
+def test_new_tokens_go_into_a_base_with_the_tokenizer(save_adapter, own_tokenizer, tiny_llama, tmp_path, logits, pera):
     adapted = save_adapter(tmp_path / "adapter", tiny_llama, own_tokenizer)
-    done = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server="vllm")
-    assert done.agreement.agree
-    assert done.start == (
-        f"vllm serve {done.base} --enable-lora --max-lora-rank 16 --lora-modules out={tmp_path / 'out'} --dtype float32"
-    )
-    assert AutoTokenizer.from_pretrained(done.base).chat_template == own_tokenizer.chat_template
-    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(done.base), tmp_path / "out")
+    done = pera("export", "adapter", "--for", "vllm", "--output", "out")
+    assert done.code == 0
+    assert "base model with the modules and tokens trained as a whole written to out/base" in done.out
+    start = "start: vllm serve out/base --enable-lora --max-lora-rank 16 --lora-modules out=out --dtype float32"
+    assert start in done.out
+    base = tmp_path / "out" / "base"
+    assert AutoTokenizer.from_pretrained(base).chat_template == own_tokenizer.chat_template
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
     assert served.get_input_embeddings().weight.shape[0] == 402
     assert (logits(served) - logits(adapted)).abs().max() < 1e-4
     with pytest.raises(UserError, match="402 tokens, but its base has 400, which a GGUF adapter cannot hold"):
