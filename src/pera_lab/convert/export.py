@@ -132,7 +132,7 @@ def _export(
         weights |= adapter.saved_embeddings(base)
     if target is not None:
         target.check_rank(lora.r, chosen=cut)
-        target.check(layers, lora, getattr(base.config, "num_hidden_layers", None))
+        target.check(layers, getattr(base.config, "num_hidden_layers", None))
         servers.short_names(lora, layers, [name for name, _ in base.named_modules()])
     if form != "lora":
         _check_linear(form, lora, weights, base)
@@ -216,7 +216,7 @@ def _check_options(max_rank: int | None, energy: float | None) -> None:
 
 
 def _needs_own_base(location: Location, base: Any, form: Form, server: Server | None) -> bool:
-    """Whether the export needs a base model of its own, because the server reads only factors.
+    """Whether the export needs a base model of its own, because the reader holds only factors.
 
     Raises:
         UserError: it would, but the reader is no server, or no such base can be written.
@@ -224,30 +224,25 @@ def _needs_own_base(location: Location, base: Any, form: Form, server: Server | 
     if form == "lora" and (server is None or server.trained_whole):
         return False
     config: Any = location.require_adapter().config
-    own, trained = _configuration(location).get_text_config().vocab_size, models.token_rows(base)
-    whole = {key: value for key in servers.IN_BASE if (value := getattr(config, key, None))}
-    if own != trained:
-        reason = f"was trained with {trained} tokens, but its base has {own}"
-    elif whole:
-        key, value = next(iter(whole.items()))
-        reason = f"has {key}={value!r}"
-    else:
+    reader, found = READERS[form] if server is None else server.name, _configuration(location)
+    own, trained = found.get_text_config().vocab_size, models.token_rows(base)
+    whole = [f"{key}={value!r}" for key in servers.IN_BASE if (value := getattr(config, key, None))]
+    if (bias := getattr(config, "bias", "none")) != "none":
+        problem, instead = f"has bias={bias!r}, which {reader} cannot hold", "merge it with: pera merge"
+    elif not whole and own == trained:
         return False
-    if server is None:
-        raise UserError(
-            f"{location.name!r} {reason}, which {READERS[form]} cannot hold; use --for SERVER, which also writes a "
-            "base model, or merge it with: pera merge"
-        )
-    if config.task_type == TaskType.SEQ_CLS:
-        raise UserError(
-            f"{location.name!r} has a classification head, which {server.name} cannot hold; use pera merge."
-        )
-    if getattr(_configuration(location), "quantization_config", None):
-        raise UserError(
-            f"{location.name!r} {reason}, which {server.name} reads only from a base, but the base "
-            f"{location.base!r} is quantised; merge it with: pera merge --dequantise"
-        )
-    return True
+    elif config.task_type == TaskType.SEQ_CLS:
+        problem, instead = f"has a classification head, which {reader} cannot hold", "merge it with: pera merge"
+    else:
+        reason = f"has {whole[0]}" if own == trained else f"was trained with {trained} tokens, but its base has {own}"
+        problem = f"{reason}, which {reader} cannot hold"
+        if server is None:
+            instead = "use --for SERVER, which also writes a base model, or merge it with: pera merge"
+        elif getattr(found, "quantization_config", None):
+            instead = f"the base {location.base!r} is quantised, so merge it with: pera merge --dequantise"
+        else:
+            return True
+    raise UserError(f"{location.name!r} {problem}; {instead}")
 
 
 def _stored_dtype(location: Location) -> torch.dtype:
@@ -277,7 +272,6 @@ def _configuration(location: Location) -> PreTrainedConfig:
 def _check_linear(form: Form, lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:
     """Raise UserError for anything that an adapter of linear layers, in GGUF or for MLX, cannot hold."""
     reader = READERS[form]
-    servers.refuse_trained_whole(reader, lora)
     factors = {key: weight for key, weight in weights.items() if ".lora_" in key}
     for key, weight in factors.items():
         if ".lora_embedding_" in key or weight.ndim != 2 or lora.target_parameters:

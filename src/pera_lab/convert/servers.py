@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from peft import LoraConfig
 
@@ -99,19 +99,16 @@ class Server:
             f"add --max-rank {self.max_rank}, which reports the loss."
         )
 
-    def check(self, layers: dict[str, Folded], config: LoraConfig, blocks: int | None) -> None:
-        """Check that the server accepts every part of an adapter.
+    def check(self, layers: dict[str, Folded], blocks: int | None) -> None:
+        """Check that the server accepts the layers of an adapter.
 
         Args:
             layers: the adapter's layers by name.
-            config: the configuration of the exported LoRA.
             blocks: number of blocks of the base model, or None if it is unknown.
 
         Raises:
             UserError: the server would reject or ignore a part of the adapter.
         """
-        if not self.trained_whole:
-            refuse_trained_whole(self.name, config)
         for layer, folded in layers.items():
             if not self._accepts(folded.kind):
                 raise UserError(
@@ -244,23 +241,6 @@ def find(name: str) -> Server:
     if name not in SERVERS:
         raise UserError(f"--for: {name!r} is not a known server; {nearest(name, SERVERS)}")
     return SERVERS[name]
-
-
-def refuse_trained_whole(reader: str, config: LoraConfig) -> None:
-    """Check that a LoRA holds nothing but factors.
-
-    Args:
-        reader: the server or format that accepts only factors, for the message.
-        config: the configuration of the LoRA.
-
-    Raises:
-        UserError: it also holds biases, whole modules or tokens.
-    """
-    for key, plain in (("bias", "none"), *((key, None) for key in IN_BASE)):
-        value: Any = getattr(config, key)
-        if value not in (plain, [], {}):
-            own = value.replace("lora", "pera") if isinstance(value, str) else value
-            raise UserError(f"the adapter has {key}={own!r}, which {reader} cannot hold; merge it with: pera merge")
 
 
 IN_BASE = ("modules_to_save", "trainable_token_indices")

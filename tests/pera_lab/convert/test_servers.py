@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -178,6 +178,13 @@ def test_what_a_server_cannot_hold_is_rejected(server, base, options, words, mad
     with pytest.raises(UserError, match=words):
         made(server, base, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_refusal_names_the_value_of_the_adapter_s_own_method(biased_llama, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(biased_llama), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="bias='lora_only', which vllm cannot hold"):
+        export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server="vllm")
 
 
 @pytest.mark.parametrize(
