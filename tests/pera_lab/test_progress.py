@@ -43,7 +43,8 @@ def steps(number, seconds, note=None):
     return run
 
 
-def test_a_log_gets_a_line_for_each_tenth_with_the_remaining_time(quick, shown):
+def test_a_log_gets_a_line_for_each_tenth_with_the_remaining_time(quick, shown, monkeypatch):
+    monkeypatch.setattr(progress, "PERIOD", 3600)
     lines = shown(steps(40, 0.04, "12 failed")).splitlines()
     assert 5 <= len(lines) <= 11
     assert all(line.startswith("answering ") and " of 40 · 12 failed" in line for line in lines)
