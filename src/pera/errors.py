@@ -47,8 +47,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
     return f"known: {', '.join(known[:LISTED])}{more}."
-
-
-def missing_extra(package: str, extra: str) -> UserError:
-    """The error for an optional ``package`` that is not installed. ``extra`` is the extra of pera that installs it."""
-    return UserError(f"this needs the package {package!r}; install it with: pip install 'pera[{extra}]'")

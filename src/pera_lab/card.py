@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
 
+from pera.tuner.card import CLASSES, IMPORT, METHOD, UNKNOWN_METHOD, base_name, fence, inline_code, loading
 from pera_lab.embedded import hub_name
 from pera_lab.files import checked, write_atomic
 from pera_lab.opening import Location
+from pera_lab.recipe import Recipe, write
 from pera_lab.text import markdown, visible
 
 Form = Literal["adapter", "merged", "lora", "gguf", "mlx"]
@@ -25,15 +27,9 @@ _TITLE = {
     "mlx": "{method} adapter, exported as a LoRA for MLX",
 }
 
-_PERA = " Method: Polynomial Expansion Rank Adaptation ([arXiv 2604.11841](https://arxiv.org/abs/2604.11841))."
+_LORA = ("lora", "gguf", "mlx")
 
-_USE = {
-    "adapter": "{imports}from peft import AutoPeftModelFor{kind}\n\n"
-    'model = AutoPeftModelFor{kind}.from_pretrained("path/to/this/folder")',
-    "merged": "from transformers import AutoModelFor{kind}\n\n"
-    'model = AutoModelFor{kind}.from_pretrained("path/to/this/folder")',
-    "lora": "from peft import AutoPeftModelFor{kind}\n\n"
-    'model = AutoPeftModelFor{kind}.from_pretrained("path/to/this/folder")',
+_SERVED = {
     "gguf": "llama-server --model BASE.gguf --lora path/to/this/folder/adapter.gguf",
     "mlx": "mlx_lm.server --model {base} --adapter-path path/to/this/folder",
 }
@@ -52,25 +48,24 @@ def card(form: Form, location: Location, verification: str | None = None) -> str
         location: the adapter that it was made from.
         verification: the result of the comparison with that adapter, if one was made.
     """
-    base = hub_name(location.base)
+    base, hub_id = base_name(hub_name(location.base))
+    base = visible(base)
     adapter = location.require_adapter()
     method, classifies = adapter.method, adapter.config.task_type == "SEQ_CLS"
-    imports = "import pera  # makes the method known to PEFT\n" if method == "PERA" else ""
+    needs_pera = method == "PERA" and form == "adapter"
+    library = {"merged": "transformers", "gguf": "gguf", "mlx": "mlx"}.get(form, "peft")
     data = ModelCardData(
-        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
-        library_name={"merged": "transformers", "gguf": "gguf", "mlx": "mlx"}.get(form, "peft"),
+        base_model=hub_id,
+        library_name=library,
         pipeline_tag="text-classification" if classifies else "text-generation",
-        tags=["pera", "lora"] if form in ("lora", "gguf", "mlx") else [method.lower()],
+        tags=["peft"] * (library == "peft") + (["pera", "lora"] if form in _LORA else [method.lower()]),
     )
-    kind = "SequenceClassification" if classifies else "CausalLM"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {_TITLE[form].format(method=method)}",
-        f"Base model: {_code(base)}{_quantized(location)}.{_PERA if method == 'PERA' else ''}",
-        _fence(
-            _USE[form].format(imports=imports, base=shlex.quote(base), kind=kind),
-            "sh" if form in ("gguf", "mlx") else "python",
-        ),
+        f"Base model: {inline_code(base)}{_quantized(location)}.{f' {METHOD}' if method == 'PERA' else ''}",
+        _use(form, base, hub_id, CLASSES["SEQ_CLS" if classifies else "CAUSAL_LM"], IMPORT if needs_pera else ""),
+        *([UNKNOWN_METHOD] if needs_pera else []),
     ]
     if verification:
         sections += ["## Verification", f"Compared with the adapter it was made from: {markdown(verification)}."]
@@ -79,8 +74,32 @@ def card(form: Form, location: Location, verification: str | None = None) -> str
         scores = checked(run.scores(), dict[str, _Figure], repr(str(run.scores_file)))
         if scores:
             sections += ["## Scores", _scores(run.recipe.task.name, scores)]
-        sections += ["## Recipe", _fence(run.recipe.to_yaml(), "yaml")]
+        sections += ["## Recipe", fence(visible(_without_folders(run.recipe)), "yaml")]
     return "\n\n".join(sections) + "\n"
+
+
+def _use(form: Form, base: str, hub_id: str | None, kind: str, imports: str) -> str:
+    """The program or command that loads what a folder holds."""
+    if form in _SERVED:
+        return fence(_SERVED[form].format(base=shlex.quote(base if hub_id else f"path/to/{base}")), "sh")
+    if form == "merged":
+        code = f"AutoModelFor{kind}"
+        program = f'from transformers import {code}\n\nmodel = {code}.from_pretrained("path/to/this/folder")'
+        return fence(program, "python")
+    return fence(loading(kind, base, hub_id, "path/to/this/folder", imports), "python")
+
+
+def _without_folders(recipe: Recipe) -> str:
+    """The recipe as YAML, with the names alone of files and folders of this machine."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shown(content) for key, content in value.items()}
+        if isinstance(value, list):
+            return [shown(content) for content in value]
+        return base_name(value)[0] if isinstance(value, str) and os.path.isabs(value) else value
+
+    return write(shown(recipe.model_dump(mode="json")))
 
 
 def _quantized(location: Location) -> str:
@@ -112,7 +131,7 @@ def _scores(task: str, scores: dict[str, _Figure]) -> str:
         ]
         metric = next(s.metric for s in scores.values() if s.scorer == scorer)
         rows_of = "Rows of" if scorer == "recall" else "Held-out rows of"
-        head = f"{rows_of} {_code(task)}, {_SCORERS.get(scorer) or markdown(scorer)}."
+        head = f"{rows_of} {inline_code(visible(task))}, {_SCORERS.get(scorer) or markdown(scorer)}."
         columns = f"| | n | {markdown(metric)} | 95 % interval |"
         blocks.append("\n".join([head, "", columns, "| --- | --- | --- | --- |", *rows]))
     return "\n\n".join(blocks)
@@ -125,21 +144,3 @@ _SCORERS = {
     "recall": "exact answers by greedy decoding, tested on the facts that the adapter was trained on",
     "classification": "the class or number of the head",
 }
-
-
-def _code(text: str) -> str:
-    """``text`` as inline code, with backticks in it kept as text."""
-    text = " ".join(visible(text).split()) or "–"
-    space = " " * ("`" in (text[0], text[-1]))  # Markdown drops it
-    return f"{_ticks(text, 1)}{space}{text}{space}{_ticks(text, 1)}"
-
-
-def _fence(text: str, language: str) -> str:
-    """``text`` as a code block, with fences in it kept as text."""
-    text = visible(text)
-    return f"{_ticks(text, 3)}{language}\n{text.rstrip()}\n{_ticks(text, 3)}"
-
-
-def _ticks(text: str, least: int) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    return "`" * max(least, longest + 1)

@@ -154,7 +154,8 @@ def chat(location: Location, console: Console, *, compare: bool = False, dtype: 
             elif message and compare:
                 answers = {name: talk.answer(message) for name, talk in talks.items()}
                 width = max(20, console.width // 2 - 1)
-                console.print(Columns([Panel(Text(visible(a)), title=n, width=width) for n, a in answers.items()]))
+                panels = [Panel(Text(visible(a)), title=n, width=width) for n, a in answers.items()]
+                console.print(Columns(panels), soft_wrap=False)
             elif message:
                 talk = talks[names[0]]
                 talk.answer(message, _Streamer(tokenizer, console, talk.settings.eos_token_id or []))

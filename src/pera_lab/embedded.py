@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from pera.errors import UserError, missing_extra
+from pera.errors import UserError
 from pera_lab.environment import out_of_memory
+from pera_lab.extras import missing_extra
 from pera_lab.files import atomic_folder, disk_errors, lock_of, locked, read_object, user_path, write_json
 from pera_lab.gguf_header import check_header
 

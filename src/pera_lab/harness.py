@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pera.errors import UserError, missing_extra, nearest, one_line
+from pera.errors import UserError, nearest, one_line
+from pera_lab.extras import missing_extra
 from pera_lab.files import check_output, read_object, updated_object
 from pera_lab.inference import base_model, generation_settings, largest_batch
 from pera_lab.opening import locate_run, open_model

@@ -22,6 +22,7 @@ from pera_lab.placement import Attention, DeviceMap
 from pera_lab.progress import stage
 from pera_lab.quantization import Quantization
 from pera_lab.runs import Run
+from pera_lab.text import quoted
 
 
 class Location(NamedTuple):
@@ -129,7 +130,7 @@ def _located(name: str, trust_remote_code: bool) -> Location:
     if "run" in held:
         run = Run(path, trust_remote_code=trust_remote_code)
         if not run.finished:
-            raise UserError(f"{name!r} is an unfinished run; resume it with: pera train {name} --resume")
+            raise UserError(f"{name!r} is an unfinished run; resume it with: pera train {quoted(name)} --resume")
         return locate_run(run)
     if "adapter" in held:
         adapter = MlxAdapter(path) if is_mlx(path) else Adapter(path)

@@ -12,6 +12,7 @@ from pera_lab.opening import locate_run, open_model
 from pera_lab.runs import Run
 from pera_lab.scorers import Output, answer_batches, make_scorer
 from pera_lab.tasks.sources import read_file
+from pera_lab.text import quoted
 
 
 def predict(
@@ -72,7 +73,9 @@ def _predict(
     """:func:`predict` to a file that does not exist and that no other process writes."""
     recipe, task = run.recipe, run.recipe.task
     if not base and not run.finished:
-        raise UserError(f"{str(run.path)!r} is an unfinished run; resume it with: pera train {run.path} --resume")
+        raise UserError(
+            f"{str(run.path)!r} is an unfinished run; resume it with: pera train {quoted(run.path)} --resume"
+        )
     if base and task.base_refusal:
         raise UserError(f"--base: {task.base_refusal}")
     if max_new_tokens is not None and task.text_refusal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -45,8 +46,12 @@ def showing(console: Console | None) -> Iterator[None]:
 
 
 def say(text: str, *, warning: bool = False) -> None:
-    """Print a line where progress is shown."""
-    if (console := _console.get()) is not None:
+    """Print a line where progress is shown. A warning is not lost if the console is quiet."""
+    if (console := _console.get()) is None:
+        return
+    if warning and console.quiet:
+        warnings.warn(text, stacklevel=2)  # which a command prints at its end
+    else:
         console.print(Text.assemble(("warning: ", "yellow") if warning else "", visible(text)), soft_wrap=True)
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from pera.errors import UserError, missing_extra
+from pera.errors import UserError
+from pera_lab.extras import missing_extra
 
 Quantization = Literal["nf4", "fp4", "int8"]
 """nf4 and fp4 take about 4 bits per weight, int8 (LLM.int8()) takes 8. All of them are from bitsandbytes."""
@@ -40,8 +41,7 @@ def quantizer(
             f"model.quantization={kind!r}: {name!r} is already quantized ({method}); leave quantization out, or give "
             "the model before quantization."
         )
-    if not is_bitsandbytes_available():
-        raise UserError(f"model.quantization={kind!r}: {missing_extra('bitsandbytes', 'quantized')}")
+    check_installed(kind)
     options: dict[str, Any] = {"llm_int8_skip_modules": None if whole is None else sorted(whole)}
     if kind == "int8":
         options["load_in_8bit"] = True
@@ -49,6 +49,12 @@ def quantizer(
         options |= {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True}
         options["bnb_4bit_compute_dtype"] = dtype or config.dtype or torch.float32
     return BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
+
+
+def check_installed(kind: Quantization) -> None:
+    """Raise UserError if bitsandbytes is missing or too old."""
+    if not is_bitsandbytes_available():
+        raise UserError(f"model.quantization={kind!r}: {missing_extra('bitsandbytes', 'quantized')}")
 
 
 def check_blocks(name: str, model: nn.Module) -> None:

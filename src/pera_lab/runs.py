@@ -34,6 +34,7 @@ from pera_lab.files import (
     write_json,
 )
 from pera_lab.recipe import Recipe, difference, load_recipe
+from pera_lab.text import quoted
 
 
 class Run:
@@ -101,7 +102,7 @@ class Run:
         if self.recipe_file.is_file():
             raise UserError(
                 f"output: {str(self.path)!r} exists and is not empty: it holds a run; give another folder, or continue "
-                f"the run with: pera train {self.path} --resume"
+                f"the run with: pera train {quoted(self.path)} --resume"
             )
         own = (self.lock_file, lock_of(self.recipe_file), unfinished(self.recipe_file))  # a kill may leave them
         require_free(self.path, replaced=False, ignored=own)
@@ -350,8 +351,8 @@ def resumable(source: str, overrides: list[str] | None, output: Path | None, *, 
 def _finished(run: Run, given: Recipe) -> UserError:
     """The error for a finished run that should be resumed, for more steps or by mistake."""
     if (changed := difference(run.recipe, given)) is None:
-        return UserError(f"--resume: {str(run.path)!r} is finished; score it with: pera evaluate {run.path}")
+        return UserError(f"--resume: {str(run.path)!r} is finished; score it with: pera evaluate {quoted(run.path)}")
     return UserError(
         f"--resume: {str(run.path)!r} is finished, so {changed} cannot change; to train further, use "
-        f"pera merge {run.path} --output MERGED and start a run with model.name=MERGED."
+        f"pera merge {quoted(run.path)} --output MERGED and start a run with model.name=MERGED."
     )

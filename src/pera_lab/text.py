@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
+from pathlib import Path
 
 
 def visible(text: str, *, inline: bool = False) -> str:
@@ -13,6 +15,11 @@ def visible(text: str, *, inline: bool = False) -> str:
     """
     kept = "" if inline else "\n\t"
     return re.sub(rf"[^{kept} -~\u200c\u200d]", lambda match: _code(match[0]), text)
+
+
+def quoted(path: Path | str) -> str:
+    """The path as a word of a shell command, so that a printed command can be copied."""
+    return shlex.quote(str(path))
 
 
 def markdown(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from itertools import chain
@@ -23,10 +23,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
-from pera_lab import checkpoints, engines, methods, models, placement, processes
+from pera_lab import checkpoints, engines, methods, models, placement, processes, quantization
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
@@ -60,7 +61,14 @@ class TrainingSummary(NamedTuple):
     """Step of the best checkpoint, whose weights the adapter has; None for the weights of the last step."""
 
 
-def train(recipe: Recipe, run: Run, *, resume: bool = False, save_on_signal: bool = False) -> TrainingSummary:
+def train(
+    recipe: Recipe,
+    run: Run,
+    *,
+    resume: bool = False,
+    save_on_signal: bool = False,
+    before: Callable[[PeftModel, PreTrainedTokenizerBase, Splits], None] | None = None,
+) -> TrainingSummary:
     """Train the adapter of a recipe, and save it with metrics and environment in the run folder.
 
     Several processes share each batch (:class:`RunTrainer`). The main process writes the folder.
@@ -70,6 +78,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, save_on_signal: boo
         run: the folder, made by :meth:`Run.create`.
         resume: resume from the last complete checkpoint, or from the start if there is none.
         save_on_signal: whether Ctrl-C and SIGTERM end the training after the current step, with a checkpoint.
+        before: called with the model, its tokenizer and the examples before the first step, after every check.
 
     Raises:
         UserError: the model, a target module or the task is not available, the data or the base model of a resumed run
@@ -82,9 +91,23 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, save_on_signal: boo
             prepared = _prepare(recipe, run, resume, Signals() if save_on_signal else None)
         if resume and prepared.checkpoint is None:
             say("no checkpoint was saved; training starts at the first step")
+        if before is not None:
+            before(prepared.adapted, prepared.tokenizer, prepared.splits)
         summary = _train(run, prepared)
         processes.barrier()  # the folder is complete
     return summary
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Raise UserError if a package is missing that a training needs, before any data or weights are loaded."""
+    if recipe.model.quantization is not None:
+        quantization.check_installed(recipe.model.quantization)
+    for name in recipe.training.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):  # type: ignore[no-untyped-call]
+                callback()  # as the Trainer does
+        except (RuntimeError, ImportError, ValueError) as error:
+            raise UserError(f"training.report_to={name!r} cannot be used: {one_line(error)}") from error
 
 
 class _Prepared(NamedTuple):
@@ -92,6 +115,8 @@ class _Prepared(NamedTuple):
 
     trainer: Trainer
     adapted: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
     encoded: Encoded
     monitor: Monitor
     signals: Signals | None
@@ -104,6 +129,7 @@ class _Prepared(NamedTuple):
 def _prepare(recipe: Recipe, run: Run, resume: bool, signals: Signals | None) -> _Prepared:
     """Make every check. The folder does not change."""
     spec, task = recipe.training, recipe.task
+    check_packages(recipe)
     engines.check(spec.batch_size, recipe.model.quantization)
     placement.check_trainable(recipe.model.attn_implementation)
     if resume:
@@ -175,29 +201,27 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, signals: Signals | None) ->
     collator = task.collator(tokenizer, model)
     online = OnlineLoss()
     monitor = Monitor(run, notes, checkpoint, begin, online, signals)
-    try:
-        trainer = RunTrainer(
-            order,
-            online,
-            collator,
-            model=adapted,
-            args=arguments,
-            train_dataset=encoded.rows,
-            eval_dataset=validation.rows if spec.eval_steps else None,
-            compute_metrics=task.compute_metrics,
-            data_collator=PackingCollator(model) if spec.packing else collator,
-            callbacks=[RatioCallback(), monitor],
-            optimizer_cls_and_kwargs=optimizer,
-        )
-    except (RuntimeError, ImportError, ValueError) as error:  # a tracker that is unknown or not installed
-        raise UserError(f"training.report_to={spec.report_to}: {one_line(error)}") from error
+    trainer = RunTrainer(
+        order,
+        online,
+        collator,
+        model=adapted,
+        args=arguments,
+        train_dataset=encoded.rows,
+        eval_dataset=validation.rows if spec.eval_steps else None,
+        compute_metrics=task.compute_metrics,
+        data_collator=PackingCollator(model) if spec.packing else collator,
+        callbacks=[RatioCallback(), monitor],
+        optimizer_cls_and_kwargs=optimizer,
+    )
     ended = checkpoint is not None and checkpoints.ended(checkpoint)
     if checkpoint is not None and not ended:
         checkpoints.check_optimizer(checkpoint, trainer.create_optimizer(), adapted)
     trainer.remove_callback(PrinterCallback)
     if processes.count() > 1:
         set_seed((spec.seed + processes.index()) % 2**32)  # otherwise every process drops out the same entries
-    return _Prepared(trainer, adapted, encoded, monitor, signals, checkpoint, kept if ended else None)
+    kept = kept if ended else None
+    return _Prepared(trainer, adapted, tokenizer, splits, encoded, monitor, signals, checkpoint, kept)
 
 
 def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
@@ -210,7 +234,7 @@ def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
 
 
 def _train_and_save(run: Run, prepared: _Prepared) -> TrainingSummary:
-    trainer, adapted, encoded, monitor, _, checkpoint, ended = prepared
+    trainer, adapted, _, _, encoded, monitor, _, checkpoint, ended = prepared
     start = time.perf_counter()
     if ended is not None:
         say("the training had ended; its adapter is saved now")

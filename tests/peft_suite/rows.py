@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig
 
 from pera import PeraConfig, UserError
@@ -92,6 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
     common = importlib.import_module("tests.testing_common")
     # PEFT runs some tests only for the methods that it names. PERA replaces one of them.
     common.RoadConfig = common.LoKrConfig = PeraConfig  # mixed batches; GPT-2's Conv1D
+    common.PeftCommonTester.check_modelcard = check_modelcard
     models = tiny_models(Path(config.getoption("models")))
     for file in config.args:
         module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
@@ -162,6 +164,13 @@ def as_pera(value: Any) -> Any:
     if value == "lora":  # PEFT then tests add_weighted_adapter, which only LoRA has
         return "pera"
     return value.replace("LoRA", "PERA") if isinstance(value, str) else value
+
+
+def check_modelcard(self: Any, folder: str, model: Any) -> None:
+    """As PEFT's check, for bases in folders of this machine, whose paths PERA leaves out of a card."""
+    card = ModelCard.load(Path(folder) / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", None)
+    assert "pera" in card.data.tags
 
 
 def tiny_models(folder: Path) -> list[str]:

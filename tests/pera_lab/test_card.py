@@ -1,5 +1,7 @@
 """The model card of an adapter, a merged model and an export."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -26,15 +28,28 @@ def test_an_adapters_card_has_its_scores_its_recipe_and_how_to_load_it(run):
     write_card(run.adapter.path, "adapter", locate(str(run.path)))
     card = ModelCard.load(run.adapter.path / "README.md")
     assert card.data.library_name == "peft"
-    assert card.data.tags == ["pera"]
+    assert card.data.tags == ["peft", "pera"]
     assert "import pera" in card.text
     assert "| adapter | 8 | 50.0 % | 20.0 to 80.0 % |" in card.text
-    recipe = card.text.split("```yaml\n")[1].split("\n```")[0]
-    assert yaml.safe_load(recipe) == yaml.safe_load(run.recipe_file.read_text())
+    recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("\n```")[0])
+    recorded = yaml.safe_load(run.recipe_file.read_text())
+    recorded["model"]["name"] = Path(recorded["model"]["name"]).name
+    assert recipe == recorded
 
 
 def test_training_writes_a_card(finished_run):
-    assert "# PERA adapter" in (finished_run.adapter.path / "README.md").read_text()
+    card = (finished_run.adapter.path / "README.md").read_text()
+    assert "# PERA adapter" in card
+    assert "`KeyError: 'PERA'`" in card
+
+
+@pytest.mark.parametrize("kind", ["finished_run", "finished_glue_run"])
+def test_no_card_holds_a_path_of_this_machine(kind, request, tmp_path_factory):
+    run = request.getfixturevalue(kind)
+    card = (run.adapter.path / "README.md").read_text()
+    assert f"name: {Path(run.recipe.model.name).name}" in card
+    assert str(tmp_path_factory.getbasetemp()) in run.recipe.to_yaml()
+    assert str(tmp_path_factory.getbasetemp()) not in card
 
 
 def test_the_cards_of_merged_models_and_exports_have_the_verification(run, tmp_path):
@@ -44,8 +59,9 @@ def test_the_cards_of_merged_models_and_exports_have_the_verification(run, tmp_p
     assert agreement.sentence() in merged.text
     export(locate(str(run.path)), tmp_path / "lora")
     lora = ModelCard.load(tmp_path / "lora" / "README.md")
-    assert lora.data.tags == ["pera", "lora"]
+    assert lora.data.tags == ["peft", "pera", "lora"]
     assert "import pera" not in lora.text
+    assert "KeyError" not in lora.text
 
 
 @pytest.mark.parametrize(
@@ -58,7 +74,7 @@ def test_only_a_hub_id_is_the_base_model_in_the_metadata(run, base, named):
 
 
 def test_markdown_in_names_is_shown_as_text(run):
-    base = "folder`](http://example.org) <b>"
+    base = "folder`](b) <b>"
     write_card(run.adapter.path, "adapter", locate(str(run.path))._replace(run=None, base=base))
     assert f"Base model: ``{base}``" in (run.adapter.path / "README.md").read_text()
 

@@ -21,6 +21,7 @@ import pera as package
 from pera import PeraConfig
 from pera.errors import CheckFailed, UserError
 from pera_lab.__main__ import PACKAGES
+from pera_lab.extras import install_command
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
 
@@ -74,7 +75,8 @@ print(json.dumps({line: call(*line.split()) for line in sys.argv[1:]}))
 
 
 def test_help_version_and_usage_errors_import_nothing_heavy(python):
-    codes = {"--help": 0, "--version": 0, "": 2, "trian": 2, "train --help": 0, "study run --help": 0, "verify x": 2}
+    codes = {"--help": 0, "--version": 0, "": 2, "trian": 2, "train -h": 0, "study run --help": 0, "verify x": 2}
+    codes |= {"recipes": 0, "studies reasoning-smollm2": 0}
     outcomes = json.loads(python(LIGHT_CALLS, *codes).stdout)
     assert outcomes == {line: [code, []] for line, code in codes.items()}
 
@@ -85,7 +87,7 @@ def test_without_the_extra_the_command_says_what_to_install(missing):
     result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"pera: the command line needs {', '.join(sorted(missing))}; install the extra: pip install 'pera[lab]'\n"
+        f"pera: the command line needs {', '.join(sorted(missing))}; install the extra: {install_command('lab')}\n"
     )
 
 

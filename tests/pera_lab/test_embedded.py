@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pera.errors import UserError
 from pera_lab import embedded
 from pera_lab.embedded import EMBEDDED, cache_folder
+from pera_lab.extras import install_command
 from pera_lab.models import load_model, load_tokenizer, resolve
 
 HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 0, 0)
@@ -146,7 +148,7 @@ def test_a_missing_package_is_reported_with_the_command_that_installs_it(name, m
 
 def test_without_gguf_the_extra_is_named(gguf, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(UserError, match=r"pip install 'pera\[gguf\]'"):
+    with pytest.raises(UserError, match=re.escape(install_command("gguf"))):
         resolve(str(gguf))
 
 

@@ -28,6 +28,7 @@ from pera_lab.convert.export import export
 from pera_lab.convert.merge import merge
 from pera_lab.convert.verify import verify
 from pera_lab.evaluation import evaluate_run
+from pera_lab.extras import install_command
 from pera_lab.opening import locate, locate_adapter, locate_run, open_model
 from pera_lab.recipe import load_recipe
 from pera_lab.runs import Run
@@ -288,7 +289,8 @@ def test_what_cannot_train_on_a_quantized_base_is_refused(case, refused, wide_re
 
 def test_deepspeed_is_refused_on_a_quantized_base(refused, wide_recipe, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    refused("train", wide_recipe, NF4, words=["model.quantization='nf4'", "DeepSpeed", "torchrun"])
+    words = ["model.quantization='nf4'", "'bitsandbytes'", install_command("quantized")]
+    refused("train", wide_recipe, NF4, words=words)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "hira"])
@@ -315,7 +317,9 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused(tiny_llama):
 
 def test_a_missing_bitsandbytes_is_named_before_training(refused, wide_recipe, monkeypatch):
     monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
-    refused("train", wide_recipe, NF4, words=["model.quantization='nf4'", "'bitsandbytes'", "pip install 'pera[quant"])
+    refused(
+        "train", wide_recipe, NF4, words=["model.quantization='nf4'", "'bitsandbytes'", install_command("quantized")]
+    )
 
 
 @ON_PLAIN_BASE

@@ -9,7 +9,8 @@ import yaml
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.methods import known_methods
-from pera_lab.recipe import difference, load_recipe, parse_recipe, shipped_recipes
+from pera_lab.recipe import difference, load_recipe, parse_recipe
+from pera_lab.shipped import shipped_files
 from shared import DATA
 
 SMALL = {
@@ -49,17 +50,18 @@ def test_a_model_is_a_name_or_a_section(model):
     assert recipe.model.name == "a/b"
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped_files("recipes"))
 def test_shipped_recipes_are_valid(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.peft_config()
 
 
-def test_quickstart_trains_pera_with_rms_on_the_embedded_model():
-    recipe = load_recipe("quickstart")
+@pytest.mark.parametrize(("name", "problems"), [("quickstart", 100), ("relationships-smollm2", 200)])
+def test_quickstart_trains_pera_with_rms_on_the_embedded_model(name, problems):
+    recipe = load_recipe(name)
     assert recipe.model.name == "smollm2-135m"
-    assert recipe.task.test_size >= 200
+    assert recipe.task.test_size >= problems
     config = recipe.peft_config()
     assert isinstance(config, PeraConfig)
     assert config.normalization == "rms"

@@ -8,6 +8,7 @@ from dataclasses import MISSING, InitVar, dataclass, field, fields
 from functools import wraps
 from inspect import signature
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from peft import LoraConfig, PeftConfig
@@ -15,6 +16,7 @@ from peft.utils import PeftType
 
 from pera.errors import UserError, nearest
 from pera.polynomial import Coefficients, Normalization, Terms
+from pera.tuner.card import saved_config, update_card
 from pera.tuner.checks import LARGEST, check_alpha, check_anchors, check_lists, check_rank, is_number, shown
 
 LAYOUT_VERSION = 2
@@ -271,6 +273,13 @@ class PeraConfig(PeftConfig):
         values: dict[str, Any] = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration. If PEFT saves an adapter with it, PEFT's model card becomes one of PERA."""
+        folder = Path(save_directory)
+        before = saved_config(folder, type(self))
+        super().save_pretrained(save_directory, **kwargs)
+        update_card(folder, self, before)
+
     def _check(self) -> None:
         for key, choices in (
             ("terms", get_args(Terms)),
@@ -322,7 +331,7 @@ class PeraConfig(PeftConfig):
         if self.pera_version > LAYOUT_VERSION:
             raise UserError(
                 f"pera_version={shown(self.pera_version)} is newer than the layout that this pera reads, "
-                f"{LAYOUT_VERSION}; upgrade with: pip install -U pera"
+                f"{LAYOUT_VERSION}; install a newer pera."
             )
 
     def _check_idle(self) -> None:

@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 from pera_lab import processes
 from pera_lab.cli import convert, show, study, train
+from pera_lab.cli.examples import examples
 
 OUT_OF_MEMORY = (
     "out of memory; lower training.batch_size, training.max_length or method.r, or set "
@@ -39,7 +40,7 @@ class Command(TyperCommand):
     """A command that holds back the messages of the libraries, then runs. Its help and its usage errors come before."""
 
     def invoke(self, ctx: Any) -> Any:
-        from pera_lab.cli.console import held_warnings, progress
+        from pera_lab.cli.console import held_warnings, messages, progress, stdout_for_json
         from pera_lab.progress import showing, stage
 
         if processes.count() > 1 and ctx.command_path.removeprefix("pera ") not in DISTRIBUTED:
@@ -54,8 +55,10 @@ class Command(TyperCommand):
                 "unset ACCELERATE_USE_FSDP.",
                 2,
             )
+        progress.quiet |= ctx.params.get("quiet", False)
+        only_json = stdout_for_json() if ctx.params.get("json") else nullcontext()
         try:
-            with nullcontext() if _debugging() else held_warnings(), showing(progress):
+            with only_json, nullcontext() if _debugging() else held_warnings(), showing(progress):
                 with stage("loading PyTorch and transformers"):
                     import peft  # noqa: F401
                     from transformers.utils import logging
@@ -66,12 +69,14 @@ class Command(TyperCommand):
                 return result
         except (EOFError, OSError) as error:  # typer would print nothing
             return error
+        finally:
+            progress.quiet = messages.quiet
 
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune language models with Polynomial Expansion Rank Adaptation (PERA). "
     "Score, merge, export and verify the result.",
 )
@@ -80,10 +85,13 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(convert.merge, convert.export, convert.import_, convert.verify, show.chat, show.report, show.env),
 )
 for command in COMMANDS:
-    app.command(command.__name__.strip("_"), cls=Command)(command)
+    name = command.__name__.strip("_")
+    app.command(name, cls=Command, epilog=examples(name))(command)
+for command in (show.recipes, show.studies):  # which need no torch
+    app.command(command.__name__, epilog=examples(command.__name__))(command)
 study_app = typer.Typer(no_args_is_help=True, help="Compare methods with tuned learning rates, seeds and statistics.")
-study_app.command("run", cls=Command)(study.run)
-study_app.command("report", cls=Command)(study.report)
+for command in (study.run, study.report):
+    study_app.command(command.__name__, cls=Command, epilog=examples(f"study {command.__name__}"))(command)
 app.add_typer(study_app, name="study")
 
 
@@ -144,13 +152,13 @@ def _mistake(error: Exception) -> tuple[str, int]:
 
 def _exit(message: str, code: int) -> None:
     if message:
-        from pera_lab.cli.console import progress, silence
+        from pera_lab.cli.console import messages, silence
 
         message = " ".join(line.strip() for line in message.splitlines())
         if len(message) > LONGEST:
             message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
         with processes.reporting() as reports:
             silence(not reports)
-            progress.print("pera:", style="red", end=" ")
-            progress.print(message, soft_wrap=True)
+            messages.print("pera:", style="red", end=" ")
+            messages.print(message, soft_wrap=True)
     sys.exit(code)

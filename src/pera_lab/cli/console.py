@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import codecs
+import json
 import locale
 import logging
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
     from pera_lab.runs import Run
 
 __all__ = [
-    *("Facts", "accept_any_text", "held_warnings", "out", "print_agreement", "progress", "refreshed_report", "silence"),
+    *("Facts", "accept_any_text", "held_warnings", "messages", "out", "print_agreement", "print_json", "progress"),
+    *("refreshed_report", "silence", "stdout_for_json"),
 ]
 
 
 class _Plain(Console):
-    """A console that prints strings as they are: without markup, and with control characters as their codes.
+    """A console that prints strings as they are: without markup, on one line, and with control characters as codes.
 
     A command continues if nobody reads what it prints, as in ``pera inspect RUN | head -1``.
     """
@@ -43,14 +46,42 @@ class _Plain(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-_AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+_AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
 out = _Plain(**_AS_IT_IS)
+"""Results, on standard output."""
 progress = _Plain(stderr=True, **_AS_IT_IS)
+"""Progress, on standard error. ``--quiet`` turns it off for a command."""
+messages = _Plain(stderr=True, **_AS_IT_IS)
+"""Warnings and errors, on standard error."""
 
 
 def silence(silent: bool = True) -> None:
     """Print nothing from now on, as in every process but the main one; False prints again."""
-    out.quiet = progress.quiet = silent
+    out.quiet = progress.quiet = messages.quiet = silent
+
+
+@contextmanager
+def stdout_for_json() -> Iterator[None]:
+    """Keep standard output for what ``out`` prints, and send what libraries print there to standard error."""
+    out.file = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        out.file = None  # type: ignore[assignment]  # standard output as it is when something is printed
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print a result as one JSON document. Numbers that JSON lacks, such as infinity, become null."""
+    out.out(json.dumps(_finite(content), indent=2, default=str), highlight=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(content) for content in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def accept_any_text() -> None:
@@ -94,8 +125,8 @@ def held_warnings() -> Iterator[None]:
         warnings.showwarning = show
         logging.disable(level)
         for message in held if code < 2 else ():
-            progress.print("warning:", style="yellow", end=" ")
-            progress.print(message, soft_wrap=True)
+            messages.print("warning:", style="yellow", end=" ")
+            messages.print(message, soft_wrap=True)
 
 
 class Facts:
@@ -120,16 +151,24 @@ class Facts:
                 name = ""
 
 
-def print_agreement(agreement: Agreement, done: str) -> None:
+def print_agreement(agreement: Agreement, done: str, content: dict[str, Any] | None = None) -> None:
     """Print what was done and how far the outputs agree.
+
+    Args:
+        agreement: the comparison.
+        done: what was done.
+        content: what to print as JSON instead, before the comparison.
 
     Raises:
         CheckFailed: the outputs differ.
     """
     from pera.errors import CheckFailed
 
-    out.print(done, soft_wrap=True)
-    out.print(agreement.sentence(), soft_wrap=True)
+    if content is not None:
+        print_json({**content, "agreement": agreement.record()})
+    else:
+        out.print(done, soft_wrap=True)
+        out.print(agreement.sentence(), soft_wrap=True)
     if not agreement.agree:
         raise CheckFailed("the outputs differ.")
 

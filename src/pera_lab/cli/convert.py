@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pera_lab.cli.console import out, print_agreement
-from pera_lab.cli.options import Dtype, Output, Source, Trust
+from pera_lab.cli.console import out, print_agreement, print_json
+from pera_lab.cli.options import Dtype, Json, Output, Quiet, Source, Trust
 
 
 def merge(
@@ -19,6 +19,8 @@ def merge(
         bool, typer.Option("--dequantise", help="Dequantise a quantised base model first and write a plain model.")
     ] = False,
     trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge an adapter into its base model and check that the outputs agree."""
     from pera_lab.convert.merge import merge as merge_adapter
@@ -27,7 +29,7 @@ def merge(
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
     agreement = merge_adapter(location, output, dtype=dtype or "stored", dequantised=dequantise)
     how = " (base model dequantised first)" if dequantise else ""
-    print_agreement(agreement, f"merged model written to {output}{how}")
+    print_agreement(agreement, f"merged model written to {output}{how}", {"output": str(output)} if json else None)
 
 
 def export(
@@ -53,25 +55,34 @@ def export(
         ),
     ] = None,
     trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write an adapter of PERA, LoHa, VeRA and others as the equivalent LoRA, and check that the outputs agree."""
     if to is None and server is None:
         raise typer.BadParameter("give --to lora, --to gguf, --to mlx or --for SERVER.", param_hint="--to")
+    from dataclasses import asdict
+
     from pera.errors import CheckFailed
     from pera_lab.convert.export import export as export_adapter
     from pera_lab.opening import locate_adapter
 
     location = locate_adapter(source, trust_remote_code=trust_remote_code)
     done = export_adapter(location, output, to=to, max_rank=max_rank, energy=energy, server=server)
-    kinds = {"lora": "LoRA", "gguf": "GGUF adapter", "mlx": "MLX adapter"}
-    out.print(f"{kinds[done.form]} written to {output}", soft_wrap=True)
-    if done.truncation:
-        out.print(done.truncation.sentence(), soft_wrap=True)
-    out.print(done.agreement.sentence(), soft_wrap=True)
+    if json:
+        truncation = None if done.truncation is None else asdict(done.truncation)
+        content = {"output": str(output), "form": done.form, "good": done.good, "start": done.start}
+        print_json({**content, "truncation": truncation, "agreement": done.agreement.record()})
+    else:
+        kinds = {"lora": "LoRA", "gguf": "GGUF adapter", "mlx": "MLX adapter"}
+        out.print(f"{kinds[done.form]} written to {output}", soft_wrap=True)
+        if done.truncation:
+            out.print(done.truncation.sentence(), soft_wrap=True)
+        out.print(done.agreement.sentence(), soft_wrap=True)
+        if done.good and done.start:
+            out.print(f"start: {done.start}", soft_wrap=True)
     if not done.good:
         raise CheckFailed("the outputs differ.")
-    if done.start:
-        out.print(f"start: {done.start}", soft_wrap=True)
 
 
 def import_(
@@ -94,6 +105,7 @@ def import_(
     ] = 0,
     anchor_seed: Annotated[int, typer.Option(min=0, help="Seed of the frozen rows.")] = 0,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a trained LoRA as a PERA adapter with the same outputs (h = 0), as a start for further training."""
     from pera_lab.convert.from_lora import import_lora
@@ -123,6 +135,8 @@ def verify(
         bool, typer.Option("--llama-cpp", help="Compute B in llama.cpp (default: transformers). Needs xllamacpp.")
     ] = False,
     trust_remote_code: Trust = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run the same prompts through two models and compare their outputs."""
     from pera_lab.convert.verify import verify as compare_models
@@ -130,4 +144,4 @@ def verify(
     agreement = compare_models(
         a, b, dtype=dtype, prompts=prompts, base=base, in_llama_cpp=llama_cpp, trust_remote_code=trust_remote_code
     )
-    print_agreement(agreement, f"{b} against {a}")
+    print_agreement(agreement, f"{b} against {a}", {"a": a, "b": b} if json else None)

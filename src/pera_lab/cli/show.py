@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pera_lab.cli.console import Facts, out
-from pera_lab.cli.options import Overrides, Source, Trust
+from pera_lab.cli.console import Facts, out, print_json
+from pera_lab.cli.options import Json, Overrides, Quiet, Source, Trust, shipped
+from pera_lab.shipped import Kind, shipped_files, shipped_summary, shipped_text
 from pera_lab.text import visible
 
 if TYPE_CHECKING:
@@ -42,12 +43,13 @@ def inspect(
     examples: Annotated[
         int | None, typer.Option(min=1, help="Held-out examples to measure on, for --effect (default: 64).")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all values as JSON.")] = False,
+    json: Json = False,
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw the high-order ratio by block and kind into this .svg or .png file (default: none)."),
     ] = None,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show the norms, high-order ratio and effective rank of a PERA or LoRA adapter, and whether it is full."""
     from dataclasses import asdict
@@ -87,8 +89,6 @@ def inspect(
     elif task is not None:
         effects = adapter_effects(location, task, examples=examples or 64)
     if json:
-        import json as writer
-
         derived = ("high_order_ratio", "square_ratio", "cross_ratio", "anchor_ratio", "stable_rank", "effective_rank")
         content = {
             "layers": {n: {**asdict(d), **{key: getattr(d, key) for key in derived}} for n, d in found.items()},
@@ -96,7 +96,7 @@ def inspect(
         }
         if effects and effects.fullness:
             content["verdict"] = {"verdict": effects.fullness.verdict, "sentence": effects.fullness.sentence()}
-        out.out(writer.dumps(content, indent=2), highlight=False)
+        print_json(content)
         return
     out.print(_diagnosis(found, layers, adapter.is_pera))
     if effects is not None:
@@ -139,6 +139,7 @@ def chat(
         ),
     ] = None,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
 ) -> None:
     """Chat with a model in the terminal."""
     from pera_lab.chat import chat as talk
@@ -148,6 +149,48 @@ def chat(
         raise typer.BadParameter(f"{temperature} should be 0 or at least 0.01.", param_hint="--temperature")
     location = locate(source, trust_remote_code=trust_remote_code)
     talk(location, out, compare=compare, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Recipe to print (default: list them all).",
+            autocompletion=shipped("recipes"),
+        ),
+    ] = None,
+) -> None:
+    """List the recipes that ship with pera, or print one to copy it."""
+    _shipped("recipes", name, "train")
+
+
+def studies(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Study to print (default: list them all).", autocompletion=shipped("studies")
+        ),
+    ] = None,
+) -> None:
+    """List the studies that ship with pera, or print one to copy it."""
+    _shipped("studies", name, "study run")
+
+
+def _shipped(kind: Kind, name: str | None, command: str) -> None:
+    known = shipped_files(kind)
+    if name is None:
+        table = Facts()
+        for each in known:
+            table.add_row(each, shipped_summary(kind, each))
+        out.print(table, soft_wrap=True)
+        out.print(f"Copy one: pera {kind} {known[-1]} > mine.yaml, edit it, then: pera {command} mine.yaml")
+    elif name in known:
+        out.out(shipped_text(kind, name).rstrip("\n"), highlight=False)
+    else:
+        from pera.errors import UserError, nearest
+
+        raise UserError(f"{name!r} does not ship with pera; {nearest(name, known)}")
 
 
 def env() -> None:
@@ -164,6 +207,7 @@ def env() -> None:
 def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool, is_pera: bool) -> Table:
     from statistics import median
 
+    from rich.measure import Measurement
     from rich.table import Table
 
     from pera_lab.diagnose import by_kind, place_layers
@@ -179,7 +223,7 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool, is_pera: bool) 
     products = ("linear", "square", "cross", "ratio", "1·1ᵀ") if is_pera else ()
     anchored = any(d.anchors for d in found.values())
     of_anchors = ("anchors", "ratio of anchors") if anchored else ()
-    table.add_column("layer" if by_layer else "kind", overflow="fold")
+    table.add_column("layer" if by_layer else "kind", no_wrap=True)
     for column in ("‖ΔW‖", *products, *of_anchors, "rank ≤", "stable", "effective"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, layers in groups.items():
@@ -193,6 +237,7 @@ def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool, is_pera: bool) 
         values.append(str(len(layers[0].singular_values)))
         values += [f"{median(getattr(d, key) for d in layers):.1f}" for key in ("stable_rank", "effective_rank")]
         table.add_row(visible(name if by_layer else f"{name} ({len(layers)})", inline=True), *values)
+    table.width = Measurement.get(out, out.options.update(max_width=10_000), table).maximum  # names stay whole
     return table
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pera_lab.cli.console import Facts, out
+from pera_lab.cli.console import Facts, out, print_json
+from pera_lab.cli.options import Json, Quiet, shipped
+from pera_lab.text import quoted
 
 if TYPE_CHECKING:
     from pera_lab.study import Study
@@ -16,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="Study file or name of a shipped study.")],
+    study: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY", help="Study file or name of a shipped study.", autocompletion=shipped("studies")
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Keys of the study or of its recipes to override."),
@@ -32,8 +39,8 @@ def run(
         str | None,
         typer.Option(
             metavar="ray[:ADDRESS]",
-            help="Run on a Ray cluster: ray, ray:auto or ray:HOST:PORT. Without ADDRESS, Ray starts on this machine, "
-            "unless RAY_ADDRESS is set.",
+            help="Run on a Ray cluster: ray, ray:auto or ray:HOST:PORT (default: without Ray). Without ADDRESS, Ray "
+            "starts on this machine, unless RAY_ADDRESS is set.",
         ),
     ] = None,
     budget: Annotated[
@@ -41,6 +48,7 @@ def run(
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed runs again.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="List the runs in order, and how long they take.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run the remaining runs of a study: the learning rates of each method first, then the reported seeds."""
     from pera_lab.files import check_folder_name
@@ -73,7 +81,7 @@ def run(
     left = len(folder.remaining(spec))
     table.add_row("remaining", f"{left} runs (run this command again to continue)" if left else "none")
     out.print(table, soft_wrap=True)
-    out.print(f"Next: pera study report {folder.path}", soft_wrap=True)
+    out.print(f"Next: pera study report {quoted(folder.path)}", soft_wrap=True)
     if counts["failed"]:
         raise typer.Exit(1)
 
@@ -104,17 +112,25 @@ def _print_plan(study: Study, folder: StudyFolder, workers: int) -> None:
         unknown = "unknown until the first run has finished"
         table.add_row("expected", f"about {hours:.1f} h for all{shared}" if known else unknown)
     out.print(table, soft_wrap=True)
-    command = f"pera study report {folder.path}"
+    command = f"pera study report {quoted(folder.path)}"
     out.print(f"Next: {'this command without --plan, then ' if seconds else ''}{command}", soft_wrap=True)
 
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Study folder.")],
     output: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the study folder).")] = None,
+    json: Json = False,
 ) -> None:
-    """Write the results of a study as an HTML page and as Markdown."""
+    """Write the results of a study as an HTML page, as Markdown, and its runs as CSV."""
     from pera_lab.report.study import write_study_report
     from pera_lab.study.folder import StudyFolder
+    from pera_lab.study.results import Results
 
-    for file in write_study_report(StudyFolder(folder), output or folder / "report.html"):
+    results = Results(StudyFolder(folder))
+    files = write_study_report(results, output or folder / "report.html")
+    if json:
+        written = dict(zip(("html", "markdown", "csv"), map(str, files), strict=True))
+        print_json({"study": results.study.name, **written, "comparisons": [c.record() for c in results.comparisons]})
+        return
+    for file in files:
         out.print(f"report written to {file}", soft_wrap=True)

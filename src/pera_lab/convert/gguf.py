@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pera.errors import UserError, missing_extra
+from pera.errors import UserError
+from pera_lab.extras import missing_extra
 from pera_lab.gguf_header import check_header
 
 

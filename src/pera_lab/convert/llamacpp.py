@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pera.errors import UserError, missing_extra
+from pera.errors import UserError
 from pera_lab.convert.gguf import check_base, open_gguf
+from pera_lab.extras import missing_extra
 from pera_lab.gguf_header import check_header
 
 LEAST = -80.0

@@ -84,6 +84,13 @@ class Agreement:
             + (f"; eos_token_id in generation_config.json lacks {self.lost_end}" if self.lost_end else "")
         )
 
+    def record(self) -> dict[str, Any]:
+        """The result as a JSON object, with ``agree``; ``lost_end`` only if there is one."""
+        record = {**asdict(self), "agree": self.agree}
+        if not self.lost_end:
+            del record["lost_end"]
+        return record
+
     def save(self, folder: Path, of: str, against: str, **further: Any) -> None:
         """Write the result to ``verification.json``.
 
@@ -93,10 +100,8 @@ class Agreement:
             against: the name of the reference.
             further: additional entries of the file.
         """
-        record = {**asdict(self), "of": of, "against": against, "agree": self.agree, **further}
-        if not self.lost_end:
-            del record["lost_end"]
-        write_json(folder / "verification.json", record)
+        record = replace(self, of=of, against=against).record()
+        write_json(folder / "verification.json", {**record, **further})
 
 
 def verify(

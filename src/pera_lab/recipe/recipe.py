@@ -28,7 +28,7 @@ from pera_lab.placement import Attention, DeviceMap
 from pera_lab.quantization import Quantization
 from pera_lab.recipe.syntax import write
 from pera_lab.recipe.training import TrainingSection
-from pera_lab.recipe.yaml import apply_overrides, parse, read_yaml, shipped_files
+from pera_lab.recipe.yaml import apply_overrides, parse, read_yaml
 from pera_lab.sections import GrownSection, Section, absolute_path, flatten, name_alone
 from pera_lab.tasks import EvaluationSection, Splits, Task, known_names, parse_task, subsample
 from pera_lab.tasks.registry import declared_names
@@ -236,8 +236,3 @@ def difference(a: Recipe, b: Recipe) -> str | None:
         for recipe in (a, b)
     )
     return next((key for key in {**x, **y} if x.get(key) != y.get(key)), None)
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that ship with pera."""
-    return shipped_files("recipes")

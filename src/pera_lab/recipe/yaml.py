@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import math
 import os
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,6 +14,7 @@ from pera.errors import UserError, nearest
 from pera_lab.files import user_path
 from pera_lab.recipe.syntax import DEEPEST, LONGEST, read, read_value, walk
 from pera_lab.sections import meant, name_alone
+from pera_lab.shipped import Kind, shipped_files, shipped_text
 from pera_lab.tasks import Task, family_of
 
 M = TypeVar("M", bound=BaseModel)
@@ -24,13 +24,13 @@ FLOAT32 = 3.4028234663852886e38
 """Bounds of the numbers in a recipe: what PyTorch's tensors can hold."""
 
 
-def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]]:
+def read_yaml(source: str, kind: str, shipped: Kind) -> tuple[str, dict[str, Any]]:
     """Name and content of a YAML file.
 
     Args:
         source: path of the file, or the name of a file that ships with pera.
         kind: what the file is, for messages: "recipe" or "study".
-        shipped: folder of pera_lab with the files that ship.
+        shipped: which of the files that ship with pera.
 
     Raises:
         UserError: the file does not exist, is not YAML, or does not hold keys and values.
@@ -44,7 +44,7 @@ def read_yaml(source: str, kind: str, shipped: str) -> tuple[str, dict[str, Any]
     if os.path.isfile(path):
         text, name = _read(path, kind), path.stem
     elif source in known:
-        text, name = (resources.files("pera_lab") / shipped / f"{source}.yaml").read_text(encoding="utf-8"), source
+        text, name = shipped_text(shipped, source), source
     elif os.path.exists(path):
         raise UserError(f"{kind}: {source!r} is not a regular file; save the {kind} in a file.")
     elif path.suffix in (".yaml", ".yml") or "/" in source:
@@ -91,11 +91,6 @@ def parse(model: type[M], content: dict[str, Any], kind: str) -> M:
         return model.model_validate(content)
     except ValidationError as error:
         raise UserError("; ".join(_sentence(e, model, content, kind) for e in error.errors())) from error
-
-
-def shipped_files(folder: str) -> list[str]:
-    """Names of the YAML files in a folder of pera_lab."""
-    return sorted(f.name.removesuffix(".yaml") for f in (resources.files("pera_lab") / folder).iterdir())
 
 
 def _check_number(key: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from pera_lab.scorers import Prediction
 from pera_lab.study.results import Results, Setting
 from pera_lab.study.spec import Cell, StudyTask
 from pera_lab.study.statistics import LEAST_SEEDS, describe, over_seeds
+from pera_lab.text import quoted
 
 TESTED = "the facts that it was trained on"
 """What a score with a :class:`Memory` is about."""
@@ -60,7 +61,7 @@ def _over_base(contents: Contents) -> str:
     """Bits by which the loss of all answers is lower with the adapter, from the answers of both models."""
     base, tuned = contents.predictions["base"], contents.predictions["adapter"]
     if not isinstance(base, list) or not isinstance(tuned, list):
-        return f"unknown until the base model is scored: pera evaluate {contents.run.path} --base"
+        return f"unknown until the base model is scored: pera evaluate {quoted(contents.run.path)} --base"
     before, after = (_nats(rows) for rows in (base, tuned))
     if [p.prompt for p in base] != [p.prompt for p in tuned] or len(before) != len(after):
         return "unknown, because the two models were scored on other facts"

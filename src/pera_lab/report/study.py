@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+from io import StringIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from pera import __version__
@@ -13,27 +16,27 @@ from pera_lab.report.drawing import Table
 from pera_lab.report.items import Section, run_command
 from pera_lab.report.pictures import save_figure
 from pera_lab.report.run import jinja, require_html
-from pera_lab.study.folder import StudyFolder
+from pera_lab.study.plan import known_trials
 from pera_lab.study.results import Results
 from pera_lab.text import markdown, visible
 
 
-def write_study_report(folder: StudyFolder, file: Path) -> list[Path]:
-    """Write the page, and next to it a Markdown file of the same content with a folder of its pictures.
+def write_study_report(results: Results, file: Path) -> list[Path]:
+    """Write the page, and next to it the same as Markdown with a folder of its pictures, and the runs as CSV.
 
     Args:
-        folder: the study.
+        results: the study.
         file: the HTML file to write.
 
     Returns:
-        The HTML file and the Markdown file.
+        The HTML, Markdown and CSV files.
 
     Raises:
-        UserError: ``file`` does not end in .html, the folder holds no study, or no run has ended.
+        UserError: ``file`` does not end in .html, or no run has ended.
     """
     require_html(file)
-    results = Results(folder)
     if not results.outcomes:
+        folder = results.folder
         raise UserError(f"{str(folder.path)!r} has no run that has ended; start with: {run_command(folder)}")
     title, sections = f"Study {results.study.name}", study_sections(results)
     content = {"title": title, "sections": sections, "version": __version__}
@@ -43,7 +46,9 @@ def write_study_report(folder: StudyFolder, file: Path) -> list[Path]:
     with disk_errors(pictures):
         pictures.mkdir(parents=True, exist_ok=True)
     write_atomic(text, _markdown(title, sections, pictures))
-    return [file, text]
+    table = file.with_suffix(".csv")
+    write_atomic(table, runs_csv(results))
+    return [file, text, table]
 
 
 def study_sections(results: Results) -> list[Section]:
@@ -63,6 +68,27 @@ def study_sections(results: Results) -> list[Section]:
         Section("protocol", "Protocol", study_details.protocol(results)),
     ]
     return [section for section in sections if section.items]
+
+
+def runs_csv(results: Results) -> str:
+    """One row for each run that has ended, with its settings, its outcome and its score."""
+    scored = {s.trial.name: s for cell in results.cells for s in results.scored(cell)}
+    rows = []
+    for trial in known_trials(results.study, results.outcomes):
+        if (outcome := results.outcomes.get(trial.name)) is None:
+            continue
+        cell, score = trial.cell, scored.get(trial.name)
+        place: dict[str, Any] = {"run": trial.name, "task": cell.task.label, "method": cell.method.label, "r": cell.r}
+        place |= {"placement": cell.placement, "train_share": cell.train_share, "phase": trial.phase}
+        rates = {"learning_rate": trial.learning_rate, "seed": trial.seed, "status": outcome.status}
+        values = {"metric": score.metric, "score": score.value, "n": len(score.expected)} if score else {}
+        ended = {"loss": outcome.loss, "parameters": outcome.parameters, "seconds": outcome.seconds}
+        rows.append({**place, **rates, "metric": None, "score": None, "n": None, **values, **ended})
+    text = StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _markdown(title: str, sections: list[Section], pictures: Path) -> str:

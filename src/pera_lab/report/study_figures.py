@@ -22,21 +22,17 @@ from pera_lab.report.drawing import (
     tick,
 )
 from pera_lab.report.formatting import number, p_value, percent, points, signed
-from pera_lab.study.statistics import Difference, pareto
+from pera_lab.study.results import Comparison
+from pera_lab.study.statistics import pareto
 
 
-def by_tasks_and_gain(item: tuple[str, Difference]) -> tuple[int, float]:
-    """Sort key of a method and its gain: most tasks first, then the largest gain."""
-    return -item[1].tasks, -item[1].mean
-
-
-def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: str) -> Picture:
-    """Draw the gain of each method over the reference, with its interval."""
-    ordered = sorted(gains.items(), key=by_tasks_and_gain)
+def forest(compared: Mapping[str, Comparison], reference: str) -> Picture:
+    """Draw the gain of each method over the reference, with its interval, in the given order."""
+    ordered = list(compared.items())
     with style():
         figure, axes = new_figure(0.8 + 0.25 * len(ordered))
-        for i, (label, gain) in enumerate(ordered):
-            shown = gain.verdict(p[label]) in ("better", "worse")
+        for i, (_, c) in enumerate(ordered):
+            gain, shown = c.gain, c.verdict in ("better", "worse")
             color = COLORS[0] if shown else COLORS[7]
             if math.isfinite(gain.low):
                 axes.plot([100 * gain.low, 100 * gain.high], [i, i], color=color, marker="|", markersize=7)
@@ -46,17 +42,17 @@ def forest(gains: Mapping[str, Difference], p: Mapping[str, float], reference: s
         axes.set(xlabel=f"gain over {short(reference)} in points, with 95 % interval", ylim=(len(ordered) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
-    best = ordered[0]
-    alike = len({gain.tasks for gain in gains.values()}) == 1
-    over = "" if alike else f" over {best[1].tasks} tasks"
+    label, best = ordered[0]
+    alike = len({c.gain.tasks for c in compared.values()}) == 1
+    over = "" if alike else f" over {best.gain.tasks} tasks"
     finding = (
         f"Gain over {reference}, mean over the tasks: blue if a difference is shown, grey otherwise. "
-        f"Largest{over}: {best[0]} with {points(best[1].mean)} points."
+        f"Largest{over}: {label} with {points(best.gain.mean)} points."
     )
-    rows = [
-        [label, points(g.mean), points(g.low), points(g.high), str(g.seeds), str(g.tasks), p_value(p[label])]
-        for label, g in ordered
-    ]
+    rows = []
+    for label, c in ordered:
+        interval = [points(x) for x in (c.gain.mean, c.gain.low, c.gain.high)]
+        rows.append([label, *interval, str(c.gain.seeds), str(c.gain.tasks), p_value(c.p)])
     head = ["method", "gain", "from", "to", "pairs of seeds", "tasks", "adjusted p"]
     return Picture(figure, "Gains over the reference with intervals", finding, Table(head, rows))
 

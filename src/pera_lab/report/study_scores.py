@@ -9,32 +9,27 @@ from pera_lab.report import study_figures
 from pera_lab.report.drawing import Table
 from pera_lab.report.formatting import ABSENT, count, duration, number, p_value, percent, points, size
 from pera_lab.report.items import Item, chosen_by, mean_over_tasks, setting_label
-from pera_lab.study.results import Results, Setting
-from pera_lab.study.statistics import LEAST_SEEDS, Difference, average
+from pera_lab.study.results import Comparison, Results, Setting
+from pera_lab.study.statistics import LEAST_SEEDS
 
 
 def summary(results: Results) -> list[Item]:
     """One sentence per method on its gain over the reference, and a figure of the gains."""
     study, items = results.study, []
-    found = {(s, m.label): gains for s in results.settings for m in study.grid.method
-             if (gains := results.gains(m.label, s))}  # fmt: skip
-    averages = {key: average(list(gains.values())) for key, gains in found.items()}
-    adjusted = results.adjusted(averages)
     for setting in results.settings:
         if len(results.settings) > 1:
             items.append(Item("heading", setting_label(setting)))
-        gains = {method: gain for (s, method), gain in averages.items() if s == setting}
+        compared = [c for c in results.comparisons if c.setting == setting]
         if not any(cell.method.label != study.reference for cell in results.cells_of(setting)):
             items.append(Item("text", f"Only {study.reference} has this setting."))
-        elif gains:
-            p = {method: adjusted[setting, method] for method in gains}
-            most = max(gain.tasks for gain in gains.values())
-            for method, gain in sorted(gains.items(), key=study_figures.by_tasks_and_gain):
-                sentence = _sentence(method, gain, list(found[setting, method]), p[method], study.reference)
-                items.append(Item("text", f"{sentence} {_relative_cost(results, method, setting)}".rstrip()))
-            names = {m: m if gains[m].tasks == most else f"{m} ({', '.join(found[setting, m])})" for m in gains}
-            shown = {names[m]: gain for m, gain in gains.items()}
-            items.append(Item("picture", study_figures.forest(shown, {names[m]: p[m] for m in p}, study.reference)))
+        elif compared:
+            for c in compared:
+                cost = _relative_cost(results, c.method, setting)
+                items.append(Item("text", f"{_sentence(c, study.reference)} {cost}".rstrip()))
+            most = compared[0].gain.tasks
+            names = [c.method if c.gain.tasks == most else f"{c.method} ({', '.join(c.gains)})" for c in compared]
+            shown = dict(zip(names, compared, strict=True))
+            items.append(Item("picture", study_figures.forest(shown, study.reference)))
         else:
             missing = "yet, because reported runs are missing."
             items.append(Item("text", f"No method can be compared with {study.reference} {missing}"))
@@ -51,13 +46,14 @@ def summary(results: Results) -> list[Item]:
     return items
 
 
-def _sentence(method: str, gain: Difference, tasks: list[str], p: float, reference: str) -> str:
+def _sentence(compared: Comparison, reference: str) -> str:
+    method, gain, p = compared.method, compared.gain, compared.p
     pairs = f"{gain.seeds} pair{'s' if gain.seeds > 1 else ''} of seeds"
-    n = f"n = {pairs}, {count(gain.examples)} examples of {', '.join(tasks)}"
+    n = f"n = {pairs}, {count(gain.examples)} examples of {', '.join(compared.gains)}"
     if math.isnan(gain.p):
         few = f"fewer than {LEAST_SEEDS} pairs of seeds are not tested"
         return f"{method} against {reference}: {points(gain.mean)} points ({n}); {few}."
-    verdict = {"better": "is better than", "worse": "is worse than"}.get(gain.verdict(p), "")
+    verdict = {"better": "is better than", "worse": "is worse than"}.get(compared.verdict, "")
     interval = f"95 % interval {points(gain.low)} to {points(gain.high)}; adjusted p = {number(p, 2)}; {n}"
     if verdict:
         return f"{method} {verdict} {reference} by {points(abs(gain.mean))} points ({interval})."

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from pera.errors import UserError, missing_extra, one_line
+from pera.errors import UserError, one_line
+from pera_lab.extras import missing_extra
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.perform import affordable, perform_first
 from pera_lab.study.spec import Resources, Study, Trial

@@ -30,6 +30,7 @@ from pera_lab.study.statistics import (
     Difference,
     Mean,
     adjusted,
+    average,
     compare,
     describe,
     equivalent_rank,
@@ -67,6 +68,33 @@ class Scored:
     draws its own rows, only runs of one seed are compared."""
     memory: Memory | None
     """What is stored of the facts, for a task that recalls its training rows."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against the reference in one setting, over the tasks that both were scored on."""
+
+    method: str
+    setting: Setting
+    gains: dict[str, Difference]
+    """By task."""
+    gain: Difference
+    """Their mean."""
+    p: float
+    """Adjusted for all comparisons of the study; NaN if there are too few seeds."""
+
+    @property
+    def verdict(self) -> str:
+        """As in :meth:`Difference.verdict`."""
+        return self.gain.verdict(self.p)
+
+    def record(self) -> dict[str, Any]:
+        """The comparison as a JSON object."""
+        r, placement, share = self.setting
+        place = {"method": self.method, "r": r, "placement": placement, "train_share": share}
+        interval = {"gain": self.gain.mean, "low": self.gain.low, "high": self.gain.high}
+        counts = {"seeds": self.gain.seeds, "examples": self.gain.examples, "tasks": list(self.gains)}
+        return {**place, **interval, "p": self.gain.p, "adjusted_p": self.p, **counts, "verdict": self.verdict}
 
 
 class Results:
@@ -203,6 +231,20 @@ class Results:
         cells = [cell for cell in self.cells_of(setting) if cell.method.label == method]
         found = {c.task.label: d for c in cells if (d := self.difference(c, setting)) is not None}
         return {task: d for task, d in found.items() if not math.isnan(d.p)} or found
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Every method in every setting against the reference: most tasks first, then the largest gain."""
+        found = {
+            (setting, method.label): gains
+            for setting in self.settings
+            for method in self.study.grid.method
+            if (gains := self.gains(method.label, setting))
+        }
+        means = {key: average(list(gains.values())) for key, gains in found.items()}
+        p = self.adjusted(means)
+        compared = [Comparison(method, s, found[s, method], gain, p[s, method]) for (s, method), gain in means.items()]
+        return sorted(compared, key=lambda c: (self.settings.index(c.setting), -c.gain.tasks, -c.gain.mean))
 
     def adjusted(self, differences: dict[Any, Difference]) -> dict[Any, float]:
         """The p-values of a family of comparisons, adjusted for their number."""

@@ -21,6 +21,7 @@ from pera_lab.study.folder import StudyFolder
 from pera_lab.study.perform import affordable, perform_first
 from pera_lab.study.plan import Expectation, Outcome
 from pera_lab.study.spec import Resources, Study, Trial
+from pera_lab.training import check_packages
 
 
 def run_study(
@@ -91,9 +92,11 @@ def run_study(
 
 
 def _check_data(study: Study) -> None:
-    """Raise UserError if a task lacks data or has too few rows, before every run fails for this reason."""
+    """Raise UserError if a task lacks data or rows, or a run a package, before every run fails for this reason."""
     for cell in {(cell.task.label, cell.train_share): cell for cell in study.cells()}.values():
-        Trial(study, cell, "choose", study.choose.learning_rate[0], 0).recipe().build_splits()
+        recipe = Trial(study, cell, "choose", study.choose.learning_rate[0], 0).recipe()
+        check_packages(recipe)
+        recipe.build_splits()
 
 
 def work(study: Study, folder: StudyFolder, deadline: float, bar: _Bar | None = None) -> None:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pera.errors import UserError, missing_extra, one_line
+from pera.errors import UserError, one_line
+from pera_lab.extras import missing_extra
 
 
 def parse_json_lines(file: Path, lines: Iterable[bytes], *, first: bool = True) -> Iterator[tuple[int, Any]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from pera.errors import UserError, missing_extra, nearest
+from pera.errors import UserError, nearest
+from pera_lab.extras import missing_extra
 from pera_lab.tasks.base import GenerationTask
 from pera_lab.tasks.examples import Example, Splits, Verdict
 from pera_lab.tasks.registry import known_names

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pera.errors import UserError, missing_extra, one_line
+from pera.errors import UserError, one_line
+from pera_lab.extras import missing_extra
 from pera_lab.files import atomic_folder, disk_errors, lock_of, locked
 from pera_lab.tasks.formats import opened_parquet, parse_csv, split_lines
 

@@ -22,6 +22,7 @@ from test_study import STUDY, made_up
 from pera_lab.report.run import write_report
 from pera_lab.report.study import write_study_report
 from pera_lab.study import load_study
+from pera_lab.study.results import Results
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -159,7 +160,7 @@ def pages(tmp_path_factory, adapters):  # noqa: F811
         write_report(runs, files[name])
     (folder / "study.yaml").write_text(STUDY.replace("RANKS", "[3, 4]"))
     study = made_up(folder / "study", load_study(str(folder / "study.yaml")), adapters)
-    files["study"] = write_study_report(study, folder / "study.html")[0]
+    files["study"] = write_study_report(Results(study), folder / "study.html")[0]
     return files
 
 
@@ -189,7 +190,7 @@ def test_listener_sees_requests(browser, proxy, tmp_path):
 def test_markup_neither_runs_nor_asks_for_anything(browser, proxy, tmp_path, adapters, kind):  # noqa: F811
     file = tmp_path / "page.html"
     if kind == "study":
-        write_study_report(told_study(tmp_path / "study", adapters, MARKUP), file)
+        write_study_report(Results(told_study(tmp_path / "study", adapters, MARKUP)), file)
     else:
         run = told_run(tmp_path / "run", adapters, MARKUP)
         write_report([run] if kind == "run" else [run, run], file)

@@ -18,6 +18,7 @@ from pera_lab.report.run import render
 from pera_lab.report.study import write_study_report
 from pera_lab.runs import Run
 from pera_lab.study import load_study
+from pera_lab.study.results import Results
 
 PLAIN = "text"
 MARKUP = (
@@ -125,7 +126,9 @@ def test_markup_in_a_run_adds_no_element_or_attribute(markup_run, tmp_path, adap
 def test_markup_in_a_study_adds_no_element_or_attribute(tmp_path, adapters):  # noqa: F811
     found = {}
     for name, text in {"plain": PLAIN, "markup": MARKUP}.items():
-        page, markdown = write_study_report(told_study(tmp_path / name, adapters, text), tmp_path / f"{name}.html")
+        page, markdown, _ = write_study_report(
+            Results(told_study(tmp_path / name, adapters, text)), tmp_path / f"{name}.html"
+        )
         found[name] = elements(page.read_text()), blocks(markdown.read_text())
         for file in (tmp_path / f"{name}-pictures").iterdir():
             assert not re.search(r"<(script|meta|img|a)\b|[\x00-\x08\x0b-\x1f\x7f-\x9f]", file.read_text())

@@ -1,5 +1,6 @@
 """The page of a study, from run folders with made-up figures."""
 
+import csv
 import json
 import shutil
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from test_run import adapters, check, write  # noqa: F401
 
 from pera.errors import UserError
 from pera_lab.report.formatting import ABSENT
-from pera_lab.report.study import study_sections, write_study_report
+from pera_lab.report.study import runs_csv, study_sections, write_study_report
 from pera_lab.runs import Run
 from pera_lab.scorers import Score
 from pera_lab.study import load_study
@@ -309,17 +310,54 @@ def test_interaction_strengths_of_all_methods(folder):
 
 
 def test_page_and_markdown_hold_every_figure(folder, tmp_path):
-    page, text = write_study_report(folder, tmp_path / "report.html")
+    page, text, _ = write_study_report(Results(folder), tmp_path / "report.html")
     found = check(page.read_text())
     ids = {figure["id"].partition("-figure")[0] for figure in found.figures}
     assert ids == {"summary", "rates", "costs", "losses", "terms", "interactions"}
     assert "MoRA is not in PEFT" in found.text
-    assert page.read_bytes() == write_study_report(folder, tmp_path / "report.html")[0].read_bytes()
+    assert page.read_bytes() == write_study_report(Results(folder), tmp_path / "report.html")[0].read_bytes()
     pictures = {path.name for path in (tmp_path / "report-pictures").iterdir()}
     markdown = text.read_text()
     assert len(pictures) == len(found.figures)
     assert all(f"(report-pictures/{name})" in markdown for name in pictures)
     assert "| method | parameters | sst2 | mrpc | mean |" in markdown
+
+
+def test_csv_has_one_row_for_each_run(folder):
+    results = Results(folder)
+    rows = list(csv.DictReader(runs_csv(results).splitlines()))
+    assert {row["run"] for row in rows} == set(results.outcomes)
+    assert len(rows) == len(results.outcomes)
+    for cell in results.cells:
+        for scored in results.scored(cell):
+            (row,) = (row for row in rows if row["run"] == scored.trial.name)
+            assert (row["method"], row["task"], row["r"]) == (cell.method.label, cell.task.label, str(cell.r))
+            assert (float(row["learning_rate"]), int(row["seed"])) == (scored.trial.learning_rate, scored.trial.seed)
+            assert (float(row["score"]), row["metric"], row["n"]) == (scored.value, "accuracy", "400")
+    assert {row["score"] for row in rows if row["phase"] == "choose"} == {""}
+
+
+def test_csv_names_runs_that_failed(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    name = "sst2-pera-rms-0.3-r3-report-lr0.002-seed43"
+    write(copy.runs / name / "outcome.json", {"status": "diverged"})
+    (row,) = (row for row in csv.DictReader(runs_csv(Results(copy)).splitlines()) if row["run"] == name)
+    assert (row["status"], row["score"], row["seconds"]) == ("diverged", "", "")
+
+
+def test_report_prints_files_and_comparisons_as_json(folder, tmp_path, pera):
+    done = pera("study", "report", folder.path, "--output", "page.html", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert [found.pop(key) for key in ("html", "markdown", "csv")] == ["page.html", "page.md", "page.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page-pictures", "page.csv", "page.html", "page.md"]
+    assert (tmp_path / "page.csv").read_text() == runs_csv(Results(folder))
+    ours, again = found["comparisons"]
+    (by_summary, *_) = items(folder, "summary", "text")
+    assert by_summary.startswith(f"{ours['method']} is {ours['verdict']} than lora by +{100 * ours['gain']:.2f} points")
+    assert (ours["r"], ours["tasks"], ours["seeds"], ours["examples"]) == (3, ["sst2", "mrpc"], 3, 800)
+    assert ours["low"] < ours["gain"] < ours["high"]
+    assert (again["method"], again["verdict"]) == ("lora-again", "no difference shown")
 
 
 def test_sweep_over_ranks(study_file, adapters, tmp_path):  # noqa: F811
@@ -368,7 +406,7 @@ def test_started_study_lists_the_remaining_runs(study_file, adapters, tmp_path):
         "No method can be compared with lora yet, because reported runs are missing."
     ]
     assert any("14 known runs remain" in text for text in items(folder, "gaps", "text"))
-    write_study_report(folder, tmp_path / "report.html")
+    write_study_report(Results(folder), tmp_path / "report.html")
 
 
 def test_two_pairs_of_seeds_have_no_interval_and_no_p(study_file, adapters, tmp_path):  # noqa: F811
@@ -397,7 +435,7 @@ def test_folder_without_runs_is_rejected(study_file, tmp_path):
         Results(folder)
     folder.prepare(load_study(str(study_file)))
     with pytest.raises(UserError, match="has no run that has ended"):
-        write_study_report(folder, tmp_path / "report.html")
+        write_study_report(Results(folder), tmp_path / "report.html")
 
 
 MEMORY = """

@@ -14,6 +14,7 @@ import pytest
 
 from folders import results
 from pera.errors import UserError
+from pera_lab.extras import install_command
 from pera_lab.report.study import study_sections
 from pera_lab.study import cluster, load_study
 from pera_lab.study.folder import StudyFolder
@@ -159,7 +160,7 @@ def test_an_address_in_the_environment_is_checked_too(study_file, refused, monke
 
 def test_without_ray_the_extra_is_named(study_file, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    refused("study", "run", study_file, "--on", "ray", words=["'ray'", "pip install 'pera[ray]'"])
+    refused("study", "run", study_file, "--on", "ray", words=["'ray'", install_command("ray")])
 
 
 def test_a_node_without_the_folder_is_named(study_file, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from pera.errors import UserError
 from pera.polynomial import expanded_rank
 from pera_lab.files import write_json
-from pera_lab.recipe import shipped_files, write_value
+from pera_lab.recipe import write_value
+from pera_lab.shipped import shipped_files
 from pera_lab.study import load_study
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.plan import Outcome, known_trials

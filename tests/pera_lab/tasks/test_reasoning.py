@@ -1,10 +1,12 @@
 """Problems of reasoning-gym: two splits without overlap, judged by the library."""
 
+import re
 import sys
 
 import pytest
 
 from pera.errors import UserError
+from pera_lab.extras import install_command
 from pera_lab.tasks.reasoning import ReasoningTask
 
 FEW = {"min_animals": 1, "max_animals": 1, "max_instances": 2}
@@ -95,5 +97,5 @@ def test_problems_without_answers_are_refused():
 
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(UserError, match=r"'reasoning-gym'; install it with: pip install 'pera\[demo\]'"):
+    with pytest.raises(UserError, match=re.escape(f"'reasoning-gym'; install it with: {install_command('demo')}")):
         ReasoningTask(name="leg_counting").build()
