@@ -10,7 +10,7 @@ ALONE := OMP_NUM_THREADS=1
 PARALLEL := -n auto --maxprocesses 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-peft test-slow test-serving bench lint format clean
+.PHONY: demo test test-peft test-slow test-examples test-serving bench lint docs dist format clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)  ## fine-tune, score, merge and export the embedded model
@@ -25,6 +25,9 @@ test-peft: $(INSTALLED)  ## PEFT's own tests, with PERA in place of LoRA
 test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --ignore tests/serving
 
+test-examples: $(INSTALLED)  ## examples/, on tiny models
+	$(ALONE) $(BIN)/python -m pytest -m slow $(PARALLEL) tests/test_examples.py
+
 test-serving: $(INSTALLED)  ## exports in the servers that run on a CPU, each installed under build/serving: about 10 GB
 	$(BIN)/python -m pytest -m slow tests/serving
 	$(BIN)/python tests/serving/table.py
@@ -37,6 +40,18 @@ lint: $(INSTALLED)  ## ruff, mypy, import order
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(INSTALLED)  ## the docs site, in build/site, with its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(INSTALLED)  ## the package: built, checked, and tried in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/pera-*
+	$(PYTHON) -m venv dist/smoke
+	dist/smoke/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	dist/smoke/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(echo dist/pera-*.whl)[lab]"
+	cd dist && smoke/bin/python ../tests/smoke.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ llama.cpp against transformers.
     python benchmarks/convert.py llama.cpp RUN [--problems 200]
 
 Each measures both sides in one process and prints the values in docs/results/serving.md. RUN is a run folder of the
-quickstart recipe.
+recipe relationships-smollm2.
 """
 
 from __future__ import annotations

@@ -99,12 +99,12 @@ def _delta(parameters: list[Tensor], terms: str, normalization: str) -> Tensor:
 
 
 def weight_difference(steps: int, rows: int) -> dict[str, Tensor]:
-    """Fine-tune SmolLM2-135M on the quickstart task, ``steps`` of 8 examples, and return the change of two weights."""
+    """Fine-tune SmolLM2-135M on family relationships, ``steps`` of 8 examples, and return the change of two weights."""
     from pera_lab.models import load_model, load_tokenizer
     from pera_lab.recipe import load_recipe
     from pera_lab.tasks.encoding import AnswerCollator
 
-    recipe = load_recipe("quickstart", [f"task.train_size={rows}", "task.test_size=1"])
+    recipe = load_recipe("relationships-smollm2", [f"task.train_size={rows}", "task.test_size=1"])
     model, tokenizer = load_model("smollm2-135m", dtype="float32"), load_tokenizer("smollm2-135m")
     encoded = recipe.task.encode(tokenizer, recipe.build_splits().train).rows
     collate = AnswerCollator(tokenizer, model)

@@ -30,7 +30,7 @@ def blocks():
 def names(tiny_llama, save_adapter, tmp_path, monkeypatch):
     """Names a block may use undefined. The folders it names are in the working directory."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    for folder in ("path/or/hub-id", "BASE"):
+    for folder in ("path/or/hub-id", "BASE", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         shutil.copytree(tiny_llama, tmp_path / folder)
     save_adapter(tmp_path / "other/adapter", tiny_llama, normalization="rms")
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,8 @@ def draw_anchors(count: int, seed: int, name: str, rows: int, columns: int) -> A
         count: k, the number of anchors.
         seed: a whole number.
         name: the layer's name in the base model, without what torch.compile and other wrappers insert.
-        rows, columns: sides of ΔW.
+        rows: number of rows of ΔW.
+        columns: number of columns of ΔW.
     """
     if not count:
         return None

@@ -55,7 +55,9 @@ def pera_linear(
         A: ``(r, in_features)``.
         B: ``(out_features, r)``.
         h: ``(num_coefficients(r, terms, k),)``; None means 1 for every product and anchor.
-        terms, normalization, anchors: see :mod:`pera.polynomial`.
+        terms: which products take part; see :mod:`pera.polynomial`.
+        normalization: scale of the products.
+        anchors: the frozen rows of both sides, or None.
         scaling: s = α / r.
         base: what to add to, such as the output of the frozen layer, ``(..., out_features)``; None means 0. Adding it
             here is cheaper than adding it afterwards, if it has the dtype of the result.

@@ -113,7 +113,8 @@ def appended_weights(h: Tensor, r: int, terms: Terms, anchors: int = 0) -> Tenso
 
     Args:
         h: ``(..., num_coefficients(r, terms, anchors))``.
-        r, terms: see :func:`expand`.
+        r: number of columns of the factor.
+        terms: which products are appended; see :func:`expand`.
         anchors: k, the number of anchors.
 
     Returns:
@@ -248,7 +249,9 @@ def expand_backward(
     Args:
         grad: gradient of the expansion, ``(K, d)``.
         X: factor, ``(r, d)``.
-        terms, normalization, signs: as for :func:`expand`.
+        terms: as for :func:`expand`.
+        normalization: as for :func:`expand`.
+        signs: as for :func:`expand`.
         known: the :func:`normalizer` of X, if it is already computed.
         inner: q, if it is already computed.
 
@@ -315,7 +318,9 @@ def lora_factors(
         A: ``(r, in_features)``.
         B: ``(out_features, r)``.
         h: ``(num_coefficients(r, terms, k),)``; None means 1 for every product and anchor.
-        terms, normalization, anchors: see the module.
+        terms: which products take part; see the module.
+        normalization: scale of the products; see the module.
+        anchors: the frozen rows of both sides; see the module.
         scaling: s = α / r.
 
     Returns:

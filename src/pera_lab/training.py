@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from itertools import chain
@@ -61,7 +61,14 @@ class TrainingSummary(NamedTuple):
     """Step of the best checkpoint, whose weights the adapter has; None for the weights of the last step."""
 
 
-def train(recipe: Recipe, run: Run, *, resume: bool = False, save_on_signal: bool = False) -> TrainingSummary:
+def train(
+    recipe: Recipe,
+    run: Run,
+    *,
+    resume: bool = False,
+    save_on_signal: bool = False,
+    before: Callable[[PeftModel, PreTrainedTokenizerBase, Splits], None] | None = None,
+) -> TrainingSummary:
     """Train the adapter of a recipe, and save it with metrics and environment in the run folder.
 
     Several processes share each batch (:class:`RunTrainer`). The main process writes the folder.
@@ -71,6 +78,7 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, save_on_signal: boo
         run: the folder, made by :meth:`Run.create`.
         resume: resume from the last complete checkpoint, or from the start if there is none.
         save_on_signal: whether Ctrl-C and SIGTERM end the training after the current step, with a checkpoint.
+        before: called with the model, its tokenizer and the examples before the first step, after every check.
 
     Raises:
         UserError: the model, a target module or the task is not available, the data or the base model of a resumed run
@@ -83,6 +91,8 @@ def train(recipe: Recipe, run: Run, *, resume: bool = False, save_on_signal: boo
             prepared = _prepare(recipe, run, resume, Signals() if save_on_signal else None)
         if resume and prepared.checkpoint is None:
             say("no checkpoint was saved; training starts at the first step")
+        if before is not None:
+            before(prepared.adapted, prepared.tokenizer, prepared.splits)
         summary = _train(run, prepared)
         processes.barrier()  # the folder is complete
     return summary
@@ -105,6 +115,8 @@ class _Prepared(NamedTuple):
 
     trainer: Trainer
     adapted: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
     encoded: Encoded
     monitor: Monitor
     signals: Signals | None
@@ -208,7 +220,8 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, signals: Signals | None) ->
     trainer.remove_callback(PrinterCallback)
     if processes.count() > 1:
         set_seed((spec.seed + processes.index()) % 2**32)  # otherwise every process drops out the same entries
-    return _Prepared(trainer, adapted, encoded, monitor, signals, checkpoint, kept if ended else None)
+    kept = kept if ended else None
+    return _Prepared(trainer, adapted, tokenizer, splits, encoded, monitor, signals, checkpoint, kept)
 
 
 def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
@@ -221,7 +234,7 @@ def _train(run: Run, prepared: _Prepared) -> TrainingSummary:
 
 
 def _train_and_save(run: Run, prepared: _Prepared) -> TrainingSummary:
-    trainer, adapted, encoded, monitor, _, checkpoint, ended = prepared
+    trainer, adapted, _, _, encoded, monitor, _, checkpoint, ended = prepared
     start = time.perf_counter()
     if ended is not None:
         say("the training had ended; its adapter is saved now")

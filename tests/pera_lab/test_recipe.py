@@ -57,10 +57,11 @@ def test_shipped_recipes_are_valid(name):
     assert recipe.peft_config()
 
 
-def test_quickstart_trains_pera_with_rms_on_the_embedded_model():
-    recipe = load_recipe("quickstart")
+@pytest.mark.parametrize(("name", "problems"), [("quickstart", 100), ("relationships-smollm2", 200)])
+def test_quickstart_trains_pera_with_rms_on_the_embedded_model(name, problems):
+    recipe = load_recipe(name)
     assert recipe.model.name == "smollm2-135m"
-    assert recipe.task.test_size >= 200
+    assert recipe.task.test_size >= problems
     config = recipe.peft_config()
     assert isinstance(config, PeraConfig)
     assert config.normalization == "rms"

@@ -127,7 +127,8 @@ def check_sizes(rows: int, columns: int, r: int, K: int, anchors: int = 0) -> No
     """Check a rank against the weight that it is for, before anything is allocated.
 
     Args:
-        rows, columns: sides of ΔW.
+        rows: number of rows of ΔW.
+        columns: number of columns of ΔW.
         r: rank.
         K: expanded rank.
         anchors: number of anchors.
