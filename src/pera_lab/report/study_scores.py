@@ -25,7 +25,7 @@ def verdict(results: Results) -> str:
         tasks = f" on {', '.join(c.gains)}" if len({tuple(c.gains) for c in compared}) > 1 else ""
         return c.method + tasks + (f" ({setting_label(c.setting)})" if len(results.settings) > 1 else "")
 
-    parts = []
+    parts: list[str] = []
     for kind in ("better", "worse"):
         for c in sorted(kinds[kind], key=lambda c: -abs(c.gain.mean)):
             how = f"is {kind} than {reference} by" if not parts else f"is {kind} by"
