@@ -119,7 +119,7 @@ def _has_full_rank(method: str, reason: str) -> UserError:
 
 
 def _is_no_lora(method: str, reason: str) -> UserError:
-    return UserError(f"this {method} adapter {reason}, which a LoRA cannot express.")
+    return UserError(f"this {method} adapter {reason}, which cannot become a LoRA.")
 
 
 def _layers(model: Any, adapter: str) -> dict[str, Any]:
@@ -144,8 +144,6 @@ def _factors(layer: Any, adapter: str, method: str, kind: type[PeraLayer], full:
                 raise
     if not linear:
         raise _Never(f"is on a {type(layer.get_base_layer()).__name__}")
-    if not full:
-        raise _Full(FULL.get(method, "has no known factors of low rank"))
     delta = _merged_update(layer, adapter)
     rows, columns = delta.shape
     identity = torch.eye(min(rows, columns), dtype=delta.dtype)

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from pera_lab.text import visible
@@ -101,9 +102,9 @@ class ProgressBar:
         self._label, self._share, self._remaining = visible(label), share, remaining
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column()),  # wrapped on a narrow terminal
             TimeRemainingColumn() if remaining else TimeElapsedColumn(),
             console=console or Console(quiet=True),
             disable=self.hidden or self._logs,

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoHaConfig, LoraConfig
 from peft.utils import PeftType
 from torch import nn
@@ -68,6 +70,29 @@ def test_an_update_of_full_rank_is_refused_unless_it_may_be_cut(name):
     assert ranks == {layer: min(delta.shape) for layer, delta in updates.items()}
 
 
+SHAPES = {
+    "LOHA": {"r": st.integers(1, 5), "alpha": st.integers(1, 8)},
+    "LOKR": {
+        "r": st.integers(1, 9),
+        "alpha": st.integers(1, 8),
+        "decompose_factor": st.sampled_from([-1, 2, 3, 4]),
+        "decompose_both": st.booleans(),
+    },
+    "GRALORA": {"r": st.sampled_from([6, 12]), "gralora_k": st.sampled_from([1, 2, 3]), "hybrid_r": st.integers(0, 2)},
+    "HRA": {"r": st.integers(1, 6), "apply_GS": st.booleans()},
+    "MISS": {"r": st.integers(1, 6)},
+    "ADALORA": {"init_r": st.integers(1, 5), "lora_alpha": st.integers(1, 8), "total_step": st.just(9)},
+}
+
+
+@pytest.mark.parametrize("method", SHAPES)
+@given(data=st.data(), sides=st.tuples(st.sampled_from([6, 12, 18]), st.sampled_from([6, 12, 24])))
+def test_the_factors_are_exact_for_any_shape_and_rank(method, data, sides):
+    options = {key: data.draw(values) for key, values in SHAPES[method].items()}
+    model = adapter(method, nn.Sequential(nn.Linear(*sides)), target_modules=["0"], **options)
+    check_factors(folded_layers(model, {"default": 1.0}), merged_updates(model), 1e-6)  # PEFT's scale is in float32
+
+
 KERNELS, BLOCKS = {"use_effective_conv2d": True}, {"target_modules_bd_a": ["0"], "nblocks": 2}
 LAYERS = {
     "LoHa, convolution": ("LOHA", lambda: nn.Conv2d(4, 6, (2, 3)), {"r": 2}),
@@ -127,7 +152,7 @@ def test_every_method_of_peft_is_folded_or_refused_with_a_reason():
 
 @pytest.mark.parametrize("method", NEVER)
 def test_a_method_that_is_no_update_of_weights_is_refused(method):
-    with pytest.raises(UserError, match=f"this {method} adapter .*, which a LoRA cannot express"):
+    with pytest.raises(UserError, match=f"this {method} adapter .*, which cannot become a LoRA"):
         check_config(SimpleNamespace(peft_type=method))
 
 

@@ -425,10 +425,6 @@ def test_nan_in_an_adapter_is_rejected(commands, adapter, change_weights):
     commands(["NaNs detected"], verify=False)
 
 
-def test_export_rejects_a_lora(refused, lora):
-    refused("export", lora, "--to", "lora", "--output", "out", words=[str(lora), "LORA", "only a PERA adapter"])
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

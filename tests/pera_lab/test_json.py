@@ -43,9 +43,10 @@ def test_merge_verify_and_export_print_their_comparison(pera, run):
     verified = document(pera("verify", run.path, "merged", "--json"))
     assert (verified["a"], verified["b"], verified["agreement"]["agree"]) == (str(run.path), "merged", True)
     exported = document(pera("export", run.path, "--for", "vllm", "--max-rank", 1, "--output", "lora", "--json"))
-    assert exported.keys() == {"output", "form", "good", "start", "truncation", "agreement"}
+    assert exported.keys() == {"output", "base", "form", "good", "start", "truncation", "agreement"}
     assert (exported["output"], exported["form"], exported["truncation"]["rank"]) == ("lora", "lora", 1)
     assert exported["start"].startswith("vllm serve")
+    assert exported["base"] is None
 
 
 def test_a_failed_check_prints_its_document_and_exits_with_1(pera, run, tiny_llama):

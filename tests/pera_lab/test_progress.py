@@ -1,6 +1,7 @@
 """What long operations show: bars on a terminal, plain lines in a log."""
 
 import io
+import re
 import time
 from contextlib import suppress
 
@@ -13,11 +14,11 @@ from pera_lab.progress import ProgressBar, about, say, showing, stage
 
 @pytest.fixture
 def shown():
-    """Runs a function where progress is shown, and returns what it printed. ``speed`` makes seconds shorter."""
+    """Runs a function where progress is shown, and returns what it printed."""
 
-    def of(function, *, terminal=False):
+    def of(function, *, terminal=False, width=200):
         file = io.StringIO()
-        console = Console(file=file, width=200, force_terminal=terminal, _environ={"TERM": "xterm"})
+        console = Console(file=file, width=width, force_terminal=terminal, _environ={"TERM": "xterm"})
         with showing(console):
             function()
         return file.getvalue()
@@ -43,7 +44,8 @@ def steps(number, seconds, note=None):
     return run
 
 
-def test_a_log_gets_a_line_for_each_tenth_with_the_remaining_time(quick, shown):
+def test_a_log_gets_a_line_for_each_tenth_with_the_remaining_time(quick, shown, monkeypatch):
+    monkeypatch.setattr(progress, "PERIOD", 3600)
     lines = shown(steps(40, 0.04, "12 failed")).splitlines()
     assert 5 <= len(lines) <= 11
     assert all(line.startswith("answering ") and " of 40 · 12 failed" in line for line in lines)
@@ -76,6 +78,14 @@ def test_a_terminal_shows_a_bar_with_the_same_facts(shown):
     assert "answering" in text
     assert "3/3" in text
     assert "loss 1.5" in text
+
+
+def test_a_narrow_terminal_shows_every_fact(shown):
+    note = "loss 2.1256 · rate 7.5e-04 · 1,386 tokens/s · 1.4 GB"
+    text = shown(steps(150, 0, note), terminal=True, width=80)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).rpartition("answering")[2]
+    assert "150/150" in last
+    assert set(note.split()) <= set(last.split())
 
 
 def test_nothing_is_shown_elsewhere(capsys, quick):

@@ -469,9 +469,11 @@ def at_step(monkeypatch):
 
         monkeypatch.setattr(RunTrainer, "compute_loss", acting)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    # background jobs ignore SIGINT, and SIGTERM would end the tests
+    before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
     yield register
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_ctrl_c_ends_a_training_with_a_checkpoint_to_resume_from(pera, recipe_file, finished_run, at_step):

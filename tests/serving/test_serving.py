@@ -18,7 +18,7 @@ import torch
 from clients import CLIENTS, Request, gguf_of
 from environments import ENVIRONMENTS, FOLDER, CannotInstall, install
 from greedy import greedy
-from peft import PeftModel, get_peft_model
+from peft import LoHaConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -47,9 +47,15 @@ ADAPTERS = {
     "embeddings": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
     "patterns": {"r": 4, "target_modules": ATTENTION, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 9}},
     "anchors": {"r": 4, "target_modules": LINEAR, "anchors": 3},
+    "LoHa, r = 4": LoHaConfig(r=4, alpha=64, target_modules=LINEAR, init_weights=False, task_type="CAUSAL_LM"),
+    "new tokens": {"r": 8, "target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]},
     "SmolLM2, trained": None,
 }
+"""Configurations by name: the options of PERA, the configuration of another method, or None for :func:`trained`."""
+
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+NEW_TOKENS = ["<|user|>", "<|answer|>"]
+TEMPLATE_WITH_NEW_TOKENS = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}<|answer|>"
 QUESTIONS = [
     f"{question} {thing}"
     for question in ("What is the name of", "Tell me something about", "Where can one find", "Who was the first to see")
@@ -108,8 +114,17 @@ def adapter(base, tmp_path_factory):
             return trained()
         if not folder.is_dir():
             torch.manual_seed(0)
-            config = PeraConfig(task_type="CAUSAL_LM", init_weights=False, normalization="rms", **ADAPTERS[name])
-            adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+            config = ADAPTERS[name]
+            if isinstance(config, dict):
+                config = PeraConfig(task_type="CAUSAL_LM", init_weights=False, normalization="rms", **config)
+            model = AutoModelForCausalLM.from_pretrained(base)
+            if name == "new tokens":
+                tokenizer = AutoTokenizer.from_pretrained(base)
+                tokenizer.add_tokens(NEW_TOKENS)
+                tokenizer.chat_template = TEMPLATE_WITH_NEW_TOKENS
+                tokenizer.save_pretrained(folder)
+                model.resize_token_embeddings(len(tokenizer))
+            adapted = get_peft_model(model, config)
             with torch.no_grad():
                 for key, parameter in adapted.named_parameters():
                     if parameter.requires_grad and "pera_h" not in key:
@@ -158,10 +173,11 @@ def reference(adapter):
     def of(name):
         if name not in found:
             location = locate_adapter(str(adapter(name)))
-            tokenizer = AutoTokenizer.from_pretrained(location.base)
-            model = PeftModel.from_pretrained(
-                AutoModelForCausalLM.from_pretrained(location.base, dtype="float32"), adapter(name)
-            )
+            tokenizer = AutoTokenizer.from_pretrained(location.tokenizer or location.base)
+            base = AutoModelForCausalLM.from_pretrained(location.base, dtype="float32")
+            if location.tokenizer is not None:
+                base.resize_token_embeddings(len(tokenizer))
+            model = PeftModel.from_pretrained(base, adapter(name))
             chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
             texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
             asked = {"prompts": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]}
@@ -183,8 +199,9 @@ def kind(environment):
 CASES = [
     (environment, name)
     for environment in ENVIRONMENTS
-    for name, options in ADAPTERS.items()
-    if "embed_tokens" not in (options or {}).get("target_modules", ()) or SERVERS[kind(environment)].embeddings
+    for name in ADAPTERS
+    if (name != "embeddings" or SERVERS[kind(environment)].embeddings)
+    and (name != "new tokens" or environment == "vllm")  # not tried in the others
 ]
 
 
@@ -200,7 +217,7 @@ def test_a_server_answers_as_the_adapter(environment, name, adapter, reference, 
     (FOLDER / "logs").mkdir(exist_ok=True)
     request = Request(
         start=made.start,
-        base=Path(location.base),
+        base=made.base or Path(location.base),
         output=tmp_path / "served",
         bin=programs,
         log=FOLDER / "logs" / f"{environment} {name}.log",
@@ -208,7 +225,8 @@ def test_a_server_answers_as_the_adapter(environment, name, adapter, reference, 
     )
     answers = [[until(asked["end"], answer) for answer in side] for side in CLIENTS[kind(environment)](request)]
     tolerance = TOLERANCE.get(kind(environment), 1e-3)
-    sides = [compared(*both, tolerance) for both in zip(answers, (expected, without), strict=False)]
+    references = (expected,) if made.base else (expected, without)  # a base of its own has the new tokens
+    sides = [compared(*both, tolerance) for both in zip(answers, references, strict=False)]
     record(environment, name, request, *sides)
     assert compared(without, expected, 0.0)["equal"] < 0.8 * sides[0]["tokens"], (
         "the adapter hardly changes the answers"

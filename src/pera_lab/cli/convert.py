@@ -71,11 +71,14 @@ def export(
     done = export_adapter(location, output, to=to, max_rank=max_rank, energy=energy, server=server)
     if json:
         truncation = None if done.truncation is None else asdict(done.truncation)
-        content = {"output": str(output), "form": done.form, "good": done.good, "start": done.start}
+        written = {"output": str(output), "base": done.base and str(done.base), "form": done.form}
+        content = {**written, "good": done.good, "start": done.start}
         print_json({**content, "truncation": truncation, "agreement": done.agreement.record()})
     else:
         kinds = {"lora": "LoRA", "gguf": "GGUF adapter", "mlx": "MLX adapter"}
         out.print(f"{kinds[done.form]} written to {output}", soft_wrap=True)
+        if done.base:
+            out.print(f"base model with what was trained as a whole written to {done.base}", soft_wrap=True)
         if done.truncation:
             out.print(done.truncation.sentence(), soft_wrap=True)
         out.print(done.agreement.sentence(), soft_wrap=True)

@@ -108,6 +108,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="HTML file (default: report.html in the first run folder).")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write an HTML page about one run, or about several runs side by side."""
     from pera.errors import UserError
@@ -193,7 +194,7 @@ def _shipped(kind: Kind, name: str | None, command: str) -> None:
         raise UserError(f"{name!r} does not ship with pera; {nearest(name, known)}")
 
 
-def env() -> None:
+def env(quiet: Quiet = False) -> None:
     """Print versions and hardware, for a bug report."""
     from pera_lab.environment import environment
 

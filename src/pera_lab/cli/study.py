@@ -120,9 +120,11 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Study folder.")],
     output: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the study folder).")] = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the results of a study as an HTML page, as Markdown, and its runs as CSV."""
     from pera_lab.report.study import write_study_report
+    from pera_lab.report.study_scores import verdict
     from pera_lab.study.folder import StudyFolder
     from pera_lab.study.results import Results
 
@@ -130,7 +132,8 @@ def report(
     files = write_study_report(results, output or folder / "report.html")
     if json:
         written = dict(zip(("html", "markdown", "csv"), map(str, files), strict=True))
-        print_json({"study": results.study.name, **written, "comparisons": [c.record() for c in results.comparisons]})
+        compared = [c.record() for c in results.comparisons]
+        print_json({"study": results.study.name, **written, "verdict": verdict(results), "comparisons": compared})
         return
     for file in files:
         out.print(f"report written to {file}", soft_wrap=True)

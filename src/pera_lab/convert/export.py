@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, TaskType
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -23,6 +23,7 @@ from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.convert import gguf, servers
 from pera_lab.convert.gguf import ADAPTER
+from pera_lab.convert.merge import write_base
 from pera_lab.convert.servers import READERS, Form, Server, Start
 from pera_lab.convert.truncate import Truncation, measured, truncate
 from pera_lab.convert.verify import Agreement, compare, logits, prompts_of
@@ -42,6 +43,8 @@ class Export(NamedTuple):
     """The loss, if the export has a smaller rank."""
     start: str | None
     """The command that starts the server, if the export is for one."""
+    base: Path | None = None
+    """The base model that was written next to the LoRA, if the adapter trained modules or tokens as a whole."""
 
     @property
     def good(self) -> bool:
@@ -68,6 +71,9 @@ def export(
     With ``max_rank`` below K, or with ``energy``, each layer becomes its best approximation of the new rank. This is
     exact too if the rank reaches the smaller side of every weight. Methods whose update has full rank
     (:data:`pera.folding.FULL`) need one of the two.
+
+    Most servers read only factors. If the adapter also trained modules or tokens as a whole, or has more tokens than
+    its base, an export for such a server has a folder "base": the base model with these. The LoRA is for this model.
 
     The check reads the export back from the disk. The folder is kept if the check fails.
 
@@ -107,8 +113,9 @@ def _export(
     cut = max_rank is not None or energy is not None
     check_config(adapter.config, full=cut)
     model, tokenizer = open_model(location, dtype, needs_tokenizer=False)
-    _check_tokens(location, model, form, target)
-    if form == "mlx" or (target is not None and target.top_rope):
+    base = model.get_base_model()
+    own_base = _needs_own_base(location, base, form, target)
+    if not own_base and (form == "mlx" or (target is not None and target.top_rope)):
         _warn_of_rope(location, READERS[form] if target is None else target.name)
     with stage("folding the adapter"):
         layers, truncation = folded_layers(model, {"default": 1.0}, full=cut), None
@@ -117,16 +124,22 @@ def _export(
         with stage("truncating the adapter"):
             written, truncation = truncate(layers, max_rank=max_rank, energy=energy)
     lora, weights = lora_of(model, written, "default")
-    base = model.get_base_model()
-    weights |= adapter.saved_embeddings(base)
+    if own_base:
+        weights = {key: weight for key, weight in weights.items() if ".lora_" in key}
+        for key in servers.IN_BASE:
+            setattr(lora, key, None)
+    else:
+        weights |= adapter.saved_embeddings(base)
     if target is not None:
         target.check_rank(lora.r, chosen=cut)
-        target.check(layers, lora, getattr(base.config, "num_hidden_layers", None))
+        target.check(layers, getattr(base.config, "num_hidden_layers", None))
         servers.short_names(lora, layers, [name for name, _ in base.named_modules()])
     if form != "lora":
         _check_linear(form, lora, weights, base)
     with atomic_folder(output) as folder:
-        if location.run is not None:  # the run may name another folder than its adapter, after the base was moved
+        if own_base:
+            lora.base_model_name_or_path, lora.revision = str(output.absolute() / BASE), None
+        elif location.run is not None:  # the run may name another folder than its adapter, after the base was moved
             lora.base_model_name_or_path = models.resolve(location.base)
         if form == "lora":
             _write_lora(folder, lora, weights)
@@ -134,9 +147,8 @@ def _export(
             mlx.write_adapter(folder, lora, weights, base.config.num_hidden_layers)
         else:
             gguf.write_adapter(folder / ADAPTER, weights, lora.lora_alpha, base.config)
-            if file := embedded.resolve_gguf(location.base):
+            if not own_base and (file := embedded.resolve_gguf(location.base)):
                 gguf.check_base(file, folder / ADAPTER)
-        copy_tokenizer(location, folder)
         prompts = prompts_of(location)
         if truncation is None:
             before = logits(model, tokenizer, prompts)
@@ -144,28 +156,42 @@ def _export(
             with measured(layers, written) as changes:
                 before = logits(model, tokenizer, prompts)
             truncation.output_change.update(changes)
-        del model, base
-        after = logits(*_read_back(location, folder, form, dtype), prompts)
+        del base
+        stored = None if target is None else _stored_dtype(location)
+        served = location
+        if own_base:
+            assert stored is not None
+            with stage("writing the base model"):
+                write_base(folder / BASE, model, location, tokenizer, stored)
+            served = Location(None, adapter, str(folder / BASE), trust_remote_code=location.trust_remote_code)
+        else:
+            copy_tokenizer(location, folder)
+        del model
+        after = logits(*_read_back(served, folder, form, dtype), prompts)
         agreement = compare(before, after, models.DTYPES[dtype])
         further: dict[str, Any] = {"truncation": asdict(truncation)} if truncation else {}
         agreement.save(folder, of=_NAMES[form], against=location.name, **further)
         sentences = [truncation.sentence()] if truncation else []
         write_card(folder, form, location, "; ".join([*sentences, agreement.sentence()]))
+    made = Export(form, agreement, truncation, None, output / BASE if own_base else None)
     if target is None:
-        return Export(form, agreement, truncation, None)
-    stored = _configuration(location).dtype if embedded.embedded_name(location.base) is None else None
+        return made
     template = output / CHAT_TEMPLATE_FILE
     start = Start(
-        location.base,
+        str(made.base or location.base),
         output,
         lora.r,
         adapter.labels,
-        in_float32=stored == torch.float32,
-        tokenizer=location.tokenizer is not None,
+        in_float32=stored == torch.float32 and (own_base or embedded.embedded_name(location.base) is None),
+        tokenizer=location.tokenizer is not None and not own_base,
         template=template if template.is_file() else None,
+        own_base=own_base,
     )
-    return Export(form, agreement, truncation, target.start(start))
+    return made._replace(start=target.start(start))
 
+
+BASE = "base"
+"""The folder of a base model that was written for an export."""
 
 _NAMES = {"lora": "LoRA export", "gguf": "GGUF export", "mlx": "MLX export"}
 
@@ -189,18 +215,40 @@ def _check_options(max_rank: int | None, energy: float | None) -> None:
         raise UserError(f"--energy={energy} should be above 0 and at most 1, such as 0.999.")
 
 
-def _check_tokens(location: Location, model: Any, form: Form, server: Server | None) -> None:
-    """Raise UserError if the adapter has other tokens than its base and the reader accepts only factors."""
+def _needs_own_base(location: Location, base: Any, form: Form, server: Server | None) -> bool:
+    """Whether the export needs a base model of its own, because the reader holds only factors.
+
+    Raises:
+        UserError: it would, but the reader is no server, or no such base can be written.
+    """
     if form == "lora" and (server is None or server.trained_whole):
-        return
-    own = _configuration(location).get_text_config().vocab_size
-    trained = len(model.get_input_embeddings().weight)
-    if trained != own:
-        reader = server.name if server else READERS[form]
-        raise UserError(
-            f"{location.name!r} was trained with {trained} tokens, but its base has {own}, which {reader} cannot hold; "
-            "merge it with: pera merge"
-        )
+        return False
+    config: Any = location.require_adapter().config
+    reader, found = READERS[form] if server is None else server.name, _configuration(location)
+    own, trained = found.get_text_config().vocab_size, models.token_rows(base)
+    whole = [f"{key}={value!r}" for key in servers.IN_BASE if (value := getattr(config, key, None))]
+    if (bias := getattr(config, "bias", "none")) != "none":
+        problem, instead = f"has bias={bias!r}, which {reader} cannot hold", "merge it with: pera merge"
+    elif not whole and own == trained:
+        return False
+    elif config.task_type == TaskType.SEQ_CLS:
+        problem, instead = f"has a classification head, which {reader} cannot hold", "merge it with: pera merge"
+    else:
+        reason = f"has {whole[0]}" if own == trained else f"was trained with {trained} tokens, but its base has {own}"
+        problem = f"{reason}, which {reader} cannot hold"
+        if server is None:
+            instead = "use --for SERVER, which also writes a base model, or merge it with: pera merge"
+        elif getattr(found, "quantization_config", None):
+            instead = f"the base {location.base!r} is quantised, so merge it with: pera merge --dequantise"
+        else:
+            return True
+    raise UserError(f"{location.name!r} {problem}; {instead}")
+
+
+def _stored_dtype(location: Location) -> torch.dtype:
+    """The dtype that the configuration of the base names, or float32."""
+    found = _configuration(location).dtype
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _warn_of_rope(location: Location, reader: str) -> None:
@@ -224,7 +272,6 @@ def _configuration(location: Location) -> PreTrainedConfig:
 def _check_linear(form: Form, lora: LoraConfig, weights: dict[str, Tensor], base: Any) -> None:
     """Raise UserError for anything that an adapter of linear layers, in GGUF or for MLX, cannot hold."""
     reader = READERS[form]
-    servers.refuse_trained_whole(reader, lora)
     factors = {key: weight for key, weight in weights.items() if ".lora_" in key}
     for key, weight in factors.items():
         if ".lora_embedding_" in key or weight.ndim != 2 or lora.target_parameters:

@@ -269,21 +269,51 @@ def _merge_in_memory(location: Location, output: Path, dtype: str, quantised: bo
     with stage("merging"), _refusal(location):
         merged = model.merge_and_unload(safe_merge=True)
     with atomic_folder(output) as folder:
-        own = merged.generation_config if (generates := merged.can_generate()) else None
-        if generates:  # saving refuses settings without effect, which bases have
-            merged.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-        merged.save_pretrained(str(folder))
-        state_rope_theta(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-        if generates:
-            merged.generation_config = own
-            _write_generation_settings(folder, base_folder(location), merged, tokenizer)
+        _write_model(folder, merged, location, tokenizer)
         computed = next(merged.parameters()).dtype
         del model, merged
         written = Location(None, None, str(folder), trust_remote_code=location.trust_remote_code)
         after = logits(*open_model(written, needs_tokenizer=False), prompts)
         return _finish(folder, location, compare(before, after, computed))
+
+
+def _write_model(folder: Path, model: Any, location: Location, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write a model that was made from an adapter and its base, with the tokenizer and generation settings."""
+    own = model.generation_config if (generates := model.can_generate()) else None
+    if generates:  # saving refuses settings without effect, which bases have
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    model.save_pretrained(str(folder))
+    state_rope_theta(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    if generates:
+        model.generation_config = own
+        _write_generation_settings(folder, base_folder(location), model, tokenizer)
+
+
+def write_base(
+    folder: Path, model: Any, location: Location, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype
+) -> None:
+    """Write the base model with the modules and tokens that an adapter trained whole, but without its factors.
+
+    Args:
+        folder: the folder to write.
+        model: the base model with the adapter. It is used up.
+        location: the adapter and its base model.
+        tokenizer: their tokenizer.
+        dtype: dtype of the files. A trained weight that would be rounded in it keeps its own.
+    """
+    base = model.get_base_model()
+    for name, layer in list(base.named_modules()):
+        if isinstance(layer, model.base_model.tuner_layer_cls):
+            base.set_submodule(name, layer.get_base_layer())
+    plain = model.merge_and_unload(safe_merge=True)
+    for weight in plain.parameters():
+        rounded = weight.detach().to(dtype)
+        if torch.equal(rounded.to(weight.dtype), weight):
+            weight.data = rounded
+    _write_model(folder, plain, location, tokenizer)
+    write_json(folder / "config.json", {**read_object(folder / "config.json"), "dtype": str(dtype)[6:]})
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from peft import LoraConfig
 
@@ -41,6 +41,8 @@ class Start(NamedTuple):
     """Whether the export has a tokenizer of its own."""
     template: Path | None = None
     """Its chat template, if it has one."""
+    own_base: bool = False
+    """Whether ``base`` is a folder that the export wrote."""
 
     def chosen(self, *, dtype: str = "", tokenizer: str = "", template: str = "") -> str:
         """The options that apply, each with a space in front.
@@ -97,19 +99,16 @@ class Server:
             f"add --max-rank {self.max_rank}, which reports the loss."
         )
 
-    def check(self, layers: dict[str, Folded], config: LoraConfig, blocks: int | None) -> None:
-        """Check that the server accepts every part of an adapter.
+    def check(self, layers: dict[str, Folded], blocks: int | None) -> None:
+        """Check that the server accepts the layers of an adapter.
 
         Args:
             layers: the adapter's layers by name.
-            config: the configuration of the exported LoRA.
             blocks: number of blocks of the base model, or None if it is unknown.
 
         Raises:
             UserError: the server would reject or ignore a part of the adapter.
         """
-        if not self.trained_whole:
-            refuse_trained_whole(self.name, config)
         for layer, folded in layers.items():
             if not self._accepts(folded.kind):
                 raise UserError(
@@ -145,7 +144,14 @@ def _named(start: Start) -> str:
 
 
 def _gguf_base(start: Start) -> str:
-    return shlex.quote(str(resolve_gguf(start.base) or "BASE.gguf"))
+    return shlex.quote(str(resolve_gguf(start.base) or (f"{start.base}.gguf" if start.own_base else "BASE.gguf")))
+
+
+def _conversion(start: Start) -> str:
+    """The command that converts a base that the export wrote, with the script in llama.cpp's sources."""
+    if not start.own_base:
+        return ""
+    return f"python convert_hf_to_gguf.py {_base(start)} --outfile {_gguf_base(start)} && "
 
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -175,14 +181,17 @@ def _lorax(start: Start) -> str:
 
 def _llama_cpp(start: Start) -> str:
     template = start.chosen(template="--jinja --chat-template-file")
-    return f"llama-server --model {_gguf_base(start)} --lora {_path(start.output / ADAPTER)}{template}"
+    return (
+        f"{_conversion(start)}llama-server --model {_gguf_base(start)} --lora {_path(start.output / ADAPTER)}{template}"
+    )
 
 
 def _ollama(start: Start) -> str:
     # In a Modelfile a path extends to the end of the line, and shell quotes would become part of it.
     lines = rf"'FROM %s\nADAPTER %s\n' {_gguf_base(start)} {_path(start.output / ADAPTER)}"
+    command = f"printf {lines} > Modelfile && ollama create {shlex.quote(start.output.name)} -f Modelfile"
     return (
-        f"printf {lines} > Modelfile && ollama create {shlex.quote(start.output.name)} -f Modelfile  "
+        f"{_conversion(start)}{command}  "
         "# up to Ollama 0.34.0; later ones take no adapters: use --for llama.cpp, or pera merge"
     )
 
@@ -234,21 +243,8 @@ def find(name: str) -> Server:
     return SERVERS[name]
 
 
-def refuse_trained_whole(reader: str, config: LoraConfig) -> None:
-    """Check that a LoRA holds nothing but factors.
-
-    Args:
-        reader: the server or format that accepts only factors, for the message.
-        config: the configuration of the LoRA.
-
-    Raises:
-        UserError: it also holds biases, whole modules or tokens.
-    """
-    for key, plain in (("bias", "none"), ("modules_to_save", None), ("trainable_token_indices", None)):
-        value: Any = getattr(config, key)
-        if value not in (plain, [], {}):
-            own = value.replace("lora", "pera") if isinstance(value, str) else value
-            raise UserError(f"the adapter has {key}={own!r}, which {reader} cannot hold; merge it with: pera merge")
+IN_BASE = ("modules_to_save", "trainable_token_indices")
+"""Keys of a LoRA's configuration for what an export may write into a base model instead."""
 
 
 def short_names(config: LoraConfig, layers: dict[str, Folded], modules: list[str]) -> None:

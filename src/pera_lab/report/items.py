@@ -15,7 +15,7 @@ from pera_lab.study.spec import HELD_OUT, Cell
 
 @dataclass(frozen=True)
 class Item:
-    """One element of a section: "text", "note", "heading", "table", "picture" or "details"."""
+    """One element of a section: "verdict", "warning", "text", "note", "heading", "table", "picture" or "details"."""
 
     kind: str
     content: Any

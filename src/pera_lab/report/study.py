@@ -97,7 +97,9 @@ def _markdown(title: str, sections: list[Section], pictures: Path) -> str:
     for section in sections:
         lines += [f"## {section.title}", ""]
         for i, item in enumerate(section.items, 1):
-            if item.kind in ("text", "note"):
+            if item.kind == "verdict":
+                lines += [f"**{markdown(item.content)}**", ""]
+            elif item.kind in ("text", "note", "warning"):
                 lines += [markdown(item.content), ""]
             elif item.kind == "heading":
                 lines += [f"### {markdown(item.content)}", ""]

@@ -26,33 +26,30 @@ from pera_lab.study.results import Comparison
 from pera_lab.study.statistics import pareto
 
 
-def forest(compared: Mapping[str, Comparison], reference: str) -> Picture:
-    """Draw the gain of each method over the reference, with its interval, in the given order."""
-    ordered = list(compared.items())
+def forest(compared: Sequence[Comparison], reference: str) -> Picture:
+    """Draw the gain of each method over the reference on the same tasks, with its interval, in the given order."""
     with style():
-        figure, axes = new_figure(0.8 + 0.25 * len(ordered))
-        for i, (_, c) in enumerate(ordered):
+        figure, axes = new_figure(0.8 + 0.25 * len(compared))
+        for i, c in enumerate(compared):
             gain, shown = c.gain, c.verdict in ("better", "worse")
             color = COLORS[0] if shown else COLORS[7]
             if math.isfinite(gain.low):
                 axes.plot([100 * gain.low, 100 * gain.high], [i, i], color=color, marker="|", markersize=7)
             axes.plot([100 * gain.mean], [i], color=color, marker="o", markersize=5)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(ordered)), [short(label, 36) for label, _ in ordered])
-        axes.set(xlabel=f"gain over {short(reference)} in points, with 95 % interval", ylim=(len(ordered) - 0.5, -0.5))
+        axes.set_yticks(range(len(compared)), [short(c.method, 36) for c in compared])
+        axes.set(xlabel=f"gain over {short(reference)} in points, with 95 % interval", ylim=(len(compared) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(tick)
-    label, best = ordered[0]
-    alike = len({c.gain.tasks for c in compared.values()}) == 1
-    over = "" if alike else f" over {best.gain.tasks} tasks"
+    best = compared[0]
     finding = (
-        f"Gain over {reference}, mean over the tasks: blue if a difference is shown, grey otherwise. "
-        f"Largest{over}: {label} with {points(best.gain.mean)} points."
+        f"Gain over {reference}, mean over {', '.join(best.gains)}: blue if a difference is shown, grey otherwise. "
+        f"Largest: {best.method} with {points(best.gain.mean)} points."
     )
     rows = []
-    for label, c in ordered:
+    for c in compared:
         interval = [points(x) for x in (c.gain.mean, c.gain.low, c.gain.high)]
-        rows.append([label, *interval, str(c.gain.seeds), str(c.gain.tasks), p_value(c.p)])
+        rows.append([c.method, *interval, str(c.gain.seeds), str(c.gain.tasks), p_value(c.p)])
     head = ["method", "gain", "from", "to", "pairs of seeds", "tasks", "adjusted p"]
     return Picture(figure, "Gains over the reference with intervals", finding, Table(head, rows))
 

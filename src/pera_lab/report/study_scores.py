@@ -13,9 +13,62 @@ from pera_lab.study.results import Comparison, Results, Setting
 from pera_lab.study.statistics import LEAST_SEEDS
 
 
+def verdict(results: Results) -> str:
+    """One sentence: which methods are shown to differ from the reference, and by how much."""
+    reference, compared = results.study.reference, results.comparisons
+    kinds = {kind: [c for c in compared if c.verdict == kind] for kind in ("better", "worse", "not decided")}
+    if len(kinds["not decided"]) == len(compared):
+        few = f": no comparison has {LEAST_SEEDS} pairs of seeds" if compared else ", because reported runs are missing"
+        return f"Nothing is decided against {reference} yet{few}."
+
+    def named(c: Comparison) -> str:
+        tasks = f" on {', '.join(c.gains)}" if len({tuple(c.gains) for c in compared}) > 1 else ""
+        return c.method + tasks + (f" ({setting_label(c.setting)})" if len(results.settings) > 1 else "")
+
+    parts: list[str] = []
+    for kind in ("better", "worse"):
+        for c in sorted(kinds[kind], key=lambda c: -abs(c.gain.mean)):
+            how = f"is {kind} than {reference} by" if not parts else f"is {kind} by"
+            interval = f"95 % interval {points(c.gain.low)} to {points(c.gain.high)}"
+            parts.append(f"{named(c)} {how} {points(abs(c.gain.mean)).removeprefix('+')} points ({interval})")
+    if not parts:
+        parts.append(f"no method is shown to differ from {reference}")
+    if kinds["not decided"]:
+        parts.append(f"not decided yet: {', '.join(map(named, kinds['not decided']))}")
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper() if sentence.startswith('no method') else sentence[0]}{sentence[1:]}."
+
+
+def unstable(results: Results) -> list[Item]:
+    """A warning for each task on which the runs of the reference are at the baseline, or disagree."""
+    items = []
+    for cell in results.cells:
+        if cell.method.label != results.study.reference:
+            continue
+        where = cell.task.label + (f", {setting_label(cell.setting[1:])}" if len(results.settings) > 1 else "")
+        scored, low = results.scored(cell), results.at_baseline(cell)
+        if low:
+            least = percent(low[0].majority)
+            runs = f"{len(low)} of {len(scored)} runs of {cell.method.label}"
+            why = f"{runs} not shown to be better than the most frequent answer ({least})"
+        elif results.seeds_disagree(cell):
+            values = [s.value for s in scored]
+            why = (
+                f"the seeds of {cell.method.label} score {percent(min(values))} to {percent(max(values))}, further "
+                "apart than their examples explain"
+            )
+        else:
+            continue
+        items.append(Item("warning", f"Unstable task {where}: {why}. A difference there may come from single seeds."))
+    return items
+
+
 def summary(results: Results) -> list[Item]:
-    """One sentence per method on its gain over the reference, and a figure of the gains."""
-    study, items = results.study, []
+    """The verdict, one sentence per method on its gain over the reference, and figures of the gains.
+
+    Methods that were scored on other tasks are shown apart, because their gains cannot be compared.
+    """
+    study, items = results.study, [Item("verdict", verdict(results)), *unstable(results)]
     for setting in results.settings:
         if len(results.settings) > 1:
             items.append(Item("heading", setting_label(setting)))
@@ -23,13 +76,15 @@ def summary(results: Results) -> list[Item]:
         if not any(cell.method.label != study.reference for cell in results.cells_of(setting)):
             items.append(Item("text", f"Only {study.reference} has this setting."))
         elif compared:
-            for c in compared:
-                cost = _relative_cost(results, c.method, setting)
-                items.append(Item("text", f"{_sentence(c, study.reference)} {cost}".rstrip()))
-            most = compared[0].gain.tasks
-            names = [c.method if c.gain.tasks == most else f"{c.method} ({', '.join(c.gains)})" for c in compared]
-            shown = dict(zip(names, compared, strict=True))
-            items.append(Item("picture", study_figures.forest(shown, study.reference)))
+            sets = list(dict.fromkeys(tuple(c.gains) for c in compared))
+            for tasks in sets:
+                alike = [c for c in compared if tuple(c.gains) == tasks]
+                if len(sets) > 1:
+                    items.append(Item("heading", f"On {', '.join(tasks)}"))
+                for c in alike:
+                    cost = _relative_cost(results, c.method, setting)
+                    items.append(Item("text", f"{_sentence(c, study.reference)} {cost}".rstrip()))
+                items.append(Item("picture", study_figures.forest(alike, study.reference)))
         else:
             missing = "yet, because reported runs are missing."
             items.append(Item("text", f"No method can be compared with {study.reference} {missing}"))
@@ -87,6 +142,8 @@ def scores(results: Results) -> list[Item]:
             over_tasks = percent(mean_over_tasks(results, list(cells.values())))
             columns = [_mean(means[t], results.num_diverged(cells[t])) if t in means else ABSENT for t in tasks]
             rows.append([method.label, count(parameters), *columns, over_tasks])
+        if not rows:
+            continue
         if len(results.settings) > 1:
             items.append(Item("heading", setting_label(setting)))
         label = f"Scores, {setting_label(setting)}"

@@ -58,6 +58,11 @@ class Scored:
     run: Run
     value: float
     metric: str
+    low: float
+    """95 % interval of the score."""
+    high: float
+    majority: float | None
+    """The score of the most frequent training answer, if that is a baseline of the task."""
     expected: Array
     predicted: Array
     """Predicted values. For a metric that is a mean, 1 for a right answer; ``expected`` is then 1 everywhere."""
@@ -223,6 +228,15 @@ class Results:
             if own is not None and (points := [(c.r, x) for c in curve if c.r and (x := bits[c].get(seed)) is not None])
         ]
 
+    def at_baseline(self, cell: Cell) -> list[Scored]:
+        """The runs of a cell that are not shown to do better than the most frequent training answer."""
+        return [s for s in self.scored(cell) if s.majority is not None and s.low <= s.majority]
+
+    def seeds_disagree(self, cell: Cell) -> bool:
+        """Whether the 95 % intervals of two runs of a cell do not overlap, so that seeds matter more than examples."""
+        scored = self.scored(cell)
+        return len(scored) > 1 and max(s.low for s in scored) > min(s.high for s in scored)
+
     def gains(self, method: str, setting: Setting) -> dict[str, Difference]:
         """The gain of a method over the reference, by task.
 
@@ -334,7 +348,9 @@ def _scored(trial: Trial, run: Run) -> Scored | None:
         **{f"file of {split!r} in data.json": digest for split, digest in run.data_hashes().items()},
         **{f"{key} of the base model": base[key] for key in ("dtype", "fingerprint") if key in base},
     }
-    return Scored(trial, run, score.value, score.metric, expected, predicted, np.array(weights), basis, score.memory)
+    interval = (score.low, score.high, score.majority)
+    answers = (expected, predicted, np.array(weights))
+    return Scored(trial, run, score.value, score.metric, *interval, *answers, basis, score.memory)
 
 
 def _values(rows: list[Prediction], metric: str) -> tuple[Array, Array]:

@@ -197,9 +197,6 @@ def test_the_export_has_the_tokenizer_and_the_tokens_of_the_adapter(
     exported = AutoPeftModelForCausalLM.from_pretrained(out)
     assert (logits(exported) - logits(adapted)).abs().max() < 1e-4
     assert AutoTokenizer.from_pretrained(out).chat_template == own_tokenizer.chat_template
-    for options, reader in (({"to": "gguf"}, "a GGUF adapter"), ({"server": "vllm"}, "vllm")):
-        with pytest.raises(UserError, match=f"402 tokens, but its base has 400, which {reader} cannot hold"):
-            export_adapter(adapter, tmp_path / "other", **options)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts with inotify")

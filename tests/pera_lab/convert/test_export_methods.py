@@ -60,6 +60,6 @@ def test_an_adapter_that_no_lora_equals_is_refused_in_one_sentence(save, tiny_ll
     capsys.readouterr()
     for folder, words in (
         ("ia3", ["this IA3 adapter rescales rows or columns of the weights", "--max-rank", "pera merge"]),
-        ("prompts", ["this PROMPT_TUNING adapter adds inputs instead of changing weights", "a LoRA cannot express"]),
+        ("prompts", ["this PROMPT_TUNING adapter adds inputs instead of changing weights", "cannot become a LoRA"]),
     ):
         refused("export", tmp_path / folder, "--to", "lora", "--output", tmp_path / "out", words=words)

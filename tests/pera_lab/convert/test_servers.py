@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, MixtralConfig, MixtralForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from pera import PeraConfig
 from pera.errors import UserError
 from pera_lab.convert.export import export
+from pera_lab.convert.gguf import read_adapter
 from pera_lab.convert.servers import SERVERS, Start
 from pera_lab.opening import locate_adapter
 from reference import relative_error
@@ -161,19 +169,7 @@ def test_target_modules_and_target_parameters_stay_separate(tokenizer, save_adap
 @pytest.mark.parametrize(
     ("server", "base", "options", "words"),
     [
-        (
-            "vllm",
-            "tiny_llama",
-            {"modules_to_save": ["lm_head"]},
-            r"modules_to_save=\['lm_head'\], which vllm",
-        ),
         ("sglang", "biased_llama", {"bias": "pera_only"}, "bias='pera_only', which sglang cannot hold"),
-        (
-            "lorax",
-            "tied_llama",
-            {"trainable_token_indices": [8]},
-            "trainable_token_indices=.* lorax cannot hold",
-        ),
         ("llama.cpp", "biased_llama", {"bias": "all"}, "bias='all', which llama.cpp cannot hold"),
         ("ollama", "tiny_gpt2", {"target_modules": ["c_attn"]}, "is a Conv1D, on which ollama accepts no adapter"),
     ],
@@ -182,6 +178,13 @@ def test_what_a_server_cannot_hold_is_rejected(server, base, options, words, mad
     with pytest.raises(UserError, match=words):
         made(server, base, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_refusal_names_the_value_of_the_adapter_s_own_method(biased_llama, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(biased_llama), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="bias='lora_only', which vllm cannot hold"):
+        export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server="vllm")
 
 
 @pytest.mark.parametrize(
@@ -197,3 +200,76 @@ def test_the_limits_of_a_server_are_kept(server, options, words, made, tmp_path)
     with pytest.raises(UserError, match=words):
         made(server, **options)
     assert not (tmp_path / "out").exists()
+
+
+WHOLE = {
+    # what an adapter trains as a whole: server, base, options of the adapter
+    "head": ("vllm", "tiny_llama", {"modules_to_save": ["lm_head"]}),
+    "embedding of tied embeddings": ("vllm", "tied_llama", {"modules_to_save": ["embed_tokens"]}),
+    "both, tied": ("sglang", "tied_llama", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    "tokens": ("mistralrs", "tiny_llama", {"trainable_token_indices": [8, 13]}),
+    "tokens, tied": ("llama.cpp", "tied_llama", {"trainable_token_indices": [8, 13]}),
+    "adapted head": (
+        "vllm",
+        "tiny_llama",
+        {"target_modules": ["lm_head", "q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_what_is_trained_as_a_whole_goes_into_a_base_beside_the_lora(case, save_adapter, request, tmp_path, logits):
+    server, base, options = WHOLE[case]
+    base = request.getfixturevalue(base)
+    adapted = save_adapter(tmp_path / "adapter", base, **options)
+    done = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server=server)
+    assert done.agreement.agree
+    assert done.base == tmp_path / "out" / "base"
+    assert str(done.base) in done.start
+    served = AutoModelForCausalLM.from_pretrained(done.base)
+    assert len(list((tmp_path / "out").glob("tokenizer*"))) == 0 < len(list(done.base.glob("tokenizer*")))
+    assert served.config.tie_word_embeddings == (served.lm_head.weight is served.model.embed_tokens.weight)
+    if SERVERS[server].form == "gguf":
+        assert done.start.startswith(
+            f"python convert_hf_to_gguf.py {done.base} --outfile {done.base}.gguf && llama-server"
+        )
+        served = read_adapter(tmp_path / "out" / "adapter.gguf", served)
+    else:
+        keys = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
+        assert all(".lora_" in key for key in keys)
+        served = PeftModel.from_pretrained(served, tmp_path / "out")
+        assert served.peft_config["default"].base_model_name_or_path == str(done.base)
+    expected = logits(adapted)
+    assert (logits(served) - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.1
+
+
+def test_new_tokens_go_into_a_base_with_the_tokenizer(save_adapter, own_tokenizer, tiny_llama, tmp_path, logits, pera):
+    adapted = save_adapter(tmp_path / "adapter", tiny_llama, own_tokenizer)
+    done = pera("export", "adapter", "--for", "vllm", "--output", "out")
+    assert done.code == 0
+    assert "base model with what was trained as a whole written to out/base" in done.out
+    start = "start: vllm serve out/base --enable-lora --max-lora-rank 16 --lora-modules out=out --dtype float32"
+    assert start in done.out
+    base = tmp_path / "out" / "base"
+    assert AutoTokenizer.from_pretrained(base).chat_template == own_tokenizer.chat_template
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    assert served.get_input_embeddings().weight.shape[0] == 402
+    assert (logits(served) - logits(adapted)).abs().max() < 1e-4
+    with pytest.raises(UserError, match="402 tokens, but its base has 400, which a GGUF adapter cannot hold"):
+        export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "other", to="gguf")
+
+
+def test_trained_weights_are_not_rounded_to_the_dtype_of_the_base(save_adapter, save_llama, tmp_path):
+    base = save_llama(tmp_path / "half", dtype=torch.bfloat16, tie_word_embeddings=False)
+    save_adapter(tmp_path / "adapter", base, modules_to_save=["lm_head"])
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    weights["base_model.model.lm_head.weight"] = weights["base_model.model.lm_head.weight"].float() + 1e-4
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    done = export(locate_adapter(str(tmp_path / "adapter")), tmp_path / "out", server="vllm")
+    assert done.agreement.agree
+    stored = load_file(done.base / "model.safetensors")
+    assert torch.equal(stored["lm_head.weight"], weights["base_model.model.lm_head.weight"])
+    assert {weight.dtype for key, weight in stored.items() if key != "lm_head.weight"} == {torch.bfloat16}
+    assert json.loads((done.base / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "--dtype" not in done.start

@@ -239,7 +239,7 @@ def test_text_is_shown_as_written(browser, pages):
     assert browser.ask("document.querySelectorAll('script, img, main b').length") == 0
 
 
-@pytest.mark.parametrize("width", [320, NARROW, WIDE])
+@pytest.mark.parametrize("width", [320, NARROW, 390, WIDE, 1280, 1920])
 @pytest.mark.parametrize("name", PAGES)
 def test_page_fits_the_window(browser, pages, name, width):
     browser.show(width)

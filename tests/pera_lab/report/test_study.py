@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +13,17 @@ from scipy.stats import false_discovery_control
 from test_run import adapters, check, write  # noqa: F401
 
 from pera.errors import UserError
-from pera_lab.report.formatting import ABSENT
+from pera_lab.report.formatting import ABSENT, points
 from pera_lab.report.study import runs_csv, study_sections, write_study_report
+from pera_lab.report.study_scores import verdict
 from pera_lab.runs import Run
 from pera_lab.scorers import Score
 from pera_lab.study import load_study
 from pera_lab.study.folder import StudyFolder
 from pera_lab.study.plan import known_trials
-from pera_lab.study.results import Results
+from pera_lab.study.results import Comparison, Results
 from pera_lab.study.runner import run_study
+from pera_lab.study.statistics import Difference
 from pera_lab.training import TrainingSummary
 
 STUDY = """
@@ -107,6 +111,75 @@ def test_planted_difference_is_found_and_lora_does_not_differ_from_itself(folder
     assert second.endswith("Cost: 1 times the parameters, 1 times the training time.")
 
 
+def test_the_page_begins_with_the_method_that_wins(folder):
+    first = next(s for s in study_sections(Results(folder)) if s.id == "summary").items[0]
+    ours = next(c for c in Results(folder).comparisons if c.method == "pera-rms-0.3")
+    assert first.kind == "verdict"
+    assert first.content == (
+        f"pera-rms-0.3 is better than lora by {100 * ours.gain.mean:.2f} points "
+        f"(95 % interval {points(ours.gain.low)} to {points(ours.gain.high)})."
+    )
+
+
+def verdict_of(*gains):
+    """The verdict on made-up methods "a", "b", …, each with its mean gain and adjusted p."""
+    compared = [
+        Comparison(
+            method, (3, None, 1.0), {"sst2": (gain := Difference(mean, mean - 0.01, mean + 0.01, p, 3, 9))}, gain, p
+        )
+        for method, (mean, p) in zip("abc", gains, strict=False)
+    ]
+    settings = [(3, None, 1.0)]
+    return verdict(SimpleNamespace(study=SimpleNamespace(reference="lora"), comparisons=compared, settings=settings))
+
+
+@pytest.mark.parametrize(
+    ("gains", "sentence"),
+    [
+        ([], "Nothing is decided against lora yet, because reported runs are missing."),
+        ([(0.1, math.nan)], "Nothing is decided against lora yet: no comparison has 3 pairs of seeds."),
+        ([(0.1, 0.5), (-0.1, 0.06)], "No method is shown to differ from lora."),
+        ([(0.1, 0.5), (0.1, math.nan)], "No method is shown to differ from lora; not decided yet: b."),
+        (
+            [(0.02, 0.01), (0.05, 0.001), (-0.04, 0.04)],
+            "b is better than lora by 5.00 points (95 % interval +4.00 to +6.00); "
+            "a is better by 2.00 points (95 % interval +1.00 to +3.00); "
+            "c is worse by 4.00 points (95 % interval −5.00 to −3.00).",
+        ),
+    ],
+)
+def test_the_verdict_follows_from_the_comparisons(gains, sentence):
+    assert verdict_of(*gains) == sentence
+
+
+def rescore(folder, method, **more):
+    """Give the runs of a method on sst2 these values, with intervals of ± 2 points."""
+    for seed, value in zip((42, 43, 44), more.pop("values"), strict=True):
+        run = Run(folder.runs / f"sst2-{method}-r3-report-lr0.002-seed{seed}")
+        score = Score(400, round(400 * value), "accuracy", value, value - 0.02, value + 0.02, seconds=1.0, **more)
+        write(run.scores_file, {"adapter": asdict(score)})
+
+
+def test_tasks_whose_reference_is_unstable_are_flagged(folder, tmp_path):
+    copy = damaged(folder, tmp_path)
+    rescore(copy, "lora", values=(0.80, 0.81, 0.82))
+    shutil.rmtree(copy.runs / "mrpc-lora-r3-report-lr0.002-seed43")
+    shutil.rmtree(copy.runs / "mrpc-lora-r3-report-lr0.002-seed44")
+    assert items(copy, "summary", "warning") == []
+    rescore(copy, "pera-rms-0.3", values=(0.50, 0.81, 0.82))
+    assert items(copy, "summary", "warning") == []
+    rescore(copy, "lora", values=(0.75, 0.81, 0.82))
+    (warning,) = items(copy, "summary", "warning")
+    assert warning.startswith(
+        "Unstable task sst2: the seeds of lora score 75.0\N{NO-BREAK SPACE}% to 82.0\N{NO-BREAK SPACE}%"
+    )
+    rescore(copy, "lora", values=(0.80, 0.81, 0.82), majority=0.785)
+    (warning,) = items(copy, "summary", "warning")
+    assert warning.startswith(
+        "Unstable task sst2: 1 of 3 runs of lora not shown to be better than the most frequent answer"
+    )
+
+
 def test_difference_tables_show_every_comparison(folder):
     by_task, by_example = items(folder, "differences", "table")
     assert {(row[0], row[1]) for row in by_task.rows} == {
@@ -190,9 +263,10 @@ def test_methods_scored_on_more_tasks_come_first(folder, tmp_path):
     first, second, *_ = items(copy, "summary", "text")
     assert first.startswith("lora-again against lora")
     assert "examples of sst2." in second.replace(")", "")
-    (picture,) = items(copy, "summary", "picture")
-    assert [row[0] for row in picture.table.rows] == ["lora-again", "pera-rms-0.3 (sst2)"]
-    assert "Largest over 2 tasks: lora-again" in picture.finding
+    assert items(copy, "summary", "heading") == ["On sst2, mrpc", "On sst2"]
+    pictures = items(copy, "summary", "picture")
+    assert [[row[0] for row in picture.table.rows] for picture in pictures] == [["lora-again"], ["pera-rms-0.3"]]
+    assert "mean over sst2, mrpc: " in pictures[0].finding
 
 
 def expect_another_answer(run):
@@ -352,6 +426,7 @@ def test_report_prints_files_and_comparisons_as_json(folder, tmp_path, pera):
     assert [found.pop(key) for key in ("html", "markdown", "csv")] == ["page.html", "page.md", "page.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page-pictures", "page.csv", "page.html", "page.md"]
     assert (tmp_path / "page.csv").read_text() == runs_csv(Results(folder))
+    assert found["verdict"].startswith("pera-rms-0.3 is better than lora by ")
     ours, again = found["comparisons"]
     (by_summary, *_) = items(folder, "summary", "text")
     assert by_summary.startswith(f"{ours['method']} is {ours['verdict']} than lora by +{100 * ours['gain']:.2f} points")
