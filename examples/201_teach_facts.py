@@ -3,7 +3,7 @@
     python examples/201_teach_facts.py [MODEL [FACTS [STEPS]]]
 
 The model learns 50 invented phone numbers in one MLP. A number counts if the model gives it back whole. It takes
-about 5 minutes on two cores.
+about 10 minutes on two cores.
 """
 
 import sys
