@@ -241,12 +241,12 @@ def _plan(recipe: Recipe, splits: Splits, *, minutes: bool) -> str:
 
 
 def _answers(title: str, answers: list[Prediction]) -> str:
-    """The question, what was expected, and what the model wrote, each on a line."""
+    """Each question, and below it what the model wrote."""
     lines = [f"{title}:"]
     for answer in answers:
-        question, written = visible(answer.prompt, inline=True), visible(answer.output, inline=True)
-        mark = "" if answer.correct is None else ", right" if answer.correct else ", wrong"
-        lines.append(f"  {question}\n    → {written!r} ({answer.expected!r} expected{mark})")
+        question, written = (visible(" ".join(text.split())) for text in (answer.prompt, answer.output))
+        mark = "right" if answer.correct else f"expected {visible(answer.expected)!r}"
+        lines.append(f"  {question}\n    → {written!r}, {mark}")
     return "\n".join(lines)
 
 
