@@ -349,7 +349,7 @@ def test_a_newer_layout_is_refused(tmp_path):
     PeraConfig().save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "pera_version": 3}))
-    with pytest.raises(UserError, match=r"pera_version=3 is newer than the layout.*upgrade"):
+    with pytest.raises(UserError, match=r"pera_version=3 is newer than the layout.*install a newer pera"):
         PeraConfig.from_pretrained(tmp_path)
 
 
