@@ -26,7 +26,7 @@ test-slow: $(INSTALLED)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --ignore tests/serving
 
 test-examples: $(INSTALLED)  ## examples/, on tiny models
-	$(ALONE) $(BIN)/python -m pytest -m slow $(PARALLEL) tests/test_examples.py
+	$(ALONE) $(BIN)/python -m pytest -m slow $(PARALLEL) tests/test_shipped_examples.py
 
 test-serving: $(INSTALLED)  ## exports in the servers that run on a CPU, each installed under build/serving: about 10 GB
 	$(BIN)/python -m pytest -m slow tests/serving

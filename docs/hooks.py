@@ -61,9 +61,9 @@ A recipe is one YAML file with these sections. Any key can be overridden on the 
 
 ## method
 
-`name` is a method, such as `pera`, `lora` or `dora` ([all of them](study.md#methods)). The other keys are its options:
-for `pera`, those of [PeraConfig](api.md#pera.PeraConfig). `alpha` and `dropout` have these names for every method that
-has them.
+`name` is a method, such as `pera`, `lora` or `dora` ([all of them](study.md#methods)). The other keys are its options;
+[PeraConfig](api.md#pera.PeraConfig) lists the options of `pera`. `alpha` and `dropout` have these names for every
+method that has them.
 """
 
 

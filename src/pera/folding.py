@@ -108,7 +108,7 @@ class _Full(Exception):
 
 
 class _Never(Exception):
-    """An adapter that is no fixed update of weights. The message says what it does."""
+    """An adapter that is not a fixed update of the weights. The message says what it does."""
 
 
 def _has_full_rank(method: str, reason: str) -> UserError:
@@ -404,8 +404,8 @@ NEVER = {
     "PREFIX_TUNING": _PROMPT,
     "PROMPT_TUNING": _PROMPT,
     "P_TUNING": _PROMPT,
-    "SHADOW": "adds a network beside the base model",
+    "SHADOW": "adds a network next to the base model",
     "TRAINABLE_TOKENS": "trains whole token embeddings",
     "XLORA": "mixes several LoRAs by the input",
 }
-"""What an adapter does that is no fixed update of weights."""
+"""What an adapter does that is not a fixed update of the weights."""

@@ -53,6 +53,7 @@ def card(form: Form, location: Location, verification: str | None = None) -> str
     adapter = location.require_adapter()
     method, classifies = adapter.method, adapter.config.task_type == "SEQ_CLS"
     needs_pera = method == "PERA" and form == "adapter"
+    labels = None if location.run is None else location.run.recipe.task.labels
     library = {"merged": "transformers", "gguf": "gguf", "mlx": "mlx"}.get(form, "peft")
     data = ModelCardData(
         base_model=hub_id,
@@ -64,7 +65,7 @@ def card(form: Form, location: Location, verification: str | None = None) -> str
         f"---\n{data.to_yaml()}\n---",
         f"# {_TITLE[form].format(method=method)}",
         f"Base model: {inline_code(base)}{_quantized(location)}.{f' {METHOD}' if method == 'PERA' else ''}",
-        _use(form, base, hub_id, CLASSES["SEQ_CLS" if classifies else "CAUSAL_LM"], IMPORT if needs_pera else ""),
+        _use(form, base, hub_id, "SEQ_CLS" if classifies else "CAUSAL_LM", IMPORT if needs_pera else "", labels),
         *([UNKNOWN_METHOD] if needs_pera else []),
     ]
     if verification:
@@ -78,15 +79,16 @@ def card(form: Form, location: Location, verification: str | None = None) -> str
     return "\n\n".join(sections) + "\n"
 
 
-def _use(form: Form, base: str, hub_id: str | None, kind: str, imports: str) -> str:
+def _use(form: Form, base: str, hub_id: str | None, task_type: str, imports: str, labels: int | None) -> str:
     """The program or command that loads what a folder holds."""
     if form in _SERVED:
         return fence(_SERVED[form].format(base=shlex.quote(base if hub_id else f"path/to/{base}")), "sh")
+    kind = CLASSES[task_type]
     if form == "merged":
         code = f"AutoModelFor{kind}"
         program = f'from transformers import {code}\n\nmodel = {code}.from_pretrained("path/to/this/folder")'
         return fence(program, "python")
-    return fence(loading(kind, base, hub_id, "path/to/this/folder", imports), "python")
+    return fence(loading(kind, base, hub_id, "path/to/this/folder", imports, labels), "python")
 
 
 def _without_folders(recipe: Recipe) -> str:

@@ -37,7 +37,7 @@ class LossNotFinite(UserError):
 
 
 class Interrupted(PeraError):
-    """A signal ended a training whose progress is saved. The exit code is the one of a process that it kills."""
+    """A signal ended a training whose progress is saved. The exit code is 128 plus the number of the signal."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)

@@ -1,6 +1,7 @@
 """A classifier from recipe to score: the head, the best checkpoint, and what needs a head."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -187,6 +188,6 @@ def test_a_classifier_exports_as_a_lora_with_its_head(glue_run, tmp_path, pera):
 
 def test_a_classifier_has_a_card_of_its_kind_and_does_not_chat(glue_run, refused):
     card = (glue_run.adapter.path / "README.md").read_text()
-    assert "AutoPeftModelForSequenceClassification" in card
+    assert re.search(r"AutoModelForSequenceClassification\.from_pretrained\(.*, num_labels=2\)", card)
     assert "pipeline_tag: text-classification" in card
     refused("chat", glue_run.path, words=["is a classifier", "pera predict"])

@@ -107,7 +107,9 @@ def base_name(base: str | None) -> tuple[str, str | None]:
     return re.split(r"[/\\]", base.rstrip("/\\"))[-1] or "unknown", None
 
 
-def loading(kind: str | None, name: str, hub_id: str | None, folder: str, imports: str = IMPORT) -> str:
+def loading(
+    kind: str | None, name: str, hub_id: str | None, folder: str, imports: str = IMPORT, labels: int | None = None
+) -> str:
     """The program that loads an adapter.
 
     Args:
@@ -116,14 +118,16 @@ def loading(kind: str | None, name: str, hub_id: str | None, folder: str, import
         hub_id: its Hub id, if it has one.
         folder: the adapter's folder.
         imports: lines before the others.
+        labels: outputs of a classification head, which transformers has to know. None for another model.
     """
+    head = "" if labels is None else f", num_labels={labels}"
     if kind and hub_id:
         return (
             f"{imports}from peft import AutoPeftModelFor{kind}\n\n"
-            f'model = AutoPeftModelFor{kind}.from_pretrained("{folder}")'
+            f'model = AutoPeftModelFor{kind}.from_pretrained("{folder}"{head})'
         )
     path = json.dumps(f"path/to/{name}", ensure_ascii=False)
-    base = f"AutoModelFor{kind}.from_pretrained({path})" if kind else "…  # the base model"
+    base = f"AutoModelFor{kind}.from_pretrained({path}{head})" if kind else "…  # the base model"
     return (
         f"{imports}from peft import PeftModel\n"
         + (f"from transformers import AutoModelFor{kind}\n" if kind else "")

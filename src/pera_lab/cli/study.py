@@ -123,13 +123,16 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write the results of a study as an HTML page, as Markdown, and its runs as CSV."""
+    from pera_lab.report.run import require_html
     from pera_lab.report.study import write_study_report
     from pera_lab.report.study_scores import verdict
     from pera_lab.study.folder import StudyFolder
     from pera_lab.study.results import Results
 
+    file = output or folder / "report.html"
+    require_html(file)
     results = Results(StudyFolder(folder))
-    files = write_study_report(results, output or folder / "report.html")
+    files = write_study_report(results, file)
     if json:
         written = dict(zip(("html", "markdown", "csv"), map(str, files), strict=True))
         compared = [c.record() for c in results.comparisons]

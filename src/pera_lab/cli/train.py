@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHOWN = 3
 """Problems of which quickstart shows the answers."""
 
-MINUTES = " (about 4 minutes on two cores)"
+MINUTES = " (about 3 minutes on two cores)"
 """Measured time of the shipped quickstart: see README.md."""
 
 

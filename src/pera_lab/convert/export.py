@@ -219,7 +219,7 @@ def _needs_own_base(location: Location, base: Any, form: Form, server: Server | 
     """Whether the export needs a base model of its own, because the reader holds only factors.
 
     Raises:
-        UserError: it would, but the reader is no server, or no such base can be written.
+        UserError: it would, but the reader is not a server, or no such base can be written.
     """
     if form == "lora" and (server is None or server.trained_whole):
         return False
