@@ -10,7 +10,7 @@ ALONE := OMP_NUM_THREADS=1
 PARALLEL := -n auto --maxprocesses 8
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-peft test-slow test-examples test-serving bench lint docs dist format clean
+.PHONY: demo test test-peft test-slow test-examples test-serving test-compat bench lint docs dist format clean
 .DEFAULT_GOAL := test
 
 demo: $(DEMO)  ## fine-tune, score, merge and export the embedded model
@@ -31,6 +31,9 @@ test-examples: $(INSTALLED)  ## examples/, on tiny models
 test-serving: $(INSTALLED)  ## exports in the servers that run on a CPU, each installed under build/serving: about 10 GB
 	$(BIN)/python -m pytest -m slow tests/serving
 	$(BIN)/python tests/serving/table.py
+
+test-compat:  ## tests/pera with the lowest and the newest versions, each in an environment under build/compat
+	$(ALONE) PYTEST_ADDOPTS="$(PARALLEL)" $(PYTHON) tests/compat.py
 
 bench: $(INSTALLED)  ## time and memory of PERA, LoRA, DoRA and HiRA; needs an idle machine, about an hour
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/adapters.py

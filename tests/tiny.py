@@ -4,7 +4,10 @@ import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -13,6 +16,12 @@ from transformers.pytorch_utils import Conv1D
 import reference
 from pera import PeraConfig
 from pera.tuner import PeraLayer
+
+
+def needs_transformers(version, reason):
+    """Skip a test of something that older versions of transformers lack."""
+    return pytest.mark.skipif(Version(transformers.__version__) < Version(version), reason=reason)
+
 
 VOCABULARY = 64
 RMS = {"normalization": "rms"}

@@ -7,8 +7,9 @@
     lora = pera.to_lora(model)                                                       # the equivalent LoRA of rank 44
 """
 
-from pera.startup import held_logs
+from pera.startup import check_peft, held_logs
 
+check_peft()
 with held_logs():
     from pera.errors import PeraError, UserError
     from pera.linear import pera_linear

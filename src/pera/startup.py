@@ -1,12 +1,29 @@
-"""What libraries log while ``python -m pera`` imports them."""
+"""Before pera is imported: the version of PEFT, and what libraries log while ``python -m pera`` imports them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+
+from packaging.version import Version
+
+OLDEST_PEFT = "0.21"
+
+
+def check_peft() -> None:
+    """Warn of a PEFT that is older than pera asks for. ``pip install --no-deps`` allows one."""
+    installed = version("peft")
+    if Version(installed).release < Version(OLDEST_PEFT).release:
+        warnings.warn(
+            f"pera needs peft>={OLDEST_PEFT}; peft {installed} does not save trained biases, loads damaged files of an "
+            "adapter without an error, and cannot convert adapters with modules_to_save",
+            stacklevel=3,  # the line that imports pera
+        )
 
 
 @contextmanager
