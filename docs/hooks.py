@@ -29,13 +29,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """Point links that leave docs/ to the repository. Without its address the link becomes plain text."""
 
     def outside(match: re.Match[str]) -> str:
-        target = (ROOT / "docs" / page.file.src_uri).parent / match[2]
-        path = target.resolve().relative_to(ROOT)
-        if path.parts[0] == "docs":
+        text, path, anchor = match[1], match[2], match[3] or ""
+        target = ((ROOT / "docs" / page.file.src_uri).parent / path).resolve().relative_to(ROOT)
+        if target.name == "README.md" and len(target.parts) == 1:
+            return f"[{text}](index.md{anchor})"
+        if target.parts[0] == "docs":
             return match[0]
-        return f"[{match[1]}]({config.repo_url.rstrip('/')}/blob/main/{path})" if config.repo_url else match[1]
+        return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{target}{anchor})" if config.repo_url else text
 
-    return re.sub(r"\[([^\]]*)\]\((\.\./[^)#]*)\)", outside, markdown)
+    return re.sub(r"\[([^\]]*)\]\((\.\./[^)#]*)(#[^)]*)?\)", outside, markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -17,7 +17,7 @@ with held_logs():
     from pera.optim import parameter_groups
     from pera.tuner import PeraConfig, PeraModel, hotswap_adapter, register
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "PeraConfig",
     "PeraError",

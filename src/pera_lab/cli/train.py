@@ -328,7 +328,7 @@ def _cost(run: Run, summary: TrainingSummary) -> str:
     parts = [
         duration(summary.seconds),
         f"{summary.tokens / summary.seconds:,.0f} tokens/s" if summary.tokens else "nothing left to train",
-        *([f"loss {losses[0]:.3f} → {losses[-1]:.3f}"] if losses else []),
+        *([f"loss {' → '.join(f'{loss:.3f}' for loss in (losses[:1] + losses[1:][-1:]))}"] if losses else []),
     ]
     if summary.peak_memory:
         parts.append(f"peak memory {size(summary.peak_memory)}")

@@ -187,6 +187,8 @@ def _export(
         template=template if template.is_file() else None,
         own_base=own_base,
     )
+    if caution := target.caution(start):
+        warnings.warn(caution, stacklevel=2)
     return made._replace(start=target.start(start))
 
 

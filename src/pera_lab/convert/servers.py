@@ -18,7 +18,7 @@ from pera.errors import UserError, nearest
 from pera.folding import Folded
 from pera.tuner.layers import ParamWrapper, PeraConv1DLinear, PeraEmbedding, PeraLayer, PeraLinear
 from pera_lab.convert.gguf import ADAPTER
-from pera_lab.embedded import hub_name, resolve_gguf
+from pera_lab.embedded import embedded_name, hub_name, resolve_gguf
 
 Form = Literal["lora", "gguf", "mlx"]
 READERS: dict[Form, str] = {"lora": "PEFT", "gguf": "a GGUF adapter", "mlx": "an MLX adapter"}
@@ -123,6 +123,15 @@ class Server:
                         f"{kind!r} is adapted in {count} of {blocks} blocks, but {self.name} ignores layers that are "
                         "not adapted in every block; merge the adapter, or train it on every block."
                     )
+
+    def caution(self, start: Start) -> str | None:
+        """What to know about a start command that names another base model than the adapter was trained on."""
+        if self.form == "gguf" or embedded_name(start.base) is None:  # the embedded models are GGUF files
+            return None
+        return (
+            f"the adapter was trained on a quantized copy of {hub_name(start.base)!r} and compared on that copy; the "
+            "model itself may answer differently. For the outputs that were compared, serve a merged model: pera merge"
+        )
 
     def _accepts(self, kind: type[PeraLayer]) -> bool:
         if issubclass(kind, PeraEmbedding):

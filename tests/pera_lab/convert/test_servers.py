@@ -273,3 +273,11 @@ def test_trained_weights_are_not_rounded_to_the_dtype_of_the_base(save_adapter, 
     assert {weight.dtype for key, weight in stored.items() if key != "lm_head.weight"} == {torch.bfloat16}
     assert json.loads((done.base / "config.json").read_text())["dtype"] == "bfloat16"
     assert "--dtype" not in done.start
+
+
+def test_a_start_command_that_names_the_model_behind_an_embedded_copy_says_so():
+    start = Start("smollm2-135m", Path("out"), 8)
+    assert "'HuggingFaceTB/SmolLM2-135M-Instruct'" in SERVERS["vllm"].caution(start)
+    assert "SmolLM2-135M-Instruct" in SERVERS["vllm"].start(start)
+    assert SERVERS["llama.cpp"].caution(start) is None  # it serves the copy
+    assert SERVERS["vllm"].caution(start._replace(base="some/model")) is None
