@@ -126,14 +126,19 @@ def test_train_evaluate_merge_export_and_verify(pera, recipe_file, tmp_path, fin
 
 def test_run_in_the_default_folder_is_resumed_by_its_recipe(pera, recipe_file, tmp_path):
     overrides = ["training.max_steps=4", "training.save_steps=2"]
-    assert pera("train", recipe_file, *overrides).code == 0
+    first = pera("train", recipe_file, *overrides)
+    assert first.code == 0
+    assert "since step" not in first.out
     (path,) = (tmp_path / "runs").iterdir()
     assert path.name.startswith("small-")
     run = Run(path)
     adapter = (run.adapter.path / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(run.adapter.path)
     shutil.rmtree(run.checkpoints / "checkpoint-4")
-    assert pera("train", recipe_file, *overrides, "--resume").code == 0
+    again = pera("train", recipe_file, *overrides, "--resume")
+    assert again.code == 0
+    assert "since step 2, " in again.out
+    assert again.out.count("→") == 0  # one loss was logged since
     assert (run.adapter.path / "adapter_model.safetensors").read_bytes() == adapter
     assert list((tmp_path / "runs").iterdir()) == [path]
 

@@ -324,9 +324,11 @@ def _harness(which: str, results: dict[str, dict[str, Any]]) -> Facts:
 
 
 def _cost(run: Run, summary: TrainingSummary) -> str:
-    losses = [line["loss"] for line in run.metrics()]
+    lines = run.metrics()
+    resumed = lines[-1]["step"] - summary.steps if lines else 0  # the step that the training was resumed from
+    losses = [line["loss"] for line in lines if line["step"] > resumed]
     parts = [
-        duration(summary.seconds),
+        duration(summary.seconds) + (f" since step {resumed}" if resumed else ""),
         f"{summary.tokens / summary.seconds:,.0f} tokens/s" if summary.tokens else "nothing left to train",
         *([f"loss {' → '.join(f'{loss:.3f}' for loss in (losses[:1] + losses[1:][-1:]))}"] if losses else []),
     ]
