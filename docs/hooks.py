@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 import griffe
 from mkdocs.structure.files import File, Files
+
+from pera_lab.sections import Section
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +84,13 @@ def _recipe_keys() -> str:
     return "\n".join(parts)
 
 
+@cache
+def _docstrings(section: type[Section]) -> dict[str, str]:
+    """The docstrings below the fields of a class, by field."""
+    fields = griffe.load(section.__module__).classes[section.__name__].attributes
+    return {name: field.docstring.value for name, field in fields.items() if field.docstring}
+
+
 def _section(title: str, section: Any) -> str:
     """A table of the keys of a section, with the docstrings below its fields."""
     lines = [
@@ -91,12 +101,10 @@ def _section(title: str, section: Any) -> str:
         "| key | type | default | |",
         "| --- | --- | --- | --- |",
     ]
-    texts = {}
-    for base in reversed(section.__mro__[:-1]):
-        module = griffe.load(base.__module__)
-        if base.__name__ in module.classes:
-            members = module.classes[base.__name__].attributes.items()
-            texts |= {name: item.docstring.value for name, item in members if item.docstring}
+    texts: dict[str, str] = {}
+    for base in reversed(section.__mro__):
+        if issubclass(base, Section):
+            texts |= _docstrings(base)
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else f"`{_yaml(field.get_default(call_default_factory=True))}`"
         text = " ".join(texts.get(name, "").split()).replace("|", "\\|").replace("``", "`")

@@ -1,4 +1,4 @@
-"""Run tests/pera with other versions than those of constraints.txt: ``python tests/compat.py [ROW …]``.
+"""Run tests/pera with versions other than the pinned ones of constraints.txt: ``python tests/compat.py [ROW …]``.
 
 Each row of ``ROWS`` gets an environment under build/compat, with the torch of constraints.txt. Without arguments, the
 rows of ``DEFAULT`` run. The variable PYTEST_ADDOPTS gives options to pytest, such as ``-n auto``.

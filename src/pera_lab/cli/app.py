@@ -160,5 +160,5 @@ def _exit(message: str, code: int) -> None:
         with processes.reporting() as reports:
             silence(not reports)
             messages.print("pera:", style="red", end=" ")
-            messages.print(message, soft_wrap=True)
+            messages.print(message)
     sys.exit(code)

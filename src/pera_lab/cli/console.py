@@ -126,7 +126,7 @@ def held_warnings() -> Iterator[None]:
         logging.disable(level)
         for message in held if code < 2 else ():
             messages.print("warning:", style="yellow", end=" ")
-            messages.print(message, soft_wrap=True)
+            messages.print(message)
 
 
 class Facts:
@@ -167,8 +167,8 @@ def print_agreement(agreement: Agreement, done: str, content: dict[str, Any] | N
     if content is not None:
         print_json({**content, "agreement": agreement.record()})
     else:
-        out.print(done, soft_wrap=True)
-        out.print(agreement.sentence(), soft_wrap=True)
+        out.print(done)
+        out.print(agreement.sentence())
     if not agreement.agree:
         raise CheckFailed("the outputs differ.")
 

@@ -76,14 +76,14 @@ def export(
         print_json({**content, "truncation": truncation, "agreement": done.agreement.record()})
     else:
         kinds = {"lora": "LoRA", "gguf": "GGUF adapter", "mlx": "MLX adapter"}
-        out.print(f"{kinds[done.form]} written to {output}", soft_wrap=True)
+        out.print(f"{kinds[done.form]} written to {output}")
         if done.base:
-            out.print(f"base model with what was trained as a whole written to {done.base}", soft_wrap=True)
+            out.print(f"base model with what was trained as a whole written to {done.base}")
         if done.truncation:
-            out.print(done.truncation.sentence(), soft_wrap=True)
-        out.print(done.agreement.sentence(), soft_wrap=True)
+            out.print(done.truncation.sentence())
+        out.print(done.agreement.sentence())
         if done.good and done.start:
-            out.print(f"start: {done.start}", soft_wrap=True)
+            out.print(f"start: {done.start}")
     if not done.good:
         raise CheckFailed("the outputs differ.")
 

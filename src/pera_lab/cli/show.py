@@ -100,7 +100,7 @@ def inspect(
         return
     out.print(_diagnosis(found, layers, adapter.is_pera))
     if effects is not None:
-        out.print(_effects(effects), soft_wrap=True)
+        out.print(_effects(effects))
 
 
 def report(
@@ -120,7 +120,7 @@ def report(
             raise UserError(f"{name!r} is not a run folder.")
     file = output or Path(runs[0]) / "report.html"
     write_report([Run(Path(name)) for name in runs], file)
-    out.print(f"report written to {file}", soft_wrap=True)
+    out.print(f"report written to {file}")
 
 
 def chat(
@@ -184,7 +184,7 @@ def _shipped(kind: Kind, name: str | None, command: str) -> None:
         table = Facts()
         for each in known:
             table.add_row(each, shipped_summary(kind, each))
-        out.print(table, soft_wrap=True)
+        out.print(table)
         out.print(f"Copy one: pera {kind} {known[-1]} > mine.yaml, edit it, then: pera {command} mine.yaml")
     elif name in known:
         out.out(shipped_text(kind, name).rstrip("\n"), highlight=False)
@@ -200,9 +200,9 @@ def env(quiet: Quiet = False) -> None:
 
     found = environment()
     for package, version in found.pop("versions").items():
-        out.print(f"{package}: {version or 'not installed'}", soft_wrap=True)
+        out.print(f"{package}: {version or 'not installed'}")
     for key, value in found.items():
-        out.print(f"{key}: {value}", soft_wrap=True)
+        out.print(f"{key}: {value}")
 
 
 def _diagnosis(found: dict[str, LayerDiagnosis], by_layer: bool, is_pera: bool) -> Table:

@@ -80,8 +80,8 @@ def run(
             table.add_row("failed", f"{name}: {outcome.error}")
     left = len(folder.remaining(spec))
     table.add_row("remaining", f"{left} runs (run this command again to continue)" if left else "none")
-    out.print(table, soft_wrap=True)
-    out.print(f"Next: pera study report {quoted(folder.path)}", soft_wrap=True)
+    out.print(table)
+    out.print(f"Next: pera study report {quoted(folder.path)}")
     if counts["failed"]:
         raise typer.Exit(1)
 
@@ -95,7 +95,7 @@ def _print_plan(study: Study, folder: StudyFolder, workers: int) -> None:
         trial.name: ended[trial.name].status if trial.name in ended else "to do" for trial in known_trials(study, ended)
     }
     for name, status in statuses.items():
-        out.print(f"{status:9} {name}", soft_wrap=True)
+        out.print(f"{status:9} {name}")
     expected = Expectation(study, ended)
     seconds, later = expected.remaining(), expected.later()
     known = [second for second in seconds if second is not None]
@@ -111,9 +111,9 @@ def _print_plan(study: Study, folder: StudyFolder, workers: int) -> None:
     if seconds:
         unknown = "unknown until the first run has finished"
         table.add_row("expected", f"about {hours:.1f} h for all{shared}" if known else unknown)
-    out.print(table, soft_wrap=True)
+    out.print(table)
     command = f"pera study report {quoted(folder.path)}"
-    out.print(f"Next: {'this command without --plan, then ' if seconds else ''}{command}", soft_wrap=True)
+    out.print(f"Next: {'this command without --plan, then ' if seconds else ''}{command}")
 
 
 def report(
@@ -139,4 +139,4 @@ def report(
         print_json({"study": results.study.name, **written, "verdict": verdict(results), "comparisons": compared})
         return
     for file in files:
-        out.print(f"report written to {file}", soft_wrap=True)
+        out.print(f"report written to {file}")

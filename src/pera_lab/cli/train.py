@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHOWN = 3
 """Problems of which quickstart shows the answers."""
 
-MINUTES = " (about 3 minutes on two cores)"
+MINUTES = "about 3 minutes on two cores"
 """Measured time of the shipped quickstart: see README.md."""
 
 
@@ -64,16 +64,16 @@ def quickstart(
     run = Run.create(recipe, output)
 
     def ask(model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> None:
-        progress.print(_plan(recipe, splits, minutes=not overrides), soft_wrap=True)
+        progress.print(_plan(recipe, splits, minutes=not overrides))
         asked = replace(splits, test=splits.test[:SHOWN])
         _, answers = evaluate(model, tokenizer, recipe.task, asked, recipe.evaluation, "base")
-        progress.print(_answers("The base model answers", answers), soft_wrap=True)
+        progress.print(_answers("The base model answers", answers))
 
     with run.discarded_on_error():
         summary = train_recipe(recipe, run, save_on_signal=True, before=ask)
     adapter = evaluate_run(run)
     answers = read_predictions(run.predictions / "adapter.jsonl")[:SHOWN]
-    progress.print(_answers("With the adapter", answers), soft_wrap=True)
+    progress.print(_answers("With the adapter", answers))
     base = evaluate_run(run, base=True)
     progress.print("Merging and exporting; each result is read back and compared with the adapter …")
     location = locate_run(run)
@@ -82,8 +82,8 @@ def quickstart(
         "lora": export(location, run.path / "lora").agreement,
     }
     loss_picture(run, run.path / "loss.svg")
-    out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start), soft_wrap=True)
-    out.print(_next_steps(run), soft_wrap=True)
+    out.print(_summary(recipe, run, base, adapter, summary, checks, time.perf_counter() - start))
+    out.print(_next_steps(run))
     if not all(check.agree for check in checks.values()):
         raise CheckFailed("the outputs of the merged model or of the LoRA export differ from the adapter's, see above.")
 
@@ -126,8 +126,8 @@ def train(
     table.add_row("adapter", str(run.adapter.path))
     table.add_row("training", _cost(run, summary))
     table.add_row("report", refreshed_report(run))
-    out.print(table, soft_wrap=True)
-    out.print(f"Next: pera evaluate {quoted(run.path)}", soft_wrap=True)
+    out.print(table)
+    out.print(f"Next: pera evaluate {quoted(run.path)}")
 
 
 def evaluate(
@@ -184,8 +184,8 @@ def evaluate(
             file = str(location.run.lm_eval_file)
             print_json({"run": str(location.run.path), "which": which, "lm_eval": results, "written": file})
             return
-        out.print(_harness(which, results), soft_wrap=True)
-        out.print(f"written to {location.run.lm_eval_file}", soft_wrap=True)
+        out.print(_harness(which, results))
+        out.print(f"written to {location.run.lm_eval_file}")
         return
     score = evaluate_run(location.run, base=base, scorer=scorer)
     if processes.is_main():
@@ -193,7 +193,7 @@ def evaluate(
             files = {"written": str(location.run.scores_file), "report": refreshed_report(location.run)}
             print_json({"run": str(location.run.path), "which": which, "score": asdict(score), **files})
             return
-        out.print(_scores(which, score, location.run), soft_wrap=True)
+        out.print(_scores(which, score, location.run))
 
 
 def predict(
@@ -226,14 +226,14 @@ def predict(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
-    out.print(f"{rows} rows answered, written to {output}", soft_wrap=True)
+    out.print(f"{rows} rows answered, written to {output}")
 
 
 def _plan(recipe: Recipe, splits: Splits, *, minutes: bool) -> str:
     spec = recipe.training
     length = f"{spec.max_steps} steps" if spec.max_steps else f"{spec.epochs:g} epochs"
     return (
-        f"{recipe.model.name} learns {recipe.task.name}{MINUTES if minutes else ''}:\n"
+        f"{recipe.model.name} learns {recipe.task.name}{f' ({MINUTES})' if minutes else ''}:\n"
         f"  1. train: {length} of {spec.effective_batch_size} of {len(splits.train):,} examples\n"
         f"  2. score {len(splits.test):,} {_tested(recipe)}, with the adapter and without\n"
         "  3. merge the adapter, export it as a LoRA, and compare both with it"
@@ -327,10 +327,11 @@ def _cost(run: Run, summary: TrainingSummary) -> str:
     lines = run.metrics()
     resumed = lines[-1]["step"] - summary.steps if lines else 0  # the step that the training was resumed from
     losses = [line["loss"] for line in lines if line["step"] > resumed]
+    ends = losses if len(losses) < 2 else [losses[0], losses[-1]]
     parts = [
         duration(summary.seconds) + (f" since step {resumed}" if resumed else ""),
         f"{summary.tokens / summary.seconds:,.0f} tokens/s" if summary.tokens else "nothing left to train",
-        *([f"loss {' → '.join(f'{loss:.3f}' for loss in (losses[:1] + losses[1:][-1:]))}"] if losses else []),
+        *([f"loss {' → '.join(f'{loss:.3f}' for loss in ends)}"] if ends else []),
     ]
     if summary.peak_memory:
         parts.append(f"peak memory {size(summary.peak_memory)}")
