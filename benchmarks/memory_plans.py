@@ -76,6 +76,8 @@ PLANS: dict[str, Plan] = {
 
 CHOSEN = {"lora": 0.0316, "pera-rms": 0.1, "hira": 0.316, "anchors-16": 0.0316}
 """Rates that the plans above chose for code words at r = 2."""
+CHOSEN_1 = {"lora": 0.0316, "pera-rms": 0.0316, "hira": 0.316, "anchors-16": 0.1}
+"""The same at r = 1."""
 
 
 def _law(facts: str, counts: tuple[int, ...]) -> Plan:
@@ -103,7 +105,19 @@ PLANS |= {
         seeds=(1,),
     ),
     "third": Plan((phonebook(2),), at(2, "pera-third", "anchors-16-all", "anchors-16-third"), report=(1, 2, 3)),
-    "mlp": Plan(({"facts": "codes", "count": 1536, "site": "mlp", "steps": 400},), at(1, *CHOSEN)),
+    "mlp": Plan(
+        ({"facts": "codes", "count": 1536, "site": "mlp", "steps": 400},), at(1, *CHOSEN), report=(1,), fixed=CHOSEN_1
+    ),
+    "earlier": Plan(
+        ({"facts": "codes", "count": 256, "site": "down-28", "steps": 400},),
+        at(1, *CHOSEN),
+        report=(1, 2, 3),
+        fixed=CHOSEN_1,
+    ),
+    "small": Plan(({"facts": "codes", "count": 496, "site": "down-3", "base": "small"},), at(2, *CHOSEN), report=SEEDS),
+    "eight": Plan(
+        (phonebook(8),), at(8, "pera-rms", "lora", "anchors-16"), report=(1, 2, 3), rates=(0.01, 0.0316, 0.1)
+    ),
     "others-codes-2": Plan((codes(2),), at(2, "lokr", "loha", "gralora", "randlora", "full")),
     "frozen-codes-2": Plan((codes(2),), at(2, "anchors-16-gaussian", "anchors-16-svd")),
     **{
