@@ -152,12 +152,15 @@ _KINDS = {"run": "recipe.yaml", "adapter": models.ADAPTER_CONFIG, "model": "conf
 
 @contextmanager
 def _where_the_base_is_named(location: Location) -> Iterator[None]:
-    """Add the file and the key that name the base model to the message if there is no such model."""
+    """Add the file and the key that name the base model to the message if there is no such model. A run that is only
+    starting has no file yet."""
     try:
         yield
     except models.MissingModel as error:
+        if location.run is not None and location.run.new:
+            raise
         if location.run is not None:
-            key, file = "model.name", "the recipe" if location.run.new else repr(str(location.run.recipe_file))
+            key, file = "model.name", repr(str(location.run.recipe_file))
         elif location.adapter is not None:
             key, file = "base_model_name_or_path", repr(str(location.adapter.path / models.ADAPTER_CONFIG))
         else:

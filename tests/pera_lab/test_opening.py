@@ -133,7 +133,13 @@ def test_a_moved_base_of_a_recipe_is_named_by_its_key(refused, workplace):
     content = (workplace / "run" / "recipe.yaml").read_text()
     (workplace / "recipe.yaml").write_text(content)
     shutil.rmtree(workplace / "base")
-    refused("train", "recipe.yaml", "--output", "new", words=["does not exist; set model.name in the recipe to"])
+    refused("train", "recipe.yaml", "--output", "new", words=["model: folder", "does not exist; give a folder"])
+
+
+def test_a_new_run_on_a_misspelled_model_is_told_the_name_that_was_meant(refused, workplace):
+    shutil.copy(workplace / "run" / "recipe.yaml", workplace)
+    mistake = ("model.name=smollm2-135", "--output", "new")
+    refused("train", "recipe.yaml", *mistake, words=["model: 'smollm2-135' is not", "did you mean 'smollm2-135m'?"])
 
 
 @pytest.fixture
@@ -218,7 +224,7 @@ def test_a_base_that_is_an_adapter_is_rejected(refused, workplace):
     shutil.copy(workplace / "lora" / "adapter_config.json", workplace / "base")
     refused("evaluate", "run", words=["base' is an adapter, not a base model; set model.name in 'run/recipe.yaml' to"])
     refused("chat", "run/adapter", words=["set base_model_name_or_path in 'run/adapter/adapter_config.json' to"])
-    refused("train", "run/recipe.yaml", f"model.name={workplace}/base", words=["set model.name in the recipe to"])
+    refused("train", "run/recipe.yaml", f"model.name={workplace}/base", words=["merge it with: pera merge"])
 
 
 NAMES = ["a" * 300, "a/" * 300, "x\0y", "x\ny", "\udc80", "", "~nobody/x", "~\0", "https://a.b/c", "../../..", "a--b/c"]
