@@ -159,7 +159,8 @@ def _llama_cpp_answers(address, scale, request):
     body = {"n_predict": request.count, "n_probs": request.top, "temperature": 0, "lora": [{"id": 0, "scale": scale}]}
     answers = []
     for prompt in request.prompts:
-        rows = post(address, "/completion", prompt=prompt, **body)["completion_probabilities"]
+        # It would continue from the prompt as computed with another scale: github.com/ggml-org/llama.cpp/issues/26207
+        rows = post(address, "/completion", prompt=prompt, cache_prompt=False, **body)["completion_probabilities"]
         answers.append(_most_probable([[[e["id"], e["logprob"]] for e in row["top_logprobs"]] for row in rows]))
     return answers
 
