@@ -13,11 +13,20 @@ from importlib.metadata import version
 from packaging.version import Version
 
 OLDEST_PEFT = "0.21"
+OLDEST_IMPORTABLE_PEFT = "0.20"  # older versions lack names that pera imports
 
 
 def check_peft() -> None:
-    """Warn of a PEFT that is older than pera asks for. ``pip install --no-deps`` allows one."""
+    """Refuse a PEFT that pera cannot import, and warn of one that is older than pera asks for.
+
+    ``pip install --no-deps`` allows both.
+    """
     installed = version("peft")
+    if Version(installed).release < Version(OLDEST_IMPORTABLE_PEFT).release:
+        raise ImportError(
+            f"pera does not work with peft {installed}; install peft>={OLDEST_PEFT}, or peft "
+            f"{OLDEST_IMPORTABLE_PEFT} if another package allows no newer one"
+        )
     if Version(installed).release < Version(OLDEST_PEFT).release:
         warnings.warn(
             f"pera needs peft>={OLDEST_PEFT}; peft {installed} does not save trained biases, loads damaged files of an "

@@ -27,6 +27,12 @@ def test_a_peft_older_than_pera_asks_for_is_named(monkeypatch, recwarn):
         startup.check_peft()
 
 
+def test_a_peft_that_pera_cannot_import_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(startup, "version", lambda package: "0.19.1")
+    with pytest.raises(ImportError, match=r"^pera does not work with peft 0\.19\.1; install peft>=0\.21"):
+        startup.check_peft()
+
+
 @pytest.mark.slow  # it measures time
 def test_import_takes_less_than_one_and_a_half_times_as_long_as_peft(python):
     times = {"import peft": [], "import pera": []}
