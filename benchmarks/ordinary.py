@@ -34,6 +34,7 @@ from grid import Store, choose, fit, minibatches
 from memory import SITES, base, entering
 from memory_facts import CHOOSING, tokenizer
 from memory_methods import METHODS
+from memory_plans import FRESH
 from pera_lab.diagnose.factors import effective_rank
 
 SITE = SITES["down"]
@@ -78,6 +79,8 @@ GLUE = {
     "qnli": Prompted(lambda row: f"{row['question']}\n{row['sentence']}\nAnswered:", (" yes", " no")),
 }
 TASKS = (*GLUE, "gsm8k")
+AGAIN = "gsm8k-again"
+"""The second test: GSM8K with other test problems, fresh seeds, r = 1, and the rates that "gsm8k" chose."""
 
 
 def texts(task: str, part: str, data: Path) -> Iterator[tuple[str, str]]:
@@ -102,9 +105,10 @@ class Inputs(NamedTuple):
         return Inputs(*(part[index] for part in self))
 
 
-LIMIT = {"train": 6000, "test": 2000}
-"""Rows of a task that are used, drawn with a fixed seed (GSM8K: 300 and 60 problems)."""
-PROBLEMS = {"train": 300, "test": 60}
+LIMIT = {"train": slice(6000), "test": slice(2000)}
+"""Rows of a task that are used, in an order drawn with a fixed seed (GSM8K: 300 and 60 problems)."""
+PROBLEMS = {"train": slice(300), "test": slice(60)}
+USED = {"gsm8k": PROBLEMS, AGAIN: {**PROBLEMS, "test": slice(60, 120)}}
 
 
 @torch.no_grad()
@@ -113,11 +117,11 @@ def inputs(task: str, part: str, data: Path) -> Inputs:
     model = base("bfloat16")
     rows = list(texts(task, part, data))
     random.Random(0).shuffle(rows)
-    rows = rows[: (PROBLEMS if task == "gsm8k" else LIMIT)[part]]
+    rows = rows[USED.get(task, LIMIT)[part]]
     encoded = []
     for prompt, answer in rows:
         p, a = (tokenizer()(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
-        encoded.append((p[-256:], a if task == "gsm8k" else a[:1]))
+        encoded.append((p[-256:], a[:1] if task in GLUE else a))
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
     found: dict[int, Inputs] = {}
     block = model.model.layers[SITE.block]
@@ -155,7 +159,7 @@ class Subject:
         self.index = torch.full((self.model.config.vocab_size,), -1)
         self.index[candidates] = torch.arange(len(candidates))
         self.head = self.model.lm_head.weight[candidates]
-        other = "sst2" if task == "gsm8k" else "gsm8k"
+        other = "gsm8k" if task in GLUE else "sst2"
         self.other = kept(other, "test", data, folder).rows(torch.arange(500))
 
     def split(self, seed: int) -> tuple[Inputs, Inputs]:
@@ -239,10 +243,19 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 
+def second_test(store: Store[Run]) -> None:
+    """Run the second test. LoRA of r = 2 shows what a second row is worth."""
+    for method, r in [*((method, 1) for method in TESTED), ("lora", 2)]:
+        run = Run("gsm8k", method, r, 0.0, 0)
+        rate = choose(store, run, RATES.get(method, USUAL), [CHOOSING], lambda x: -x["loss"])
+        for seed in FRESH:
+            store.result(replace(run, task=AGAIN, rate=rate, seed=seed))
+
+
 def main() -> None:
     torch.set_flush_denormal(True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="*", choices=TASKS, default=TASKS)
+    parser.add_argument("task", nargs="*", choices=(*TASKS, AGAIN), default=TASKS)
     parser.add_argument(
         "--output", type=Path, default=Path("ordinary"), help="folder of runs.jsonl (default: ordinary)"
     )
@@ -251,6 +264,9 @@ def main() -> None:
     for task in options.task:
         subject = Subject(task, options.data, options.output / "inputs")
         store = Store(options.output, Run, partial(train, subject=subject))
+        if task == AGAIN:
+            second_test(store)
+            continue
         for method, r in [*((method, r) for r in RANKS for method in TESTED), ("full", 1)]:
             run = Run(task, method, r, 0.0, 0)
             rate = choose(store, run, RATES.get(method, USUAL), [CHOOSING], lambda x: -x["loss"])

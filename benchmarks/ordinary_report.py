@@ -20,6 +20,8 @@ from memory_facts import CHOOSING
 from memory_report import Interval, Result, asked, holm, interval, label, ratio, table
 
 METHODS = ("lora", "pera-rms", "anchors-16", "hira")
+AGAIN = "gsm8k-again"
+"""The task of the second test, as ordinary.py names it."""
 COMPARED = tuple(product(("pera-rms", "anchors-16"), ("lora", "hira")))
 METRIC = {"cola": "matthews"}
 
@@ -30,7 +32,7 @@ class Runs:
     def __init__(self, results: Iterable[Result]) -> None:
         self.all = list(results)
         self.ranks = sorted({x["r"] for x in self.all if x["method"] != "full"})
-        begun = dict.fromkeys(x["task"] for x in self.all)
+        begun = dict.fromkeys(x["task"] for x in self.all if x["task"] != AGAIN)
         self.tasks = [
             task for task in begun if all(self.of(task, *cell) for cell in [*product(METHODS, self.ranks), ("full", 1)])
         ]
@@ -79,6 +81,27 @@ def compared_table(runs: Runs, tasks: Sequence[str]) -> str:
         for (r, method, against), x, p in zip(cells, found, adjusted, strict=True)
     ]
     return table(["r", "method", "against", "n", "ratio of test losses (95 %)", "p, Holm"], rows)
+
+
+def second_table(runs: Runs) -> str:
+    """The second test, r = 1: ratios of test losses on paired seeds, their p adjusted over the ratios."""
+    losses = {m: [loss(x) for x in sorted(runs.of(AGAIN, m, 1), key=lambda x: x["seed"])] for m in METHODS}
+    found = [ratio([a / b for a, b in zip(losses[m], losses[other], strict=True)]) for m, other in COMPARED]
+    rows = [
+        (label(method), label(other), x.n, x.text(3), f"{p:.2g}")
+        for (method, other), x, p in zip(COMPARED, found, holm([x.p for x in found]), strict=True)
+    ]
+    return table(["method", "against", "n", "ratio of test losses (95 %)", "p, Holm"], rows)
+
+
+def second_losses(runs: Runs) -> str:
+    """What the methods of the second test reached."""
+    rows = []
+    for method, r in [*((method, 1) for method in METHODS), ("lora", 2)]:
+        found = runs.of(AGAIN, method, r)
+        spread = interval([loss(x) for x in found]), interval([metric(x) for x in found])
+        rows.append((label(method), r, found[0]["rate"], spread[0].text(3), spread[1].text(1)))
+    return table(["method", "r", "rate", "test loss (95 %)", "accuracy % of tokens"], rows)
 
 
 def task_table(runs: Runs, task: str) -> str:
@@ -143,6 +166,8 @@ def page(runs: Runs) -> str:
         "## Test loss at LoRA's own rate, over LoRA's",
         curve_table(runs),
     ]
+    if runs.of(AGAIN, "lora", 1):
+        parts += ["## The second test: GSM8K again, r = 1", second_table(runs), second_losses(runs)]
     for task in runs.tasks:
         parts += [f"## {task}", task_table(runs, task)]
     return "\n\n".join(parts) + "\n"
