@@ -197,8 +197,8 @@ def test_kept_inputs_of_a_task_give_the_logits_of_the_whole_model(task, monkeypa
 
     model = memory.base("float32")
     monkeypatch.setattr(benchmark, "base", lambda dtype: model)
-    monkeypatch.setattr(benchmark, "LIMIT", {"train": 5, "test": 5})
-    monkeypatch.setattr(benchmark, "PROBLEMS", {"train": 3, "test": 2})
+    monkeypatch.setattr(benchmark, "LIMIT", {"train": slice(5)})
+    monkeypatch.setitem(benchmark.USED, "gsm8k", {"train": slice(3)})
     found = benchmark.inputs(task, "train", DATA)
     rows = list(benchmark.texts(task, "train", DATA))
     benchmark.random.Random(0).shuffle(rows)
