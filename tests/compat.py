@@ -1,7 +1,8 @@
 """Run tests/pera with versions other than the pinned ones of constraints.txt: ``python tests/compat.py [ROW …]``.
 
-Each row of ``ROWS`` gets an environment under build/compat, with the torch of constraints.txt. Without arguments, the
-rows of ``DEFAULT`` run. The variable PYTEST_ADDOPTS gives options to pytest, such as ``-n auto``.
+Each row of ``ROWS`` gets an environment under build/compat, with the torch of constraints.txt unless it names another.
+Without arguments, the rows of ``DEFAULT`` run. PyPI has only CUDA builds of the lowest torch, which take gigabytes. The
+variable PYTEST_ADDOPTS gives options to pytest, such as ``-n auto``.
 """
 
 import os
@@ -14,13 +15,15 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "compat"
 TORCH = re.search(r"^torch==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[0]
-FLOOR = re.findall(r'"((?:peft|transformers)>=.+)"', (ROOT / "pyproject.toml").read_text())
+FLOOR = re.findall(r'"((?:torch|peft|transformers)>=.+)"', (ROOT / "pyproject.toml").read_text())
+LOWEST = {requirement.partition(">=")[0]: requirement.replace(">=", "==") for requirement in FLOOR}
 TOOLS = ("datasets", "hypothesis", "pytest", "pytest-xdist", "scikit-learn")
 
 ROWS = {
-    "lowest": tuple(requirement.replace(">=", "==") for requirement in FLOOR),
-    "newest": ("peft", "transformers", "trl"),
-    "development": ("peft @ git+https://github.com/huggingface/peft", "transformers", "trl"),
+    "lowest": (TORCH, LOWEST["peft"], LOWEST["transformers"]),
+    "lowest-torch": (LOWEST["torch"], LOWEST["peft"], LOWEST["transformers"]),
+    "newest": (TORCH, "peft", "transformers", "trl"),
+    "development": (TORCH, "peft @ git+https://github.com/huggingface/peft", "transformers", "trl"),
 }
 DEFAULT = ("lowest", "newest")
 SHOWN = ("torch", "peft", "transformers", "huggingface_hub")
@@ -33,9 +36,9 @@ def run(row):
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade")
-    subprocess.run([*pip, TORCH], check=True)  # first, so that no other package chooses its build
+    subprocess.run([*pip, ROWS[row][0]], check=True)  # first, so that no other package chooses its build
     eager = ("--upgrade-strategy", "eager")
-    subprocess.run([*pip, *eager, TORCH, *ROWS[row], *TOOLS, "--editable", ROOT], check=True)
+    subprocess.run([*pip, *eager, *ROWS[row], *TOOLS, "--editable", ROOT], check=True)
     versions = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
     report.unlink(missing_ok=True)
     tests = [python, "-m", "pytest", "-q", f"--junit-xml={report}", "tests/pera"]

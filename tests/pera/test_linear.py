@@ -13,6 +13,7 @@ from pera import pera_linear
 from pera.linear import expanded_linear, expansions
 from pera.polynomial import expanded_rank
 from reference import COEFFICIENTS, NORMALIZATIONS, TERMS, by_pair, draw, draw_anchors, relative_error
+from tiny import needs_whole_graphs
 
 M, N = 7, 9
 
@@ -254,6 +255,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
         assert torch.equal(t.grad, gradient)
 
 
+@needs_whole_graphs
 @pytest.mark.parametrize(
     ("normalization", "k", "backend"), [("none", 0, "aot_eager"), ("rms", 4, "aot_eager"), ("rms", 0, "inductor")]
 )

@@ -11,7 +11,9 @@ from transformers import Trainer, TrainingArguments
 
 from pera import PeraConfig
 from reference import relative_error
-from tiny import VOCABULARY, adapt, gpt2, layers, linear, llama, logits, tokens
+from tiny import VOCABULARY, adapt, gpt2, layers, linear, llama, logits, needs_whole_graphs, tokens
+
+pytestmark = needs_whole_graphs
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="the default backend needs a C++ compiler")
 
