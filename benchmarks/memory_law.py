@@ -130,6 +130,7 @@ def law_table(runs: Runs) -> str:
 
 
 def page(runs: Runs) -> str:
+    runs = runs.only(SEEDS)
     parts = ["# The law", "Written by `python benchmarks/memory_law.py` from runs.jsonl.xz.", law_table(runs)]
     for kind in measured(runs):
         parts += [f"## Reduction of the loss, nats: {kind}", cells_table(runs, kind)]
@@ -185,10 +186,10 @@ def draw_law(runs: Runs, file: Path) -> None:
 
 def main() -> None:
     results, output = asked(__doc__, "runs.jsonl.xz", "law.md and law.svg")
-    runs = Runs(results).only(SEEDS)
+    runs = Runs(results)
     (output / "law.md").write_text(page(runs))
     with style():
-        draw_law(runs, output / "law.svg")
+        draw_law(runs.only(SEEDS), output / "law.svg")
 
 
 if __name__ == "__main__":
