@@ -243,13 +243,17 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 
+def chosen_rate(store: Store[Run], run: Run) -> float:
+    """The rate with the smallest held-out loss for the task, method and rank of ``run``."""
+    return choose(store, run, RATES.get(run.method, USUAL), [CHOOSING], lambda x: -x["loss"])
+
+
 def second_test(store: Store[Run]) -> None:
     """Run the second test. LoRA of r = 2 shows what a second row is worth."""
     for method, r in [*((method, 1) for method in TESTED), ("lora", 2)]:
-        run = Run("gsm8k", method, r, 0.0, 0)
-        rate = choose(store, run, RATES.get(method, USUAL), [CHOOSING], lambda x: -x["loss"])
+        rate = chosen_rate(store, Run("gsm8k", method, r, 0.0, 0))
         for seed in FRESH:
-            store.result(replace(run, task=AGAIN, rate=rate, seed=seed))
+            store.result(Run(AGAIN, method, r, rate, seed))
 
 
 def main() -> None:
@@ -269,7 +273,7 @@ def main() -> None:
             continue
         for method, r in [*((method, r) for r in RANKS for method in TESTED), ("full", 1)]:
             run = Run(task, method, r, 0.0, 0)
-            rate = choose(store, run, RATES.get(method, USUAL), [CHOOSING], lambda x: -x["loss"])
+            rate = chosen_rate(store, run)
             if method == "lora":
                 of_lora = rate
             for seed in SEEDS:

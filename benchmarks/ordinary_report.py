@@ -43,8 +43,10 @@ class Runs:
         return [x for x in self.all if (x["task"], x["method"], x["r"]) == (task, method, r)]
 
     def rate(self, task: str, method: str, r: int) -> float:
-        """The rate with the smallest held-out loss."""
+        """The rate with the smallest held-out loss. Where none was chosen, the rate that was used."""
         losses = {x["rate"]: x["loss"] for x in self.of(task, method, r) if x["seed"] >= CHOOSING}
+        if not losses:
+            return float(self.of(task, method, r)[0]["rate"])
         return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
 
     def reported(self, task: str, method: str, r: int, rate: float | None = None) -> list[Result]:
@@ -72,8 +74,8 @@ def loss_ratio(runs: Runs, tasks: Sequence[str], method: str, against: str, r: i
     return ratio(list(np.exp(np.mean(logs, axis=0))))
 
 
-def compared_table(runs: Runs, tasks: Sequence[str]) -> str:
-    cells = [(r, *pair) for r in runs.ranks for pair in COMPARED]
+def compared_table(runs: Runs, tasks: Sequence[str], ranks: Sequence[int]) -> str:
+    cells = [(r, *pair) for r in ranks for pair in COMPARED]
     found = [loss_ratio(runs, tasks, method, against, r) for r, method, against in cells]
     adjusted = holm([x.p for x in found])
     rows = [
@@ -83,22 +85,11 @@ def compared_table(runs: Runs, tasks: Sequence[str]) -> str:
     return table(["r", "method", "against", "n", "ratio of test losses (95 %)", "p, Holm"], rows)
 
 
-def second_table(runs: Runs) -> str:
-    """The second test, r = 1: ratios of test losses on paired seeds, their p adjusted over the ratios."""
-    losses = {m: [loss(x) for x in sorted(runs.of(AGAIN, m, 1), key=lambda x: x["seed"])] for m in METHODS}
-    found = [ratio([a / b for a, b in zip(losses[m], losses[other], strict=True)]) for m, other in COMPARED]
-    rows = [
-        (label(method), label(other), x.n, x.text(3), f"{p:.2g}")
-        for (method, other), x, p in zip(COMPARED, found, holm([x.p for x in found]), strict=True)
-    ]
-    return table(["method", "against", "n", "ratio of test losses (95 %)", "p, Holm"], rows)
-
-
 def second_losses(runs: Runs) -> str:
     """What the methods of the second test reached."""
     rows = []
     for method, r in [*((method, 1) for method in METHODS), ("lora", 2)]:
-        found = runs.of(AGAIN, method, r)
+        found = runs.reported(AGAIN, method, r)
         spread = interval([loss(x) for x in found]), interval([metric(x) for x in found])
         rows.append((label(method), r, found[0]["rate"], spread[0].text(3), spread[1].text(1)))
     return table(["method", "r", "rate", "test loss (95 %)", "accuracy % of tokens"], rows)
@@ -162,12 +153,12 @@ def page(runs: Runs) -> str:
         if runs.left_out
         else "All tasks are complete.",
         "## The test",
-        compared_table(runs, runs.tasks),
+        compared_table(runs, runs.tasks, runs.ranks),
         "## Test loss at LoRA's own rate, over LoRA's",
         curve_table(runs),
     ]
     if runs.of(AGAIN, "lora", 1):
-        parts += ["## The second test: GSM8K again, r = 1", second_table(runs), second_losses(runs)]
+        parts += ["## The second test: GSM8K again, r = 1", compared_table(runs, [AGAIN], [1]), second_losses(runs)]
     for task in runs.tasks:
         parts += [f"## {task}", task_table(runs, task)]
     return "\n\n".join(parts) + "\n"
