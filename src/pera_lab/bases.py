@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from pera.errors import UserError, one_line
+from pera.tuner.layers import is_packed
 from pera_lab.environment import out_of_memory
 from pera_lab.files import read_object
 
@@ -304,6 +306,8 @@ def check_loaded(name: str, model: Any, unexpected: list[str]) -> None:
             "the embeddings; set it to false."
         )
     for key, weight in () if quantized else model.named_parameters():
+        if is_packed(weight):
+            weight = dequantize_module_weight(modules[key.rpartition(".")[0]])
         whole = weight.is_floating_point() and weight.itemsize > 1
         if whole and not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
             raise UserError(f"model: the weights of {name!r} hold NaN or infinity in {key}; download the model again.")

@@ -29,14 +29,14 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pera.errors import UserError, nearest
-from pera.tuner.layers import keep_unpacked
+from pera.tuner.layers import keep_unpacked, of_torchao
 from pera_lab import processes
 from pera_lab.bases import INDEX, SINGLE, TOKENIZER, check_base, check_loaded, files_fingerprint
 from pera_lab.embedded import EMBEDDED, cannot_load, embedded_folder, embedded_name, gguf_folder, unquantised
 from pera_lab.environment import device, fast_dtype, out_of_memory
 from pera_lab.files import read_object, refuse_pipe, user_path
 from pera_lab.placement import Attention, DeviceMap, check_attention, check_computed, check_map, check_placed
-from pera_lab.quantization import Quantization, check_blocks, quantizer
+from pera_lab.quantization import Quantization, check_blocks, check_quantized, quantizer
 
 
 class MissingModel(UserError):
@@ -126,6 +126,8 @@ def load_model(
     check_computed(attn_implementation, name, model)
     check_loaded(name, model, loading["unexpected_keys"])
     keep_unpacked(model)
+    if quantization is not None:
+        check_quantized(quantization, name, model)
     check_blocks(name, model)
     if labels is not None:
         _keep_head_in_float32(model)
@@ -435,7 +437,7 @@ def fingerprint(
     for name, weight in sorted(model.state_dict().items()):
         if weight.is_meta and read is not None:
             weight = read(name)
-        if hasattr(weight, "__tensor_flatten__"):  # quantised by torchao
+        if of_torchao(weight):
             weight = weight.dequantize()
         first = weight.flatten()[:16]
         if dtype is not None and first.is_floating_point():
@@ -480,7 +482,7 @@ def dequantise(model: PreTrainedModel) -> PreTrainedModel:
     method = getattr(model.config.quantization_config, "quant_method", "unknown")
     for module in model.modules():
         weight: Any = module._parameters.get("weight")
-        if weight is not None and hasattr(weight, "__tensor_flatten__"):  # torchao
+        if weight is not None and of_torchao(weight):
             module._parameters["weight"] = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
     transposed = [name for name, module in model.named_modules() if getattr(module, "source_cls", None) is Conv1D]
     quantised: Any = model

@@ -7,19 +7,21 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
-from transformers.utils.import_utils import is_bitsandbytes_available
+from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.utils.import_utils import is_bitsandbytes_available, is_torchao_available
 
 from pera.errors import UserError
+from pera.tuner.layers import is_packed
 from pera_lab.extras import missing_extra
 
-Quantization = Literal["nf4", "fp4", "int8"]
-"""nf4 and fp4 take about 4 bits per weight, int8 (LLM.int8()) takes 8. All of them are from bitsandbytes."""
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8"]
+"""nf4 and fp4 take about 4 bits per weight, int8 (LLM.int8()) takes 8; these are from bitsandbytes. torchao-int8 takes
+8 bits per weight and, unlike int8, leaves the inputs of layers as they are."""
 
 
 def quantizer(
     kind: Quantization, name: str, config: Any, dtype: torch.dtype | None, whole: Iterable[str] | None
-) -> BitsAndBytesConfig:
+) -> BitsAndBytesConfig | TorchAoConfig:
     """The settings with which transformers quantizes a model while it loads the weights.
 
     The 4-bit kinds use double quantization: the scales of the blocks are quantized too, which saves 0.37 bits per
@@ -33,7 +35,7 @@ def quantizer(
         whole: names of the modules that keep their dtype. None keeps the output head, as transformers does.
 
     Raises:
-        UserError: bitsandbytes is missing or too old, or the stored model is quantized already.
+        UserError: the package is missing or too old, or the stored model is quantized already.
     """
     if (stored := getattr(config, "quantization_config", None)) is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
@@ -42,7 +44,12 @@ def quantizer(
             "the model before quantization."
         )
     check_installed(kind)
-    options: dict[str, Any] = {"llm_int8_skip_modules": None if whole is None else sorted(whole)}
+    skipped = None if whole is None else sorted(whole)
+    if kind == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)
+    options: dict[str, Any] = {"llm_int8_skip_modules": skipped}
     if kind == "int8":
         options["load_in_8bit"] = True
     else:
@@ -52,9 +59,20 @@ def quantizer(
 
 
 def check_installed(kind: Quantization) -> None:
-    """Raise UserError if bitsandbytes is missing or too old."""
-    if not is_bitsandbytes_available():
-        raise UserError(f"model.quantization={kind!r}: {missing_extra('bitsandbytes', 'quantized')}")
+    """Raise UserError if the package that quantizes is missing or too old."""
+    torchao = kind == "torchao-int8"
+    if not (is_torchao_available() if torchao else is_bitsandbytes_available()):
+        package = "torchao" if torchao else "bitsandbytes"
+        raise UserError(f"model.quantization={kind!r}: {missing_extra(package, 'quantized')}")
+
+
+def check_quantized(kind: Quantization, name: str, model: nn.Module) -> None:
+    """Raise UserError if no layer of a loaded model is quantized, as torchao leaves the transposed layers of GPT-2."""
+    if not any(is_packed(weight) for weight in model.parameters()):
+        raise UserError(
+            f"model.quantization={kind!r}: {name!r} has no layer that this quantizes; give another kind, such as nf4 "
+            "or int8, or leave quantization out."
+        )
 
 
 def check_blocks(name: str, model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from pera.errors import UserError, one_line
 from pera.optim import parameter_groups
+from pera.tuner.layers import of_torchao
 from pera_lab import checkpoints, engines, methods, models, placement, processes, quantization
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
@@ -171,6 +172,12 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, signals: Signals | None) ->
             f"model.quantization={recipe.model.quantization!r}: PEFT cannot use {recipe.method} on a quantized base "
             f"model ({one_line(error)}); give another method, such as pera or lora, or leave quantization out."
         ) from error
+    if any(weight.requires_grad and of_torchao(weight) for weight in adapted.parameters()):
+        named = getattr(config, "modules_to_save", None)
+        raise UserError(
+            f"model.quantization={recipe.model.quantization!r}: method.modules_to_save={named} names quantized layers, "
+            "whose weights cannot be trained; leave them out."
+        )
 
     if spec.packing and processes.loads_base() and not takes_packing(adapted):
         raise UserError(

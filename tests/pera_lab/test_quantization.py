@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ from transformers import (
     GPT2LMHeadModel,
     RobertaConfig,
     RobertaModel,
+    TorchAoConfig,
 )
 
 from pera.errors import UserError
-from pera.tuner.layers import keep_unpacked
+from pera.tuner.layers import keep_unpacked, of_torchao
 from pera_lab import models, quantization
 from pera_lab.convert.export import export
 from pera_lab.convert.merge import merge
@@ -38,8 +40,10 @@ from pera_lab.training import train
 from reference import relative_error
 
 bnb = pytest.importorskip("bitsandbytes")
+Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
 
 NF4 = "model.quantization=nf4"
+TORCHAO = "model.quantization=torchao-int8"
 PACKED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 ON_PLAIN_BASE = pytest.mark.filterwarnings("ignore:.*this command uses the base model before quantization")
 
@@ -66,9 +70,16 @@ def train_wide(train_run, wide_llama):
 
 
 @pytest.fixture(scope="session")
-def finished_nf4_run(train_wide, tmp_path_factory):
+def finished_run(train_wide, tmp_path_factory):
+    """Returns a trained run for a kind of quantization. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("runs")
+    return cache(lambda kind: train_wide(folder / kind, f"model.quantization={kind}"))
+
+
+@pytest.fixture
+def finished_nf4_run(finished_run):
     """A trained run on a 4-bit base. Tests must not change it."""
-    return train_wide(tmp_path_factory.mktemp("runs") / "nf4", NF4)
+    return finished_run("nf4")
 
 
 @pytest.fixture
@@ -88,6 +99,7 @@ def linears(model):
         ("nf4", torch.bfloat16, (0.05, 0.15)),
         ("fp4", torch.float32, (0.05, 0.2)),
         ("int8", torch.float16, (0.001, 0.02)),
+        ("torchao-int8", torch.bfloat16, (0.001, 0.02)),
     ],
 )
 def test_all_linear_layers_but_the_head_are_quantized(kind, dtype, error, wide_llama):
@@ -99,19 +111,20 @@ def test_all_linear_layers_but_the_head_are_quantized(kind, dtype, error, wide_l
     assert head.weight.dtype == model.get_input_embeddings().weight.dtype == dtype
     assert packed.keys() == linears(plain).keys() - {"lm_head"}
     for name, layer in packed.items():
-        assert isinstance(layer, PACKED)
+        assert isinstance(layer, PACKED) or of_torchao(layer.weight)
         found = dequantize_module_weight(layer).float()
         assert error[0] < relative_error(found, plain.get_submodule(name).weight) < error[1]
-        if kind != "int8":
+        if kind in ("nf4", "fp4"):
             assert (layer.weight.quant_type, layer.weight.quant_state.nested) == (kind, True)
             assert layer.compute_dtype == dtype
 
 
-def test_no_part_of_the_head_of_a_classifier_is_quantized(tmp_path, tokenizer):
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
+def test_no_part_of_the_head_of_a_classifier_is_quantized(kind, tmp_path, tokenizer):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     RobertaModel(RobertaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
-    model = models.load_model(str(tmp_path), labels=2, quantization="nf4")
-    packed = {name for name, module in linears(model).items() if isinstance(module, PACKED)}
+    model = models.load_model(str(tmp_path), labels=2, quantization=kind)
+    packed = {name for name, m in linears(model).items() if isinstance(m, PACKED) or of_torchao(m.weight)}
     assert linears(model).keys() - packed == {"classifier.dense", "classifier.out_proj"}
     assert model.classifier.dense.weight.dtype == torch.float32
 
@@ -150,6 +163,20 @@ def test_a_run_learns_and_is_scored_on_the_quantized_base(finished_nf4_run, nf4_
     assert loaded == ["nf4"] * 5
 
 
+def test_a_run_on_torchaos_weights_learns_and_opens_the_same_base(finished_run, wide_llama):
+    run = finished_run("torchao-int8")
+    losses = [line["loss"] for line in run.metrics()]
+    assert losses[-1] < 0.8 * losses[0]
+    settings = TorchAoConfig(Int8WeightOnlyConfig())
+    base = AutoModelForCausalLM.from_pretrained(wide_llama, quantization_config=settings, dtype=torch.float32)
+    tokens = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        expected = locate(str(run.path)).adapter.load_on(base)(tokens).logits
+        found = open_model(locate(str(run.path)), "float32")[0](tokens).logits
+    assert torch.equal(found, expected)
+    assert evaluate_run(run).n > 0
+
+
 def test_the_terminal_the_record_the_page_and_the_card_name_the_quantization(pera, wide_recipe):
     outcome = pera("train", wide_recipe, "training.max_steps=3", NF4, "--output", "run")
     assert outcome.code == 0, outcome.err
@@ -178,15 +205,9 @@ def test_another_quantization_is_refused_when_a_run_is_resumed(nf4_run, refused)
     refused("train", nf4_run.path, "model.quantization=fp4", "--resume", words=["--resume", "model.quantization"])
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_conversions_are_for_the_base_before_quantization(
-    kind, request, train_wide, wide_llama, tmp_path, unmerged, logits
-):
-    run = (
-        request.getfixturevalue("finished_nf4_run")
-        if kind == "nf4"
-        else train_wide(tmp_path / "run", f"model.quantization={kind}")
-    )
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+def test_conversions_are_for_the_base_before_quantization(kind, finished_run, wide_llama, tmp_path, unmerged, logits):
+    run = finished_run(kind)
     with pytest.warns(UserWarning, match=f"quantized to {kind}; this command uses the base model before quantization"):
         assert merge(locate_adapter(str(run.path)), tmp_path / "merged").agree
     adapted = logits(unmerged(wide_llama, run.adapter.path))
@@ -199,14 +220,15 @@ def test_conversions_are_for_the_base_before_quantization(
 
 
 @ON_PLAIN_BASE
-def test_a_merge_into_the_dequantised_base_has_the_outputs_of_the_run(finished_nf4_run, tmp_path, logits):
-    location = locate_adapter(str(finished_nf4_run.path))
+@pytest.mark.parametrize(("kind", "rounding"), [("nf4", 0.1), ("torchao-int8", 0.01)])
+def test_a_merge_into_the_dequantised_base_has_the_outputs_of_the_run(kind, rounding, finished_run, tmp_path, logits):
+    location = locate_adapter(str(finished_run(kind).path))
     assert merge(location, tmp_path / "merged", dequantised=True).agree
     quantized, _ = open_model(location, "float32")
     assert (logits(quantized) - logits(tmp_path / "merged")).abs().max() < 1e-3
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     merge(location, tmp_path / "plain")
-    assert (logits(quantized) - logits(tmp_path / "plain")).abs().max() > 0.1
+    assert (logits(quantized) - logits(tmp_path / "plain")).abs().max() > rounding
 
 
 @ON_PLAIN_BASE
@@ -278,6 +300,18 @@ REFUSED = {
         [NF4, "method={name: pera, target_modules: [q_proj], target_parameters: [o_proj.weight]}"],
         ["target_parameters", "torch.uint8 cannot be adapted"],
     ),
+    "HiRA, torchao": (
+        [TORCHAO, "method={name: hira, target_modules: [q_proj]}"],
+        ["model.quantization='torchao-int8'", "'hira'", "give pera or lora"],
+    ),
+    "whole layers, torchao": (
+        [TORCHAO, "method.modules_to_save=[o_proj]"],
+        ["model.quantization='torchao-int8'", "modules_to_save=['o_proj']", "leave them out"],
+    ),
+    "parameters, torchao": (
+        [TORCHAO, "method={name: pera, target_modules: [q_proj], target_parameters: [o_proj.weight]}"],
+        ["target_parameters: 'weight' is packed by torchao; leave it out"],
+    ),
 }
 
 
@@ -314,11 +348,28 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused(tiny_llama):
         models.load_model(str(tiny_llama), quantization="nf4")
 
 
-def test_a_missing_bitsandbytes_is_named_before_training(refused, wide_recipe, monkeypatch):
-    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: False)
-    refused(
-        "train", wide_recipe, NF4, words=["model.quantization='nf4'", "'bitsandbytes'", install_command("quantized")]
-    )
+@pytest.mark.parametrize(("kind", "package"), [("nf4", "bitsandbytes"), ("torchao-int8", "torchao")])
+def test_a_missing_package_is_named_before_training(kind, package, refused, wide_recipe, monkeypatch):
+    monkeypatch.setattr(quantization, f"is_{package}_available", lambda: False)
+    words = [f"model.quantization={kind!r}", repr(package), install_command("quantized")]
+    refused("train", wide_recipe, f"model.quantization={kind}", words=words)
+
+
+def test_a_model_without_layers_for_torchao_is_refused(tmp_path):
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"quantization='torchao-int8': .* has no layer that this quantizes"):
+        models.load_model(str(tmp_path), quantization="torchao-int8")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+def test_weights_that_are_not_finite_are_refused(kind, wide_llama, tmp_path, change_weights):
+    def change(tensors):
+        return {key: weight * torch.inf if "o_proj" in key else weight for key, weight in tensors.items()}
+
+    shutil.copytree(wide_llama, tmp_path / "broken")
+    change_weights(tmp_path / "broken" / "model.safetensors", change)
+    with pytest.raises(UserError, match=r"hold NaN or infinity in .*o_proj"):
+        models.load_model(str(tmp_path / "broken"), quantization=kind)
 
 
 @ON_PLAIN_BASE
@@ -346,8 +397,9 @@ def test_a_study_sets_it_for_all_runs(wide_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_model_is_trained_in_4_bits_scored_merged_exported_and_verified(pera):
-    overrides = ("training.max_steps=10", "training.logging_steps=2", "task.test_size=8", "training.batch_size=4", NF4)
+@pytest.mark.parametrize("kind", [NF4, TORCHAO])
+def test_a_quantized_real_model_is_trained_scored_merged_exported_and_verified(kind, pera):
+    overrides = ("training.max_steps=10", "training.logging_steps=2", "task.test_size=8", "training.batch_size=4", kind)
     commands = [
         ("train", "quickstart", *overrides, "--output", "run"),
         ("evaluate", "run"),

@@ -239,6 +239,7 @@ class PeraModel(BaseTuner):
             r=config.r,
             alpha=config.pera_alpha,
             module_name=anchored_name(current_key.rpartition(".")[0]),
+            **get_quantization_kwargs(self),
         )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

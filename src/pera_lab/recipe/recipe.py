@@ -46,8 +46,8 @@ class ModelSection(GrownSection):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is bfloat16 if the hardware supports it natively, else float32. Adapters are always float32."""
     quantization: Quantization | None = None
-    """Quantize the linear layers while loading: nf4 or fp4 (4 bits, double quantization) or int8. ``dtype`` is then the
-    dtype of the computation."""
+    """Quantize the linear layers while loading: nf4 or fp4 (4 bits, double quantization), int8 (LLM.int8()) or
+    torchao-int8 (weights only). ``dtype`` is then the dtype of the computation."""
     attn_implementation: Attention | None = None
     """How attention is computed; by default as transformers chooses."""
     device_map: DeviceMap | None = None
@@ -128,6 +128,11 @@ class Recipe(Section):
             raise ValueError(
                 f"model.quantization={kind!r}: method.init_lora_weights={init!r} decomposes the base model, which "
                 "would give another adapter after a merge; leave one of them out."
+            )
+        if kind == "torchao-int8" and config.peft_type not in ("PERA", "LORA"):
+            raise ValueError(
+                f"model.quantization={kind!r}: method.name={self.method['name']!r} does not support torchao's weights; "
+                "give pera or lora, or model.quantization=int8."
             )
         return self
 

@@ -13,7 +13,7 @@ from pera.tuner.layers.convolution import PeraConvolution
 from pera.tuner.layers.embedding import PeraEmbedding
 from pera.tuner.layers.linear import PeraConv1DLinear, PeraLinear
 from pera.tuner.layers.parameter import ParamWrapper
-from pera.tuner.layers.quantised import keep_unpacked
+from pera.tuner.layers.quantised import is_packed, keep_unpacked, of_torchao
 from pera.tuner.names import plain_name
 
 __all__ = [
@@ -25,8 +25,10 @@ __all__ = [
     "PeraLayer",
     "PeraLinear",
     "adapted_layers",
+    "is_packed",
     "keep_unpacked",
     "layer_class",
+    "of_torchao",
     "require_one_name_each",
 ]
 

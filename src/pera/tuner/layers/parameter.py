@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from pera.errors import UserError
 from pera.tuner.layers.base import PeraLayer
+from pera.tuner.layers.quantised import of_torchao
 from pera.tuner.sharding import check_whole
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,6 +44,8 @@ class ParamWrapper(PeraLayer):
 
     def _features(self) -> tuple[int, int]:
         shape = tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))  # DeepSpeed ZeRO-3 leaves a part
+        if of_torchao(self.parameter):
+            raise UserError(f"target_parameters: {self.parameter_name!r} is packed by torchao; leave it out.")
         if len(shape) not in (2, 3) or self.parameter.dtype not in _FLOATING:
             raise UserError(
                 f"target_parameters: {self.parameter_name!r} of shape {shape} and dtype "

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def of_torchao(weight: Tensor) -> bool:
+    """Whether a weight is packed by torchao. Its dtype is then the one that layers compute in."""
+    return type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is packed by torchao or bitsandbytes."""
+    return of_torchao(weight) or not weight.is_floating_point()
 
 
 def keep_unpacked(model: nn.Module) -> None:
