@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from pera.errors import UserError
 from pera_lab.environment import out_of_memory
 from pera_lab.extras import missing_extra
-from pera_lab.files import atomic_folder, disk_errors, lock_of, locked, read_object, user_path, write_json
+from pera_lab.files import atomic_folder, disk_errors, lock_of, locked, make_cache, read_object, user_path, write_json
 from pera_lab.gguf_header import check_header
 
 
@@ -117,12 +117,7 @@ def _converted(gguf: Path, key: str) -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise missing_extra("gguf", "gguf")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the cache {str(folder.parent)!r} cannot be written: {error.strerror}; set PERA_CACHE to another folder."
-        ) from error
+    make_cache(folder.parent, "PERA_CACHE")
     with disk_errors(folder), locked(lock_of(folder), folder, wait=True):
         if not folder.is_dir():
             with atomic_folder(folder) as partial:

@@ -452,6 +452,26 @@ def check_journal(path: Path) -> None:
         raise UserError(f"output: {str(path)!r} exists and was not written by pera; rename it or write elsewhere.")
 
 
+def make_cache(folder: Path, variable: str) -> None:
+    """Create a folder for caches unless it is there.
+
+    Args:
+        folder: the folder.
+        variable: the environment variable that puts it elsewhere.
+
+    Raises:
+        UserError: the folder cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"the cache {str(folder)!r} cannot be written: {error.strerror}; set {variable} to another folder."
+        ) from error
+
+
 def cannot_write(path: Path, error: Exception) -> UserError:
     """The error for a path that cannot be written."""
     reason = _reason(error)

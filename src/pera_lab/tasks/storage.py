@@ -12,7 +12,7 @@ from typing import Any
 
 from pera.errors import UserError, one_line
 from pera_lab.extras import missing_extra
-from pera_lab.files import atomic_folder, disk_errors, lock_of, locked
+from pera_lab.files import atomic_folder, lock_of, locked, make_cache
 from pera_lab.tasks.formats import opened_parquet, parse_csv, split_lines
 
 
@@ -39,8 +39,9 @@ def cached(digest: str, write: Callable[[Path], None]) -> Path:
         UserError: the folder cannot be written.
     """
     folder = Path(datasets_library().config.HF_DATASETS_CACHE) / "pera" / digest[:32]
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir():
+        return folder
+    make_cache(folder.parent, "HF_DATASETS_CACHE")
     with locked(lock_of(folder), folder, wait=True):
         if not folder.is_dir():
             with atomic_folder(folder) as partial:

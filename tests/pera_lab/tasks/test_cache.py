@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def encode(task, tokenizer, max_length=64):
 
 def content(encoded):
     return [dict(row) for row in encoded.rows], encoded.left_out, encoded.shortened
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_cache_that_cannot_be_written_is_named(missing, file, long_data, tokenizer, monkeypatch, cached):
+    if missing:
+        cached.parent.touch()
+    else:
+        cached.mkdir(parents=True)
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != cached)
+    words = r"the cache '.*pera' cannot be written: .*; set HF_DATASETS_CACHE to another folder"
+    with pytest.raises(UserError, match=words):
+        encode(OwnTask(data=str(file), test_size=10), tokenizer)
 
 
 def test_long_data_give_the_same_splits_and_manifest(file, monkeypatch):
