@@ -105,9 +105,7 @@ PLANS |= {
         seeds=(1,),
     ),
     "third": Plan((phonebook(2),), at(2, "pera-third", "anchors-16-all", "anchors-16-third"), report=(1, 2, 3)),
-    "mlp": Plan(
-        ({"facts": "codes", "count": 1536, "site": "mlp", "steps": 400},), at(1, *CHOSEN), report=(1,), fixed=CHOSEN_1
-    ),
+    "mlp": Plan(({"facts": "codes", "count": 1536, "site": "mlp", "steps": 400},), at(1, *CHOSEN), report=(1,)),
     "earlier": Plan(
         ({"facts": "codes", "count": 256, "site": "down-28", "steps": 400},),
         at(1, *CHOSEN),

@@ -3,9 +3,9 @@
     python benchmarks/ordinary.py [TASK ...] [--output FOLDER] [--data ../shared/data]   # resumes; one JSON line a run
 
 SmolLM2-135M with an adapter on down_proj of the last block, as in the test of docs/results/memory.md. The answer is one
-token after a prompt (GLUE), or every token of a solution (GSM8K). All layers below are frozen, so the inputs of
-the site are computed once, in bfloat16, and kept. The softmax is over the possible answers; for GSM8K over the tokens
-that occur in solutions.
+token after a prompt (GLUE), every token of a solution (GSM8K), or every token of a word (the family relationships of
+reasoning-gym). All layers below are frozen, so the inputs of the site are computed once, in bfloat16, and kept. The
+softmax is over the tokens that occur in answers.
 
 A run draws its training rows, their order and its initial weights from its seed. Rates are chosen by the loss on
 held-out training rows. Reported runs are scored on the validation set.
@@ -36,6 +36,8 @@ from memory_facts import CHOOSING, tokenizer
 from memory_methods import METHODS
 from memory_plans import FRESH
 from pera_lab.diagnose.factors import effective_rank
+from pera_lab.tasks.examples import Splits
+from pera_lab.tasks.reasoning import ReasoningTask
 
 SITE = SITES["down"]
 TESTED = ("lora", "anchors-16", "hira", "pera-rms")
@@ -78,7 +80,9 @@ GLUE = {
     "mrpc": Prompted(lambda row: f"{row['sentence1']}\n{row['sentence2']}\nSame meaning:", (" no", " yes")),
     "qnli": Prompted(lambda row: f"{row['question']}\n{row['sentence']}\nAnswered:", (" yes", " no")),
 }
-TASKS = (*GLUE, "gsm8k")
+FAMILY = "family_relationships"
+"""A task of the reasoning recipes, with families of three or four, as in the recipe quickstart."""
+TASKS = (*GLUE, "gsm8k", FAMILY)
 AGAIN = "gsm8k-again"
 """The second test: GSM8K with other test problems, fresh seeds, r = 1, and the rates that "gsm8k" chose."""
 
@@ -89,9 +93,19 @@ def texts(task: str, part: str, data: Path) -> Iterator[tuple[str, str]]:
         file = data / "glue" / task / {"train": "train.jsonl", "test": "validation.jsonl"}[part]
         for row in map(json.loads, file.read_text().splitlines()):
             yield GLUE[task].prompt(row), GLUE[task].answers[row["label"]]
+    elif task == FAMILY:
+        for example in getattr(_families(), part):
+            yield f"Question: {example.prompt}\nAnswer:", f" {example.answer}"
     else:
         for row in map(json.loads, (data / "gsm8k" / f"{part}.jsonl").read_text().splitlines()):
             yield f"{row['question']}\n", row["answer"]
+
+
+@cache
+def _families() -> Splits:
+    sizes = {key: value.stop for key, value in LIMIT.items()}
+    options = {"min_family_size": 3, "max_family_size": 4}
+    return ReasoningTask(name=FAMILY, train_size=sizes["train"], test_size=sizes["test"], options=options).build()
 
 
 class Inputs(NamedTuple):

@@ -22,6 +22,8 @@ from memory_report import Interval, Result, asked, holm, interval, label, ratio,
 METHODS = ("lora", "pera-rms", "anchors-16", "hira")
 AGAIN = "gsm8k-again"
 """The task of the second test, as ordinary.py names it."""
+LATER = ("family_relationships",)
+"""Tasks that the first test did not name, each with a test of its own."""
 COMPARED = tuple(product(("pera-rms", "anchors-16"), ("lora", "hira")))
 METRIC = {"cola": "matthews"}
 
@@ -38,6 +40,8 @@ class Runs:
         ]
         """The tasks of which every method was measured."""
         self.left_out = [task for task in begun if task not in self.tasks]
+        self.first = [task for task in self.tasks if task not in LATER]
+        """The tasks of the first test."""
 
     def of(self, task: str, method: str, r: int) -> list[Result]:
         return [x for x in self.all if (x["task"], x["method"], x["r"]) == (task, method, r)]
@@ -133,14 +137,14 @@ def curve_table(runs: Runs) -> str:
     rows = []
     for r, method in product(runs.ranks, ("pera-rms", "anchors-16")):
         steps: dict[str, list[float]] = {}
-        for task in runs.tasks:
+        for task in runs.first:
             rate = runs.rate(task, "lora", r)
             pairs = zip(runs.reported(task, method, r, rate), runs.reported(task, "lora", r, rate), strict=True)
             for x, other in pairs:
                 for step in x["curve"]:
                     steps.setdefault(step, []).append(math.log(x["curve"][step] / other["curve"][step]))
                 steps.setdefault("600", []).append(math.log(x["loss"] / other["loss"]))
-        by_seed = {step: np.reshape(logs, (len(runs.tasks), -1)).mean(0) for step, logs in steps.items() if step != "0"}
+        by_seed = {step: np.reshape(logs, (len(runs.first), -1)).mean(0) for step, logs in steps.items() if step != "0"}
         rows.append((r, label(method), *(ratio(list(np.exp(logs))).text(3) for logs in by_seed.values())))
     return table(["r", "method", *(f"{step} steps" for step in by_seed)], rows)
 
@@ -153,7 +157,7 @@ def page(runs: Runs) -> str:
         if runs.left_out
         else "All tasks are complete.",
         "## The test",
-        compared_table(runs, runs.tasks, runs.ranks),
+        compared_table(runs, runs.first, runs.ranks),
         "## Test loss at LoRA's own rate, over LoRA's",
         curve_table(runs),
     ]
@@ -161,6 +165,8 @@ def page(runs: Runs) -> str:
         parts += ["## The second test: GSM8K again, r = 1", compared_table(runs, [AGAIN], [1]), second_losses(runs)]
     for task in runs.tasks:
         parts += [f"## {task}", task_table(runs, task)]
+        if task in LATER:
+            parts.append(compared_table(runs, [task], runs.ranks))
     return "\n\n".join(parts) + "\n"
 
 

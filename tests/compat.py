@@ -1,8 +1,8 @@
 """Run tests/pera with versions other than the pinned ones of constraints.txt: ``python tests/compat.py [ROW …]``.
 
 Each row of ``ROWS`` gets an environment under build/compat, with the torch of constraints.txt unless it names another.
-Without arguments, the rows of ``DEFAULT`` run. PyPI has only CUDA builds of the lowest torch, which take gigabytes. The
-variable PYTEST_ADDOPTS gives options to pytest, such as ``-n auto``.
+Without arguments, the rows of ``DEFAULT`` run. Of other versions of torch PyPI has only CUDA builds, which take
+gigabytes. The variable PYTEST_ADDOPTS gives options to pytest, such as ``-n auto``.
 """
 
 import os
@@ -23,6 +23,7 @@ ROWS = {
     "lowest": (TORCH, LOWEST["peft"], LOWEST["transformers"]),
     "lowest-torch": (LOWEST["torch"], LOWEST["peft"], LOWEST["transformers"]),
     "newest": (TORCH, "peft", "transformers", "trl"),
+    "newest-torch": ("torch", "peft", "transformers", "trl"),
     "development": (TORCH, "peft @ git+https://github.com/huggingface/peft", "transformers", "trl"),
 }
 DEFAULT = ("lowest", "newest")

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
+import peft
 import pytest
 import torch
 import transformers
@@ -11,6 +12,7 @@ from packaging.version import Version
 from peft import get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
 
 import reference
@@ -22,6 +24,13 @@ needs_whole_graphs = pytest.mark.skipif(
     reason="torch 2.7 breaks the graph, and the versions between were not tried",
 )
 """Skip a test that compiles adapted layers without a graph break."""
+
+
+needs_peft_of_transformers = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"the adapter methods of transformers {transformers.__version__} need peft {MIN_PEFT_VERSION}",
+)
+"""Skip a test of ``add_adapter`` and its relatives. transformers 5.24 asks for a PEFT that is not released."""
 
 
 def needs_transformers(version, reason):

@@ -132,7 +132,7 @@ class Fullness:
             return f"A LoRA of rank {needed} would do: cut to that rank, the adapter keeps {_share(kept)} of its gain."
         below = max(rank for rank in self.loss_at_rank if rank < needed)
         lost = (self.loss_at_rank[below] - self.loss) / self.gain
-        uses = f"a cut to rank {below} loses {_share(min(lost, 1.0))} of the gain"
+        uses = f"a cut to rank {below} loses {_share(min(lost, 1.0))} of the gain" if below else "it uses its rank of 1"
         bits = f"it learned {self.learned.per_parameter:.2g} bits per parameter" if self.learned else ""
         if self.verdict == "full":
             return f"The adapter is full: {uses}, and {bits}. Anchors, a larger rank or more layers will store more."

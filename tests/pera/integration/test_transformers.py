@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from pera import PeraConfig, UserError
 from reference import NORMALIZATIONS, relative_error
-from tiny import VOCABULARY, adapt, gpt2, layers, llama, logits, needs_transformers, tokens
+from tiny import VOCABULARY, adapt, gpt2, layers, llama, logits, needs_peft_of_transformers, needs_transformers, tokens
+
+pytestmark = needs_peft_of_transformers
 
 
 def config(**options):

@@ -1,5 +1,6 @@
 """PeraConfig: defaults, refused values, the way from LoRA, saving and loading."""
 
+import inspect
 import json
 import re
 from dataclasses import fields
@@ -83,7 +84,8 @@ def test_published_refuses_to_change_the_method(options, message):
 
 
 def test_every_option_is_documented_in_order():
-    documented = re.findall(r"^        (\w+): ", PeraConfig.__doc__.partition("Raises:")[0], re.MULTILINE)
+    arguments = inspect.getdoc(PeraConfig).partition("Args:")[2].partition("Raises:")[0]
+    documented = re.findall(r"^    (\w+): ", arguments, re.MULTILINE)
     inherited = {f.name for f in fields(PeftConfig)}
     assert documented == [f.name for f in fields(PeraConfig) if f.name not in inherited]
 

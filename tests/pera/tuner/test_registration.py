@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 import pera
 from pera import PeraConfig, PeraModel
-from tiny import adapt, layers, llama, logits
+from tiny import adapt, layers, llama, logits, needs_peft_of_transformers
 
 
 def test_the_method_is_a_member_like_any_other():
@@ -49,6 +49,7 @@ def test_the_status_of_a_model_names_the_method():
     assert [layer.module_type for layer in get_layer_status(model)] == ["pera.PeraLinear"] * 2
 
 
+@needs_peft_of_transformers
 def test_transformers_loads_and_deletes_an_adapter(tmp_path):
     model = adapt(llama(), target_modules=["q_proj", "v_proj"], normalization="rms")
     expected = logits(model)

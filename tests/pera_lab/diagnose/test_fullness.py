@@ -132,6 +132,7 @@ WHOLE = Fullness(2, 2, 1.9, 1.0, {0: 3.0, 1: 2.0}, 9.0, Learned(100, 700.0, 1000
         ({"loss_at_rank": {0: 3.0, 1: 1.2}}, "full", "a cut to rank 1 loses 10 %"),
         ({"frequency_loss": 2.0, "loss_at_rank": {0: 30.0, 1: 1.2}}, "full", "a cut to rank 1 loses 20 % of the gain"),
         ({"r": 3, "rank": 3, "loss_at_rank": {0: 3.0, 1: 2.0, 2: 1.05}}, "full", "a cut to rank 1 loses 50 %"),
+        ({"r": 1, "rank": 1, "loss_at_rank": {0: 3.0}}, "full", "The adapter is full: it uses its rank of 1, and it"),
         ({"loss": 3.2}, "undecided", "the loss, 3.2, is no lower than without ΔW or with label frequencies alone, 3."),
         ({"frequency_loss": 0.9}, "undecided", "the loss, 1, is no lower than without ΔW or"),
         ({"loss": math.nan}, "undecided", "the loss, nan, is no lower than without ΔW"),

@@ -324,11 +324,11 @@ def test_the_study_decides_whether_code_of_its_base_may_run(trusted, study_file,
     assert len(seen) > 1  # a resumed run and new ones
 
 
-def test_a_non_finite_loss_is_recorded_as_diverged(study_file, tmp_path):
-    overrides = ["choose.learning_rate=[1e-2,1e30]", "training.max_grad_norm=0", "grid.method=[lora]"]
+def test_a_training_that_is_not_finite_is_recorded_as_diverged(study_file, tmp_path):
+    overrides = ["choose.learning_rate=[1e-2,3e38]", "training.weight_decay=10", "grid.method=[lora]"]
     folder = StudyFolder(tmp_path / "diverging")
     outcomes = run_study(study_of(study_file, *overrides, "report.seeds=[42]"), folder)
-    lost = outcomes[f"{LORA}-choose-lr1e+30-seed1"]
+    lost = outcomes[f"{LORA}-choose-lr3e+38-seed1"]
     assert lost.status == "diverged"
     assert "not finite" in lost.error
     assert outcomes[f"{LORA}-report-lr0.01-seed42"].status == "finished"
