@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from pera import PeraConfig
 from reference import relative_error
-from tiny import VOCABULARY, gpt2, llama, logits, tokens
+from tiny import VOCABULARY, gpt2, llama, logits, needs_peft_of_transformers, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -164,6 +164,7 @@ def test_bfloat16_autocast_trains_a_float32_adapter(tmp_path):
     assert found != plain
 
 
+@needs_peft_of_transformers
 def test_an_adapter_added_by_transformers_is_trained_and_saved(tmp_path):
     model = llama()
     torch.manual_seed(1)
