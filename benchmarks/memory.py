@@ -33,6 +33,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import memory_base
 import memory_plans
 from grid import Store, choose, fit, minibatches
 from memory_facts import BASE, FACTS, Facts
@@ -66,7 +67,8 @@ class Run:
     dropout: float = 0.0
     """Of the adapter's input."""
     base: str = "pretrained"
-    """"random" initializes the base model at random, so its hidden states carry no knowledge."""
+    """"random" initializes the base model at random, so its hidden states carry no knowledge. "small" is the model of
+    memory_base.py."""
 
 
 class Site(NamedTuple):
@@ -84,6 +86,7 @@ def _mlp(blocks: str) -> str:
 
 SITES = {
     "down": Site(r"model\.layers\.29\.mlp\.down_proj", 29, "down"),
+    "down-3": Site(r"model\.layers\.3\.mlp\.down_proj", 3, "down"),  # the last block of the small base
     "down-28": Site(r"model\.layers\.28\.mlp\.down_proj", 28, "mlp"),
     "mlp": Site(_mlp("29"), 29, "mlp"),
     "mlp-15": Site(_mlp("15"), 15, "mlp"),
@@ -224,8 +227,9 @@ class Subject:
 
 @cache
 def base(dtype: str, weights: str = "pretrained") -> Any:
-    """SmolLM2-135M, frozen; ``dtype`` and ``weights`` as in :class:`Run`."""
-    model = load_model(BASE, dtype="float32" if dtype == "nf4" else dtype)
+    """SmolLM2-135M or the small base, frozen; ``dtype`` and ``weights`` as in :class:`Run`."""
+    name = str(memory_base.FOLDER) if weights == "small" else BASE
+    model = load_model(name, dtype="float32" if dtype == "nf4" else dtype)
     if weights == "random":
         torch.manual_seed(0)
         model = type(model)(model.config).to(model.dtype)

@@ -112,6 +112,7 @@ PLANS |= {
         report=(1, 2, 3),
         fixed=CHOSEN_1,
     ),
+    "small": Plan(({"facts": "codes", "count": 496, "site": "down-3", "base": "small"},), at(2, *CHOSEN), report=SEEDS),
     "eight": Plan(
         (phonebook(8),), at(8, "pera-rms", "lora", "anchors-16"), report=(1, 2, 3), rates=(0.01, 0.0316, 0.1)
     ),
