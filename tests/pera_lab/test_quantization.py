@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pera.errors import UserError
-from pera.tuner.layers import keep_unpacked, of_torchao
+from pera.tuner.layers import is_packed, keep_unpacked
 from pera_lab import models, quantization
 from pera_lab.convert.export import export
 from pera_lab.convert.merge import merge
@@ -39,12 +39,11 @@ from pera_lab.study.plan import choose_trials
 from pera_lab.training import train
 from reference import relative_error
 
-bnb = pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes")
 Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
 
 NF4 = "model.quantization=nf4"
 TORCHAO = "model.quantization=torchao-int8"
-PACKED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 ON_PLAIN_BASE = pytest.mark.filterwarnings("ignore:.*this command uses the base model before quantization")
 
 
@@ -111,7 +110,7 @@ def test_all_linear_layers_but_the_head_are_quantized(kind, dtype, error, wide_l
     assert head.weight.dtype == model.get_input_embeddings().weight.dtype == dtype
     assert packed.keys() == linears(plain).keys() - {"lm_head"}
     for name, layer in packed.items():
-        assert isinstance(layer, PACKED) or of_torchao(layer.weight)
+        assert is_packed(layer.weight)
         found = dequantize_module_weight(layer).float()
         assert error[0] < relative_error(found, plain.get_submodule(name).weight) < error[1]
         if kind in ("nf4", "fp4"):
@@ -124,7 +123,7 @@ def test_no_part_of_the_head_of_a_classifier_is_quantized(kind, tmp_path, tokeni
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     RobertaModel(RobertaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
     model = models.load_model(str(tmp_path), labels=2, quantization=kind)
-    packed = {name for name, m in linears(model).items() if isinstance(m, PACKED) or of_torchao(m.weight)}
+    packed = {name for name, m in linears(model).items() if is_packed(m.weight)}
     assert linears(model).keys() - packed == {"classifier.dense", "classifier.out_proj"}
     assert model.classifier.dense.weight.dtype == torch.float32
 
@@ -163,7 +162,7 @@ def test_a_run_learns_and_is_scored_on_the_quantized_base(finished_nf4_run, nf4_
     assert loaded == ["nf4"] * 5
 
 
-def test_a_run_on_torchaos_weights_learns_and_opens_the_same_base(finished_run, wide_llama):
+def test_a_run_on_torchaos_weights_learns_and_opens_the_same_base(finished_run, wide_llama, tmp_path):
     run = finished_run("torchao-int8")
     losses = [line["loss"] for line in run.metrics()]
     assert losses[-1] < 0.8 * losses[0]
@@ -174,7 +173,8 @@ def test_a_run_on_torchaos_weights_learns_and_opens_the_same_base(finished_run, 
         expected = locate(str(run.path)).adapter.load_on(base)(tokens).logits
         found = open_model(locate(str(run.path)), "float32")[0](tokens).logits
     assert torch.equal(found, expected)
-    assert evaluate_run(run).n > 0
+    shutil.copytree(run.path, tmp_path / "copy")
+    assert evaluate_run(Run(tmp_path / "copy")).n > 0
 
 
 def test_the_terminal_the_record_the_page_and_the_card_name_the_quantization(pera, wide_recipe):
