@@ -60,9 +60,11 @@ def quantizer(
 
 def check_installed(kind: Quantization) -> None:
     """Raise UserError if the package that quantizes is missing or too old."""
-    torchao = kind == "torchao-int8"
-    if not (is_torchao_available() if torchao else is_bitsandbytes_available()):
-        package = "torchao" if torchao else "bitsandbytes"
+    if kind == "torchao-int8":
+        package, installed = "torchao", is_torchao_available()
+    else:
+        package, installed = "bitsandbytes", is_bitsandbytes_available()
+    if not installed:
         raise UserError(f"model.quantization={kind!r}: {missing_extra(package, 'quantized')}")
 
 

@@ -26,6 +26,7 @@ from transformers import (
 from pera.errors import UserError
 from pera.tuner.layers import is_packed, keep_unpacked
 from pera_lab import models, quantization
+from pera_lab.bases import check_loaded
 from pera_lab.convert.export import export
 from pera_lab.convert.merge import merge
 from pera_lab.convert.verify import verify
@@ -370,6 +371,13 @@ def test_weights_that_are_not_finite_are_refused(kind, wide_llama, tmp_path, cha
     change_weights(tmp_path / "broken" / "model.safetensors", change)
     with pytest.raises(UserError, match=r"hold NaN or infinity in .*o_proj"):
         models.load_model(str(tmp_path / "broken"), quantization=kind)
+
+
+def test_integers_that_no_library_packed_are_loaded():
+    model = nn.Module()
+    model.counts = nn.Module()
+    model.counts.seen = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    check_loaded("a model", model, [])
 
 
 @ON_PLAIN_BASE

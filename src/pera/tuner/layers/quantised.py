@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 def of_torchao(weight: Tensor) -> bool:
     """Whether a weight is packed by torchao. Its dtype is then the one that layers compute in."""
-    return type(weight).__module__.partition(".")[0] == "torchao"
+    return _library(weight) == "torchao"
 
 
 def is_packed(weight: Tensor) -> bool:
     """Whether a weight is packed by torchao or bitsandbytes."""
-    return of_torchao(weight) or not weight.is_floating_point()
+    return _library(weight) in ("torchao", "bitsandbytes")
+
+
+def _library(weight: Tensor) -> str:
+    return type(weight).__module__.partition(".")[0]
 
 
 def keep_unpacked(model: nn.Module) -> None:
