@@ -103,9 +103,8 @@ def texts(task: str, part: str, data: Path) -> Iterator[tuple[str, str]]:
 
 @cache
 def _families() -> Splits:
-    sizes = {key: value.stop for key, value in LIMIT.items()}
-    options = {"min_family_size": 3, "max_family_size": 4}
-    return ReasoningTask(name=FAMILY, train_size=sizes["train"], test_size=sizes["test"], options=options).build()
+    sizes = {f"{part}_size": rows.stop for part, rows in LIMIT.items()}
+    return ReasoningTask(name=FAMILY, options={"min_family_size": 3, "max_family_size": 4}, **sizes).build()
 
 
 class Inputs(NamedTuple):

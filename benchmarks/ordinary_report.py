@@ -18,11 +18,10 @@ import numpy as np
 
 from memory_facts import CHOOSING
 from memory_report import Interval, Result, asked, holm, interval, label, ratio, table
+from ordinary import AGAIN, FAMILY
 
 METHODS = ("lora", "pera-rms", "anchors-16", "hira")
-AGAIN = "gsm8k-again"
-"""The task of the second test, as ordinary.py names it."""
-LATER = ("family_relationships",)
+LATER = (FAMILY,)
 """Tasks that the first test did not name, each with a test of its own."""
 COMPARED = tuple(product(("pera-rms", "anchors-16"), ("lora", "hira")))
 METRIC = {"cola": "matthews"}
