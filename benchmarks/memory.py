@@ -239,13 +239,17 @@ def base(dtype: str, weights: str = "pretrained") -> Any:
     return model.eval().requires_grad_(False)
 
 
+def adapted_at(model: Any, site: Site) -> dict[str, nn.Linear]:
+    """The linear layers of a site by their names."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(site.targets, n)}
+
+
 def train(run: Run) -> dict[str, Any]:
     """Train and score one run."""
     subject = prepared(run)
     start = time.perf_counter()
     site, whole = subject.site, run.vocabulary == "whole"
-    names = [n for n, m in subject.model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(site.targets, n)]
-    layers = {name: subject.model.get_submodule(name) for name in names}
+    layers = adapted_at(subject.model, site)
     originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     torch.manual_seed(run.seed)
     method = METHODS[run.method]

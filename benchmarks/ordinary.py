@@ -1,11 +1,12 @@
 """Do anchors help where nothing has to be stored? Ordinary tasks at the site of benchmarks/memory.py.
 
     python benchmarks/ordinary.py [TASK ...] [--output FOLDER] [--data ../shared/data]   # resumes; one JSON line a run
+    python benchmarks/ordinary.py gsm8k family_relationships --site mlp --dtype float32  # three matrices at r = 1
 
-SmolLM2-135M with an adapter on down_proj of the last block, as in the test of docs/results/memory.md. The answer is one
-token after a prompt (GLUE), every token of a solution (GSM8K), or every token of a word (the family relationships of
-reasoning-gym). All layers below are frozen, so the inputs of the site are computed once, in bfloat16, and kept. The
-softmax is over the tokens that occur in answers.
+SmolLM2-135M with an adapter on down_proj of the last block, as in the test of docs/results/memory.md, or on the three
+matrices of its MLP. The answer is one token after a prompt (GLUE), every token of a solution (GSM8K), or every token of
+a word (the family relationships of reasoning-gym). All layers below are frozen, so the inputs of the site are computed
+once and kept. The softmax is over the tokens that occur in answers.
 
 A run draws its training rows, their order and its initial weights from its seed. Rates are chosen by the loss on
 held-out training rows. Reported runs are scored on the validation set.
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from grid import Store, choose, fit, minibatches
-from memory import SITES, base, entering
+from memory import SITES, adapted_at, base, entering
 from memory_facts import CHOOSING, tokenizer
 from memory_methods import METHODS
 from memory_plans import FRESH
@@ -39,7 +40,8 @@ from pera_lab.diagnose.factors import effective_rank
 from pera_lab.tasks.examples import Splits
 from pera_lab.tasks.reasoning import ReasoningTask
 
-SITE = SITES["down"]
+BLOCK = SITES["down"].block
+"""All adapters are in the MLP of this block, the last one."""
 TESTED = ("lora", "anchors-16", "hira", "pera-rms")
 RANKS = (1, 2, 4)
 SEEDS = (1, 2, 3, 4, 5)
@@ -64,6 +66,10 @@ class Run:
     r: int
     rate: float
     seed: int
+    site: str = "down"
+    """"down" or "mlp", as in :data:`memory.SITES`."""
+    dtype: str = "bfloat16"
+    """Of the frozen layers below the site, which is in float32."""
 
 
 class Prompted(NamedTuple):
@@ -125,9 +131,9 @@ USED = {"gsm8k": PROBLEMS, AGAIN: {**PROBLEMS, "test": slice(60, 120)}}
 
 
 @torch.no_grad()
-def inputs(task: str, part: str, data: Path) -> Inputs:
-    """The inputs of the site for every answer token of a task."""
-    model = base("bfloat16")
+def inputs(task: str, part: str, data: Path, dtype: str) -> Inputs:
+    """The inputs of the site for every answer token of a task, computed in ``dtype``."""
+    model = base(dtype)
     rows = list(texts(task, part, data))
     random.Random(0).shuffle(rows)
     rows = rows[USED.get(task, LIMIT)[part]]
@@ -137,12 +143,12 @@ def inputs(task: str, part: str, data: Path) -> Inputs:
         encoded.append((p[-256:], a[:1] if task in GLUE else a))
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
     found: dict[int, Inputs] = {}
-    block = model.model.layers[SITE.block]
+    block = model.model.layers[BLOCK]
     for part_of in torch.tensor(order).split(32):
         chosen = [encoded[i] for i in part_of.tolist()]
         width = max(len(p) + len(a) for p, a in chosen) - 1
         ids = torch.tensor([(p + a[:-1]) + [0] * (width - len(p) - len(a) + 1) for p, a in chosen])
-        h = entering(model, SITE, ids)
+        h = entering(model, SITES["down"], ids)
         inner = block.post_attention_layernorm(h)
         x = block.mlp.act_fn(block.mlp.gate_proj(inner)) * block.mlp.up_proj(inner)
         for i, row, (p, a) in zip(part_of.tolist(), range(len(chosen)), chosen, strict=True):
@@ -152,28 +158,28 @@ def inputs(task: str, part: str, data: Path) -> Inputs:
 
 
 @cache
-def kept(task: str, part: str, data: Path, folder: Path) -> Inputs:
+def kept(task: str, part: str, data: Path, folder: Path, dtype: str) -> Inputs:
     """:func:`inputs`, kept in a file."""
-    file = folder / f"{task}-{part}.pt"
+    file = folder / f"{task}-{part}-{dtype}.pt"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(tuple(inputs(task, part, data)), file.with_suffix(".part"))
+        torch.save(tuple(inputs(task, part, data, dtype)), file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
     return Inputs(*torch.load(file))
 
 
 class Subject:
-    """The last projection and the head of the base, for the inputs of a task."""
+    """The site and the head of the base, for the inputs of a task."""
 
-    def __init__(self, task: str, data: Path, folder: Path) -> None:
-        self.model = base("float32")
-        self.train, self.test = (kept(task, part, data, folder) for part in ("train", "test"))
+    def __init__(self, task: str, site: str, data: Path, folder: Path, dtype: str) -> None:
+        self.model, self.site = base("float32"), SITES[site]
+        self.train, self.test = (kept(task, part, data, folder, dtype) for part in ("train", "test"))
         candidates = torch.cat([self.train.labels, self.test.labels]).unique()
         self.index = torch.full((self.model.config.vocab_size,), -1)
         self.index[candidates] = torch.arange(len(candidates))
         self.head = self.model.lm_head.weight[candidates]
         other = "gsm8k" if task in GLUE else "sst2"
-        self.other = kept(other, "test", data, folder).rows(torch.arange(500))
+        self.other = kept(other, "test", data, folder, dtype).rows(torch.arange(500))
 
     def split(self, seed: int) -> tuple[Inputs, Inputs]:
         """Training rows and the rows that are scored. Rates are chosen on the first rows, reported on the others."""
@@ -185,8 +191,10 @@ class Subject:
         return self.train.rows(draw[: min(ROWS, count - HELD_OUT)]), self.test
 
     def states(self, rows: Inputs) -> Tensor:
-        block = self.model.model.layers[SITE.block]
-        return self.model.model.norm(rows.residual + block.mlp.down_proj(rows.x))
+        block = self.model.model.layers[BLOCK]
+        down = self.site.begins == "down"
+        change = block.mlp.down_proj(rows.x) if down else block.mlp(block.post_attention_layernorm(rows.residual))
+        return self.model.model.norm(rows.residual + change)
 
     def logits(self, rows: Inputs) -> Tensor:
         return self.states(rows) @ self.head.T
@@ -215,15 +223,16 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
     """Train and score one run."""
     start = time.perf_counter()
     rows, scored = subject.split(run.seed)
-    layer = subject.model.model.layers[SITE.block].mlp.down_proj
-    original, before = layer.weight.detach().clone(), subject.elsewhere()
+    layers = adapted_at(subject.model, subject.site)
+    originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    before = subject.elsewhere()
     torch.manual_seed(run.seed)
     method = METHODS[run.method]
     adapted = None
     if method.config is None:
-        parameters = [layer.weight.requires_grad_()]
+        parameters = [layer.weight.requires_grad_() for layer in layers.values()]
     else:
-        adapted = get_peft_model(subject.model, method.config(run.r, SITE.targets))
+        adapted = get_peft_model(subject.model, method.config(run.r, subject.site.targets))
         method.prepare(adapted)
         parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0)
@@ -242,17 +251,20 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
     with torch.no_grad():
         if adapted is not None:
             adapted.merge_adapter()
-        delta = layer.weight - original
+        deltas = {name: layer.weight - originals[name] for name, layer in layers.items()}
         if adapted is not None:
             adapted.unmerge_adapter()
             adapted.unload()
-        layer.weight.requires_grad_(False)
         if math.isfinite(found["loss"]):
-            U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-            found["effective_rank"] = effective_rank(S.double())
-            layer.weight.copy_(original + U[:, : run.r] * S[: run.r] @ Vh[: run.r])
+            spectra = {name: torch.linalg.svd(delta, full_matrices=False) for name, delta in deltas.items()}
+            ranks = [effective_rank(S.double()) for _, S, _ in spectra.values()]
+            found["effective_rank"] = sum(ranks) / len(ranks)
+            for name, (U, S, Vh) in spectra.items():
+                layers[name].weight.copy_(originals[name] + U[:, : run.r] * S[: run.r] @ Vh[: run.r])
             found["cut_r"] = subject.score(scored)["loss"]
-        layer.weight.copy_(original)
+        for name, layer in layers.items():
+            layer.weight.requires_grad_(False)
+            layer.weight.copy_(originals[name])
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -261,12 +273,25 @@ def chosen_rate(store: Store[Run], run: Run) -> float:
     return choose(store, run, RATES.get(run.method, USUAL), [CHOOSING], lambda x: -x["loss"])
 
 
-def second_test(store: Store[Run]) -> None:
-    """Run the second test. LoRA of r = 2 shows what a second row is worth."""
-    for method, r in [*((method, 1) for method in TESTED), ("lora", 2)]:
-        rate = chosen_rate(store, Run("gsm8k", method, r, 0.0, 0))
+AT_ONE = (*((method, 1) for method in TESTED), ("lora", 2))
+"""Methods of a test at r = 1. LoRA of r = 2 shows what a second row is worth."""
+
+
+def second_test(store: Store[Run], dtype: str) -> None:
+    """Run the second test."""
+    for method, r in AT_ONE:
+        rate = chosen_rate(store, Run("gsm8k", method, r, 0.0, 0, dtype=dtype))
         for seed in FRESH:
-            store.result(Run(AGAIN, method, r, rate, seed))
+            store.result(Run(AGAIN, method, r, rate, seed, dtype=dtype))
+
+
+def three_matrices(store: Store[Run], task: str, dtype: str) -> None:
+    """Run the test with the adapter on the three matrices of the MLP."""
+    for method, r in AT_ONE:
+        run = Run(task, method, r, 0.0, 0, "mlp", dtype)
+        rate = chosen_rate(store, run)
+        for seed in SEEDS:
+            store.result(replace(run, rate=rate, seed=seed))
 
 
 def main() -> None:
@@ -277,15 +302,24 @@ def main() -> None:
         "--output", type=Path, default=Path("ordinary"), help="folder of runs.jsonl (default: ordinary)"
     )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--site", choices=("down", "mlp"), default="down", help="mlp: the test of three matrices")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the frozen layers below the site"
+    )
     options = parser.parse_args()
+    if options.site == "mlp" and AGAIN in options.task:
+        parser.error(f"--site mlp: {AGAIN} is a test of one matrix; leave it out.")
     for task in options.task:
-        subject = Subject(task, options.data, options.output / "inputs")
+        subject = Subject(task, options.site, options.data, options.output / "inputs", options.dtype)
         store = Store(options.output, Run, partial(train, subject=subject))
+        if options.site == "mlp":
+            three_matrices(store, task, options.dtype)
+            continue
         if task == AGAIN:
-            second_test(store)
+            second_test(store, options.dtype)
             continue
         for method, r in [*((method, r) for r in RANKS for method in TESTED), ("full", 1)]:
-            run = Run(task, method, r, 0.0, 0)
+            run = Run(task, method, r, 0.0, 0, dtype=options.dtype)
             rate = chosen_rate(store, run)
             if method == "lora":
                 of_lora = rate

@@ -4,8 +4,8 @@
 
 The run is exported with `pera export` to a LoRA and to GGUF and merged with `pera merge`. Greedy decoding of all facts
 is then done by pera, by plain PEFT in a process that does not import pera, by the merged model in bfloat16, by
-llama.cpp on the base's GGUF file, and by LoRAs that are truncated to lower ranks. The table shows the recall of each,
-and how many answers equal pera's.
+llama.cpp on the base's GGUF file as it is and with its weights in float32, and by LoRAs that are truncated to lower
+ranks. The table shows the recall of each, and how many answers equal pera's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import gguf
 
 from pera_lab.convert.llamacpp import complete, serving
 from pera_lab.embedded import resolve_gguf
@@ -56,6 +58,27 @@ def llama_cpp(base: Path, adapter: Path, prompts: list[list[int]], length: int) 
         return [complete(address, p, n_predict=length, return_tokens=True)["tokens"][:length] for p in prompts]
 
 
+def in_float32(file: Path, output: Path) -> Path:
+    """Write a GGUF model with its weights dequantised to float32, and return the file.
+
+    llama.cpp multiplies quantised weights by inputs that it quantises as well, so its outputs differ from those of the
+    same weights in transformers. In float32 they do not.
+    """
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(output, reader.fields["general.architecture"].contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return output
+
+
 def pera(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pera", *arguments], check=True, stdout=sys.stderr)
 
@@ -85,7 +108,7 @@ def measure(folder: Path, output: Path, ranks: Sequence[int]) -> None:
     pera("export", str(folder), "--to", "gguf", "--output", str(output / "gguf"))
     pera("merge", str(folder), "--output", str(output / "merged"))
     base = str(local_folder(recipe.model.name))
-    gguf = resolve_gguf(recipe.model.name)
+    model = resolve_gguf(recipe.model.name)
     print("| run by | recall | answers equal to pera's |\n| --- | --- | --- |")
 
     def show(name: str, answers: list[list[int]]) -> None:
@@ -100,9 +123,11 @@ def measure(folder: Path, output: Path, ranks: Sequence[int]) -> None:
     for rank in ranks:
         pera("export", str(folder), "--to", "lora", "--max-rank", str(rank), "--output", str(output / f"lora-{rank}"))
         show(f"LoRA truncated to rank {rank}", plain(base, output / f"lora-{rank}", "float32", prompts, length))
-    if gguf is not None:
-        answers = llama_cpp(gguf, output / "gguf/adapter.gguf", prompts, length)
-        show(f"GGUF, llama.cpp on {gguf.name}", answers)
+    if model is not None:
+        adapter = output / "gguf/adapter.gguf"
+        show(f"GGUF, llama.cpp on {model.name}", llama_cpp(model, adapter, prompts, length))
+        plain_model = in_float32(model, output / "base.gguf")
+        show("GGUF, llama.cpp on the same base in float32", llama_cpp(plain_model, adapter, prompts, length))
 
 
 if __name__ == "__main__":

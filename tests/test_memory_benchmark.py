@@ -199,7 +199,9 @@ def test_kept_inputs_of_a_task_give_the_logits_of_the_whole_model(task, monkeypa
     monkeypatch.setattr(benchmark, "base", lambda dtype: model)
     monkeypatch.setattr(benchmark, "LIMIT", {"train": slice(5)})
     monkeypatch.setitem(benchmark.USED, "gsm8k", {"train": slice(3)})
-    found = benchmark.inputs(task, "train", DATA)
+    found = benchmark.inputs(task, "train", DATA, "float32")
+    subject = object.__new__(benchmark.Subject)
+    subject.model = model
     rows = list(benchmark.texts(task, "train", DATA))
     benchmark.random.Random(0).shuffle(rows)
     first = 0
@@ -209,7 +211,8 @@ def test_kept_inputs_of_a_task_give_the_logits_of_the_whole_model(task, monkeypa
         with torch.no_grad():
             whole = model(torch.tensor([p + a[:-1]])).logits[0, len(p) - 1 :]
             mine = found.rows(torch.arange(first, first + len(a)))
-            h = mine.residual + model.model.layers[29].mlp.down_proj(mine.x)
-            torch.testing.assert_close(model.lm_head(model.model.norm(h)), whole, rtol=1e-4, atol=1e-3)
+            for site in ("down", "mlp"):
+                subject.site = memory.SITES[site]
+                torch.testing.assert_close(model.lm_head(subject.states(mine)), whole, rtol=1e-4, atol=1e-3)
         assert mine.labels.tolist() == a
         first += len(a)
