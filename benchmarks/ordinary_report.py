@@ -18,7 +18,7 @@ import numpy as np
 
 from memory_facts import CHOOSING
 from memory_report import Interval, Result, asked, holm, interval, label, ratio, table
-from ordinary import AGAIN, FAMILY
+from ordinary import AGAIN, AT_ONE, FAMILY
 
 METHODS = ("lora", "pera-rms", "anchors-16", "hira")
 LATER = (FAMILY,)
@@ -28,10 +28,11 @@ METRIC = {"cola": "matthews"}
 
 
 class Runs:
-    """Results by task, method and rank."""
+    """Results at a site by task, method and rank."""
 
-    def __init__(self, results: Iterable[Result]) -> None:
-        self.all = list(results)
+    def __init__(self, results: Iterable[Result], site: str = "down") -> None:
+        self.anywhere = list(results)
+        self.all = [x for x in self.anywhere if x.get("site", "down") == site]  # early runs do not state it
         self.ranks = sorted({x["r"] for x in self.all if x["method"] != "full"})
         begun = dict.fromkeys(x["task"] for x in self.all if x["task"] != AGAIN)
         self.tasks = [
@@ -44,6 +45,10 @@ class Runs:
 
     def of(self, task: str, method: str, r: int) -> list[Result]:
         return [x for x in self.all if (x["task"], x["method"], x["r"]) == (task, method, r)]
+
+    def at(self, site: str) -> Runs:
+        """The results at another site."""
+        return Runs(self.anywhere, site)
 
     def rate(self, task: str, method: str, r: int) -> float:
         """The rate with the smallest held-out loss. Where none was chosen, the rate that was used."""
@@ -77,25 +82,42 @@ def loss_ratio(runs: Runs, tasks: Sequence[str], method: str, against: str, r: i
     return ratio(list(np.exp(np.mean(logs, axis=0))))
 
 
-def compared_table(runs: Runs, tasks: Sequence[str], ranks: Sequence[int]) -> str:
-    cells = [(r, *pair) for r in ranks for pair in COMPARED]
-    found = [loss_ratio(runs, tasks, method, against, r) for r, method, against in cells]
+def compared_table(runs: Runs, head: str, cells: Iterable[tuple[str | int, Sequence[str], int]]) -> str:
+    """The ratios of each cell: its name, its tasks and its rank. p is adjusted over all of them."""
+    pairs = [(*cell, *pair) for cell in cells for pair in COMPARED]
+    found = [loss_ratio(runs, tasks, method, against, r) for _, tasks, r, method, against in pairs]
     adjusted = holm([x.p for x in found])
     rows = [
-        (r, label(method), label(against), x.n, x.text(3), f"{p:.2g}")
-        for (r, method, against), x, p in zip(cells, found, adjusted, strict=True)
+        (name, label(method), label(against), x.n, x.text(3), f"{p:.2g}")
+        for (name, _, _, method, against), x, p in zip(pairs, found, adjusted, strict=True)
     ]
-    return table(["r", "method", "against", "n", "ratio of test losses (95 %)", "p, Holm"], rows)
+    return table([head, "method", "against", "n", "ratio of test losses (95 %)", "p, Holm"], rows)
 
 
-def second_losses(runs: Runs) -> str:
-    """What the methods of the second test reached."""
+def by_rank(runs: Runs, tasks: Sequence[str], ranks: Sequence[int]) -> str:
+    return compared_table(runs, "r", ((r, tasks, r) for r in ranks))
+
+
+def losses_at_one(runs: Runs, task: str) -> str:
+    """What the methods reached in a test at r = 1."""
     rows = []
     for method, r in [*((method, 1) for method in METHODS), ("lora", 2)]:
-        found = runs.reported(AGAIN, method, r)
+        found = runs.reported(task, method, r)
         spread = interval([loss(x) for x in found]), interval([metric(x) for x in found])
         rows.append((label(method), r, found[0]["rate"], spread[0].text(3), spread[1].text(1)))
     return table(["method", "r", "rate", "test loss (95 %)", "accuracy % of tokens"], rows)
+
+
+def three_matrices(runs: Runs) -> list[str]:
+    """The test with the adapter on the three matrices of the MLP."""
+    begun = dict.fromkeys(x["task"] for x in runs.all)
+    tasks = [task for task in begun if all(runs.of(task, *cell) for cell in AT_ONE)]
+    if not tasks:
+        return []
+    parts = ["## Three matrices, r = 1", compared_table(runs, "task", ((task, [task], 1) for task in tasks))]
+    for task in tasks:
+        parts += [f"### {task} in three matrices", losses_at_one(runs, task)]
+    return parts
 
 
 def task_table(runs: Runs, task: str) -> str:
@@ -156,16 +178,17 @@ def page(runs: Runs) -> str:
         if runs.left_out
         else "All tasks are complete.",
         "## The test",
-        compared_table(runs, runs.first, runs.ranks),
+        by_rank(runs, runs.first, runs.ranks),
         "## Test loss at LoRA's own rate, over LoRA's",
         curve_table(runs),
     ]
     if runs.of(AGAIN, "lora", 1):
-        parts += ["## The second test: GSM8K again, r = 1", compared_table(runs, [AGAIN], [1]), second_losses(runs)]
+        parts += ["## The second test: GSM8K again, r = 1", by_rank(runs, [AGAIN], [1]), losses_at_one(runs, AGAIN)]
     for task in runs.tasks:
         parts += [f"## {task}", task_table(runs, task)]
         if task in LATER:
-            parts.append(compared_table(runs, [task], runs.ranks))
+            parts.append(by_rank(runs, [task], runs.ranks))
+    parts += three_matrices(runs.at("mlp"))
     return "\n\n".join(parts) + "\n"
 
 

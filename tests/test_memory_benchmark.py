@@ -158,6 +158,26 @@ def test_rate_of_an_ordinary_task_has_the_smallest_held_out_loss():
     assert [x["loss"] for x in found.reported("sst2", "lora", 1)] == [0.9]
 
 
+def test_runs_at_several_matrices_are_apart_from_those_at_one():
+    def of(method, r, seed, loss, **site):
+        line = ordinary_line("gsm8k", method, seed, loss) | {"r": r, "accuracy": 0.5}
+        return line | site
+
+    at_one = [of("lora", 1, seed, 0.9) for seed in (1, 2, 3, 1000)]  # early runs do not state their site
+    mlp = [
+        of(method, r, seed, loss + seed / 1000, site="mlp")
+        for method, r, loss in [("lora", 1, 0.8), ("lora", 2, 0.7), ("hira", 1, 0.6), ("pera-rms", 1, 0.4)]
+        for seed in (1, 2, 3, 1000)
+    ]
+    found = ordinary.Runs([*at_one, *mlp])
+    assert len(found.all) == 4
+    assert [x["loss"] for x in found.at("mlp").reported("gsm8k", "lora", 1)] == [0.801, 0.802, 0.803]
+    assert ordinary.three_matrices(found.at("mlp")) == []  # not complete
+    anchors = [of("anchors-16", 1, seed, 0.2 + seed / 1000, site="mlp") for seed in (1, 2, 3, 1000)]
+    page = "\n".join(ordinary.three_matrices(ordinary.Runs([*mlp, *anchors]).at("mlp")))
+    assert "| gsm8k | PERA | LoRA | 3 | 0.501 (0.500 to 0.503) |" in page
+
+
 @pytest.mark.skipif(not ARCHIVE.exists(), reason="no archive of runs")
 @pytest.mark.parametrize(
     ("module", "page", "runs"),

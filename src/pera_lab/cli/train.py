@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 SHOWN = 3
 """Problems of which quickstart shows the answers."""
 
-MINUTES = "about 3 minutes on two cores"
-"""Measured time of the shipped quickstart: see README.md."""
+MINUTES = "about 3 minutes on two cores, 6 if they have no bfloat16"
+"""Measured times of the shipped quickstart: see README.md."""
 
 
 def quickstart(
