@@ -113,9 +113,7 @@ PLANS |= {
         fixed=CHOSEN_1,
     ),
     "small": Plan(({"facts": "codes", "count": 496, "site": "down-3", "base": "small"},), at(2, *CHOSEN), report=SEEDS),
-    "eight": Plan(
-        (phonebook(8),), at(8, "pera-rms", "lora", "anchors-16"), report=(1, 2, 3), rates=(0.01, 0.0316, 0.1)
-    ),
+    "eight": Plan((codes(8),), at(8, "lora", "pera-rms", "anchors-16"), report=(1, 2, 3), rates=(0.01, 0.0316, 0.1)),
     "others-codes-2": Plan((codes(2),), at(2, "lokr", "loha", "gralora", "randlora", "full")),
     "frozen-codes-2": Plan((codes(2),), at(2, "anchors-16-gaussian", "anchors-16-svd")),
     **{
