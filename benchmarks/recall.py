@@ -4,8 +4,8 @@
 
 The run is exported with `pera export` to a LoRA and to GGUF and merged with `pera merge`. Greedy decoding of all facts
 is then done by pera, by plain PEFT in a process that does not import pera, by the merged model in bfloat16 (where the
-processor computes in it), by llama.cpp on the base's GGUF file as it is and with its weights in float32, and by LoRAs that are truncated to lower
-ranks. The table shows the recall of each, and how many answers equal pera's.
+processor computes in it), by llama.cpp on the base's GGUF file as it is and with its weights in float32, and by LoRAs
+that are truncated to lower ranks. The table shows the recall of each, and how many answers equal pera's.
 """
 
 from __future__ import annotations
