@@ -32,7 +32,7 @@ from pera_lab import checkpoints, engines, methods, models, placement, processes
 from pera_lab.adapters import Adapter
 from pera_lab.card import write_card
 from pera_lab.diagnose import RatioCallback
-from pera_lab.environment import command_line, device, out_of_memory
+from pera_lab.environment import command_line, device, fast_dtype, out_of_memory
 from pera_lab.files import atomic_folder, disk_errors, write_json
 from pera_lab.inference import takes_packing
 from pera_lab.monitor import Interrupted, Monitor, Signals, peak_memory
@@ -157,6 +157,11 @@ def _prepare(recipe: Recipe, run: Run, resume: bool, signals: Signals | None) ->
         notes.append(
             f"model.quantization={recipe.model.quantization} saves memory, but this machine has no GPU, and on a CPU "
             "each step takes longer than without it"
+        )
+    if recipe.model.dtype in ("bfloat16", "float16") and device().type == "cpu" and fast_dtype() is torch.float32:
+        notes.append(
+            f"model.dtype={recipe.model.dtype} saves memory, but this processor only emulates it, and each step takes "
+            "about ten times as long as in float32, the default here"
         )
 
     set_seed(spec.seed)

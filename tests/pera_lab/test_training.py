@@ -372,6 +372,15 @@ def test_the_adapter_of_a_bfloat16_base_is_float32(train_run, tmp_path):
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_a_dtype_that_the_processor_emulates_is_noted(train_run, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("pera_lab.training.device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("pera_lab.training.fast_dtype", lambda: fast)
+    run = train_run(tmp_path / "run", "model.dtype=bfloat16", "training.max_steps=1")
+    notes = json.loads(run.data_file.read_text())["notes"]
+    assert [note.partition(" saves")[0] for note in notes] == ["model.dtype=bfloat16"] * (fast is torch.float32)
+
+
 def test_the_optimizer_has_the_groups_of_the_recipe(train_run, finished_run, tmp_path):
     run = train_run(tmp_path / "run", "training.lr_ratio={B: 2, h: 0.5}", "training.weight_decay={A: 0.1}")
     saved = torch.load(run.checkpoints / "checkpoint-8" / "optimizer.pt")["param_groups"]
