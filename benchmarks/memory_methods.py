@@ -20,7 +20,9 @@ from peft import (
     RandLoraConfig,
     VeraConfig,
 )
+from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor
+from torch.nn.functional import linear
 
 from pera import PeraConfig
 from pera.polynomial import expanded_rank, rms
@@ -142,13 +144,32 @@ def _third_degree(model: Any) -> None:
         layer.get_delta_weight = whole
 
 
+def _keep_projection(model: Any) -> None:
+    """Keep the product of the input with VeRA's frozen A, because the input is the same in every step."""
+    for layer in (module for module in model.modules() if isinstance(module, VeraLinear)):
+        A, B = layer.vera_A["default"], layer.vera_B["default"]
+        kept: dict[str, Tensor] = {}
+
+        def forward(
+            x: Tensor, A: Tensor = A, B: Tensor = B, kept: dict[str, Tensor] = kept, layer: Any = layer
+        ) -> Tensor:
+            y: Tensor = layer.base_layer(x)
+            if layer.merged:
+                return y
+            if kept.get("x") is not x:
+                kept.update(x=x, projected=linear(x, A))
+            return y + layer.vera_lambda_b["default"] * linear(layer.vera_lambda_d["default"] * kept["projected"], B)
+
+        layer.forward = forward
+
+
 METHODS |= {
     "pera-third": METHODS["pera-rms"]._replace(prepare=_third_degree),
     "anchors-16-third": METHODS["anchors-16-all"]._replace(prepare=_third_degree),
     "loha": Method(_loha),
     "lokr": Method(_lokr),
     "gralora": Method(_gralora),
-    "vera": Method(_vera),
+    "vera": Method(_vera, prepare=_keep_projection),
     "randlora": Method(_randlora),
     "anchors-16-gaussian": METHODS["anchors-16"]._replace(prepare=partial(_frozen_rows, draw=_gaussian_rows)),
     "anchors-16-svd": METHODS["anchors-16"]._replace(prepare=partial(_frozen_rows, draw=_singular_rows)),

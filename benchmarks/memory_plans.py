@@ -114,7 +114,7 @@ PLANS |= {
     ),
     "small": Plan(({"facts": "codes", "count": 496, "site": "down-3", "base": "small"},), at(2, *CHOSEN), report=SEEDS),
     "eight": Plan((codes(8),), at(8, "lora", "pera-rms", "anchors-16"), report=(1, 2, 3), rates=(0.01, 0.0316, 0.1)),
-    "others-codes-2": Plan((codes(2),), at(2, "lokr", "loha", "gralora", "randlora", "full")),
+    "others-codes-2": Plan((codes(2),), at(2, "lokr", "loha", "gralora", "randlora", "vera", "full")),
     "frozen-codes-2": Plan((codes(2),), at(2, "anchors-16-gaussian", "anchors-16-svd")),
     **{
         f"ranks-{name}-{r}": Plan((load(r),), tuple(("lora", rank) for rank in ranks), report=SEEDS)

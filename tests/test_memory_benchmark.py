@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import VeraConfig, get_peft_model
 
 from shared import DATA, needs_data
 
@@ -19,6 +21,7 @@ pytest.importorskip("scipy")
 import memory_law as law  # noqa: E402
 import memory_report as report  # noqa: E402
 import ordinary_report as ordinary  # noqa: E402
+from memory_methods import METHODS  # noqa: E402
 
 
 def line(method: str, r: int, seed: int, bits: float, rate: float = 0.1, **changes):
@@ -127,6 +130,26 @@ def test_law_leaves_out_what_is_nearly_all_stored():
     assert law.law_points(runs(*lines), "codes", "lora") == [(1, 1024, pytest.approx(0.5 * math.log(64)))]
 
 
+def test_vera_with_a_kept_projection_is_vera():
+    torch.manual_seed(0)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(5, 4)), VeraConfig(r=6, target_modules=["0"]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        torch.nn.init.normal_(p)
+
+    def results(x):
+        y = model(x)
+        return [y, *torch.autograd.grad(y.square().sum(), trained)]
+
+    inputs = torch.randn(3, 5), torch.randn(2, 5)
+    expected = [results(x) for x in inputs]
+    METHODS["vera"].prepare(model)
+    for x, wanted in [*zip(inputs, expected, strict=True)] * 2:
+        torch.testing.assert_close(results(x), wanted)
+    model.merge_adapter()
+    torch.testing.assert_close(model(inputs[0]), expected[0][0])
+
+
 def ordinary_line(task: str, method: str, seed: int, loss: float, rate: float = 0.1):
     return {"task": task, "method": method, "r": 1, "seed": seed, "rate": rate, "loss": loss}
 
@@ -191,8 +214,6 @@ def test_tables_are_those_of_the_archive(module, page, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("site", ["down", "down-28", "mlp", "mlp-15", "mlp-last-4", "all"])
 def test_cached_hidden_states_give_the_logits_of_the_whole_model(site):
-    import torch
-
     import memory
 
     facts = memory.FACTS["generated"](6, seed=3)
@@ -210,8 +231,6 @@ def test_cached_hidden_states_give_the_logits_of_the_whole_model(site):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["cola", "gsm8k"])
 def test_kept_inputs_of_a_task_give_the_logits_of_the_whole_model(task, monkeypatch):
-    import torch
-
     import memory
     import ordinary as benchmark
 
