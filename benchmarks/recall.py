@@ -18,9 +18,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import gguf
 import torch
 
+from convert import in_float32
 from pera_lab.convert.llamacpp import complete, serving
 from pera_lab.embedded import resolve_gguf
 from pera_lab.environment import fast_dtype
@@ -58,27 +58,6 @@ def llama_cpp(base: Path, adapter: Path, prompts: list[list[int]], length: int) 
     """Greedy answers of llama.cpp."""
     with serving(base, adapter) as address:
         return [complete(address, p, n_predict=length, return_tokens=True)["tokens"][:length] for p in prompts]
-
-
-def in_float32(file: Path, output: Path) -> Path:
-    """Write a GGUF model with its weights dequantised to float32, and return the file.
-
-    llama.cpp multiplies quantised weights by inputs that it quantises as well, so its outputs differ from those of the
-    same weights in transformers. In float32 they do not.
-    """
-    reader = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(output, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return output
 
 
 def pera(*arguments: str) -> None:
