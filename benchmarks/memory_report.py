@@ -262,17 +262,21 @@ def ratio_table(found: Sequence[Comparison]) -> str:
 def equivalent_rank(runs: Runs, setting: Setting, method: str, r: int) -> Interval | str:
     """Rank of the LoRA that stores as much as ``method`` of rank r on the same facts, divided by r, over seeds.
 
-    LoRA's bits at its measured ranks are interpolated linearly. Returns words if a seed stores more than every measured
-    LoRA.
+    LoRA's bits at its measured ranks are interpolated linearly. Returns words if a seed stores more than every LoRA
+    that was measured with this seed.
     """
     curve = {rank: runs.reported(setting, runs.lora(setting, rank), rank) for rank in lora_ranks(runs, setting)}
-    values = []
+    values, beyond = [], []
     for seed, x in runs.reported(setting, method, r).items():
         points = [(rank, found[seed]["bits"]) for rank, found in curve.items() if seed in found]
         values.append(reaching_rank(points, x["bits"]) / r if points else math.nan)
-    if not all(map(math.isfinite, values)):
-        return f"above {max(curve) / r:g}" if math.inf in values else "not measured"
-    return interval(values) if values else "not measured"
+        if values[-1] == math.inf:
+            beyond.append(max(rank for rank, _ in points) / r)
+    if beyond:
+        return f"above {min(beyond):g}" + (
+            f" in {len(beyond)} of {len(values)} seeds" if len(beyond) < len(values) else ""
+        )
+    return interval(values) if values and all(map(math.isfinite, values)) else "not measured"
 
 
 def lora_ranks(runs: Runs, setting: Setting) -> list[int]:
@@ -401,7 +405,7 @@ def page(everything: Runs) -> str:
     for setting in tested_settings(runs):
         for r in runs.ranks(setting):
             if setting[1] == load_at(setting[0], r):
-                for method in (*TESTED, "hira"):
+                for method in (*TESTED, BOTH, "hira"):
                     if runs.reported(setting, method, r):
                         value = equivalent_rank(runs, setting, method, r)
                         rows.append((setting[0], r, method, value if isinstance(value, str) else value.text()))

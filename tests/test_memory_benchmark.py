@@ -109,6 +109,16 @@ def test_equivalent_rank_interpolates_the_bits_of_lora():
     assert report.equivalent_rank(found, setting, "hira", 1) == "above 4"
 
 
+def test_equivalent_rank_is_not_measured_by_ranks_of_other_seeds():
+    found = runs(
+        *(line("lora", 2, seed, 200) for seed in (1, 2, 1000)),
+        *(line("lora", 4, seed, 400) for seed in (1, 1000)),
+        *(line("anchors-16", 2, seed, 300) for seed in (1, 2, 1000)),
+    )
+    (setting,) = found.settings()
+    assert report.equivalent_rank(found, setting, "anchors-16", 2) == "above 1 in 1 of 2 seeds"
+
+
 def test_law_recovers_its_own_parameters():
     points = [(r, n, 2 * r**0.7 * (n / 1000) ** -0.4 + 0.3) for r in (1, 2, 4, 8) for n in (250, 500, 1000, 4000)]
     found = law.law(points)
