@@ -282,6 +282,11 @@ def train(run: Run) -> dict[str, Any]:
     found = {"parameters": count, **scores, "bits_per_parameter": scores["bits"] / count, "offered": subject.facts.bits}
     with torch.no_grad():
         if adapted is not None:
+            if coefficients := [p for n, p in adapted.named_parameters() if "pera_h" in n]:
+                values = [p.clone() for p in coefficients]
+                torch._foreach_zero_(coefficients)
+                found["zeroed"] = subject.score(whole=whole)  # without products and anchors
+                torch._foreach_copy_(coefficients, values)
             adapted.merge_adapter()
         deltas = {name: layer.weight.detach() - originals[name] for name, layer in layers.items()}
         if adapted is not None:

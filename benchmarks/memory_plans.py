@@ -124,7 +124,16 @@ PLANS |= {
 }
 
 BOTH = "anchors-16-all"
+ZEROED = (11, 12, 13)
+"""Seeds of runs that are also scored with the coefficients at zero. Earlier runs were not."""
 PLANS |= {
+    **{
+        f"zeroed-{name}": Plan((load(2),), at(2, *rates), report=ZEROED, fixed=rates)
+        for name, load, rates in (
+            ("codes", codes, {"pera-rms": 0.1, "anchors-16": 0.0316, BOTH: 0.1}),
+            ("phonebook", phonebook, {"pera-rms": 0.0316, "anchors-16": 0.1, BOTH: 0.1}),
+        )
+    },
     **{
         f"both-{name}-{r}": Plan((load(r),), at(r, BOTH), report=SEEDS)
         for name, load, r in (

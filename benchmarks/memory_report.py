@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from memory_facts import CHOOSING
-from memory_plans import BOTH, FRESH, SEEDS
+from memory_plans import BOTH, FRESH, SEEDS, ZEROED
 from pera_lab.report.drawing import COLORS, draw_line, legend, new_figure, style, svg_text
 from pera_lab.study.statistics import equivalent_rank as reaching_rank
 from pera_lab.study.statistics import over_seeds
@@ -368,6 +368,20 @@ def tested_settings(runs: Runs) -> list[Setting]:
     ]
 
 
+def zeroed_table(runs: Runs) -> str:
+    """The loss without products and anchors, and with ΔW cut to r directions, at the rates of the tests."""
+    rows = []
+    for (setting, method, r), found in runs.all.items():
+        if mine := [x for x in found if "zeroed" in x]:
+            losses = (
+                [x["loss"] for x in mine],
+                [x["zeroed"]["loss"] for x in mine],
+                [x["cut_r"]["loss"] for x in mine],
+            )
+            rows.append((setting[0], r, method, len(mine), *(interval(values).text() for values in losses)))
+    return table(["facts", "r", "method", "n", "loss (95 %)", "coefficients at zero", "ΔW cut to r"], rows)
+
+
 def second_test(runs: Runs) -> list[Comparison]:
     """Anchors with products over the methods of the first test: seeds 6 to 10 on PhoneBook at r = 2, else 1 to 5."""
     found = []
@@ -410,6 +424,9 @@ def page(everything: Runs) -> str:
                         value = equivalent_rank(runs, setting, method, r)
                         rows.append((setting[0], r, method, value if isinstance(value, str) else value.text()))
     parts.append(table(["facts", "r", "method", "equivalent rank / r (95 %)"], rows))
+    zeroed = everything.only(ZEROED)
+    if any("zeroed" in x for found in zeroed.all.values() for x in found):
+        parts += ["## Without products and anchors, seeds 11 to 13", zeroed_table(zeroed)]
     for setting in runs.settings():
         parts.append(f"## {described(setting)[0].upper()}{described(setting)[1:]}")
         seeds = {x["seed"] for key, found in runs.all.items() if key[0] == setting for x in found}
