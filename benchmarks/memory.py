@@ -244,6 +244,37 @@ def adapted_at(model: Any, site: Site) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(site.targets, n)}
 
 
+@torch.no_grad()
+def take_off(adapted: Any, layers: dict[str, nn.Linear], originals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the adapter, restore the weights, and return ΔW of each layer. None if the weights were trained."""
+    if adapted is not None:
+        adapted.merge_adapter()
+    deltas = {name: layer.weight.detach() - originals[name] for name, layer in layers.items()}
+    if adapted is not None:
+        adapted.unmerge_adapter()
+        adapted.unload()
+    for name, layer in layers.items():
+        layer.weight.requires_grad_(False)
+        layer.weight.copy_(originals[name])
+    return deltas
+
+
+class Spectra(dict[str, tuple[Tensor, Tensor, Tensor]]):
+    """The singular value decompositions of each ΔW."""
+
+    def __init__(self, deltas: dict[str, Tensor]) -> None:
+        super().__init__((name, torch.linalg.svd(x.float(), full_matrices=False)) for name, x in deltas.items())
+
+    def effective_rank(self) -> float:
+        """Mean over the layers."""
+        ranks = [effective_rank(S.double()) for _, S, _ in self.values()]
+        return sum(ranks) / len(ranks)
+
+    def cut(self, rank: int) -> dict[str, Tensor]:
+        """Each ΔW cut to its leading directions."""
+        return {name: U[:, :rank] * S[:rank] @ Vh[:rank] for name, (U, S, Vh) in self.items()}
+
+
 def train(run: Run) -> dict[str, Any]:
     """Train and score one run."""
     subject = prepared(run)
@@ -281,20 +312,12 @@ def train(run: Run) -> dict[str, Any]:
     scores = subject.score(whole=whole)
     found = {"parameters": count, **scores, "bits_per_parameter": scores["bits"] / count, "offered": subject.facts.bits}
     with torch.no_grad():
-        if adapted is not None:
-            if coefficients := [p for n, p in adapted.named_parameters() if "pera_h" in n]:
-                values = [p.clone() for p in coefficients]
-                torch._foreach_zero_(coefficients)
-                found["zeroed"] = subject.score(whole=whole)  # without products and anchors
-                torch._foreach_copy_(coefficients, values)
-            adapted.merge_adapter()
-        deltas = {name: layer.weight.detach() - originals[name] for name, layer in layers.items()}
-        if adapted is not None:
-            adapted.unmerge_adapter()
-            adapted.unload()
-        for name, layer in layers.items():
-            layer.weight.requires_grad_(False)
-            layer.weight.copy_(originals[name])
+        if coefficients := [p for n, p in subject.model.named_parameters() if "pera_h" in n]:
+            values = [p.clone() for p in coefficients]
+            torch._foreach_zero_(coefficients)
+            found["zeroed"] = subject.score(whole=whole)  # without products and anchors
+            torch._foreach_copy_(coefficients, values)
+        deltas = take_off(adapted, layers, originals)
         if math.isfinite(scores["loss"]):
             found |= _cuts(subject, originals, deltas, run.r, whole)
     return {**found, "curve": curve, "seconds": round(seconds, 1)}
@@ -304,8 +327,7 @@ def _cuts(
     subject: Subject, originals: dict[str, Tensor], deltas: dict[str, Tensor], r: int, whole: bool
 ) -> dict[str, Any]:
     """Effective rank of ΔW, and the scores with ΔW cut to r and 2 r directions and merged in bfloat16."""
-    spectra = {name: torch.linalg.svd(delta.float(), full_matrices=False) for name, delta in deltas.items()}
-    ranks = [effective_rank(S.double()) for _, S, _ in spectra.values()]
+    spectra = Spectra(deltas)
 
     def scored(weights: dict[str, Tensor]) -> dict[str, float]:
         for name, weight in weights.items():
@@ -313,10 +335,9 @@ def _cuts(
         subject.remember()
         return subject.score(whole=whole)
 
-    found: dict[str, Any] = {"effective_rank": sum(ranks) / len(ranks)}
+    found: dict[str, Any] = {"effective_rank": spectra.effective_rank()}
     for label, rank in (("cut_r", r), ("cut_2r", 2 * r)):
-        near = {name: U[:, :rank] * S[:rank] @ Vh[:rank] for name, (U, S, Vh) in spectra.items()}
-        found[label] = scored({name: originals[name] + near[name] for name in originals})
+        found[label] = scored({name: originals[name] + near for name, near in spectra.cut(rank).items()})
     merged = {name: (originals[name] + deltas[name]).bfloat16().to(originals[name].dtype) for name in originals}
     found["merged_bfloat16"] = scored(merged)
     scored(originals)

@@ -32,11 +32,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from grid import Store, choose, fit, minibatches
-from memory import SITES, adapted_at, base, entering
+from memory import SITES, Spectra, adapted_at, base, entering, take_off
 from memory_facts import CHOOSING, tokenizer
 from memory_methods import METHODS
 from memory_plans import FRESH
-from pera_lab.diagnose.factors import effective_rank
 from pera_lab.tasks.examples import Splits
 from pera_lab.tasks.reasoning import ReasoningTask
 
@@ -248,23 +247,16 @@ def train(run: Run, subject: Subject) -> dict[str, Any]:
     found |= {"train_loss": subject.score(rows)["loss"], "curve": curve}
     after = subject.elsewhere()
     found["forgetting"] = float((before.exp() * (before - after)).sum(-1).mean())
-    with torch.no_grad():
-        if adapted is not None:
-            adapted.merge_adapter()
-        deltas = {name: layer.weight - originals[name] for name, layer in layers.items()}
-        if adapted is not None:
-            adapted.unmerge_adapter()
-            adapted.unload()
-        if math.isfinite(found["loss"]):
-            spectra = {name: torch.linalg.svd(delta, full_matrices=False) for name, delta in deltas.items()}
-            ranks = [effective_rank(S.double()) for _, S, _ in spectra.values()]
-            found["effective_rank"] = sum(ranks) / len(ranks)
-            for name, (U, S, Vh) in spectra.items():
-                layers[name].weight.copy_(originals[name] + U[:, : run.r] * S[: run.r] @ Vh[: run.r])
+    deltas = take_off(adapted, layers, originals)
+    if math.isfinite(found["loss"]):
+        spectra = Spectra(deltas)
+        found["effective_rank"] = spectra.effective_rank()
+        with torch.no_grad():
+            for name, near in spectra.cut(run.r).items():
+                layers[name].weight.copy_(originals[name] + near)
             found["cut_r"] = subject.score(scored)["loss"]
-        for name, layer in layers.items():
-            layer.weight.requires_grad_(False)
-            layer.weight.copy_(originals[name])
+            for name, layer in layers.items():
+                layer.weight.copy_(originals[name])
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 
